@@ -1,0 +1,81 @@
+"""Checkpoints that appear whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from tars_fast.config import PRESET_FILE
+from tars_fast.models import SpeechModel
+from tars_fast.types import UserError
+
+_STATE = "trainer_state.pt"
+_PARTIAL = ".partial"
+NUM_KEPT = 2
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes `target`'s name only once the block has ended well and all is on disk."""
+    partial = target.with_name(target.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for path in [*partial.rglob("*"), partial]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file in one go."""
+    partial = path.with_name(path.name + _PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """(completed steps, folder) of every whole checkpoint, oldest first."""
+    found = [(path.name.removeprefix("checkpoint-"), path) for path in output_dir.glob("checkpoint-*")]
+    return sorted((int(number), path) for number, path in found if number.isdecimal())
+
+
+def save_checkpoint(output_dir: Path, num_completed: int, model: SpeechModel, optimizer: torch.optim.Optimizer) -> Path:
+    """Write `checkpoint-<steps>/`, which plain transformers loads, and drop all but the newest two.
+
+    With LoRA the folder holds the adapter, which `from_pretrained` loads on top of the base model it names.
+    """
+    target = output_dir / f"checkpoint-{num_completed}"
+    with atomic_folder(target) as folder:
+        model.module.save_pretrained(folder)
+        model.processor.save_pretrained(folder)
+        (folder / PRESET_FILE).write_text(json.dumps(dataclasses.asdict(model.preset), indent=2))
+        torch.save({"num_completed": num_completed, "optimizer": optimizer.state_dict()}, folder / _STATE)
+    for _, outdated in list_checkpoints(output_dir)[:-NUM_KEPT]:
+        shutil.rmtree(outdated)
+    return target
+
+
+def latest_checkpoint(output_dir: Path) -> Path:
+    """Raises UserError where there is none to resume from."""
+    found = list_checkpoints(output_dir)
+    if not found:
+        raise UserError(f"--resume: no checkpoint in {output_dir}; start without --resume")
+    return found[-1][1]
+
+
+def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> int:
+    """Restore the optimiser; returns the number of completed steps."""
+    state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["num_completed"]

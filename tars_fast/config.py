@@ -1,0 +1,191 @@
+"""Every setting of a training run, flat; the command line is generated from it. What differs between models is a preset."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from tars_fast.types import UserError
+
+
+ASSETS = Path(__file__).parent / "assets"
+
+THINK_PROMPT = (
+    "You are a helpful assistant. The assistant first thinks about the question and then gives the answer. The reasoning "
+    "stands in <think> </think>, the answer in <answer> </answer> as: The answer is [CHOICE]. For example: "
+    "<think> reasoning </think> <answer> The answer is A. </answer>"
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What differs between models; the loop knows none of it."""
+
+    source: str
+    """Hub id or local path."""
+    system_prompt: str
+    learning_rate: float
+    """Peak learning rate of AdamW."""
+    questions_per_step: int
+    max_new_tokens: int
+    num_steps: int
+    lora_rank: int
+    """0 = full fine-tuning."""
+    behaviour_model: str
+    """Text embedder of R_beh."""
+
+
+PRESETS = {
+    "pocket": Preset(
+        source=str(ASSETS / "pocket"),
+        system_prompt="Think, then answer.",
+        learning_rate=2e-4,
+        questions_per_step=32,
+        max_new_tokens=40,
+        num_steps=100,
+        lora_rank=0,
+        behaviour_model="hashed-ngrams",
+    ),
+    "qwen2-audio-7b": Preset(
+        source="Qwen/Qwen2-Audio-7B-Instruct",
+        system_prompt=THINK_PROMPT,
+        learning_rate=2e-5,
+        questions_per_step=8,
+        max_new_tokens=1024,
+        num_steps=1000,
+        lora_rank=8,
+        behaviour_model="Qwen/Qwen3-Embedding-0.6B",
+    ),
+}
+
+
+PRESET_FILE = "preset.json"
+
+
+def find_preset(model: str) -> Preset:
+    """The preset called `model`; for a checkpoint folder the preset it was trained from, else the paper's settings.
+
+    Raises:
+        UserError: neither a preset nor a folder that holds a checkpoint.
+    """
+    if model in PRESETS:
+        return PRESETS[model]
+    folder = Path(model)
+    if (folder / PRESET_FILE).is_file():
+        return Preset(**{**json.loads((folder / PRESET_FILE).read_text()), "source": model})
+    if (folder / "config.json").is_file():
+        return dataclasses.replace(PRESETS["qwen2-audio-7b"], source=model)
+    raise UserError(f"--model {model}: neither a preset ({', '.join(PRESETS)}) nor a folder that holds a checkpoint")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Close the gap between what a speech LLM can reason about in writing and in speech (TARS, arXiv 2601.05543)."""
+
+    model: str = "pocket"
+    """A preset (pocket, qwen2-audio-7b) or a folder with a Qwen2-Audio checkpoint."""
+    data: Path | None = None
+    """Training items: a jsonl file with its recordings beside it, or a folder with one. None: the embedded spoken arithmetic."""
+    eval_data: Path | None = None
+    """Evaluation items. None: the embedded held-out items, or with --data a tenth of its items, chosen by id hash."""
+    output_dir: Path | None = None
+    """Where metrics, checkpoints, samples and evaluation.json go. None: a new folder runs/<model>-<date>-<time>."""
+    num_steps: int | None = None
+    """Rollout batches to train on. None: the preset's (pocket 100, qwen2-audio-7b 1000)."""
+    questions_per_step: int | None = None
+    """Questions in a rollout batch. None: the preset's (pocket 32, qwen2-audio-7b 8)."""
+    group_size: int = 8
+    """Completions of a question, half from the spoken and half from the written prompt."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW. None: the preset's (pocket 2e-4, qwen2-audio-7b 2e-5)."""
+    warmup_fraction: float = 0.01
+    """Part of the steps over which the learning rate rises linearly; afterwards it falls linearly to 0."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this 2-norm."""
+    temperature: float = 1.0
+    """Sampling temperature of rollouts; log-probabilities are taken at the same temperature."""
+    max_new_tokens: int | None = None
+    """Longest completion, in tokens; longer ones are cut off and left out of the loss. None: the preset's (40 / 1024)."""
+    representation_weight: float = 1.0
+    """Weight of R_rep, agreement of hidden states (the paper's alpha). 0 together with the next is plain GRPO."""
+    behaviour_weight: float = 1.0
+    """Weight of R_beh, agreement of answers (the paper's beta)."""
+    behaviour_model: str = "auto"
+    """Text embedder of R_beh: hashed-ngrams, or a sentence-transformers model. auto: hashed-ngrams for pocket, else
+    Qwen/Qwen3-Embedding-0.6B."""
+    clip_low: float = 0.2
+    """How far a token's probability ratio may fall below 1 before its gradient is held back."""
+    clip_high: float = 0.28
+    """How far it may rise above 1."""
+    importance_cap: float = 2.0
+    """Largest weight that corrects for the rollout engine's probabilities differing from the trainer's."""
+    updates_per_rollout: int = 1
+    """Optimiser steps on each rollout batch; the clip matters from 2 on."""
+    lora_rank: int | None = None
+    """Rank of the LoRA adapters, 0 for full fine-tuning. None: the preset's (pocket 0, qwen2-audio-7b 8)."""
+    lora_alpha: float = 32.0
+    """LoRA updates are scaled by this over the rank."""
+    freeze_audio: bool = True
+    """Keep audio tower and projector as they are; the paper trains the language model only."""
+    questions_per_micro_batch: int = 4
+    """Questions in one forward and backward pass; changes memory and speed, never the result."""
+    rollout_batch_size: int = 128
+    """Completions sampled at once by the transformers engine."""
+    eval_samples: int = 2
+    """Completions an item, at --temperature, behind the sampled accuracies of the evaluation; 0 leaves them out."""
+    save_every: int = 25
+    """Steps between checkpoints; the last two are kept."""
+    seed: int = 0
+    """Of everything drawn at random. Same seed, same machine: same metrics."""
+    resume: bool = False
+    """Continue from the newest checkpoint in --output-dir."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights. auto: bfloat16 for LoRA on CUDA, else float32."""
+
+    def __post_init__(self) -> None:
+        positive = ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")
+        positive += ("max_grad_norm", "questions_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
+        not_negative = ("representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples")
+        for name in not_negative:
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be 0 or greater")
+        if self.resume and self.output_dir is None:
+            raise UserError("--resume: needs the --output-dir of the run to continue")
+        if self.group_size < 4 or self.group_size % 2:
+            raise UserError(f"--group-size {self.group_size}: must be even and at least 4, two completions of each modality")
+        if not 0 <= self.clip_low < 1:
+            raise UserError(f"--clip-low {self.clip_low}: must be at least 0 and below 1; the ratio is held above 1 - clip_low")
+        if not 0 <= self.warmup_fraction <= 1:
+            raise UserError(f"--warmup-fraction {self.warmup_fraction}: must lie between 0 and 1")
+
+    def resolve(self, preset: Preset) -> Self:
+        """The same settings with every `None` that means "the preset's" filled in."""
+        behaviour_model = self.behaviour_model
+        if behaviour_model == "auto":
+            behaviour_model = preset.behaviour_model
+        fields = ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "lora_rank")
+        filled = {name: getattr(preset, name) for name in fields if getattr(self, name) is None}
+        return dataclasses.replace(self, behaviour_model=behaviour_model, **filled)
+
+    def to_json(self) -> dict[str, object]:
+        values = dataclasses.asdict(self)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then linear decay to 0 after the last step (METHOD step 5); a pure function, so nothing to save."""
+        warmup_steps = round(self.warmup_fraction * self.num_steps)
+        rising = (step + 1) / (warmup_steps + 1)
+        falling = (self.num_steps - step) / max(1, self.num_steps - warmup_steps)
+        return self.learning_rate * min(1.0, rising, falling)

@@ -1,0 +1,149 @@
+"""Spoken question answering: jsonl files with the recordings beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from string import ascii_uppercase
+
+import numpy as np
+
+from tars_fast.audio import load_recording
+from tars_fast.types import Question, UserError
+
+ASSETS = Path(__file__).parent / "assets" / "spoken-arithmetic"
+TRAINING_DATA = ASSETS / "training.jsonl"
+VALIDATION_DATA = ASSETS / "validation.jsonl"
+HELD_OUT_DATA = ASSETS / "held_out.jsonl"
+
+
+def _parse_item(record: object, place: str, folder: Path) -> Question:
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: not a JSON object")
+    missing = [key for key in ("id", "question", "answer", "audio") if not isinstance(record.get(key), str | int)]
+    if missing:
+        raise UserError(f"{place}: no text in {', '.join(map(repr, missing))}; an item is id, question, answer, audio, options")
+    item = f"{place}: item {record['id']!r}"
+    options, answer_set = record.get("options"), record.get("answer_set")
+    if (options is None) == (answer_set is None):
+        raise UserError(f"{item}: give 'options' (lettered and shown in the prompt) or 'answer_set' (not shown), one of them")
+    listed = options if answer_set is None else answer_set
+    if not isinstance(listed, list) or not 2 <= len(listed) <= 26 or not all(isinstance(one, str) and one for one in listed):
+        raise UserError(f"{item}: 'options' or 'answer_set' must list 2 to 26 non-empty texts, not {listed!r}")
+    question = str(record["question"]).strip()
+    if not question:
+        raise UserError(f"{item}: 'question' is empty")
+    if answer_set is None:
+        choices = tuple(ascii_uppercase[: len(options)])
+        question = "\n".join([question, *(f"{letter}. {option}" for letter, option in zip(choices, options, strict=True))])
+    else:
+        choices = tuple(answer_set)
+    if len(set(choices)) != len(choices):
+        raise UserError(f"{item}: 'answer_set' names an answer twice")
+    answer = str(record["answer"]).strip()
+    if answer not in choices:
+        raise UserError(f"{item}: answer {answer!r} is none of {', '.join(choices)}")
+    return Question(str(record["id"]), question, answer, choices, folder / str(record["audio"]))
+
+
+def load_questions(source: Path) -> list[Question]:
+    """Read a jsonl file, or the one jsonl file of a folder.
+
+    Each line: `id`, `question`, `answer`, `audio` (path relative to the file), and either `options` (shown in the prompt as
+    lettered lines; `answer` is a letter) or `answer_set` (possible answers, not shown; `answer` is one of them).
+
+    Raises:
+        UserError: nothing readable there, a broken line, a duplicate id, an answer out of range.
+    """
+    if source.is_dir():
+        found = sorted(source.glob("*.jsonl"))
+        if len(found) != 1:
+            raise UserError(f"data {source}: holds {len(found)} jsonl files; name the one to read")
+        source = found[0]
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data {source}: cannot be read ({error}); give a jsonl file or a folder that holds one") from error
+    questions: list[Question] = []
+    places: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{source}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
+        question = _parse_item(record, place, source.parent)
+        if question.id in places:
+            raise UserError(f"{place}: id {question.id!r} already stands in line {places[question.id]}; ids must be unique")
+        places[question.id] = number
+        questions.append(question)
+    if not questions:
+        raise UserError(f"data {source}: holds no items")
+    return questions
+
+
+def check_recordings(questions: Sequence[Question], max_seconds: float) -> None:
+    """Decode every recording once, so that a bad one is found before training.
+
+    Raises:
+        UserError: the first recording, in order, that `load_recording` refuses.
+    """
+
+    def check(question: Question) -> None:
+        try:
+            load_recording(question.audio, max_seconds)
+        except UserError as error:
+            raise UserError(f"item {question.id!r}: {error}") from error
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(check, questions):
+            pass
+
+
+def split_by_id(questions: Sequence[Question], held_out_fraction: float) -> tuple[list[Question], list[Question]]:
+    """(training, held-out) by a hash of the id: an item stays on its side whatever is added or reordered."""
+
+    def position(question: Question) -> float:
+        return int.from_bytes(hashlib.sha256(question.id.encode()).digest()[:8]) / 2**64
+
+    training = [question for question in questions if position(question) >= held_out_fraction]
+    held_out = [question for question in questions if position(question) < held_out_fraction]
+    if not training or not held_out:
+        raise UserError(f"{len(questions)} items leave nothing to train or to evaluate on; give --eval-data")
+    return training, held_out
+
+
+def check_leaks(training: Sequence[Question], held_out: Sequence[Question]) -> None:
+    """Raises UserError where an evaluation item is also a training item, by id or by normalised question text."""
+
+    def normalised(question: Question) -> str:
+        return re.sub(r"\W+", " ", question.text).casefold().strip()
+
+    ids = {question.id for question in training}
+    texts = {normalised(question): question.id for question in training}
+    for question in held_out:
+        if question.id in ids:
+            raise UserError(f"item {question.id!r} is in both training and evaluation data; remove it from one")
+        if normalised(question) in texts:
+            raise UserError(
+                f"evaluation item {question.id!r} asks what training item {texts[normalised(question)]!r} asks; remove one"
+            )
+
+
+def batch_of_step(num_questions: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Which questions step `step` trains on: shuffled epochs laid end to end, a pure function of its arguments.
+
+    Needs no state, so that a resumed run sees what an unbroken one would have seen.
+    """
+    chosen = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, num_questions)
+        chosen.append((epoch, place))
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(num_questions) for epoch, _ in chosen}
+    return [int(orders[epoch][place]) for epoch, place in chosen]

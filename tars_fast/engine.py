@@ -1,0 +1,155 @@
+"""Rollout engines: prompts in, completions with the log-probabilities they were sampled at out.
+
+`transformers` generates with the very module being trained, so there is one set of weights and nothing to hand over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tars_fast.models import SpeechModel
+from tars_fast.types import Completion, Prompt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn: from the full distribution, no top-k, no top-p."""
+
+    num_completions: int
+    """Completions of each prompt."""
+    max_new_tokens: int
+    temperature: float
+    """0 takes the most likely token."""
+    seed: int
+
+
+class RolloutEngine(Protocol):
+    """What the loop asks of an engine."""
+
+    def generate(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
+        """`sampling.num_completions` completions of each prompt, in prompt order.
+
+        Args:
+            prompts: spoken and written ones alike.
+            questions: for each prompt, the question number its completions are to carry.
+        """
+        ...
+
+
+class _SampledLogprobs:
+    """A logits processor that suppresses tokens and keeps the log-probability of each sampled token.
+
+    Keeps one step's distribution instead of all steps' (`output_scores`), which at 1,024 tokens and a vocabulary of 156,032
+    would be 40 GB for 64 completions. A processor sees a token one step after it was drawn, hence `finish`.
+    """
+
+    def __init__(self, suppressed_bias: Tensor, temperature: float):
+        self._bias = suppressed_bias
+        self._temperature = temperature
+        self._pending: Tensor | None = None
+        self._logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._pending is not None:
+            self._record(input_ids[:, -1])
+        scores = scores.float() + self._bias
+        self._pending = (scores / self._temperature).log_softmax(-1)
+        return scores
+
+    def _record(self, tokens: Tensor) -> None:
+        self._logprobs.append(self._pending.gather(-1, tokens[:, None])[:, 0])
+
+    def finish(self, last_tokens: Tensor) -> Tensor:
+        """[N, C] log-probability of each generated token."""
+        self._record(last_tokens)
+        return torch.stack(self._logprobs, dim=1)
+
+
+class TransformersEngine:
+    """Batched `generate` of the module being trained; each distinct prompt is prefilled once."""
+
+    def __init__(self, model: SpeechModel, max_batch_size: int):
+        self._model = model
+        self._max_batch_size = max_batch_size
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
+        torch.manual_seed(sampling.seed)
+        prompts_per_batch = max(1, self._max_batch_size // sampling.num_completions)
+        # Prompts of like length share a batch: less padding to attend over.
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].token_ids))
+        completions: dict[int, list[Completion]] = {}
+        for start in range(0, len(order), prompts_per_batch):
+            chosen = order[start : start + prompts_per_batch]
+            sampled = self._generate_batch([prompts[i] for i in chosen], [questions[i] for i in chosen], sampling)
+            for place, index in enumerate(chosen):
+                completions[index] = sampled[place * sampling.num_completions : (place + 1) * sampling.num_completions]
+        return [completion for index in range(len(prompts)) for completion in completions[index]]
+
+    def _generate_batch(
+        self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling
+    ) -> list[Completion]:
+        from transformers import DynamicCache, LogitsProcessorList
+
+        model = self._model
+        width = max(len(prompt.token_ids) for prompt in prompts)
+        starts = [width - len(prompt.token_ids) for prompt in prompts]
+        token_ids = torch.full((len(prompts), width), model.pad_token_id)
+        for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+            token_ids[row, start:] = torch.tensor(prompt.token_ids)
+        token_ids = token_ids.to(model.device)
+        attention_mask = (torch.arange(width) >= torch.tensor(starts)[:, None]).long().to(model.device)
+
+        # All but the last prompt token are run once a prompt; `generate` continues from the repeated cache.
+        cache = DynamicCache(config=model.language_model.config)
+        model.language_model(
+            inputs_embeds=model.embed_tokens(token_ids, prompts, starts)[:, :-1],
+            attention_mask=attention_mask[:, :-1],
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.batch_repeat_interleave(sampling.num_completions)
+        recorder = _SampledLogprobs(model.suppressed_bias, sampling.temperature or 1.0)
+        output = model.module.generate(
+            input_ids=token_ids.repeat_interleave(sampling.num_completions, 0),
+            attention_mask=attention_mask.repeat_interleave(sampling.num_completions, 0),
+            past_key_values=cache,
+            max_new_tokens=sampling.max_new_tokens,
+            logits_processor=LogitsProcessorList([recorder]),
+            eos_token_id=model.stop_token_ids,
+            pad_token_id=model.pad_token_id,
+            **_decoding(sampling.temperature),
+        )
+        generated = output[:, width:]
+        logprobs = recorder.finish(generated[:, -1])
+        is_stop = torch.isin(generated, torch.tensor(model.stop_token_ids, device=generated.device))
+        stops = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, generated.shape[1]).tolist()
+        texts = model.processor.tokenizer.batch_decode(
+            [row[:stop] for row, stop in zip(generated.tolist(), stops, strict=True)], skip_special_tokens=True
+        )
+        finished = is_stop.any(1).tolist()
+        return [
+            Completion(
+                question=questions[row // sampling.num_completions],
+                modality=prompts[row // sampling.num_completions].modality,
+                token_ids=tuple(tokens[:stop]),
+                rollout_logprobs=tuple(row_logprobs[:stop]),
+                text=text,
+                truncated=not done,
+            )
+            for row, (tokens, row_logprobs, stop, text, done) in enumerate(
+                zip(generated.tolist(), logprobs.tolist(), stops, texts, finished, strict=True)
+            )
+        ]
+
+
+def _decoding(temperature: float) -> dict[str, object]:
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

@@ -1,0 +1,144 @@
+"""What a run says: a live table, metrics.jsonl, TensorBoard, and a closing summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class PhaseTimer:
+    """Wall-clock seconds by phase of a step."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - started
+
+    def take(self) -> dict[str, float]:
+        """`seconds/<phase>` since the last call."""
+        taken = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
+        self._seconds.clear()
+        return taken
+
+
+_ROWS = (
+    ("accuracy", "accuracy/speech", "accuracy/text"),
+    ("format", "format/speech", "format/text"),
+    ("R_rep, R_beh", "reward/representation", "reward/behaviour"),
+    ("entropy (nats)", "entropy/speech", "entropy/text"),
+    ("length (tokens)", "length/speech", "length/text"),
+    ("cut off", "truncated/speech", "truncated/text"),
+    ("groups that disagree", "disagreeing/speech", "disagreeing/text"),
+    ("clipped low, high", "clip/low", "clip/high"),
+    ("gradient norm, rate", "grad_norm", "learning_rate"),
+)
+
+
+class RunLog:
+    """Writes one line a step to metrics.jsonl and TensorBoard, and shows the latest step.
+
+    Args:
+        output_dir: where to write.
+        num_steps: of the whole run.
+        num_completed: steps already done; later lines of an interrupted run are dropped.
+    """
+
+    def __init__(self, output_dir: Path, num_steps: int, num_completed: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.console = Console()
+        self._path = output_dir / "metrics.jsonl"
+        kept = self._path.read_text().splitlines()[:num_completed] if num_completed else []
+        self._path.write_text("".join(line + "\n" for line in kept))
+        self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=num_completed)
+        self._progress = Progress(
+            TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console
+        )
+        self._task = self._progress.add_task("steps", total=num_steps, completed=num_completed)
+        self._live = Live(self._progress, console=self.console, refresh_per_second=2)
+        self._num_steps = num_steps
+
+    def __enter__(self) -> RunLog:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._live.stop()
+        self._writer.close()
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """Record a step; `metrics["step"]` counts from 1."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, metrics["step"])
+        self._progress.update(self._task, completed=metrics["step"])
+        self._live.update(Group(self._progress, self._table(metrics)))
+        if not self.console.is_terminal:
+            seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+            self.console.print(
+                f"step {metrics['step']}/{self._num_steps}  accuracy speech {metrics['accuracy/speech']:.3f} text "
+                f"{metrics['accuracy/text']:.3f}  R_rep {metrics['reward/representation']:.3f} R_beh "
+                f"{metrics['reward/behaviour']:.3f}  entropy {metrics['entropy/speech']:.3f}  {seconds:.1f} s",
+                highlight=False,
+            )
+
+    def warn(self, message: str) -> None:
+        self.console.print(f"[yellow]warning:[/yellow] {message}", highlight=False)
+
+    def _table(self, metrics: Mapping[str, float]) -> Table:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("")
+        table.add_column("speech", justify="right")
+        table.add_column("text", justify="right")
+        for title, *names in _ROWS:
+            table.add_row(title, *(f"{metrics[name]:.4g}" for name in names))
+        phases = [f"{name.removeprefix('seconds/')} {value:.2f}" for name, value in metrics.items() if "seconds/" in name]
+        table.caption = "seconds: " + ", ".join(phases)
+        return table
+
+
+def print_summary(console: Console, evaluation: Mapping[str, Mapping], output_dir: Path) -> None:
+    """The run on one screen: before, after, and the paired change."""
+
+    def shown(report: Mapping, name: str, scale: float) -> str:
+        if report.get(name) is None:
+            return "-"
+        low, high = report[f"{name}_ci95"]
+        return f"{scale * report[name]:.1f} ({scale * low:.1f} ... {scale * high:.1f})"
+
+    table = Table(title="Held-out items, 95 % intervals in brackets")
+    for title in ("", "before", "after", "change"):
+        table.add_column(title, justify="left" if not title else "right")
+    for title, name, scale in (
+        ("speech accuracy, greedy (%)", "speech_accuracy", 100),
+        ("text accuracy, greedy (%)", "text_accuracy", 100),
+        ("speech accuracy, sampled (%)", "speech_accuracy_sampled", 100),
+        ("text accuracy, sampled (%)", "text_accuracy_sampled", 100),
+        ("MRR, fixed reference (%)", "mrr", 1),
+        ("MRR, same model (%)", "mrr_same_model", 1),
+        ("behaviour similarity (%)", "behaviour_similarity", 100),
+        ("unparsed answers", "unparsed", 1),
+    ):
+        if name in evaluation["before"]:
+            table.add_row(title, *(shown(evaluation[part], name, scale) for part in ("before", "after", "change")))
+    layers = zip(evaluation["before"]["layer_cosine"], evaluation["after"]["layer_cosine"], strict=True)
+    console.print(table)
+    console.print(
+        "layer cosine, speech to text: " + ", ".join(f"{before:.3f} -> {after:.3f}" for before, after in layers),
+        highlight=False,
+    )
+    console.print(f"written to {output_dir}: evaluation.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoint-*/")

@@ -1,0 +1,282 @@
+"""Speech LLMs behind one small surface: prompts, audio embeddings, and the forward pass over completions.
+
+Shapes: N completions, S padded row length, T packed completion tokens, A audio tokens, D hidden size, V vocabulary, F mel
+frames, M mel bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tars_fast.audio import SAMPLE_RATE, load_recording
+from tars_fast.config import Preset
+from tars_fast.types import Completion, Modality, Prompt, Question, UserError
+
+def embed_audio(module: nn.Module, features: Tensor, feature_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Audio tower and projector, without the language model.
+
+    Args:
+        module: a `Qwen2AudioForConditionalGeneration`.
+        features: [N, M, F] log-mel spectrogram, padded to the tower's window.
+        feature_mask: [N, F], 1 where there is speech.
+
+    Returns:
+        ([N, A, D] embeddings, [N] number of audio tokens of each recording).
+    """
+    from transformers.masking_utils import create_bidirectional_mask
+
+    model = module.model
+    tower = model.audio_tower
+    frame_lengths, token_lengths = tower._get_feat_extract_output_lengths(feature_mask.sum(-1))
+    num_positions = (features.shape[-1] - 2) // 2 + 1
+    position_mask = torch.arange(num_positions, device=features.device) < frame_lengths[:, None]
+    attention_mask = create_bidirectional_mask(
+        config=tower.config,
+        inputs_embeds=features.new_zeros(len(features), num_positions, 1),
+        attention_mask=position_mask.long(),
+    )
+    states = tower(features, attention_mask=attention_mask).last_hidden_state
+    return model.multi_modal_projector(states), token_lengths
+
+
+class SpeechModel:
+    """A speech LLM with its processor, as trainer and rollout engine share it."""
+
+    def __init__(self, module: nn.Module, processor, preset: Preset):
+        self.module = module
+        self.processor = processor
+        self.preset = preset
+        self.audio_token_id: int = module.config.audio_token_id
+        self.audio_is_trained = False
+        vocabulary_size = module.get_output_embeddings().weight.shape[0]
+        self.suppressed_bias = torch.zeros(vocabulary_size, device=module.device)
+        """[V] -inf where the policy may not go: the audio token, which no text can hold."""
+        self.suppressed_bias[self.audio_token_id] = -torch.inf
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @property
+    def max_audio_seconds(self) -> float:
+        return self.processor.feature_extractor.chunk_length
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest prompt plus completion."""
+        return self.module.config.get_text_config().max_position_embeddings
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Every token that ends a completion."""
+        configured = self.module.generation_config.eos_token_id
+        listed = configured if isinstance(configured, list) else [configured]
+        return sorted({*listed, self.processor.tokenizer.eos_token_id} - {None})
+
+    @property
+    def pad_token_id(self) -> int:
+        pad = self.processor.tokenizer.pad_token_id
+        return self.stop_token_ids[0] if pad is None else pad
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.module.get_output_embeddings()
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The decoder stack: `layers`, `norm`, called with embeddings."""
+        return self.module.model.language_model
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def render_prompt(self, question: Question, modality: Modality) -> str:
+        """The chat template's own text, one placeholder a recording."""
+        content = [{"type": "audio"}] if modality is Modality.SPEECH else question.text
+        messages = [{"role": "system", "content": self.preset.system_prompt}, {"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def encode_prompts(self, questions: Sequence[Question], modality: Modality) -> list[Prompt]:
+        """Tokenise prompts; each recording goes through the tower once, however many completions follow.
+
+        Raises:
+            UserError: a recording that the model cannot take.
+        """
+        rendered = [self.render_prompt(question, modality) for question in questions]
+        if modality is Modality.TEXT:
+            return [Prompt(modality, tuple(self._tokenise(text))) for text in rendered]
+        waves = [load_recording(question.audio, self.max_audio_seconds) for question in questions]
+        with torch.set_grad_enabled(self.audio_is_trained and torch.is_grad_enabled()):
+            embeddings = self._embed_waves(waves)
+        return [
+            Prompt(modality, self._place_audio(text, len(audio)), audio)
+            for text, audio in zip(rendered, embeddings, strict=True)
+        ]
+
+    def _tokenise(self, text: str) -> list[int]:
+        return self.processor.tokenizer.encode(text, add_special_tokens=False)
+
+    def _place_audio(self, rendered: str, num_audio_tokens: int) -> tuple[int, ...]:
+        token_ids: list[int] = []
+        for token_id in self._tokenise(rendered):
+            token_ids.extend([token_id] * (num_audio_tokens if token_id == self.audio_token_id else 1))
+        return tuple(token_ids)
+
+    def check_length(self, question: Question, max_new_tokens: int) -> None:
+        """Raises UserError where an item's written prompt cannot be answered in full, or would be taken for speech.
+
+        Spoken prompts are bounded by `max_audio_seconds`.
+        """
+        token_ids = self._tokenise(self.render_prompt(question, Modality.TEXT))
+        if len(token_ids) + max_new_tokens > self.max_tokens:
+            raise UserError(
+                f"item {question.id!r}: its prompt has {len(token_ids)} tokens, which with {max_new_tokens} new ones is more "
+                f"than the model's {self.max_tokens}; shorten the item or lower --max-new-tokens"
+            )
+        if self.audio_token_id in token_ids:
+            raise UserError(f"item {question.id!r}: its text holds the audio placeholder; remove it")
+
+    def _embed_waves(self, waves: Sequence[np.ndarray]) -> list[Tensor]:
+        """[A, D] for each wave."""
+        batch = self.processor.feature_extractor(
+            list(waves), sampling_rate=SAMPLE_RATE, return_attention_mask=True, padding="max_length", return_tensors="pt"
+        )
+        features = batch.input_features.to(self.device, self.module.dtype)
+        states, lengths = embed_audio(self.module, features, batch.attention_mask.to(self.device))
+        return [state[:length] for state, length in zip(states, lengths.tolist(), strict=True)]
+
+    def embed_tokens(self, token_ids: Tensor, prompts: Sequence[Prompt], starts: Sequence[int]) -> Tensor:
+        """Input embeddings with audio at prompt positions only, never at a token that the policy sampled.
+
+        Args:
+            token_ids: [N, S], row n holding `prompts[n]` from column `starts[n]`.
+
+        Returns:
+            [N, S, D].
+        """
+        embeddings = self.module.get_input_embeddings()(token_ids)
+        places: list[Tensor] = []
+        audio: list[Tensor] = []
+        for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+            if prompt.audio_embeddings is not None:
+                held = torch.tensor(prompt.token_ids) == self.audio_token_id
+                places.append(row * token_ids.shape[1] + start + held.nonzero()[:, 0])
+                audio.append(prompt.audio_embeddings)
+        if not places:
+            return embeddings
+        flat = embeddings.flatten(0, 1)
+        flat = flat.index_copy(0, torch.cat(places).to(flat.device), torch.cat(audio).to(flat.dtype))
+        return flat.view_as(embeddings)
+
+    def lay_out(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Layout:
+        """Where everything stands when each row is prompt, completion, padding."""
+        lengths = [len(prompt.token_ids) + len(c.token_ids) for prompt, c in zip(prompts, completions, strict=True)]
+        width = max(lengths)
+        token_ids = torch.full((len(prompts), width), self.pad_token_id)
+        positions: list[Tensor] = []
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            start = len(prompt.token_ids)
+            token_ids[row, : lengths[row]] = torch.tensor(prompt.token_ids + completion.token_ids)
+            positions.append(row * width + torch.arange(start, lengths[row]))
+        completion_lengths = torch.tensor([0, *(len(completion.token_ids) for completion in completions)])
+        return Layout(
+            token_ids=token_ids.to(self.device),
+            attention_mask=(torch.arange(width) < torch.tensor(lengths)[:, None]).to(self.device),
+            positions=torch.cat(positions).to(self.device),
+            cu_seqlens=completion_lengths.cumsum(0).to(self.device),
+        )
+
+    def forward(self, prompts: Sequence[Prompt], layout: Layout) -> Tensor:
+        """[T, D] the states that predict the completions' tokens, ready for the head."""
+        inputs = self.embed_tokens(layout.token_ids, prompts, [0] * len(prompts))
+        states = self.language_model(
+            inputs_embeds=inputs, attention_mask=layout.attention_mask, use_cache=False
+        ).last_hidden_state
+        return states.flatten(0, 1)[layout.positions - 1]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A micro-batch as rows: prompt, then its completion, padding only after both."""
+
+    token_ids: Tensor
+    """[N, S] int64."""
+    attention_mask: Tensor
+    """[N, S] bool."""
+    positions: Tensor
+    """[T] places of completion tokens in the flattened N * S; the states that *predict* them stand one earlier."""
+    cu_seqlens: Tensor
+    """[N + 1] int64 boundaries of completions among the T packed tokens."""
+
+    @property
+    def targets(self) -> Tensor:
+        """[T] int64 completion tokens."""
+        return self.token_ids.flatten()[self.positions]
+
+
+def load_model(preset: Preset, source: str, device: torch.device, dtype: torch.dtype) -> SpeechModel:
+    """Load a checkpoint, or an adapter on top of the base it names, with plain transformers.
+
+    Raises:
+        UserError: it cannot be found or read, or is not a Qwen2-Audio model.
+    """
+    from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
+
+    try:
+        if not (Path(source) / "adapter_config.json").is_file():
+            architecture = AutoConfig.from_pretrained(source).model_type
+            if architecture != "qwen2_audio":
+                raise UserError(f"--model {source}: a {architecture} checkpoint; only qwen2_audio ones are supported")
+        processor = AutoProcessor.from_pretrained(source)
+        module = Qwen2AudioForConditionalGeneration.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model {source}: cannot be loaded ({reason}); check the path, or the network") from error
+    module.requires_grad_(False)
+    return SpeechModel(module.to(device).eval(), processor, preset)
+
+
+def make_trainable(model: SpeechModel, *, lora_rank: int, lora_alpha: float, freeze_audio: bool, adapter: Path | None) -> None:
+    """Choose what training changes: LoRA on every linear layer of the language model, or the whole language model with its head.
+
+    The module stays in eval mode throughout: dropout, LoRA's included, would make rollout, reward and loss three policies.
+
+    Args:
+        lora_rank: 0 for full fine-tuning.
+        lora_alpha: updates are scaled by `lora_alpha / lora_rank`.
+        freeze_audio: leave audio tower and projector alone.
+        adapter: a checkpoint whose LoRA weights to continue from.
+
+    Raises:
+        UserError: the model already carries an adapter.
+    """
+    module = model.module
+    if getattr(module, "_hf_peft_config_loaded", False):
+        raise UserError(f"--model {model.preset.source}: is an adapter; merge it into its base before training on top of it")
+    if lora_rank == 0:
+        model.language_model.requires_grad_(True)
+        model.head.requires_grad_(True)
+    elif adapter is None:
+        from peft import LoraConfig
+
+        targets = [
+            name for name, layer in module.named_modules() if ".language_model." in name and isinstance(layer, nn.Linear)
+        ]
+        module.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets, lora_dropout=0.0))
+    else:
+        module.load_adapter(str(adapter), is_trainable=True)
+    for parameter in model.trainable_parameters():
+        # bf16 cannot hold a step of lr 2e-5; adapters are small, so their masters are fp32.
+        parameter.data = parameter.data.float()
+    if not freeze_audio:
+        model.audio_is_trained = True
+        module.model.audio_tower.requires_grad_(True)
+        module.model.audio_tower.embed_positions.requires_grad_(False)
+        module.model.multi_modal_projector.requires_grad_(True)
+    module.eval()

@@ -1,0 +1,406 @@
+"""The embedded speech LLM, made from nothing: `python -m tars_fast.pocket --output-dir DIR`.
+
+A genuine Qwen2-Audio architecture of 1.2 M parameters that answers spoken two-step arithmetic with a chain of thought. Three
+stages, each deterministic by seed:
+
+1. speech: utterances of the *training* operands by the *training* voices (espeak-ng, 14 per question on average);
+2. hearing: audio tower and projector learn by CTC to land on the text embeddings of what was said;
+3. thinking: the language model learns the task from much text and little speech, with tower, projector and embeddings frozen.
+
+Stage 3 is where the modality gap comes from: the encoder hears every word, the language model was simply seldom asked by
+voice. So the gap is repairable: more speech closes it, which is what `train` does with rewards instead of labels.
+
+The tokenizer is an asset that was trained once and is never trained again, so that token ids stay put.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tars_fast.audio import SAMPLE_RATE
+from tars_fast.config import ASSETS, PRESETS
+from tars_fast.models import embed_audio
+
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+OPERATORS = {1: "plus", -1: "minus"}
+ACCENTS = "en-us en-us-nyc en-gb-scotland en-gb-x-rp en-gb-x-gbclan en-gb-x-gbcwmd en-029".split()
+TRAINING_SPEAKERS = "f2 f3 f4 m1 m3 m4 m7 klatt Annie Michael".split()
+VALIDATION_SPEAKERS = "steph anika".split()
+HELD_OUT_SPEAKERS = "f5 linda edward max".split()
+NUM_TRAINING_UTTERANCES = 840
+NUM_VALIDATION = 100
+NUM_HELD_OUT = 400
+WINDOW_SECONDS = 4
+NUM_MELS = 64
+import os; LS=float(os.environ.get("LS","0.01"))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`first op1 second op2 third`, every value along the way within 0..12."""
+
+    first: int
+    op1: int
+    second: int
+    op2: int
+    third: int
+
+    @property
+    def middle(self) -> int:
+        return self.first + self.op1 * self.second
+
+    @property
+    def result(self) -> int:
+        return self.middle + self.op2 * self.third
+
+    @property
+    def question(self) -> str:
+        a, b, c = NUMBERS[self.first], NUMBERS[self.second], NUMBERS[self.third]
+        return f"What is {a} {OPERATORS[self.op1]} {b} {OPERATORS[self.op2]} {c}?"
+
+    @property
+    def completion(self) -> str:
+        a, b, c = NUMBERS[self.first], NUMBERS[self.second], NUMBERS[self.third]
+        m, r = NUMBERS[self.middle], NUMBERS[self.result]
+        return (
+            f"<think>{a} {OPERATORS[self.op1]} {b} is {m}, {m} {OPERATORS[self.op2]} {c} is {r}.</think>"
+            f"<answer>The answer is {r}.</answer>"
+        )
+
+
+@dataclass(frozen=True)
+class Splits:
+    training: list[Problem]
+    validation: list[Problem]
+    held_out: list[Problem]
+
+
+def split_problems() -> Splits:
+    """All 1,163 problems, disjoint by operands; the split never depends on a seed."""
+    digits = range(1, 10)
+    limits = range(len(NUMBERS))
+    problems = [
+        problem
+        for first in digits
+        for op1 in OPERATORS
+        for second in digits
+        for op2 in OPERATORS
+        for third in digits
+        if (problem := Problem(first, op1, second, op2, third)).middle in limits and problem.result in limits
+    ]
+    random.Random(0).shuffle(problems)
+    tail = NUM_HELD_OUT + NUM_VALIDATION
+    return Splits(problems[tail:], problems[NUM_HELD_OUT:tail], problems[:NUM_HELD_OUT])
+
+
+def speak(problem: Problem, speakers: list[str], rng: random.Random) -> tuple[np.ndarray, str]:
+    """One clean recording of the question: ([samples] float32 at 16 kHz, voice)."""
+    import soxr
+
+    from tars_fast.synthesis import synthesise
+
+    voice = f"{rng.choice(ACCENTS)}+{rng.choice(speakers)}"
+    wave, rate = synthesise(problem.question, voice, words_per_minute=rng.randint(210, 290), pitch=rng.randint(30, 70))
+    wave = soxr.resample(wave, rate, SAMPLE_RATE)
+    audible = np.flatnonzero(np.abs(wave) > 0.01)
+    margin = SAMPLE_RATE // 20
+    wave = wave[max(0, audible[0] - margin) : audible[-1] + margin]
+    silence = np.zeros(rng.randint(0, SAMPLE_RATE // 10), np.float32)
+    return np.concatenate([silence, wave]), voice
+
+
+def build(seed: int):
+    """The untrained model and its processor: (`Qwen2AudioForConditionalGeneration`, `Qwen2AudioProcessor`)."""
+    from transformers import (
+        GenerationConfig,
+        PreTrainedTokenizerFast,
+        Qwen2AudioConfig,
+        Qwen2AudioForConditionalGeneration,
+        Qwen2AudioProcessor,
+        WhisperFeatureExtractor,
+    )
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(ASSETS / "pocket" / "tokenizer.json"),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        model_max_length=512,
+    )
+    extractor = WhisperFeatureExtractor(feature_size=NUM_MELS, chunk_length=WINDOW_SECONDS)
+    processor = Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=tokenizer)
+    stop_ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    config = Qwen2AudioConfig(
+        audio_config={
+            "model_type": "qwen2_audio_encoder",
+            "d_model": 96,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 384,
+            "num_mel_bins": NUM_MELS,
+            "max_source_positions": WINDOW_SECONDS * 50,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": stop_ids[0],
+            "pad_token_id": stop_ids[1],
+        },
+        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+    )
+    torch.manual_seed(seed)
+    module = Qwen2AudioForConditionalGeneration(config)
+    _initialise(module)
+    module.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=stop_ids[1])
+    return module, processor
+
+
+@torch.no_grad()
+def _initialise(module: nn.Module) -> None:
+    """Fan-in scale for the tower and a wider language model: 0.02 drowns both at this width."""
+    tower = module.model.audio_tower
+    positions, width = tower.embed_positions.weight.shape
+    rates = torch.exp(-math.log(10_000) / (width // 2 - 1) * torch.arange(width // 2))
+    angles = torch.arange(positions)[:, None] * rates
+    tower.embed_positions.weight.copy_(0.3 * torch.cat([angles.sin(), angles.cos()], dim=1))
+    for name, parameter in tower.named_parameters():
+        if parameter.dim() >= 2 and parameter.requires_grad and "embed_positions" not in name:
+            gain = 1.4 if "conv" in name else 0.7
+            nn.init.normal_(parameter, std=gain / math.sqrt(parameter[0].numel()))
+    for parameter in module.model.language_model.parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(2.5)
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Utterances of training problems by training voices."""
+
+    features: Tensor
+    """[N, M, F] float16 log-mel spectrogram."""
+    mask: Tensor
+    """[N, F]"""
+    problems: list[Problem]
+
+
+def synthesise_warm_up(processor, num_utterances: int, seed: int) -> Speech:
+    rng = random.Random(seed)
+    problems = [rng.choice(split_problems().training) for _ in range(num_utterances)]
+    waves = [speak(problem, TRAINING_SPEAKERS, rng)[0] for problem in problems]
+    features, masks = [], []
+    for start in range(0, num_utterances, 100):
+        batch = processor.feature_extractor(
+            waves[start : start + 100],
+            sampling_rate=SAMPLE_RATE,
+            return_attention_mask=True,
+            padding="max_length",
+            return_tensors="pt",
+        )
+        features.append(batch.input_features.half())
+        masks.append(batch.attention_mask)
+    return Speech(torch.cat(features), torch.cat(masks), problems)
+
+
+def _optimizers(module: nn.Module, matrix_rate: float, other_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for the rest; minutes instead of hours at this size."""
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    is_matrix = {name: p.dim() == 2 and "embed" not in name and "lm_head" not in name for name, p in named}
+    return [
+        torch.optim.Muon([p for n, p in named if is_matrix[n]], lr=matrix_rate, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW([p for n, p in named if not is_matrix[n]], lr=other_rate, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
+
+
+def _update(optimizers: list[torch.optim.Optimizer], loss: Tensor, fraction: float) -> None:
+    """One optimiser step; `fraction` of the stage done sets the rate: 3 % warm-up, then cosine to 2 %."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    scale = min(1.0, fraction / 0.03 + 0.03) * (0.02 + 0.49 * (1 + math.cos(math.pi * fraction)))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+            group.setdefault("peak_lr", group["lr"])
+            group["lr"] = group["peak_lr"] * scale
+        optimizer.step()
+
+
+def _mask_spectrogram(features: Tensor, rng: np.random.Generator) -> Tensor:
+    """SpecAugment (arXiv 1904.08779), one band of mels and one of frames: held-out voices are heard better for it."""
+    features = features.clone()
+    for item in features:
+        mean = item.mean()
+        mel, frame = rng.integers(0, NUM_MELS - 10), rng.integers(0, 140)
+        item[mel : mel + rng.integers(0, 10)] = mean
+        item[:, frame : frame + rng.integers(0, 12)] = mean
+    return features
+
+
+def train_hearing(module, processor, speech: Speech, num_steps: int, batch_size: int, seed: int) -> None:
+    """Stage 2: CTC between audio tokens and the written question, scored by the language model's own embeddings."""
+    rng = np.random.default_rng(seed)
+    tokenizer = processor.tokenizer
+    targets = [torch.tensor(tokenizer.encode(problem.question)) for problem in speech.problems]
+    blank = tokenizer.pad_token_id
+    module.requires_grad_(False)
+    module.model.audio_tower.requires_grad_(True)
+    module.model.audio_tower.embed_positions.requires_grad_(False)
+    module.model.multi_modal_projector.requires_grad_(True)
+    module.get_input_embeddings().requires_grad_(True)
+    optimizers = _optimizers(module, matrix_rate=0.02, other_rate=2e-3)
+    module.train()
+    started = time.monotonic()
+    for step in range(num_steps):
+        rows = rng.integers(0, len(speech.problems), batch_size)
+        features = _mask_spectrogram(speech.features[rows].float(), rng)
+        embeddings, lengths = embed_audio(module, features, speech.mask[rows])
+        logits = 4.0 * F.linear(embeddings, module.get_input_embeddings().weight)
+        wanted = [targets[row] for row in rows]
+        loss = F.ctc_loss(
+            logits.log_softmax(-1).transpose(0, 1),
+            torch.cat(wanted),
+            lengths,
+            torch.tensor([len(target) for target in wanted]),
+            blank=blank,
+            zero_infinity=True,
+        )
+        _update(optimizers, loss, step / num_steps)
+        if (step + 1) % 50 == 0:
+            print(f"hearing {step + 1}/{num_steps} ctc {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+    module.eval()
+
+
+@torch.no_grad()
+def hear(module, speech: Speech) -> list[Tensor]:
+    """Every utterance's audio embeddings, [A, D] each."""
+    embedded: list[Tensor] = []
+    for start in range(0, len(speech.problems), 100):
+        rows = slice(start, start + 100)
+        states, lengths = embed_audio(module, speech.features[rows].float(), speech.mask[rows])
+        embedded.extend(state[:length].clone() for state, length in zip(states, lengths.tolist(), strict=True))
+    return embedded
+
+
+def _supervised_loss(module, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean cross-entropy over completion tokens of (prompt embeddings [P, D], completion ids [C]) rows.
+
+    Label smoothing keeps the sampling entropy healthy: a warm-up that ends certain leaves nothing to explore.
+    """
+    embed = module.get_input_embeddings()
+    inputs = [torch.cat([prompt, embed(completion)]) for prompt, completion in rows]
+    batch = nn.utils.rnn.pad_sequence(inputs, batch_first=True)
+    attention_mask = torch.zeros(batch.shape[:2], dtype=torch.long)
+    labels = torch.full(batch.shape[:2], -100)
+    for index, (prompt, completion) in enumerate(rows):
+        attention_mask[index, : len(prompt) + len(completion)] = 1
+        labels[index, len(prompt) - 1 : len(prompt) + len(completion) - 1] = completion
+    states = module.model.language_model(inputs_embeds=batch, attention_mask=attention_mask).last_hidden_state
+    chosen = labels >= 0
+    return F.cross_entropy(module.lm_head(states[chosen]), labels[chosen], label_smoothing=LS)
+
+
+class SupervisedRows:
+    """Prompt embeddings and completion ids of the task, as the product's own prompts write them."""
+
+    def __init__(self, module, processor):
+        self.module, self.processor = module, processor
+        self.stop = processor.tokenizer.eos_token
+        self.audio_id = processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+
+    def _ids(self, content) -> list[int]:
+        system = {"role": "system", "content": PRESETS["pocket"].system_prompt}
+        rendered = self.processor.apply_chat_template(
+            [system, {"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        return self.processor.tokenizer.encode(rendered)
+
+    def _completion(self, problem: Problem) -> Tensor:
+        return torch.tensor(self.processor.tokenizer.encode(problem.completion + self.stop))
+
+    def text(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        prompt = torch.tensor(self._ids(problem.question))
+        return self.module.get_input_embeddings()(prompt), self._completion(problem)
+
+    def speech(self, problem: Problem, audio: Tensor) -> tuple[Tensor, Tensor]:
+        prompt = torch.tensor(self._ids([{"type": "audio"}]))
+        place = int((prompt == self.audio_id).nonzero())
+        words = self.module.get_input_embeddings()(prompt)
+        return torch.cat([words[:place], audio, words[place + 1 :]]), self._completion(problem)
+
+
+def train_thinking(
+    module, processor, speech: Speech, *, num_steps: int, text_per_step: int, speech_per_step: int, seed: int
+) -> None:
+    """Stage 3: supervised chains of thought; `speech_per_step` sets the size of the modality gap."""
+    rng = random.Random(seed)
+    audio = hear(module, speech)
+    rows = SupervisedRows(module, processor)
+    training = split_problems().training
+    module.requires_grad_(False)
+    module.model.language_model.requires_grad_(True)
+    module.lm_head.requires_grad_(True)
+    module.get_input_embeddings().requires_grad_(False)
+    optimizers = _optimizers(module, matrix_rate=0.02, other_rate=2e-3)
+    module.train()
+    started = time.monotonic()
+    for step in range(num_steps):
+        batch = [rows.text(rng.choice(training)) for _ in range(text_per_step)]
+        for _ in range(speech_per_step):
+            index = rng.randrange(len(audio))
+            batch.append(rows.speech(speech.problems[index], audio[index]))
+        loss = _supervised_loss(module, batch)
+        _update(optimizers, loss, step / num_steps)
+        if (step + 1) % 50 == 0:
+            print(f"thinking {step + 1}/{num_steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+    module.eval()
+
+
+def write_recordings(folder: Path, seed: int) -> None:
+    """The shipped data: training, validation and held-out jsonl files with Ogg Opus recordings, disjoint by operands and voices."""
+    import soundfile
+
+    rng = random.Random(seed)
+    splits = split_problems()
+    spoken_twice = splits.training[: NUM_TRAINING_UTTERANCES - len(splits.training)]
+    parts = {
+        "training": (splits.training + spoken_twice, TRAINING_SPEAKERS),
+        "validation": (splits.validation, VALIDATION_SPEAKERS),
+        "held_out": (splits.held_out, HELD_OUT_SPEAKERS),
+    }
+    for name, (problems, speakers) in parts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        lines = []
+        for number, problem in enumerate(problems):
+            wave, voice = speak(problem, speakers, rng)
+            audio = f"{name}/{number:04}.ogg"
+            soundfile.write(folder / audio, wave, SAMPLE_RATE, format="OGG", subtype="OPUS")
+            item = {
+                "id": f"{name}-{number:04}",
+                "question": problem.question,
+                "answer": NUMBERS[problem.result],
+                "answer_set": NUMBERS,
+                "audio": audio,
+                "voice": voice,
+            }
+            lines.append(json.dumps(item))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")

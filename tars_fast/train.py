@@ -1,0 +1,509 @@
+"""TARS: GRPO that aligns the speech-conditioned with the text-conditioned policy (arXiv 2601.05543).
+
+For every step:
+
+1. sample half of each question's group from its spoken and half from its written prompt;
+2. reward every completion for its answer and format, and speech completions also for hidden states (R_rep) and words (R_beh)
+   like those of a correct text completion of the same question, drawn from the current policy;
+3. centre rewards within (question, modality);
+4. one forward pass a micro-batch, whose hidden states give the log-probabilities and, pooled by hooks as the layers run, R_rep;
+5. clipped asymmetric policy gradient, normalised by the unmasked tokens of the whole batch.
+
+Left out on purpose: a reference model (the KL coefficient is 0), a value model, division by the reward's deviation, a separate
+scoring pass for old log-probabilities (with one set of weights the first forward already has them).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tars_kernels import LayerPooler, PolicyLoss, linear_policy_loss
+from torch import Tensor
+
+from tars_fast.advantages import centred_advantages, disagreeing_groups, group_indices
+from tars_fast.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint, write_atomically
+from tars_fast.config import TrainConfig, find_preset
+from tars_fast.data import (
+    HELD_OUT_DATA,
+    TRAINING_DATA,
+    batch_of_step,
+    check_leaks,
+    check_recordings,
+    load_questions,
+    split_by_id,
+)
+from tars_fast.engine import RolloutEngine, Sampling, TransformersEngine
+from tars_fast.evaluation import Evaluation, evaluate
+from tars_fast.log import PhaseTimer, RunLog, print_summary
+from tars_fast.models import SpeechModel, load_model, make_trainable
+from tars_fast.rewards import (
+    AnswerRewards,
+    TextSimilarity,
+    answer_rewards,
+    behaviour_rewards,
+    choose_references,
+    load_text_similarity,
+    representation_rewards,
+)
+from tars_fast.types import Completion, Modality, Prompt, Question, TrainingError, UserError
+
+INTERRUPTED = 130
+MAX_EMPTY_STEPS = 3
+"""Consecutive steps with every completion cut off, after which waiting longer is pointless."""
+MAX_UNANIMOUS_STEPS = 10
+"""Consecutive steps in which no group disagreed in its rewards before a warning repeats."""
+
+
+@dataclass
+class Rollout:
+    """One batch of completions with all that is known before the forward pass. N completions, ordered by question."""
+
+    prompts: list[Prompt]
+    """[N] the prompt of each completion."""
+    completions: list[Completion]
+    answers: AnswerRewards
+    references: list[int | None]
+    """[N] the text completion that a speech completion is compared with."""
+    behaviour_N: Tensor
+    """R_beh."""
+    groups_N: Tensor
+    """int64 number of the (question, modality) group."""
+    num_tokens: int
+    """Unmasked completion tokens of the whole batch."""
+
+
+@dataclass
+class Scored:
+    """What the first forward pass adds; later updates on the same rollout reuse it."""
+
+    representation_N: Tensor
+    """R_rep."""
+    rewards_N: Tensor
+    advantages_N: Tensor
+    logprobs: list[Tensor]
+    """Old log-probabilities, [T] for each micro-batch."""
+
+
+def collect_rollout(
+    model: SpeechModel,
+    engine: RolloutEngine,
+    text_similarity: TextSimilarity,
+    questions: Sequence[Question],
+    config: TrainConfig,
+    step: int,
+    timer: PhaseTimer,
+) -> Rollout:
+    """METHOD steps 1 and 2, all but R_rep."""
+    with timer.phase("encode"), torch.no_grad():
+        spoken = model.encode_prompts(questions, Modality.SPEECH)
+        written = model.encode_prompts(questions, Modality.TEXT)
+    with timer.phase("rollout"):
+        distinct = [prompt for pair in zip(spoken, written, strict=True) for prompt in pair]
+        sampling = Sampling(config.group_size // 2, config.max_new_tokens, config.temperature, config.seed * 1_000_003 + step)
+        numbers = [question for question in range(len(questions)) for _ in Modality]
+        completions = engine.generate(distinct, numbers, sampling)
+    with timer.phase("reward"):
+        answers = answer_rewards(completions, questions)
+        references = choose_references(completions, answers.accuracy, random.Random(f"{config.seed} {step}"))
+        behaviour = (
+            behaviour_rewards(completions, references, text_similarity)
+            if config.behaviour_weight
+            else torch.zeros(len(completions))
+        )
+    return Rollout(
+        prompts=[prompt for prompt in distinct for _ in range(sampling.num_completions)],
+        completions=completions,
+        answers=answers,
+        references=references,
+        behaviour_N=behaviour,
+        groups_N=group_indices([c.question for c in completions], [c.modality for c in completions]),
+        num_tokens=sum(len(c.token_ids) for c in completions if not c.truncated),
+    )
+
+
+def micro_batches(rollout: Rollout, config: TrainConfig) -> Iterator[slice]:
+    """Whole questions at a time, so that every speech completion stands beside its reference."""
+    size = config.questions_per_micro_batch * config.group_size
+    for start in range(0, len(rollout.completions), size):
+        yield slice(start, min(start + size, len(rollout.completions)))
+
+
+def update_policy(
+    model: SpeechModel,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    questions: Sequence[Question],
+    scored: Scored | None,
+    config: TrainConfig,
+    timer: PhaseTimer,
+) -> tuple[Scored, dict[str, float]]:
+    """METHOD steps 2 to 5 on one rollout: forward, R_rep, advantages, loss, backward, optimiser step.
+
+    Args:
+        scored: None on the first update of a rollout, which measures R_rep and the old log-probabilities on the way.
+
+    Returns:
+        (what the first forward measured, metrics of this update).
+    """
+    first = scored is None
+    parts: list[Scored] = []
+    losses: list[PolicyLoss] = []
+    masks: list[Tensor] = []
+    optimizer.zero_grad(set_to_none=True)
+    pooler = LayerPooler(model.language_model.layers, model.language_model.norm)
+    for number, rows in enumerate(micro_batches(rollout, config)):
+        prompts, completions = rollout.prompts[rows], rollout.completions[rows]
+        if model.audio_is_trained:
+            prompts = reencode_audio(model, prompts, completions, questions)
+        with timer.phase("forward"):
+            layout = model.lay_out(prompts, completions)
+            with pooler.pooling(layout.positions, layout.cu_seqlens):
+                hidden_TD = model.forward(prompts, layout)
+        if first:
+            references = [None if index is None else index - rows.start for index in rollout.references[rows]]
+            representation_N = representation_rewards(pooler.pooled, references).cpu()
+            rewards_N = (
+                rollout.answers.base[rows]
+                + config.representation_weight * representation_N
+                + config.behaviour_weight * rollout.behaviour_N[rows]
+            )
+            # Micro-batches hold whole questions, so groups are whole; numbered from 0 again.
+            advantages_N = centred_advantages(rewards_N, rollout.groups_N[rows] - rollout.groups_N[rows.start])
+        else:
+            advantages_N = scored.advantages_N[rows]
+        with timer.phase("forward"):
+            # Overlong filtering: a truncated completion teaches nothing, not even to be shorter.
+            finished_N = torch.tensor([not completion.truncated for completion in completions])
+            mask_T = finished_N.repeat_interleave(layout.cu_seqlens.diff().cpu()).to(model.device)
+            loss = linear_policy_loss(
+                hidden_TD,
+                model.head.weight,
+                layout.targets,
+                advantages_N.to(model.device),
+                cu_seqlens=layout.cu_seqlens,
+                old_logprobs=None if first else scored.logprobs[number],
+                rollout_logprobs=torch.tensor([x for c in completions for x in c.rollout_logprobs], device=model.device),
+                mask=mask_T,
+                bias=model.suppressed_bias,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                importance_cap=config.importance_cap,
+                temperature=config.temperature,
+                num_tokens=max(1, rollout.num_tokens),
+            )
+        with timer.phase("backward"):
+            loss.loss.backward()
+        losses.append(dataclasses.replace(loss, loss=loss.loss.detach()))
+        masks.append(mask_T)
+        if first:
+            parts.append(Scored(representation_N, rewards_N, advantages_N, [loss.logprobs]))
+    with timer.phase("optimiser"):
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), config.max_grad_norm)
+        metrics = loss_metrics(losses, masks, rollout)
+        metrics["grad_norm"] = grad_norm.item()
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+            raise TrainingError(
+                f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite; lower --learning-rate and --resume"
+            )
+        if rollout.num_tokens:
+            optimizer.step()
+    if first:
+        scored = Scored(
+            representation_N=torch.cat([part.representation_N for part in parts]),
+            rewards_N=torch.cat([part.rewards_N for part in parts]),
+            advantages_N=torch.cat([part.advantages_N for part in parts]),
+            logprobs=[part.logprobs[0] for part in parts],
+        )
+    return scored, metrics
+
+
+def reencode_audio(
+    model: SpeechModel, prompts: Sequence[Prompt], completions: Sequence[Completion], questions: Sequence[Question]
+) -> list[Prompt]:
+    """The same prompts with audio embeddings that carry a gradient, for training with an unfrozen tower."""
+    numbers = sorted({completion.question for completion in completions})
+    spoken = model.encode_prompts([questions[number] for number in numbers], Modality.SPEECH)
+    by_number = dict(zip(numbers, spoken, strict=True))
+    return [
+        by_number[completion.question] if completion.modality is Modality.SPEECH else prompt
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
+def loss_metrics(losses: Sequence[PolicyLoss], masks: Sequence[Tensor], rollout: Rollout) -> dict[str, float]:
+    """Token-level metrics over the unmasked tokens of the batch."""
+    mask = torch.cat(list(masks))
+    is_speech = torch.tensor([c.modality is Modality.SPEECH for c in rollout.completions for _ in c.token_ids]).to(mask.device)
+
+    def average(values: Tensor, chosen: Tensor) -> float:
+        return values[chosen].float().mean().item() if chosen.any() else 0.0
+
+    entropy = torch.cat([loss.entropy for loss in losses])
+    ratio = torch.cat([loss.importance_ratio for loss in losses])
+    difference = ratio[mask].log().abs()
+    return {
+        "loss": sum(loss.loss.item() for loss in losses),
+        "entropy/speech": average(entropy, mask & is_speech),
+        "entropy/text": average(entropy, mask & ~is_speech),
+        "clip/low": average(torch.cat([loss.clipped_low for loss in losses]), mask),
+        "clip/high": average(torch.cat([loss.clipped_high for loss in losses]), mask),
+        "importance_ratio": average(ratio, mask),
+        "logprob_diff_mean": difference.mean().item() if len(difference) else 0.0,
+        "logprob_diff_max": difference.max().item() if len(difference) else 0.0,
+    }
+
+
+def rollout_metrics(rollout: Rollout, scored: Scored) -> dict[str, float]:
+    """Completion-level metrics by modality."""
+    metrics: dict[str, float] = {}
+    lengths_N = torch.tensor([float(len(completion.token_ids)) for completion in rollout.completions])
+    truncated_N = torch.tensor([float(completion.truncated) for completion in rollout.completions])
+    is_speech_N = torch.tensor([completion.modality is Modality.SPEECH for completion in rollout.completions])
+    disagreeing_G = disagreeing_groups(scored.rewards_N, rollout.groups_N)
+    disagreeing_accuracy_G = disagreeing_groups(rollout.answers.accuracy, rollout.groups_N)
+    for modality, chosen_N in ((Modality.SPEECH, is_speech_N), (Modality.TEXT, ~is_speech_N)):
+        metrics[f"accuracy/{modality}"] = rollout.answers.accuracy[chosen_N].mean().item()
+        metrics[f"format/{modality}"] = rollout.answers.format[chosen_N].mean().item()
+        metrics[f"unparsed/{modality}"] = rollout.answers.unparsed[chosen_N].mean().item()
+        metrics[f"reward/{modality}"] = scored.rewards_N[chosen_N].mean().item()
+        metrics[f"length/{modality}"] = lengths_N[chosen_N].mean().item()
+        metrics[f"truncated/{modality}"] = truncated_N[chosen_N].mean().item()
+        groups = rollout.groups_N[chosen_N].unique()
+        metrics[f"disagreeing/{modality}"] = disagreeing_accuracy_G[groups].float().mean().item()
+    has_reference_N = torch.tensor([reference is not None for reference in rollout.references])
+    metrics["reward/representation"] = scored.representation_N[is_speech_N].mean().item()
+    metrics["reward/behaviour"] = rollout.behaviour_N[is_speech_N].mean().item()
+    metrics["reward/without_reference"] = 1.0 - has_reference_N[is_speech_N].float().mean().item()
+    metrics["disagreeing/any"] = disagreeing_G.float().mean().item()
+    return metrics
+
+
+class Interrupt:
+    """Ctrl-C asks to stop after the step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, _signal: int, _frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("stopping after this step; once more stops at once", file=sys.stderr)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        previous = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def choose_device(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
+    """Raises UserError where CUDA is asked for and there is none."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA GPU is visible to torch; use --device cpu")
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if config.dtype == "auto":
+        return device, torch.bfloat16 if device.type == "cuda" and config.lora_rank else torch.float32
+    return device, getattr(torch, config.dtype)
+
+
+def load_data(config: TrainConfig) -> tuple[list[Question], list[Question]]:
+    """(training, evaluation) items, checked not to overlap."""
+    if config.data is None:
+        training, held_out = load_questions(TRAINING_DATA), load_questions(config.eval_data or HELD_OUT_DATA)
+    elif config.eval_data is None:
+        training, held_out = split_by_id(load_questions(config.data), held_out_fraction=0.1)
+    else:
+        training, held_out = load_questions(config.data), load_questions(config.eval_data)
+    check_leaks(training, held_out)
+    return training, held_out
+
+
+def check_inputs(model: SpeechModel, questions: Sequence[Question], max_new_tokens: int) -> None:
+    """Find every input the model cannot take before any training. Raises UserError for the first."""
+    check_recordings(questions, model.max_audio_seconds)
+    for question in questions:
+        model.check_length(question, max_new_tokens)
+
+
+def prepare_output(config: TrainConfig) -> None:
+    """Make the output folder and write config.json.
+
+    Raises:
+        UserError: the folder holds another run, or with --resume one whose settings differ.
+    """
+    path = config.output_dir / "config.json"
+    settings = config.to_json()
+    movable = {"output_dir", "resume", "device", "save_every", "rollout_batch_size"}
+    if config.resume:
+        latest_checkpoint(config.output_dir)
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(name for name in settings if name not in movable and earlier.get(name) != settings[name])
+        if changed:
+            listed = ", ".join(f"{name} {earlier.get(name)} -> {settings[name]}" for name in changed)
+            raise UserError(f"--resume: the settings differ from those of the run ({listed}); give the same ones")
+    elif path.exists():
+        raise UserError(f"--output-dir {config.output_dir}: already holds a run; add --resume or name another folder")
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(settings, indent=2) + "\n")
+
+
+def check_progress(log: RunLog, metrics: dict[str, float], history: list[dict[str, float]]) -> None:
+    """Say what makes a step useless, and stop where it will not get better by itself."""
+    recent = history[-MAX_EMPTY_STEPS:]
+    if metrics["truncated/speech"] == metrics["truncated/text"] == 1:
+        log.warn(f"step {metrics['step']}: every completion was cut off; raise --max-new-tokens")
+        if len(recent) == MAX_EMPTY_STEPS and all(m["truncated/speech"] == m["truncated/text"] == 1 for m in recent):
+            raise TrainingError(f"every completion was cut off for {MAX_EMPTY_STEPS} steps; raise --max-new-tokens")
+    unanimous = 0
+    while unanimous < len(history) and history[-1 - unanimous]["disagreeing/any"] == 0:
+        unanimous += 1
+    if unanimous and (unanimous - 1) % MAX_UNANIMOUS_STEPS == 0:
+        log.warn(
+            f"step {metrics['step']}: no group disagrees in its rewards, so there is nothing to learn; "
+            "raise --temperature or choose items of middling difficulty"
+        )
+
+
+def train(config: TrainConfig) -> int:
+    """Run the whole job; returns the exit status."""
+    preset = find_preset(config.model)
+    config = config.resolve(preset)
+    device, dtype = choose_device(config)
+    training, held_out = load_data(config)
+    torch.manual_seed(config.seed)
+    adapter = latest_checkpoint(config.output_dir) if config.resume else None
+    source = adapter if adapter is not None and config.lora_rank == 0 else preset.source
+    model = load_model(preset, str(source), device, dtype)
+    check_inputs(model, [*training, *held_out], config.max_new_tokens)
+    text_similarity = load_text_similarity(config.behaviour_model, device)
+    prepare_output(config)
+    make_trainable(
+        model,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        freeze_audio=config.freeze_audio,
+        adapter=adapter,
+    )
+    engine = TransformersEngine(model, config.rollout_batch_size)
+    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.0, weight_decay=config.weight_decay)
+    num_completed = load_trainer_state(adapter, optimizer) if adapter is not None else 0
+
+    def evaluate_now() -> Evaluation:
+        return evaluate(
+            model,
+            engine,
+            text_similarity,
+            held_out,
+            max_new_tokens=config.max_new_tokens,
+            num_samples=config.eval_samples,
+            temperature=config.temperature,
+            seed=config.seed,
+        )
+
+    before_path = config.output_dir / "evaluation_before.json"
+    if num_completed:
+        before = Evaluation.from_json(json.loads(before_path.read_text(encoding="utf-8")))
+    else:
+        before = evaluate_now()
+        write_atomically(before_path, json.dumps(before.to_json()))
+
+    interrupt = Interrupt()
+    log = RunLog(config.output_dir, config.num_steps, num_completed)
+    with interrupt.deferred(), log:
+        run_steps(config, model, engine, text_similarity, training, optimizer, num_completed, log, interrupt)
+    if interrupt.requested:
+        print(f"stopped; continue with the same command and --resume --output-dir {config.output_dir}", file=sys.stderr)
+        return INTERRUPTED
+
+    after = evaluate_now()
+    report = {
+        "before": before.report(before.text_correct),
+        "after": after.report(before.text_correct),
+        "change": after.change_since(before),
+    }
+    write_atomically(config.output_dir / "evaluation.json", json.dumps(report, indent=2) + "\n")
+    write_atomically(config.output_dir / "samples.jsonl", sample_lines(held_out, before, after))
+    print_summary(log.console, report, config.output_dir)
+    return 0
+
+
+def run_steps(
+    config: TrainConfig,
+    model: SpeechModel,
+    engine: RolloutEngine,
+    text_similarity: TextSimilarity,
+    training: Sequence[Question],
+    optimizer: torch.optim.Optimizer,
+    num_completed: int,
+    log: RunLog,
+    interrupt: Interrupt,
+) -> None:
+    """The training loop."""
+    timer = PhaseTimer()
+    history: list[dict[str, float]] = []
+    for step in range(num_completed, config.num_steps):
+        questions = [training[i] for i in batch_of_step(len(training), config.questions_per_step, step, config.seed)]
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(step)
+
+        rollout = collect_rollout(model, engine, text_similarity, questions, config, step, timer)
+        scored = None
+        for _ in range(config.updates_per_rollout):
+            scored, metrics = update_policy(model, optimizer, rollout, questions, scored, config, timer)
+
+        metrics = {"step": step + 1, "learning_rate": config.learning_rate_at(step), **metrics}
+        metrics |= rollout_metrics(rollout, scored) | timer.take()
+        history = [*history, metrics][-MAX_UNANIMOUS_STEPS * 10 :]
+        log.step(metrics)
+        done = step + 1
+        if done % config.save_every == 0 or done == config.num_steps or interrupt.requested:
+            save_checkpoint(config.output_dir, done, model, optimizer)
+        check_progress(log, metrics, history)
+        if interrupt.requested:
+            return
+
+
+def sample_lines(questions: Sequence[Question], before: Evaluation, after: Evaluation, count: int = 20) -> str:
+    """The first items' greedy completions before and after, one JSON object a line."""
+    lines = []
+    for index, question in enumerate(questions[:count]):
+        sample = {"id": question.id, "question": question.text, "answer": question.answer}
+        for name, evaluation in (("before", before), ("after", after)):
+            sample[name] = {"speech": evaluation.speech_texts[index], "text": evaluation.text_texts[index]}
+        lines.append(json.dumps(sample) + "\n")
+    return "".join(lines)
+
+
+def main() -> int:
+    import tyro
+
+    try:
+        config = tyro.cli(TrainConfig, prog="python -m tars_fast.train")
+        if config.output_dir is None:
+            name = config.model.strip("/").rpartition("/")[2]
+            config = dataclasses.replace(config, output_dir=Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        return train(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"training stopped: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""The nouns of the training loop. Shapes: N completions, T tokens, A audio tokens, D hidden size, L layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Modality(StrEnum):
+    """What a completion was conditioned on."""
+
+    SPEECH = "speech"
+    TEXT = "text"
+
+
+class UserError(Exception):
+    """Something only the user can put right; the command prints the one line and exits with status 2."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on (non-finite loss, nothing to learn from); the last checkpoint stays, exit status 1."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One item: the same question written and, where `audio` is set, spoken."""
+
+    id: str
+    text: str
+    """As written in the text prompt, lettered options included."""
+    answer: str
+    """The reference answer, one of `choices`."""
+    choices: tuple[str, ...]
+    """The answer set: what may stand for X in `The answer is X`."""
+    audio: Path | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt; every audio placeholder already stands once per audio token."""
+
+    modality: Modality
+    token_ids: tuple[int, ...]
+    audio_embeddings: Tensor | None = None
+    """[A, D] in prompt order, or None for a written prompt."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation of one prompt."""
+
+    question: int
+    """Index of the question within the rollout batch."""
+    modality: Modality
+    token_ids: tuple[int, ...]
+    """The stop token is included where one was produced."""
+    rollout_logprobs: tuple[float, ...]
+    """Log-probability of each token under the distribution it was sampled from, in nats."""
+    text: str
+    """Decoded without special tokens."""
+    truncated: bool
+    """No stop token within the length limit."""
