@@ -10,7 +10,6 @@ from typing import Literal, Self
 
 from tars_fast.types import UserError
 
-
 ASSETS = Path(__file__).parent / "assets"
 
 THINK_PROMPT = (
@@ -88,7 +87,7 @@ class TrainConfig:
     model: str = "pocket"
     """A preset (pocket, qwen2-audio-7b) or a folder with a Qwen2-Audio checkpoint."""
     data: Path | None = None
-    """Training items: a jsonl file with its recordings beside it, or a folder with one. None: the embedded spoken arithmetic."""
+    """Training items: a jsonl file with its recordings beside it, or a folder with one. None: embedded spoken arithmetic."""
     eval_data: Path | None = None
     """Evaluation items. None: the embedded held-out items, or with --data a tenth of its items, chosen by id hash."""
     output_dir: Path | None = None

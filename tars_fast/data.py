@@ -6,13 +6,11 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import ascii_uppercase
 
 import numpy as np
 
-from tars_fast.audio import load_recording
 from tars_fast.types import Question, UserError
 
 ASSETS = Path(__file__).parent / "assets" / "spoken-arithmetic"
@@ -86,24 +84,6 @@ def load_questions(source: Path) -> list[Question]:
     if not questions:
         raise UserError(f"data {source}: holds no items")
     return questions
-
-
-def check_recordings(questions: Sequence[Question], max_seconds: float) -> None:
-    """Decode every recording once, so that a bad one is found before training.
-
-    Raises:
-        UserError: the first recording, in order, that `load_recording` refuses.
-    """
-
-    def check(question: Question) -> None:
-        try:
-            load_recording(question.audio, max_seconds)
-        except UserError as error:
-            raise UserError(f"item {question.id!r}: {error}") from error
-
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(check, questions):
-            pass
 
 
 def split_by_id(questions: Sequence[Question], held_out_fraction: float) -> tuple[list[Question], list[Question]]:

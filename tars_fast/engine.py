@@ -91,9 +91,7 @@ class TransformersEngine:
                 completions[index] = sampled[place * sampling.num_completions : (place + 1) * sampling.num_completions]
         return [completion for index in range(len(prompts)) for completion in completions[index]]
 
-    def _generate_batch(
-        self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling
-    ) -> list[Completion]:
+    def _generate_batch(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
         from transformers import DynamicCache, LogitsProcessorList
 
         model = self._model

@@ -43,10 +43,12 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> Evaluation:
-        return cls(**{
-            name: tuple(value) if name.endswith("_texts") else None if value is None else np.asarray(value)
-            for name, value in values.items()
-        })
+        return cls(
+            **{
+                name: tuple(value) if name.endswith("_texts") else None if value is None else np.asarray(value)
+                for name, value in values.items()
+            }
+        )
 
     def report(self, reference_text_correct: np.ndarray) -> dict[str, object]:
         """Figures with `<name>_ci95` beside them: accuracies as fractions, MRR in percent, `unparsed` as a count.
@@ -83,9 +85,7 @@ class Evaluation:
         change: dict[str, object] = {}
         for name in names:
             key = name.replace("correct", "accuracy")
-            change[key], change[f"{key}_ci95"] = bootstrap_interval(
-                mean_difference, getattr(self, name), getattr(before, name)
-            )
+            change[key], change[f"{key}_ci95"] = bootstrap_interval(mean_difference, getattr(self, name), getattr(before, name))
         return change
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -70,6 +72,7 @@ class RunLog:
         self._task = self._progress.add_task("steps", total=num_steps, completed=num_completed)
         self._live = Live(self._progress, console=self.console, refresh_per_second=2)
         self._num_steps = num_steps
+        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
 
     def __enter__(self) -> RunLog:
         self._live.start()
@@ -85,6 +88,8 @@ class RunLog:
             file.write(json.dumps(metrics) + "\n")
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, metrics["step"])
+            if name.startswith("seconds/"):
+                self._seconds[name.removeprefix("seconds/")].append(value)
         self._progress.update(self._task, completed=metrics["step"])
         self._live.update(Group(self._progress, self._table(metrics)))
         if not self.console.is_terminal:
@@ -95,6 +100,13 @@ class RunLog:
                 f"{metrics['reward/behaviour']:.3f}  entropy {metrics['entropy/speech']:.3f}  {seconds:.1f} s",
                 highlight=False,
             )
+
+    def median_seconds(self) -> dict[str, float]:
+        """Median seconds a step of each phase, over the steps of this process."""
+        return {name: statistics.median(values) for name, values in self._seconds.items()}
+
+    def say(self, message: str) -> None:
+        self.console.print(message, highlight=False)
 
     def warn(self, message: str) -> None:
         self.console.print(f"[yellow]warning:[/yellow] {message}", highlight=False)
@@ -111,34 +123,32 @@ class RunLog:
         return table
 
 
-def print_summary(console: Console, evaluation: Mapping[str, Mapping], output_dir: Path) -> None:
-    """The run on one screen: before, after, and the paired change."""
+def print_summary(log: RunLog, evaluation: Mapping[str, Mapping], output_dir: Path) -> None:
+    """The run on one screen: before, after, the paired change, and where the time went."""
 
     def shown(report: Mapping, name: str, scale: float) -> str:
         if report.get(name) is None:
             return "-"
         low, high = report[f"{name}_ci95"]
-        return f"{scale * report[name]:.1f} ({scale * low:.1f} ... {scale * high:.1f})"
+        return f"{scale * report[name]:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
 
-    table = Table(title="Held-out items, 95 % intervals in brackets")
+    table = Table(box=box.SIMPLE_HEAD, title="Held-out items, 95 % bootstrap intervals in brackets")
     for title in ("", "before", "after", "change"):
         table.add_column(title, justify="left" if not title else "right")
     for title, name, scale in (
-        ("speech accuracy, greedy (%)", "speech_accuracy", 100),
-        ("text accuracy, greedy (%)", "text_accuracy", 100),
-        ("speech accuracy, sampled (%)", "speech_accuracy_sampled", 100),
-        ("text accuracy, sampled (%)", "text_accuracy_sampled", 100),
-        ("MRR, fixed reference (%)", "mrr", 1),
-        ("MRR, same model (%)", "mrr_same_model", 1),
-        ("behaviour similarity (%)", "behaviour_similarity", 100),
-        ("unparsed answers", "unparsed", 1),
+        ("speech, greedy %", "speech_accuracy", 100),
+        ("text, greedy %", "text_accuracy", 100),
+        ("speech, sampled %", "speech_accuracy_sampled", 100),
+        ("text, sampled %", "text_accuracy_sampled", 100),
+        ("MRR, fixed %", "mrr", 1),
+        ("MRR, same %", "mrr_same_model", 1),
+        ("behaviour sim. %", "behaviour_similarity", 100),
+        ("unparsed", "unparsed", 1),
     ):
         if name in evaluation["before"]:
             table.add_row(title, *(shown(evaluation[part], name, scale) for part in ("before", "after", "change")))
     layers = zip(evaluation["before"]["layer_cosine"], evaluation["after"]["layer_cosine"], strict=True)
-    console.print(table)
-    console.print(
-        "layer cosine, speech to text: " + ", ".join(f"{before:.3f} -> {after:.3f}" for before, after in layers),
-        highlight=False,
-    )
-    console.print(f"written to {output_dir}: evaluation.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoint-*/")
+    log.console.print(table)
+    log.say("layer cosine, speech to text: " + ", ".join(f"{before:.3f} -> {after:.3f}" for before, after in layers))
+    log.say("median seconds a step: " + ", ".join(f"{name} {value:.2f}" for name, value in log.median_seconds().items()))
+    log.say(f"written to {output_dir}: evaluation.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoint-*/")

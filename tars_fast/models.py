@@ -7,6 +7,7 @@ frames, M mel bins.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from torch import Tensor, nn
 from tars_fast.audio import SAMPLE_RATE, load_recording
 from tars_fast.config import Preset
 from tars_fast.types import Completion, Modality, Prompt, Question, UserError
+
+
+_RECORDINGS_PER_BATCH = 32
+"""Recordings in one pass of the audio tower, whose activations grow with every one."""
+
 
 def embed_audio(module: nn.Module, features: Tensor, feature_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Audio tower and projector, without the language model.
@@ -111,13 +117,48 @@ class SpeechModel:
         rendered = [self.render_prompt(question, modality) for question in questions]
         if modality is Modality.TEXT:
             return [Prompt(modality, tuple(self._tokenise(text))) for text in rendered]
-        waves = [load_recording(question.audio, self.max_audio_seconds) for question in questions]
-        with torch.set_grad_enabled(self.audio_is_trained and torch.is_grad_enabled()):
-            embeddings = self._embed_waves(waves)
+        embeddings: list[Tensor] = []
+        for start in range(0, len(questions), _RECORDINGS_PER_BATCH):
+            batch = questions[start : start + _RECORDINGS_PER_BATCH]
+            embeddings.extend(self._embed_waves([load_recording(q.audio, self.max_audio_seconds) for q in batch]))
         return [
             Prompt(modality, self._place_audio(text, len(audio)), audio)
             for text, audio in zip(rendered, embeddings, strict=True)
         ]
+
+    def _tokenise(self, text: str) -> list[int]:
+        return self.processor.tokenizer.encode(text, add_special_tokens=False)
+
+    def _place_audio(self, rendered: str, num_audio_tokens: int) -> tuple[int, ...]:
+        token_ids: list[int] = []
+        for token_id in self._tokenise(rendered):
+            token_ids.extend([token_id] * (num_audio_tokens if token_id == self.audio_token_id else 1))
+        return tuple(token_ids)
+
+    def check_questions(self, questions: Sequence[Question], max_new_tokens: int) -> None:
+        """Find every item the model cannot take, before any work on it. Spoken prompts are bounded by `max_audio_seconds`.
+
+        Raises:
+            UserError: for the first item, in order, with a recording that `load_recording` refuses, a prompt that leaves no
+                room for the completion, or a text that would be taken for speech.
+        """
+
+        def check(question: Question) -> None:
+            try:
+                load_recording(question.audio, self.max_audio_seconds)
+            except UserError as error:
+                raise UserError(f"item {question.id!r}: {error}") from error
+            token_ids = self._tokenise(self.render_prompt(question, Modality.TEXT))
+            if self.audio_token_id in token_ids:
+                raise UserError(f"item {question.id!r}: its text holds the audio placeholder; remove it")
+            if len(token_ids) + max_new_tokens > self.max_tokens:
+                raise UserError(
+                    f"item {question.id!r}: its prompt has {len(token_ids)} tokens, which with {max_new_tokens} new ones is "
+                    f"more than the model's {self.max_tokens}; shorten the item or lower --max-new-tokens"
+                )
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(check, questions))
 
     def _tokenise(self, text: str) -> list[int]:
         return self.processor.tokenizer.encode(text, add_special_tokens=False)
@@ -220,6 +261,20 @@ class Layout:
         return self.token_ids.flatten()[self.positions]
 
 
+def choose_device(device: str, dtype: str, *, uses_lora: bool) -> tuple[torch.device, torch.dtype]:
+    """Resolve `auto`: CUDA where there is one; bfloat16 there for weights that stay frozen, else float32.
+
+    Raises:
+        UserError: CUDA is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU; use --device cpu")
+    chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        return chosen, torch.bfloat16 if chosen.type == "cuda" and uses_lora else torch.float32
+    return chosen, getattr(torch, dtype)
+
+
 def load_model(preset: Preset, source: str, device: torch.device, dtype: torch.dtype) -> SpeechModel:
     """Load a checkpoint, or an adapter on top of the base it names, with plain transformers.
 
@@ -227,7 +282,9 @@ def load_model(preset: Preset, source: str, device: torch.device, dtype: torch.d
         UserError: it cannot be found or read, or is not a Qwen2-Audio model.
     """
     from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         if not (Path(source) / "adapter_config.json").is_file():
             architecture = AutoConfig.from_pretrained(source).model_type
@@ -243,7 +300,7 @@ def load_model(preset: Preset, source: str, device: torch.device, dtype: torch.d
 
 
 def make_trainable(model: SpeechModel, *, lora_rank: int, lora_alpha: float, freeze_audio: bool, adapter: Path | None) -> None:
-    """Choose what training changes: LoRA on every linear layer of the language model, or the whole language model with its head.
+    """Choose what training changes: LoRA on all linear layers of the language model, or the whole of it with its head.
 
     The module stays in eval mode throughout: dropout, LoRA's included, would make rollout, reward and loss three policies.
 

@@ -33,20 +33,20 @@ from torch import Tensor
 
 from tars_fast.advantages import centred_advantages, disagreeing_groups, group_indices
 from tars_fast.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint, write_atomically
+from tars_fast.cli import run_command
 from tars_fast.config import TrainConfig, find_preset
 from tars_fast.data import (
     HELD_OUT_DATA,
     TRAINING_DATA,
     batch_of_step,
     check_leaks,
-    check_recordings,
     load_questions,
     split_by_id,
 )
 from tars_fast.engine import RolloutEngine, Sampling, TransformersEngine
 from tars_fast.evaluation import Evaluation, evaluate
 from tars_fast.log import PhaseTimer, RunLog, print_summary
-from tars_fast.models import SpeechModel, load_model, make_trainable
+from tars_fast.models import SpeechModel, choose_device, load_model, make_trainable
 from tars_fast.rewards import (
     AnswerRewards,
     TextSimilarity,
@@ -310,16 +310,6 @@ class Interrupt:
             signal.signal(signal.SIGINT, previous)
 
 
-def choose_device(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
-    """Raises UserError where CUDA is asked for and there is none."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA GPU is visible to torch; use --device cpu")
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if config.dtype == "auto":
-        return device, torch.bfloat16 if device.type == "cuda" and config.lora_rank else torch.float32
-    return device, getattr(torch, config.dtype)
-
-
 def load_data(config: TrainConfig) -> tuple[list[Question], list[Question]]:
     """(training, evaluation) items, checked not to overlap."""
     if config.data is None:
@@ -330,13 +320,6 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question]]:
         training, held_out = load_questions(config.data), load_questions(config.eval_data)
     check_leaks(training, held_out)
     return training, held_out
-
-
-def check_inputs(model: SpeechModel, questions: Sequence[Question], max_new_tokens: int) -> None:
-    """Find every input the model cannot take before any training. Raises UserError for the first."""
-    check_recordings(questions, model.max_audio_seconds)
-    for question in questions:
-        model.check_length(question, max_new_tokens)
 
 
 def prepare_output(config: TrainConfig) -> None:
@@ -381,14 +364,17 @@ def check_progress(log: RunLog, metrics: dict[str, float], history: list[dict[st
 def train(config: TrainConfig) -> int:
     """Run the whole job; returns the exit status."""
     preset = find_preset(config.model)
+    if config.output_dir is None:
+        name = f"{config.model.strip('/').rpartition('/')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
+        config = dataclasses.replace(config, output_dir=Path("runs") / name)
     config = config.resolve(preset)
-    device, dtype = choose_device(config)
+    device, dtype = choose_device(config.device, config.dtype, uses_lora=config.lora_rank > 0)
     training, held_out = load_data(config)
     torch.manual_seed(config.seed)
     adapter = latest_checkpoint(config.output_dir) if config.resume else None
     source = adapter if adapter is not None and config.lora_rank == 0 else preset.source
     model = load_model(preset, str(source), device, dtype)
-    check_inputs(model, [*training, *held_out], config.max_new_tokens)
+    model.check_questions([*training, *held_out], config.max_new_tokens)
     text_similarity = load_text_similarity(config.behaviour_model, device)
     prepare_output(config)
     make_trainable(
@@ -414,21 +400,28 @@ def train(config: TrainConfig) -> int:
             seed=config.seed,
         )
 
+    log = RunLog(config.output_dir, config.num_steps, num_completed)
+    num_trainable = sum(parameter.numel() for parameter in model.trainable_parameters())
+    log.say(
+        f"{config.model} on {device}, {dtype}, {model.module.config._attn_implementation} attention, {num_trainable:,} "
+        f"trainable parameters; {len(training)} training and {len(held_out)} evaluation items; writing to {config.output_dir}"
+    )
     before_path = config.output_dir / "evaluation_before.json"
     if num_completed:
         before = Evaluation.from_json(json.loads(before_path.read_text(encoding="utf-8")))
     else:
+        log.say("evaluating before training")
         before = evaluate_now()
         write_atomically(before_path, json.dumps(before.to_json()))
 
     interrupt = Interrupt()
-    log = RunLog(config.output_dir, config.num_steps, num_completed)
     with interrupt.deferred(), log:
         run_steps(config, model, engine, text_similarity, training, optimizer, num_completed, log, interrupt)
     if interrupt.requested:
         print(f"stopped; continue with the same command and --resume --output-dir {config.output_dir}", file=sys.stderr)
         return INTERRUPTED
 
+    log.say("evaluating after training")
     after = evaluate_now()
     report = {
         "before": before.report(before.text_correct),
@@ -437,7 +430,7 @@ def train(config: TrainConfig) -> int:
     }
     write_atomically(config.output_dir / "evaluation.json", json.dumps(report, indent=2) + "\n")
     write_atomically(config.output_dir / "samples.jsonl", sample_lines(held_out, before, after))
-    print_summary(log.console, report, config.output_dir)
+    print_summary(log, report, config.output_dir)
     return 0
 
 
@@ -489,20 +482,7 @@ def sample_lines(questions: Sequence[Question], before: Evaluation, after: Evalu
 
 
 def main() -> int:
-    import tyro
-
-    try:
-        config = tyro.cli(TrainConfig, prog="python -m tars_fast.train")
-        if config.output_dir is None:
-            name = config.model.strip("/").rpartition("/")[2]
-            config = dataclasses.replace(config, output_dir=Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        return train(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"training stopped: {error}", file=sys.stderr)
-        return 1
+    return run_command(train, TrainConfig, "python -m tars_fast.train")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tars_kernels.reference import pool_sequences
 
 
 class LayerPooler:
-    """Means of every layer's output over each sequence, taken by forward hooks.
+    """Means of every layer's output over each sequence, taken by forward hooks and without a gradient, as rewards want them.
 
     Entry l of the result is what Hugging Face calls `hidden_states[l + 1]`: the outputs of layers 1 .. L-1, and for the last
     entry the output of the final norm. Embeddings (`hidden_states[0]`) are not pooled.
@@ -25,12 +25,10 @@ class LayerPooler:
     Args:
         layers: the decoder layers, in order.
         final_norm: the norm after the last of them.
-        detach: pool without a gradient, as rewards want; False to use the pooled states in a loss.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], final_norm: nn.Module, *, detach: bool = True):
+    def __init__(self, layers: Sequence[nn.Module], final_norm: nn.Module):
         self._modules = [*layers[:-1], final_norm]
-        self._detach = detach
         self._pooled: list[Tensor | None] = []
 
     @property
@@ -60,8 +58,8 @@ class LayerPooler:
         def record(index: int):
             def hook(_module, _inputs, output):
                 states = output[0] if isinstance(output, tuple) else output
-                packed = states.flatten(0, -2)[positions]
-                self._pooled[index] = pool_sequences(packed.detach() if self._detach else packed, cu_seqlens)
+                packed = states.detach().flatten(0, -2)[positions]
+                self._pooled[index] = pool_sequences(packed, cu_seqlens)
 
             return hook
 

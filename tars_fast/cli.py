@@ -1,0 +1,31 @@
+"""How every command starts and ends: settings from the command line, errors as one line, exit statuses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from tars_fast.types import TrainingError, UserError
+
+Config = TypeVar("Config")
+
+FAILED = 1
+MISUSED = 2
+
+
+def run_command(command: Callable[[Config], int], config_class: type[Config], program: str) -> int:
+    """Parse the command line into `config_class`, run `command`, and return its exit status.
+
+    1 where training cannot go on, 2 where the user has something to put right; any other exception is a defect and propagates.
+    """
+    import tyro
+
+    try:
+        return command(tyro.cli(config_class, prog=program))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISUSED
+    except TrainingError as error:
+        print(f"training stopped: {error}", file=sys.stderr)
+        return FAILED

@@ -1,0 +1,94 @@
+"""Evaluate a model or checkpoint on spoken and written versions of the same items: `python -m tars_fast.evaluate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from tars_fast.checkpoint import write_atomically
+from tars_fast.cli import run_command
+from tars_fast.config import find_preset
+from tars_fast.data import HELD_OUT_DATA, load_questions
+from tars_fast.engine import TransformersEngine
+from tars_fast.evaluation import evaluate
+from tars_fast.models import choose_device, load_model
+from tars_fast.rewards import load_text_similarity
+from tars_fast.types import UserError
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Accuracy on spoken and written input, modality recovery rate, similarity of answers and of hidden states."""
+
+    model: str = "pocket"
+    """A preset, or a checkpoint folder."""
+    data: Path = HELD_OUT_DATA
+    """Items: a jsonl file with its recordings beside it, or a folder with one."""
+    output: Path | None = None
+    """JSON file for the figures. None: print only."""
+    reference_text_accuracy: float | None = None
+    """Text accuracy (fraction) of the fixed reference that MRR divides by. None: this model's own."""
+    samples: int = 0
+    """Completions an item, at --temperature, behind the sampled accuracies; 0 leaves them out."""
+    temperature: float = 1.0
+    """Of the sampled completions."""
+    max_new_tokens: int | None = None
+    """Longest completion, in tokens. None: the preset's."""
+    behaviour_model: str = "auto"
+    """Text embedder behind behaviour_similarity. auto: the preset's."""
+    batch_size: int = 128
+    """Completions generated at once."""
+    seed: int = 0
+    """Of the sampled completions."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights. auto: bfloat16 on CUDA, else float32."""
+
+    def __post_init__(self) -> None:
+        if self.reference_text_accuracy is not None and not 0 < self.reference_text_accuracy <= 1:
+            raise UserError(f"--reference-text-accuracy {self.reference_text_accuracy}: a fraction above 0 and at most 1")
+        for name, value in (("temperature", self.temperature), ("batch-size", self.batch_size)):
+            if not value > 0:
+                raise UserError(f"--{name} {value}: must be greater than 0")
+
+
+def run_evaluation(config: EvaluateConfig) -> int:
+    preset = find_preset(config.model)
+    device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
+    questions = load_questions(config.data)
+    model = load_model(preset, preset.source, device, dtype)
+    max_new_tokens = config.max_new_tokens or preset.max_new_tokens
+    model.check_questions(questions, max_new_tokens)
+    behaviour_model = preset.behaviour_model if config.behaviour_model == "auto" else config.behaviour_model
+    evaluation = evaluate(
+        model,
+        TransformersEngine(model, config.batch_size),
+        load_text_similarity(behaviour_model, device),
+        questions,
+        max_new_tokens=max_new_tokens,
+        num_samples=config.samples,
+        temperature=config.temperature,
+        seed=config.seed,
+    )
+    reference = evaluation.text_correct
+    if config.reference_text_accuracy is not None:
+        reference = np.full_like(reference, config.reference_text_accuracy)
+    report = json.dumps(evaluation.report(reference), indent=2)
+    print(report)
+    if config.output is not None:
+        write_atomically(config.output, report + "\n")
+    return 0
+
+
+def main() -> int:
+    return run_command(run_evaluation, EvaluateConfig, "python -m tars_fast.evaluate")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Fixtures around the embedded model: 1.2 M parameters, so the real thing runs wherever a mock would."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from tars_fast.config import PRESETS, TrainConfig
+from tars_fast.data import TRAINING_DATA, load_questions
+from tars_fast.models import SpeechModel, load_model, make_trainable
+
+# More threads than one gain nothing at this width, and sums then do not depend on the machine's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
+def new_model(lora_rank: int = 0) -> SpeechModel:
+    preset = PRESETS["pocket"]
+    model = load_model(preset, preset.source, torch.device("cpu"), torch.float32)
+    make_trainable(model, lora_rank=lora_rank, lora_alpha=32.0, freeze_audio=True, adapter=None)
+    return model
+
+
+@pytest.fixture
+def model() -> SpeechModel:
+    """A fresh fully trainable embedded model; tests may change its weights."""
+    return new_model()
+
+
+@pytest.fixture
+def lora_model() -> SpeechModel:
+    return new_model(lora_rank=4)
+
+
+@pytest.fixture(scope="session")
+def questions():
+    return load_questions(TRAINING_DATA)[:6]
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    return TrainConfig(output_dir=tmp_path, questions_per_step=4, num_steps=4).resolve(PRESETS["pocket"])
