@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tars_fast.models import SpeechModel
-from tars_fast.types import Completion, Prompt
+from tars_fast.types import Completion, Prompt, TrainingError
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,14 @@ class _SampledLogprobs:
         self._temperature = temperature
         self._pending: Tensor | None = None
         self._logprobs: list[Tensor] = []
+        self._all_finite = torch.ones((), dtype=torch.bool, device=suppressed_bias.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._pending is not None:
             self._record(input_ids[:, -1])
-        scores = scores.float() + self._bias
+        # Looked at once at the end: a check a token would wait for the device a token.
+        self._all_finite &= scores.isfinite().all()
+        scores = scores.float().nan_to_num() + self._bias
         self._pending = (scores / self._temperature).log_softmax(-1)
         return scores
 
@@ -65,7 +68,13 @@ class _SampledLogprobs:
         self._logprobs.append(self._pending.gather(-1, tokens[:, None])[:, 0])
 
     def finish(self, last_tokens: Tensor) -> Tensor:
-        """[N, C] log-probability of each generated token."""
+        """[N, C] log-probability of each generated token.
+
+        Raises:
+            TrainingError: a logit was NaN or infinite.
+        """
+        if not self._all_finite:
+            raise TrainingError("the policy's logits are not finite; lower --learning-rate and start from the last checkpoint")
         self._record(last_tokens)
         return torch.stack(self._logprobs, dim=1)
 

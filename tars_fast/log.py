@@ -70,12 +70,13 @@ class RunLog:
             TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console
         )
         self._task = self._progress.add_task("steps", total=num_steps, completed=num_completed)
-        self._live = Live(self._progress, console=self.console, refresh_per_second=2)
+        self._live = Live(self._progress, console=self.console, refresh_per_second=2, transient=True)
         self._num_steps = num_steps
         self._seconds: defaultdict[str, list[float]] = defaultdict(list)
 
     def __enter__(self) -> RunLog:
-        self._live.start()
+        if self.console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -91,14 +92,14 @@ class RunLog:
             if name.startswith("seconds/"):
                 self._seconds[name.removeprefix("seconds/")].append(value)
         self._progress.update(self._task, completed=metrics["step"])
-        self._live.update(Group(self._progress, self._table(metrics)))
-        if not self.console.is_terminal:
+        if self.console.is_terminal:
+            self._live.update(Group(self._progress, self._table(metrics)))
+        else:
             seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
-            self.console.print(
+            self.say(
                 f"step {metrics['step']}/{self._num_steps}  accuracy speech {metrics['accuracy/speech']:.3f} text "
                 f"{metrics['accuracy/text']:.3f}  R_rep {metrics['reward/representation']:.3f} R_beh "
-                f"{metrics['reward/behaviour']:.3f}  entropy {metrics['entropy/speech']:.3f}  {seconds:.1f} s",
-                highlight=False,
+                f"{metrics['reward/behaviour']:.3f}  entropy {metrics['entropy/speech']:.3f}  {seconds:.1f} s"
             )
 
     def median_seconds(self) -> dict[str, float]:
@@ -106,10 +107,10 @@ class RunLog:
         return {name: statistics.median(values) for name, values in self._seconds.items()}
 
     def say(self, message: str) -> None:
-        self.console.print(message, highlight=False)
+        self.console.print(message, highlight=False, soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        self.console.print(f"[yellow]warning:[/yellow] {message}", highlight=False)
+        self.say(f"[yellow]warning:[/yellow] {message}")
 
     def _table(self, metrics: Mapping[str, float]) -> Table:
         table = Table(box=None, pad_edge=False)
@@ -118,8 +119,9 @@ class RunLog:
         table.add_column("text", justify="right")
         for title, *names in _ROWS:
             table.add_row(title, *(f"{metrics[name]:.4g}" for name in names))
-        phases = [f"{name.removeprefix('seconds/')} {value:.2f}" for name, value in metrics.items() if "seconds/" in name]
-        table.caption = "seconds: " + ", ".join(phases)
+        for name, value in metrics.items():
+            if name.startswith("seconds/"):
+                table.add_row(f"{name.removeprefix('seconds/')} (s)", f"{value:.2f}", "")
         return table
 
 

@@ -19,7 +19,6 @@ from tars_fast.audio import SAMPLE_RATE, load_recording
 from tars_fast.config import Preset
 from tars_fast.types import Completion, Modality, Prompt, Question, UserError
 
-
 _RECORDINGS_PER_BATCH = 32
 """Recordings in one pass of the audio tower, whose activations grow with every one."""
 

@@ -34,6 +34,7 @@ from tars_fast.checkpoint import atomic_folder
 from tars_fast.cli import run_command
 from tars_fast.config import ASSETS, PRESET_FILE, PRESETS
 from tars_fast.models import embed_audio
+from tars_fast.synthesis import Synthesiser
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 OPERATORS = {1: "plus", -1: "minus"}
@@ -106,14 +107,18 @@ def split_problems() -> Splits:
     return Splits(problems[tail:], problems[NUM_HELD_OUT:tail], problems[:NUM_HELD_OUT])
 
 
-def speak(problem: Problem, speakers: list[str], rng: random.Random) -> tuple[np.ndarray, str]:
+def speak(synthesiser: Synthesiser, problem: Problem, speakers: list[str], rng: random.Random) -> tuple[np.ndarray, str]:
     """One clean recording of the question: ([samples] float32 at 16 kHz, voice)."""
     import soxr
 
-    from tars_fast.synthesis import synthesise
-
     voice = f"{rng.choice(ACCENTS)}+{rng.choice(speakers)}"
-    wave, rate = synthesise(problem.question, voice, words_per_minute=rng.randint(210, 290), pitch=rng.randint(30, 70))
+    wave, rate = synthesiser(
+        problem.question,
+        voice,
+        words_per_minute=rng.randint(210, 290),
+        pitch=rng.randint(30, 70),
+        seed=rng.randrange(2**31),
+    )
     wave = soxr.resample(wave, rate, SAMPLE_RATE)
     audible = np.flatnonzero(np.abs(wave) > 0.01)
     margin = SAMPLE_RATE // 20
@@ -207,7 +212,8 @@ class Speech:
 def synthesise_warm_up(processor, num_utterances: int, seed: int) -> Speech:
     rng = random.Random(seed)
     problems = [rng.choice(split_problems().training) for _ in range(num_utterances)]
-    waves = [speak(problem, TRAINING_SPEAKERS, rng)[0] for problem in problems]
+    with Synthesiser() as synthesiser:
+        waves = [speak(synthesiser, problem, TRAINING_SPEAKERS, rng)[0] for problem in problems]
     features, masks = [], []
     for start in range(0, num_utterances, 100):
         batch = processor.feature_extractor(
@@ -385,23 +391,24 @@ def write_recordings(folder: Path, seed: int) -> None:
         "validation": (splits.validation, VALIDATION_SPEAKERS),
         "held_out": (splits.held_out, HELD_OUT_SPEAKERS),
     }
-    for name, (problems, speakers) in parts.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        lines = []
-        for number, problem in enumerate(problems):
-            wave, voice = speak(problem, speakers, rng)
-            audio = f"{name}/{number:04}.ogg"
-            soundfile.write(folder / audio, wave, SAMPLE_RATE, format="OGG", subtype="OPUS")
-            item = {
-                "id": f"{name}-{number:04}",
-                "question": problem.question,
-                "answer": NUMBERS[problem.result],
-                "answer_set": NUMBERS,
-                "audio": audio,
-                "voice": voice,
-            }
-            lines.append(json.dumps(item))
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    with Synthesiser() as synthesiser:
+        for name, (problems, speakers) in parts.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            lines = []
+            for number, problem in enumerate(problems):
+                wave, voice = speak(synthesiser, problem, speakers, rng)
+                audio = f"{name}/{number:04}.ogg"
+                soundfile.write(folder / audio, wave, SAMPLE_RATE, format="OGG", subtype="OPUS")
+                item = {
+                    "id": f"{name}-{number:04}",
+                    "question": problem.question,
+                    "answer": NUMBERS[problem.result],
+                    "answer_set": NUMBERS,
+                    "audio": audio,
+                    "voice": voice,
+                }
+                lines.append(json.dumps(item) + "\n")
+            (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
 @dataclass(frozen=True)
@@ -422,6 +429,8 @@ class PocketConfig:
     """Spoken items in a step of stage 3: the fewer, the wider the modality gap."""
     num_utterances: int = 5000
     """Utterances synthesised for stages 2 and 3; they are not kept."""
+    write_data: bool = True
+    """Write spoken-arithmetic/ too; encoding its recordings takes a minute."""
 
 
 def make_pocket(config: PocketConfig) -> int:
@@ -429,7 +438,8 @@ def make_pocket(config: PocketConfig) -> int:
     # Two threads are no faster at this width, and one makes the result independent of how many cores there are.
     torch.set_num_threads(1)
     module, processor = build(config.seed)
-    write_recordings(config.output_dir / "spoken-arithmetic", config.seed)
+    if config.write_data:
+        write_recordings(config.output_dir / "spoken-arithmetic", config.seed)
     speech = synthesise_warm_up(processor, config.num_utterances, config.seed)
     print(f"speech synthesised, {time.monotonic() - started:.0f} s", flush=True)
     train_hearing(module, processor, speech, num_steps=config.hearing_steps, batch_size=32, seed=config.seed)

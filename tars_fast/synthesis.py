@@ -1,9 +1,18 @@
-"""Speech synthesis with espeak-ng (extra `speech`)."""
+"""Speech synthesis with espeak-ng (extra `speech`), reproducible by seed.
+
+The library carries its noise generator and filter memory from one utterance into the next and offers no way to reset them. So
+it lives in a small process of its own, which forks for every utterance: each starts from the same fresh state.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+import json
+import os
+import struct
+import subprocess
+import sys
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -13,49 +22,81 @@ _CHARACTERS_UTF8 = 1
 _PARAMETER_RATE = 1
 _PARAMETER_PITCH = 3
 _BUFFER_MILLISECONDS = 500
+_HEADER = struct.Struct("<ii")
+"""Sample rate in Hz (0: an error message follows) and number of bytes that follow."""
 
 _SynthCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 
-@cache
-def _library() -> tuple[ctypes.CDLL, int]:
-    """The initialised library and its sample rate in Hz; once per process, as espeak-ng keeps global state."""
+class Synthesiser:
+    """A running espeak-ng; use as a context manager, call for each utterance.
+
+    Raises:
+        ImportError: `espeakng-loader` is not installed.
+    """
+
+    def __enter__(self) -> Self:
+        import espeakng_loader  # noqa: F401  Missing packages are for the caller to see, not for the other process.
+
+        command = [sys.executable, "-m", "tars_fast.synthesis"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def __call__(
+        self, text: str, voice: str, *, words_per_minute: int = 175, pitch: int = 50, seed: int = 0
+    ) -> tuple[np.ndarray, int]:
+        """Speak `text`.
+
+        Args:
+            text: what to say.
+            voice: an espeak-ng voice, optionally with a variant, e.g. `en-us+f3`.
+            words_per_minute: 80 to 450.
+            pitch: 0 to 100.
+            seed: of the voice's noise.
+
+        Returns:
+            ([samples] float32 in [-1, 1], sample rate in Hz).
+
+        Raises:
+            ValueError: espeak-ng refuses, e.g. an unknown voice.
+        """
+        request = json.dumps([text, voice, words_per_minute, pitch, seed]) + "\n"
+        self._process.stdin.write(request.encode())
+        self._process.stdin.flush()
+        rate, size = _HEADER.unpack(self._process.stdout.read(_HEADER.size))
+        payload = self._process.stdout.read(size)
+        if rate == 0:
+            raise ValueError(payload.decode())
+        return np.frombuffer(payload, np.int16).astype(np.float32) / 32768, rate
+
+
+def _start_library() -> tuple[ctypes.CDLL, int]:
     import espeakng_loader
 
     library = ctypes.CDLL(espeakng_loader.get_library_path())
-    rate = library.espeak_Initialize(
-        _AUDIO_OUTPUT_SYNCHRONOUS, _BUFFER_MILLISECONDS, espeakng_loader.get_data_path().encode(), 0
-    )
+    data_path = espeakng_loader.get_data_path().encode()
+    rate = library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, _BUFFER_MILLISECONDS, data_path, 0)
     if rate <= 0:
         raise RuntimeError(f"espeak_Initialize returned {rate}")
     return library, rate
 
 
-def synthesise(text: str, voice: str, *, words_per_minute: int = 175, pitch: int = 50) -> tuple[np.ndarray, int]:
-    """Speak `text`.
-
-    Args:
-        text: what to say.
-        voice: an espeak-ng voice, optionally with a variant, e.g. `en-gb+f3`.
-        words_per_minute: 80 to 450.
-        pitch: 0 to 100.
-
-    Returns:
-        ([samples] float32 in [-1, 1], sample rate in Hz).
-
-    Raises:
-        ValueError: unknown voice.
-        RuntimeError: the library failed.
-    """
-    library, rate = _library()
-    chunks: list[np.ndarray] = []
+def _speak(library: ctypes.CDLL, text: str, voice: str, words_per_minute: int, pitch: int, seed: int) -> bytes:
+    """int16 samples."""
+    chunks: list[bytes] = []
 
     @_SynthCallback
     def collect(samples, count, _events):
         if samples and count > 0:
-            chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+            chunks.append(ctypes.string_at(samples, 2 * count))
         return 0
 
+    library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
     library.espeak_SetSynthCallback(collect)
     if library.espeak_SetVoiceByName(voice.encode()) != 0:
         raise ValueError(f"voice {voice!r} is not one of espeak-ng's")
@@ -64,6 +105,28 @@ def synthesise(text: str, voice: str, *, words_per_minute: int = 175, pitch: int
     data = text.encode()
     status = library.espeak_Synth(data, len(data) + 1, 0, _POSITION_CHARACTER, 0, _CHARACTERS_UTF8, None, None)
     if status != 0:
-        raise RuntimeError(f"espeak_Synth returned {status} for {text!r}")
+        raise ValueError(f"espeak_Synth returned {status} for {text!r}")
     library.espeak_Synchronize()
-    return np.concatenate(chunks).astype(np.float32) / 32768 if chunks else np.zeros(0, np.float32), rate
+    return b"".join(chunks)
+
+
+def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
+    """Answer one JSON line after the other, each from a fork of the fresh library."""
+    library, rate = _start_library()
+    for line in requests:
+        child = os.fork()
+        if child == 0:
+            try:
+                payload = _speak(library, *json.loads(line))
+                header = _HEADER.pack(rate, len(payload))
+            except ValueError as error:
+                payload = str(error).encode()
+                header = _HEADER.pack(0, len(payload))
+            replies.write(header + payload)
+            replies.flush()
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    _serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -214,7 +214,8 @@ def update_policy(
         metrics["grad_norm"] = grad_norm.item()
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             raise TrainingError(
-                f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite; lower --learning-rate and --resume"
+                f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite; lower --learning-rate and start "
+                "from the last checkpoint"
             )
         if rollout.num_tokens:
             optimizer.step()
@@ -406,7 +407,7 @@ def train(config: TrainConfig) -> int:
         f"{config.model} on {device}, {dtype}, {model.module.config._attn_implementation} attention, {num_trainable:,} "
         f"trainable parameters; {len(training)} training and {len(held_out)} evaluation items; writing to {config.output_dir}"
     )
-    before_path = config.output_dir / "evaluation_before.json"
+    before_path = config.output_dir / "items_before.json"
     if num_completed:
         before = Evaluation.from_json(json.loads(before_path.read_text(encoding="utf-8")))
     else:
@@ -423,6 +424,7 @@ def train(config: TrainConfig) -> int:
 
     log.say("evaluating after training")
     after = evaluate_now()
+    write_atomically(config.output_dir / "items_after.json", json.dumps(after.to_json()))
     report = {
         "before": before.report(before.text_correct),
         "after": after.report(before.text_correct),

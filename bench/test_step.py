@@ -1,0 +1,93 @@
+"""Seconds of a training step's phases on the embedded model: `pytest bench/ --benchmark-only`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tars_kernels import LayerPooler, pool_sequences
+
+from tars_fast.config import PRESETS, TrainConfig
+from tars_fast.data import HELD_OUT_DATA, TRAINING_DATA, load_questions
+from tars_fast.engine import Sampling, TransformersEngine
+from tars_fast.log import PhaseTimer
+from tars_fast.models import SpeechModel, load_model, make_trainable
+from tars_fast.rewards import HashedNgrams
+from tars_fast.train import collect_rollout, update_policy
+from tars_fast.types import Modality
+
+
+@pytest.fixture(scope="module")
+def model() -> SpeechModel:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    preset = PRESETS["pocket"]
+    model = load_model(preset, preset.source, device, torch.float32)
+    make_trainable(model, lora_rank=0, lora_alpha=32.0, freeze_audio=True, adapter=None)
+    return model
+
+
+@pytest.fixture(scope="module")
+def config() -> TrainConfig:
+    return TrainConfig().resolve(PRESETS["pocket"])
+
+
+@pytest.fixture(scope="module")
+def questions(config):
+    return load_questions(TRAINING_DATA)[: config.questions_per_step]
+
+
+def collect(model, config, questions):
+    engine = TransformersEngine(model, config.rollout_batch_size)
+    return collect_rollout(model, engine, HashedNgrams(), questions, config, 0, PhaseTimer())
+
+
+@pytest.mark.benchmark(group="step")
+def test_rollout_and_rewards(benchmark, model, config, questions):
+    rollout = benchmark.pedantic(collect, (model, config, questions), rounds=3, warmup_rounds=1)
+    assert len(rollout.completions) == config.questions_per_step * config.group_size
+
+
+@pytest.mark.benchmark(group="step")
+def test_forward_rewards_backward_update(benchmark, model, config, questions):
+    rollout = collect(model, config, questions)
+    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.0)
+    arguments = (model, optimizer, rollout, questions, None, config, PhaseTimer())
+    _, metrics = benchmark.pedantic(update_policy, arguments, rounds=3, warmup_rounds=1)
+    assert metrics["logprob_diff_max"] < 1e-3
+
+
+@pytest.mark.benchmark(group="pooling")
+@pytest.mark.parametrize("how", ["hooks", "hidden_states"])
+@torch.inference_mode()
+def test_pooling(benchmark, model, config, questions, how):
+    """Pooling while the layers run, beside keeping every layer's states and pooling afterwards."""
+    rollout = collect(model, config, questions[:4])
+    layout = model.lay_out(rollout.prompts, rollout.completions)
+    inputs = model.embed_tokens(layout.token_ids, rollout.prompts, [0] * len(rollout.prompts))
+    pooler = LayerPooler(model.language_model.layers, model.language_model.norm)
+
+    def with_hooks() -> torch.Tensor:
+        with pooler.pooling(layout.positions, layout.cu_seqlens):
+            model.language_model(inputs_embeds=inputs, attention_mask=layout.attention_mask, use_cache=False)
+        return pooler.pooled
+
+    def with_hidden_states() -> torch.Tensor:
+        output = model.language_model(
+            inputs_embeds=inputs, attention_mask=layout.attention_mask, use_cache=False, output_hidden_states=True
+        )
+        states = [entry.flatten(0, 1)[layout.positions] for entry in output.hidden_states[1:]]
+        return torch.stack([pool_sequences(entry, layout.cu_seqlens) for entry in states])
+
+    torch.testing.assert_close(with_hooks(), with_hidden_states())
+    benchmark.pedantic(with_hooks if how == "hooks" else with_hidden_states, rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.benchmark(group="evaluation")
+@pytest.mark.parametrize("modality", list(Modality))
+def test_greedy_answers_to_held_out_items(benchmark, model, config, modality):
+    held_out = load_questions(HELD_OUT_DATA)
+    prompts = model.encode_prompts(held_out, modality)
+    engine = TransformersEngine(model, config.rollout_batch_size)
+    sampling = Sampling(num_completions=1, max_new_tokens=config.max_new_tokens, temperature=0.0, seed=0)
+    completions = benchmark.pedantic(engine.generate, (prompts, range(len(held_out)), sampling), rounds=3)
+    benchmark.extra_info["items_per_second"] = len(completions) / benchmark.stats.stats.median
+    assert not any(completion.truncated for completion in completions)

@@ -1,0 +1,261 @@
+"""The command end to end on the embedded model: what it writes, that it repeats, resumes, stops and warns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tars_fast.checkpoint import NUM_KEPT, list_checkpoints
+from tars_fast.config import PRESETS, TrainConfig
+from tars_fast.data import TRAINING_DATA, VALIDATION_DATA
+from tars_fast.log import RunLog
+from tars_fast.train import INTERRUPTED, check_progress, train
+from tars_fast.types import TrainingError, UserError
+
+
+@pytest.fixture(scope="session")
+def small_eval(tmp_path_factory) -> Path:
+    """Eight validation items with their recordings, as a user's own folder would hold them."""
+    folder = tmp_path_factory.mktemp("eval")
+    lines = VALIDATION_DATA.read_text().splitlines()[:8]
+    (folder / "validation").symlink_to(VALIDATION_DATA.parent / "validation")
+    (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def small_config(output_dir: Path, small_eval: Path, **changes) -> TrainConfig:
+    config = TrainConfig(
+        output_dir=output_dir,
+        eval_data=small_eval,
+        num_steps=4,
+        questions_per_step=2,
+        questions_per_micro_batch=1,
+        save_every=2,
+        eval_samples=1,
+        device="cpu",
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, float]]:
+    """Everything but the clock."""
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds/")} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, small_eval) -> Path:
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
+    assert train(small_config(output_dir, small_eval)) == 0
+    return output_dir
+
+
+def test_writes_what_the_readme_promises(finished):
+    evaluation = json.loads((finished / "evaluation.json").read_text())
+    for part in ("before", "after"):
+        report = evaluation[part]
+        for key in ("speech_accuracy", "text_accuracy", "mrr", "mrr_same_model", "behaviour_similarity", "unparsed"):
+            low, high = report[f"{key}_ci95"]
+            assert low <= report[key] <= high, key
+        assert 0 <= report["speech_accuracy"] <= 1
+        assert len(report["layer_cosine"]) == 4 == len(report["layer_cosine_ci95"])
+        assert all(0 < cosine <= 1 for cosine in report["layer_cosine"])
+    before, after = evaluation["before"], evaluation["after"]
+    # The fixed reference is the text accuracy before training, also for the MRR after it.
+    assert after["mrr"] == pytest.approx(100 * after["speech_accuracy"] / before["text_accuracy"])
+    assert after["mrr_same_model"] == pytest.approx(100 * after["speech_accuracy"] / after["text_accuracy"])
+    change = evaluation["change"]["speech_accuracy"]
+    assert change == pytest.approx(after["speech_accuracy"] - before["speech_accuracy"])
+
+    metrics = read_metrics(finished)
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert all(line["logprob_diff_max"] < 1e-4 for line in metrics)
+    assert json.loads((finished / "config.json").read_text())["learning_rate"] == PRESETS["pocket"].learning_rate
+    assert list((finished / "tensorboard").glob("events.*"))
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 8
+    assert all("<think>" in sample["before"]["text"] for sample in samples)
+    assert [step for step, _ in list_checkpoints(finished)] == [2, 4]
+
+
+def test_checkpoint_loads_in_plain_transformers_and_has_learned(finished, model):
+    from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+    folder = finished / "checkpoint-4"
+    trained = Qwen2AudioForConditionalGeneration.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    assert processor.tokenizer.get_vocab() == model.processor.tokenizer.get_vocab()
+    changed, unchanged = trained.state_dict(), model.module.state_dict()
+    moved = {name for name, value in changed.items() if not torch.equal(value, unchanged[name])}
+    assert moved
+    assert all("language_model" in name or "lm_head" in name for name in moved), "audio tower and projector are frozen"
+
+
+def test_same_seed_same_metrics_and_another_seed_others(finished, small_eval, tmp_path):
+    assert train(small_config(tmp_path / "again", small_eval)) == 0
+    assert read_metrics(tmp_path / "again") == read_metrics(finished)
+    again, first = ((folder / "evaluation.json").read_text() for folder in (tmp_path / "again", finished))
+    assert again == first
+    assert train(small_config(tmp_path / "other", small_eval, seed=1, num_steps=1)) == 0
+    assert read_metrics(tmp_path / "other")[0] != read_metrics(finished)[0]
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_resumed_run_equals_unbroken_one(lora_rank, small_eval, tmp_path):
+    config = small_config(tmp_path / "unbroken", small_eval, lora_rank=lora_rank)
+    assert train(config) == 0
+    broken = tmp_path / "broken"
+    stopped = dataclasses.replace(config, output_dir=broken)
+    assert run_interrupted(stopped, during_step=3) == INTERRUPTED
+    assert [step for step, _ in list_checkpoints(broken)] == [2, 3]
+    assert not (broken / "evaluation.json").exists()
+    # A line beyond the checkpoint, as a killed run leaves one, must not survive the resumption.
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "stale": true}\n')
+    assert train(dataclasses.replace(stopped, resume=True)) == 0
+    assert read_metrics(broken) == read_metrics(tmp_path / "unbroken")
+    first, second = ((folder / "evaluation.json").read_text() for folder in (broken, tmp_path / "unbroken"))
+    assert first == second
+
+
+def run_interrupted(config: TrainConfig, during_step: int) -> int:
+    """Train, and get a Ctrl-C as a step ends."""
+    original = RunLog.step
+
+    def step(self, metrics):
+        original(self, metrics)
+        if metrics["step"] == during_step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "step", step)
+        return train(config)
+
+
+def test_resume_refuses_other_settings(finished, small_eval):
+    config = small_config(finished, small_eval, resume=True, learning_rate=1.0)
+    with pytest.raises(UserError, match=r"learning_rate 0\.0002 -> 1\.0"):
+        train(config)
+
+
+def test_lora_checkpoint_loads_in_plain_transformers(small_eval, tmp_path):
+    from transformers import Qwen2AudioForConditionalGeneration
+
+    assert train(small_config(tmp_path / "run", small_eval, lora_rank=4, num_steps=2, learning_rate=1e-3)) == 0
+    loaded = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    adapters = {name: value for name, value in loaded.state_dict().items() if "lora_B" in name}
+    # 4 layers of 7 linear maps; B starts at zero, so a non-zero one was trained and loaded.
+    assert len(adapters) == 28
+    assert all(value.abs().max() > 0 for value in adapters.values())
+
+
+def test_ctrl_c_finishes_the_step_saves_and_exits_130(small_eval, tmp_path):
+    """The real signal to the real process."""
+    command = [sys.executable, "-m", "tars_fast.train", "--output-dir", str(tmp_path / "run"), "--eval-data", str(small_eval)]
+    command += ["--questions-per-step", "2", "--num-steps", "500", "--eval-samples", "0", "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors
+    steps = metrics.read_text().count("\n")
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [steps]
+
+
+def test_interrupted_checkpoint_leaves_the_last_good_one(finished, model, tmp_path, monkeypatch):
+    """Atomic: what fails half-way through writing never carries a checkpoint's name."""
+    from tars_fast.checkpoint import save_checkpoint
+
+    optimizer = torch.optim.AdamW(model.trainable_parameters())
+    save_checkpoint(tmp_path, 1, model, optimizer)
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(tmp_path, 2, model, optimizer)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1]
+    monkeypatch.undo()
+    for step in (2, 3, 4):
+        save_checkpoint(tmp_path, step, model, optimizer)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [3, 4][-NUM_KEPT:]
+
+
+def test_every_completion_cut_off_warns_then_stops(small_eval, tmp_path, capsys):
+    config = small_config(tmp_path / "run", small_eval, max_new_tokens=5, num_steps=20)
+    with pytest.raises(TrainingError, match="--max-new-tokens"):
+        train(config)
+    assert "every completion was cut off" in capsys.readouterr().out
+    metrics = read_metrics(tmp_path / "run")
+    assert len(metrics) == 3
+    assert all(line["grad_norm"] == 0 and line["reward/representation"] == 0 for line in metrics)
+    assert not list(tmp_path.glob("run/checkpoint-4"))
+
+
+def test_no_disagreement_is_said(tmp_path, capsys):
+    metrics = {"step": 7, "truncated/speech": 0.0, "truncated/text": 0.0, "disagreeing/any": 0.0}
+    check_progress(RunLog(tmp_path, 10, 0), metrics, [metrics])
+    assert "no group disagrees" in " ".join(capsys.readouterr().out.split())
+    agreeing = {**metrics, "disagreeing/any": 0.25}
+    check_progress(RunLog(tmp_path, 10, 0), agreeing, [metrics, agreeing])
+    assert capsys.readouterr().out == ""
+
+
+def test_non_finite_loss_keeps_the_last_checkpoint(small_eval, tmp_path):
+    """A learning rate after which the logits overflow fp32: found in the rollout, before sampling from nonsense."""
+    config = small_config(tmp_path / "run", small_eval, num_steps=12, save_every=1, learning_rate=1e30)
+    with pytest.raises(TrainingError, match="not finite"):
+        train(config)
+    assert list_checkpoints(tmp_path / "run")
+
+
+def test_own_data_is_read_through_the_same_path(small_eval, tmp_path):
+    """A user's jsonl with lettered options, wav recordings and no evaluation data: a tenth is held out by id hash."""
+    import soundfile
+
+    lines = []
+    for index, line in enumerate(TRAINING_DATA.read_text().splitlines()[:24]):
+        item = json.loads(line)
+        wave, rate = soundfile.read(TRAINING_DATA.parent / item["audio"])
+        soundfile.write(tmp_path / f"{index}.wav", wave, rate)
+        options = [item["answer"], *(word for word in item["answer_set"] if word != item["answer"])][:4]
+        record = {
+            "id": f"own-{index}",
+            "question": item["question"],
+            "options": options,
+            "answer": "A",
+            "audio": f"{index}.wav",
+        }
+        lines.append(json.dumps(record))
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    config = small_config(tmp_path / "run", small_eval, data=tmp_path, eval_data=None, num_steps=1, max_new_tokens=30)
+    assert train(config) == 0
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert 1 <= evaluation["before"]["num_items"] <= 8
+    # The embedded model was never taught letters: every answer must show as unparsed, none as a guess.
+    assert evaluation["before"]["unparsed"] == 2 * evaluation["before"]["num_items"]
+    assert evaluation["before"]["mrr"] is None
+
+
+def test_evaluate_command_reads_a_checkpoint(finished, small_eval, tmp_path):
+    output = tmp_path / "report.json"
+    command = [sys.executable, "-m", "tars_fast.evaluate", "--model", str(finished / "checkpoint-4"), "--data", str(small_eval)]
+    command += ["--output", str(output), "--reference-text-accuracy", "0.5", "--device", "cpu"]
+    subprocess.run(command, check=True, capture_output=True)
+    report = json.loads(output.read_text())
+    after = json.loads((finished / "evaluation.json").read_text())["after"]
+    assert report["speech_accuracy"] == after["speech_accuracy"]
+    assert report["layer_cosine"] == pytest.approx(after["layer_cosine"], abs=1e-6)
+    assert report["mrr"] == pytest.approx(200 * report["speech_accuracy"])
