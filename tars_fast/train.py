@@ -79,8 +79,11 @@ class Rollout:
     """R_beh."""
     groups_N: Tensor
     """int64 number of the (question, modality) group."""
-    num_tokens: int
-    """Unmasked completion tokens of the whole batch."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Unmasked completion tokens of the whole batch; truncated completions are masked out of the loss."""
+        return sum(len(completion.token_ids) for completion in self.completions if not completion.truncated)
 
 
 @dataclass
@@ -128,7 +131,6 @@ def collect_rollout(
         references=references,
         behaviour_N=behaviour,
         groups_N=group_indices([c.question for c in completions], [c.modality for c in completions]),
-        num_tokens=sum(len(c.token_ids) for c in completions if not c.truncated),
     )
 
 
