@@ -56,10 +56,13 @@ def test_change_is_paired_by_item():
 def test_round_trip_through_json():
     import json
 
-    original = dataclasses.replace(items([1, 0], [1, 1]), speech_correct_sampled=np.array([0.5, 1.0]))
-    again = Evaluation.from_json(json.loads(json.dumps(original.to_json())))
-    assert again.report(again.text_correct) == original.report(original.text_correct)
-    assert again.text_correct_sampled is None
+    greedy_only = items([1, 0], [1, 1])
+    sampled = dataclasses.replace(
+        greedy_only, speech_correct_sampled=np.array([0.5, 1.0]), text_correct_sampled=np.array([1.0, 1.0])
+    )
+    for original in (greedy_only, sampled):
+        again = Evaluation.from_json(json.loads(json.dumps(original.to_json())))
+        assert again.report(again.text_correct) == original.report(original.text_correct)
 
 
 def test_layer_cosines_match_plain_transformers(model, questions):
