@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from tars_fast.config import PRESET_FILE
 from tars_fast.models import SpeechModel
 from tars_fast.types import UserError
 
@@ -59,7 +56,7 @@ def save_checkpoint(output_dir: Path, num_completed: int, model: SpeechModel, op
     with atomic_folder(target) as folder:
         model.module.save_pretrained(folder)
         model.processor.save_pretrained(folder)
-        (folder / PRESET_FILE).write_text(json.dumps(dataclasses.asdict(model.preset), indent=2))
+        model.preset.save(folder)
         torch.save({"num_completed": num_completed, "optimizer": optimizer.state_dict()}, folder / _STATE)
     for _, outdated in list_checkpoints(output_dir)[:-NUM_KEPT]:
         shutil.rmtree(outdated)

@@ -19,6 +19,9 @@ THINK_PROMPT = (
 )
 
 
+PRESET_FILE = "preset.json"
+
+
 @dataclass(frozen=True)
 class Preset:
     """What differs between models; the loop knows none of it."""
@@ -35,6 +38,12 @@ class Preset:
     """0 = full fine-tuning."""
     behaviour_model: str
     """Text embedder of R_beh."""
+
+    def save(self, folder: Path) -> None:
+        """Leave a note beside a checkpoint, from which `find_preset` makes the same preset for it."""
+        values = dataclasses.asdict(self)
+        del values["source"]
+        (folder / PRESET_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 PRESETS = {
@@ -61,9 +70,6 @@ PRESETS = {
 }
 
 
-PRESET_FILE = "preset.json"
-
-
 def find_preset(model: str) -> Preset:
     """The preset called `model`; for a checkpoint folder the preset it was trained from, else the paper's settings.
 
@@ -74,7 +80,7 @@ def find_preset(model: str) -> Preset:
         return PRESETS[model]
     folder = Path(model)
     if (folder / PRESET_FILE).is_file():
-        return Preset(**{**json.loads((folder / PRESET_FILE).read_text()), "source": model})
+        return Preset(source=model, **json.loads((folder / PRESET_FILE).read_text(encoding="utf-8")))
     if (folder / "config.json").is_file():
         return dataclasses.replace(PRESETS["qwen2-audio-7b"], source=model)
     raise UserError(f"--model {model}: neither a preset ({', '.join(PRESETS)}) nor a folder that holds a checkpoint")

@@ -15,7 +15,6 @@ The tokenizer is an asset that was trained once and is never trained again, so t
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from tars_fast.audio import SAMPLE_RATE
 from tars_fast.checkpoint import atomic_folder
 from tars_fast.cli import run_command
-from tars_fast.config import ASSETS, PRESET_FILE, PRESETS
+from tars_fast.config import ASSETS, PRESETS
 from tars_fast.models import embed_audio
 from tars_fast.synthesis import Synthesiser
 
@@ -455,8 +454,7 @@ def make_pocket(config: PocketConfig) -> int:
     with atomic_folder(config.output_dir / "pocket") as folder:
         module.save_pretrained(folder)
         processor.save_pretrained(folder)
-        preset = dataclasses.asdict(PRESETS["pocket"])
-        (folder / PRESET_FILE).write_text(json.dumps(preset, indent=2))
+        PRESETS["pocket"].save(folder)
     print(f"written to {config.output_dir}, {time.monotonic() - started:.0f} s")
     return 0
 
