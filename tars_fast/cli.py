@@ -12,12 +12,15 @@ Config = TypeVar("Config")
 
 FAILED = 1
 MISUSED = 2
+INTERRUPTED = 130
+"""What shells give a process that Ctrl-C ended."""
 
 
 def run_command(command: Callable[[Config], int], config_class: type[Config], program: str) -> int:
     """Parse the command line into `config_class`, run `command`, and return its exit status.
 
-    1 where training cannot go on, 2 where the user has something to put right; any other exception is a defect and propagates.
+    1 where training cannot go on, 2 where the user has something to put right, 130 after Ctrl-C; any other exception is a
+    defect and propagates.
     """
     import tyro
 
@@ -29,3 +32,6 @@ def run_command(command: Callable[[Config], int], config_class: type[Config], pr
     except TrainingError as error:
         print(f"training stopped: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED

@@ -32,8 +32,8 @@ from tars_kernels import LayerPooler, PolicyLoss, linear_policy_loss
 from torch import Tensor
 
 from tars_fast.advantages import centred_advantages, disagreeing_groups, group_indices
-from tars_fast.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint, write_atomically
-from tars_fast.cli import run_command
+from tars_fast.checkpoint import latest_checkpoint, list_checkpoints, load_trainer_state, save_checkpoint, write_atomically
+from tars_fast.cli import INTERRUPTED, run_command
 from tars_fast.config import TrainConfig, find_preset
 from tars_fast.data import (
     HELD_OUT_DATA,
@@ -58,7 +58,6 @@ from tars_fast.rewards import (
 )
 from tars_fast.types import Completion, Modality, Prompt, Question, TrainingError, UserError
 
-INTERRUPTED = 130
 MAX_EMPTY_STEPS = 3
 """Consecutive steps with every completion cut off, after which waiting longer is pointless."""
 MAX_UNANIMOUS_STEPS = 10
@@ -186,8 +185,7 @@ def update_policy(
             advantages_N = scored.advantages_N[rows]
         with timer.phase("forward"):
             # Overlong filtering: a truncated completion teaches nothing, not even to be shorter.
-            finished_N = torch.tensor([not completion.truncated for completion in completions])
-            mask_T = finished_N.repeat_interleave(layout.cu_seqlens.diff().cpu()).to(model.device)
+            mask_T = torch.tensor([not c.truncated for c in completions for _ in c.token_ids], device=model.device)
             loss = linear_policy_loss(
                 hidden_TD,
                 model.head.weight,
@@ -341,7 +339,7 @@ def prepare_output(config: TrainConfig) -> None:
         if changed:
             listed = ", ".join(f"{name} {earlier.get(name)} -> {settings[name]}" for name in changed)
             raise UserError(f"--resume: the settings differ from those of the run ({listed}); give the same ones")
-    elif path.exists():
+    elif list_checkpoints(config.output_dir):
         raise UserError(f"--output-dir {config.output_dir}: already holds a run; add --resume or name another folder")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(settings, indent=2) + "\n")

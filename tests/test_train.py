@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from tars_fast.checkpoint import NUM_KEPT, list_checkpoints
+from tars_fast.cli import INTERRUPTED
 from tars_fast.config import PRESETS, TrainConfig
 from tars_fast.data import TRAINING_DATA, VALIDATION_DATA
 from tars_fast.log import RunLog
-from tars_fast.train import INTERRUPTED, check_progress, train
+from tars_fast.train import check_progress, train
 from tars_fast.types import TrainingError, UserError
 
 
