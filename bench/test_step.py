@@ -62,18 +62,21 @@ def test_pooling(benchmark, model, config, questions, how):
     """Pooling while the layers run, beside keeping every layer's states and pooling afterwards."""
     rollout = collect(model, config, questions[:4])
     layout = model.lay_out(rollout.prompts, rollout.completions)
-    inputs = model.embed_tokens(layout.token_ids, rollout.prompts, [0] * len(rollout.prompts))
+    inputs = {
+        "inputs_embeds": model.embed_tokens(layout.token_ids, layout.prompts, [0] * len(layout.prompts)),
+        "attention_mask": layout.attention_mask(torch.float32),
+        "position_ids": layout.position_ids,
+        "use_cache": False,
+    }
     pooler = LayerPooler(model.language_model.layers, model.language_model.norm)
 
     def with_hooks() -> torch.Tensor:
         with pooler.pooling(layout.positions, layout.cu_seqlens):
-            model.language_model(inputs_embeds=inputs, attention_mask=layout.attention_mask, use_cache=False)
+            model.language_model(**inputs)
         return pooler.pooled
 
     def with_hidden_states() -> torch.Tensor:
-        output = model.language_model(
-            inputs_embeds=inputs, attention_mask=layout.attention_mask, use_cache=False, output_hidden_states=True
-        )
+        output = model.language_model(**inputs, output_hidden_states=True)
         states = [entry.flatten(0, 1)[layout.positions] for entry in output.hidden_states[1:]]
         return torch.stack([pool_sequences(entry, layout.cu_seqlens) for entry in states])
 

@@ -102,7 +102,7 @@ def layer_cosines(
         chosen_prompts = [prompt for modality in Modality for prompt in prompts[modality][items]]
         layout = model.lay_out(chosen_prompts, [c for modality in Modality for c in completions[modality][items]])
         with pooler.pooling(layout.positions, layout.cu_seqlens):
-            model.forward(chosen_prompts, layout)
+            model.forward(layout)
         count = len(chosen_prompts) // 2
         pairs = torch.stack([torch.arange(count), torch.arange(count, 2 * count)], dim=1).to(model.device)
         rows.append(pooled_similarity(pooler.pooled, pairs).cpu().numpy())
@@ -125,7 +125,7 @@ def evaluate(
     greedy = Sampling(num_completions=1, max_new_tokens=max_new_tokens, temperature=0.0, seed=seed)
     prompts: dict[Modality, list[Prompt]] = {}
     completions: dict[Modality, list[Completion]] = {}
-    with torch.inference_mode():
+    with torch.no_grad():
         for modality in Modality:
             prompts[modality] = model.encode_prompts(questions, modality)
             completions[modality] = engine.generate(prompts[modality], numbers, greedy)

@@ -1,14 +1,17 @@
 """Speech LLMs behind one small surface: prompts, audio embeddings, and the forward pass over completions.
 
-Shapes: N completions, S padded row length, T packed completion tokens, A audio tokens, D hidden size, V vocabulary, F mel
+Shapes: N completions, R rows, S row width, T packed completion tokens, A audio tokens, D hidden size, V vocabulary, F mel
 frames, M mel bins.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,8 @@ from tars_fast.types import Completion, Modality, Prompt, Question, UserError
 
 _RECORDINGS_PER_BATCH = 32
 """Recordings in one pass of the audio tower, whose activations grow with every one."""
+_MAX_HEARD_BYTES = 2**30
+"""Audio embeddings kept between epochs: all of the embedded data, or some 170 recordings of 30 s at 7B's width."""
 
 
 def embed_audio(module: nn.Module, features: Tensor, feature_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,6 +64,8 @@ class SpeechModel:
         self.preset = preset
         self.audio_token_id: int = module.config.audio_token_id
         self.audio_is_trained = False
+        self._heard: OrderedDict[Path, Tensor] = OrderedDict()
+        self._heard_bytes = 0
         vocabulary_size = module.get_output_embeddings().weight.shape[0]
         self.suppressed_bias = torch.zeros(vocabulary_size, device=module.device)
         """[V] -inf where the policy may not go: the audio token, which no text can hold."""
@@ -116,10 +123,7 @@ class SpeechModel:
         rendered = [self.render_prompt(question, modality) for question in questions]
         if modality is Modality.TEXT:
             return [Prompt(modality, tuple(self._tokenise(text))) for text in rendered]
-        embeddings: list[Tensor] = []
-        for start in range(0, len(questions), _RECORDINGS_PER_BATCH):
-            batch = questions[start : start + _RECORDINGS_PER_BATCH]
-            embeddings.extend(self._embed_waves([load_recording(q.audio, self.max_audio_seconds) for q in batch]))
+        embeddings = self._hear([question.audio for question in questions])
         return [
             Prompt(modality, self._place_audio(text, len(audio)), audio)
             for text, audio in zip(rendered, embeddings, strict=True)
@@ -182,6 +186,23 @@ class SpeechModel:
         if self.audio_token_id in token_ids:
             raise UserError(f"item {question.id!r}: its text holds the audio placeholder; remove it")
 
+    def _hear(self, paths: Sequence[Path]) -> list[Tensor]:
+        """[A, D] of each recording; what a frozen tower heard before is kept for the next epoch, up to a bound."""
+        known = {} if self.audio_is_trained else {path: self._heard[path] for path in paths if path in self._heard}
+        new = [path for path in dict.fromkeys(paths) if path not in known]
+        for start in range(0, len(new), _RECORDINGS_PER_BATCH):
+            batch = new[start : start + _RECORDINGS_PER_BATCH]
+            states = self._embed_waves([load_recording(path, self.max_audio_seconds) for path in batch])
+            known.update(zip(batch, states, strict=True))
+        if not self.audio_is_trained:
+            for path in new:
+                self._heard[path] = known[path]
+                self._heard_bytes += known[path].nbytes
+            while self._heard_bytes > _MAX_HEARD_BYTES:
+                _, oldest = self._heard.popitem(last=False)
+                self._heard_bytes -= oldest.nbytes
+        return [known[path] for path in paths]
+
     def _embed_waves(self, waves: Sequence[np.ndarray]) -> list[Tensor]:
         """[A, D] for each wave."""
         batch = self.processor.feature_extractor(
@@ -189,7 +210,7 @@ class SpeechModel:
         )
         features = batch.input_features.to(self.device, self.module.dtype)
         states, lengths = embed_audio(self.module, features, batch.attention_mask.to(self.device))
-        return [state[:length] for state, length in zip(states, lengths.tolist(), strict=True)]
+        return [state[:length].clone() for state, length in zip(states, lengths.tolist(), strict=True)]
 
     def embed_tokens(self, token_ids: Tensor, prompts: Sequence[Prompt], starts: Sequence[int]) -> Tensor:
         """Input embeddings with audio at prompt positions only, never at a token that the policy sampled.
@@ -215,42 +236,75 @@ class SpeechModel:
         return flat.view_as(embeddings)
 
     def lay_out(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Layout:
-        """Where everything stands when each row is prompt, completion, padding."""
-        lengths = [len(prompt.token_ids) + len(c.token_ids) for prompt, c in zip(prompts, completions, strict=True)]
-        width = max(lengths)
-        token_ids = torch.full((len(prompts), width), self.pad_token_id)
-        positions: list[Tensor] = []
-        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            start = len(prompt.token_ids)
-            token_ids[row, : lengths[row]] = torch.tensor(prompt.token_ids + completion.token_ids)
-            positions.append(row * width + torch.arange(start, lengths[row]))
-        completion_lengths = torch.tensor([0, *(len(completion.token_ids) for completion in completions)])
-        return Layout(
-            token_ids=token_ids.to(self.device),
-            attention_mask=(torch.arange(width) < torch.tensor(lengths)[:, None]).to(self.device),
-            positions=torch.cat(positions).to(self.device),
-            cu_seqlens=completion_lengths.cumsum(0).to(self.device),
-        )
+        """Where everything stands when a row is one prompt and, behind it, all the completions that follow it here.
 
-    def forward(self, prompts: Sequence[Prompt], layout: Layout) -> Tensor:
+        Args:
+            prompts: [N] the prompt of each completion; neighbours with the same (identical) prompt share a row.
+            completions: [N]
+        """
+        grouped = groupby(zip(prompts, completions, strict=True), key=lambda pair: id(pair[0]))
+        rows = [list(pairs) for _, pairs in grouped]
+        row_prompts = [pairs[0][0] for pairs in rows]
+        width = max(len(pairs[0][0].token_ids) + sum(len(c.token_ids) for _, c in pairs) for pairs in rows)
+        token_ids = torch.full((len(rows), width), self.pad_token_id)
+        position_ids = torch.zeros_like(token_ids)
+        segments = torch.full_like(token_ids, _PADDING)
+        positions: list[Tensor] = []
+        predictors: list[Tensor] = []
+        for row, (prompt, pairs) in enumerate(zip(row_prompts, rows, strict=True)):
+            end = prompt_length = len(prompt.token_ids)
+            token_ids[row, :end] = torch.tensor(prompt.token_ids)
+            position_ids[row, :end] = torch.arange(end)
+            segments[row, :end] = _PROMPT
+            for number, (_, completion) in enumerate(pairs, start=_PROMPT + 1):
+                length = len(completion.token_ids)
+                span = slice(end, end + length)
+                token_ids[row, span] = torch.tensor(completion.token_ids)
+                position_ids[row, span] = torch.arange(prompt_length, prompt_length + length)
+                segments[row, span] = number
+                places = row * width + torch.arange(end, end + length)
+                positions.append(places)
+                predictors.append(torch.cat([torch.tensor([row * width + prompt_length - 1]), places[:-1]]))
+                end += length
+        lengths = torch.tensor([0, *(len(completion.token_ids) for completion in completions)])
+        layout = Layout(
+            row_prompts, token_ids, position_ids, segments, torch.cat(positions), torch.cat(predictors), lengths.cumsum(0)
+        )
+        return layout.to(self.device)
+
+    def forward(self, layout: Layout) -> Tensor:
         """[T, D] the states that predict the completions' tokens, ready for the head."""
-        inputs = self.embed_tokens(layout.token_ids, prompts, [0] * len(prompts))
+        inputs = self.embed_tokens(layout.token_ids, layout.prompts, [0] * len(layout.prompts))
         states = self.language_model(
-            inputs_embeds=inputs, attention_mask=layout.attention_mask, use_cache=False
+            inputs_embeds=inputs,
+            attention_mask=layout.attention_mask(inputs.dtype),
+            position_ids=layout.position_ids,
+            use_cache=False,
         ).last_hidden_state
-        return states.flatten(0, 1)[layout.positions - 1]
+        return states.flatten(0, 1)[layout.predictors]
+
+
+_PADDING = -1
+_PROMPT = 0
+"""Segment numbers; completions count from 1."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A micro-batch as rows: prompt, then its completion, padding only after both."""
+    """A micro-batch as R rows of width S: a prompt once, its completions behind it, padding only after all of them."""
 
+    prompts: list[Prompt]
+    """[R]"""
     token_ids: Tensor
-    """[N, S] int64."""
-    attention_mask: Tensor
-    """[N, S] bool."""
+    """[R, S] int64."""
+    position_ids: Tensor
+    """[R, S] int64; every completion continues from the prompt's end, as if it stood there alone."""
+    segments: Tensor
+    """[R, S] int64 number of the completion, 0 for the prompt, -1 for padding."""
     positions: Tensor
-    """[T] places of completion tokens in the flattened N * S; the states that *predict* them stand one earlier."""
+    """[T] places of completion tokens in the flattened R * S."""
+    predictors: Tensor
+    """[T] places of the states that predict them: the token before, for a completion's first token the prompt's last."""
     cu_seqlens: Tensor
     """[N + 1] int64 boundaries of completions among the T packed tokens."""
 
@@ -258,6 +312,16 @@ class Layout:
     def targets(self) -> Tensor:
         """[T] int64 completion tokens."""
         return self.token_ids.flatten()[self.positions]
+
+    def attention_mask(self, dtype: torch.dtype) -> Tensor:
+        """[R, 1, S, S] additive: every token sees, up to itself, the prompt and its own completion."""
+        query, key = self.segments[:, :, None], self.segments[:, None, :]
+        seen = ((key == _PROMPT) | (key == query)).tril()
+        return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+    def to(self, device: torch.device) -> Layout:
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **moved)
 
 
 def choose_device(device: str, dtype: str, *, uses_lora: bool) -> tuple[torch.device, torch.dtype]:
@@ -290,7 +354,7 @@ def load_model(preset: Preset, source: str, device: torch.device, dtype: torch.d
             if architecture != "qwen2_audio":
                 raise UserError(f"--model {source}: a {architecture} checkpoint; only qwen2_audio ones are supported")
         processor = AutoProcessor.from_pretrained(source)
-        module = Qwen2AudioForConditionalGeneration.from_pretrained(source, dtype=dtype)
+        module = Qwen2AudioForConditionalGeneration.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model {source}: cannot be loaded ({reason}); check the path, or the network") from error

@@ -170,7 +170,7 @@ def update_policy(
         with timer.phase("forward"):
             layout = model.lay_out(prompts, completions)
             with pooler.pooling(layout.positions, layout.cu_seqlens):
-                hidden_TD = model.forward(prompts, layout)
+                hidden_TD = model.forward(layout)
         if first:
             references = [None if index is None else index - rows.start for index in rollout.references[rows]]
             representation_N = representation_rewards(pooler.pooled, references).cpu()

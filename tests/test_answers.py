@@ -34,7 +34,9 @@ THINKING = "<think> three plus six is nine </think>"
         pytest.param("The answer is C++.", ("C", "C++"), "C++", id="choices that are no plain words"),
         pytest.param("The answer is ice cream.", ("ice", "ice cream"), "ice cream", id="choices of several words"),
         # Thinking may weigh other answers; only the answer block speaks.
-        pytest.param("<think>The answer is A? No.</think><answer>The answer is B.</answer>", LETTERS, "B", id="thinking ignored"),
+        pytest.param(
+            "<think>The answer is A? No.</think><answer>The answer is B.</answer>", LETTERS, "B", id="thinking ignored"
+        ),
         pytest.param("<think>one\n\ntwo\nThe answer is A</think>\n<answer>The answer is B.</answer>", LETTERS, "B", id="lines"),
     ],
 )

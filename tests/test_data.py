@@ -74,16 +74,20 @@ def test_text_is_read_as_utf_8_and_numbers_as_text(tmp_path):
         pytest.param(LETTERED | {"id": "q9", "answer": "blood"}, ["item 'q9'", "'blood'", "A, B, C"], id="not the letter"),
         pytest.param(NAMED | {"id": "q9", "answer": "three"}, ["item 'q9'", "'three'", "one, two"], id="not in the set"),
         pytest.param(NAMED | {"id": "q9", "answer": "Two"}, ["item 'q9'", "'Two'", "one, two"], id="other case"),
-        pytest.param(LETTERED | {"id": "q9", "answer_set": ["A", "B"]}, ["item 'q9'", "give 'options'", "one of them"], id="both"),
+        pytest.param(
+            LETTERED | {"id": "q9", "answer_set": ["A", "B"]}, ["item 'q9'", "give 'options'", "one of them"], id="both"
+        ),
         pytest.param(LETTERED | {"id": "q9", "options": None}, ["item 'q9'", "give 'options'", "one of them"], id="neither"),
         pytest.param(LETTERED | {"id": "q9", "options": ["x"]}, ["item 'q9'", "2 to 26", "['x']"], id="one option"),
         pytest.param(LETTERED | {"id": "q9", "options": "grass"}, ["item 'q9'", "2 to 26", "'grass'"], id="options is a text"),
         pytest.param(LETTERED | {"id": "q9", "options": ["x", ""]}, ["item 'q9'", "2 to 26", "['x', '']"], id="empty option"),
-        pytest.param(LETTERED | {"id": "q9", "options": ["x", 2]}, ["item 'q9'", "2 to 26", "['x', 2]"], id="option is a number"),
+        pytest.param(
+            LETTERED | {"id": "q9", "options": ["x", 2]}, ["item 'q9'", "2 to 26", "['x', 2]"], id="option is a number"
+        ),
         pytest.param(LETTERED | {"id": "q9", "options": ["x"] * 27}, ["item 'q9'", "2 to 26"], id="more options than letters"),
         pytest.param(NAMED | {"id": "q9", "answer_set": ["two"] * 2}, ["item 'q9'", "'answer_set'", "twice"], id="twice"),
         pytest.param(LETTERED, ["id 'q1'", "already stands in line 1", "must be unique"], id="duplicate id"),
-        pytest.param(LETTERED | {"id": " q1 ".strip()}, ["id 'q1'", "line 1"], id="duplicate of another content"),
+        pytest.param(NAMED | {"id": "q1"}, ["id 'q1'", "already stands in line 1"], id="duplicate id, another question"),
     ],
 )
 def test_bad_line_is_named(tmp_path, line, fragments):

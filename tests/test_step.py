@@ -54,7 +54,7 @@ def test_batched_forward_equals_each_completion_alone(model, questions, config):
     layout = model.lay_out(rollout.prompts, rollout.completions)
     pooler = LayerPooler(model.language_model.layers, model.language_model.norm)
     with pooler.pooling(layout.positions, layout.cu_seqlens):
-        hidden = model.forward(rollout.prompts, layout)
+        hidden = model.forward(layout)
     logits = model.head(hidden) + model.suppressed_bias
     logprobs = logits.log_softmax(-1).gather(-1, layout.targets[:, None])[:, 0].split(layout.cu_seqlens.diff().tolist())
     for index, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions, strict=True)):
