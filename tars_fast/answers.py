@@ -4,39 +4,51 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
-_BLOCKS = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
-_ANSWER_BLOCK = re.compile(r"<answer>(?P<answer>.*?)(?:</answer>|\Z)", re.DOTALL)
+_FORMAT = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
+_ANSWER_BLOCK = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
+_TAG = re.compile(r"</?(?:think|answer)>")
+
+
+@lru_cache(maxsize=1024)
+def _statement(choices: tuple[str, ...]) -> re.Pattern[str]:
+    # Longest first, so that `sixteen` is not read as `six`; single letters keep their case: "a" is also a word.
+    ordered = sorted(choices, key=len, reverse=True)
+    names = "|".join(re.escape(name) if len(name) == 1 else f"(?ai:{re.escape(name)})" for name in ordered)
+    # An answer ends where the word does: neither "twenty-five" nor "5.5" nor "A or B" states its first part.
+    end = rf"(?!\w|[-.,/:'\u2019]\w|[)\s\]*\"',]*(?:\b(?:or|and)\b|[/&,])\s*[(\[*\"']*(?:{names})(?!\w))"
+    return re.compile(rf"\b(?i:the (?:correct |final )?answer is):?\s*[(\[*\"']*(?P<name>{names}){end}")
 
 
 def _stated(text: str, choices: Sequence[str]) -> set[str]:
-    """The choices that `text` states as the answer; case of a choice counts for letters only."""
-    by_name = {choice if len(choice) == 1 else choice.casefold(): choice for choice in choices}
-    # Longest first, so that `sixteen` is not read as `six`.
-    names = "|".join(re.escape(choice) for choice in sorted(choices, key=len, reverse=True))
-    pattern = rf"[Tt]he (?:correct )?answer is:?\s*[\(\[\*\"']*(?P<name>{names}|(?i:{names}))(?![\w])"
-    found = (match["name"] for match in re.finditer(pattern, text))
-    return {by_name[name if len(name) == 1 else name.casefold()] for name in found if len(name) > 1 or name in by_name}
+    """The choices that `text` states as the answer."""
+    by_name = {_folded(choice): choice for choice in choices}
+    return {by_name[_folded(match["name"])] for match in _statement(tuple(choices)).finditer(text)}
+
+
+def _folded(choice: str) -> str:
+    return choice if len(choice) == 1 else choice.casefold()
 
 
 def extract_answer(completion: str, choices: Sequence[str]) -> str | None:
     """The one choice that the completion states as `The answer is X`, or None.
 
-    Looks in the `<answer>` block where there is one, else in the whole completion. Two different statements, or none, are
+    Looks in the `<answer>` blocks where there are any, else in the whole completion. Two different statements, or none, are
     unparseable: never guessed.
 
     Args:
         completion: decoded text without special tokens.
-        choices: the answer set.
+        choices: the answer set; words are compared without regard to case, single letters with it.
     """
-    block = _ANSWER_BLOCK.search(completion)
-    stated = _stated(block["answer"] if block else completion, choices)
+    blocks = _ANSWER_BLOCK.findall(completion)
+    stated = _stated("\n".join(blocks) if blocks else completion, choices)
     return stated.pop() if len(stated) == 1 else None
 
 
 def has_format(completion: str, choices: Sequence[str]) -> bool:
     """The whole completion is `<think>...</think> <answer>... The answer is X ...</answer>`, X one of `choices`."""
-    blocks = _BLOCKS.fullmatch(completion)
-    if blocks is None or any(tag in blocks["think"] + blocks["answer"] for tag in ("<think>", "<answer>", "</think>")):
+    parts = _FORMAT.fullmatch(completion)
+    if parts is None or _TAG.search(parts["think"]) or _TAG.search(parts["answer"]):
         return False
-    return len(_stated(blocks["answer"], choices)) == 1
+    return len(_stated(parts["answer"], choices)) == 1

@@ -32,7 +32,8 @@ def load_recording(path: Path, max_seconds: float) -> np.ndarray:
         raise UserError(f"recording {path}: no such file; 'audio' is read relative to the jsonl that names it")
     try:
         wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
+    except (soundfile.LibsndfileError, TypeError) as error:
+        # TypeError: a headerless .raw file, whose rate nobody knows.
         raise UserError(f"recording {path}: cannot be decoded ({error}); use wav, flac, ogg or mp3") from error
     wave = wave.mean(axis=1)
     if not np.isfinite(wave).all():
@@ -41,9 +42,10 @@ def load_recording(path: Path, max_seconds: float) -> np.ndarray:
         import soxr
 
         wave = soxr.resample(wave, rate, SAMPLE_RATE)
-    seconds = len(wave) / SAMPLE_RATE
-    if seconds < MIN_SECONDS:
-        raise UserError(f"recording {path}: {seconds:.2f} s, shorter than {MIN_SECONDS} s; remove or re-record the item")
-    if seconds > max_seconds:
-        raise UserError(f"recording {path}: {seconds:.2f} s, the model hears at most {max_seconds:g} s; cut it shorter")
-    return np.ascontiguousarray(wave, dtype=np.float32)
+    seconds = f"{len(wave) / SAMPLE_RATE:.2f} s ({len(wave)} samples at 16 kHz)"
+    if len(wave) < MIN_SECONDS * SAMPLE_RATE:
+        raise UserError(f"recording {path}: {seconds}, shorter than {MIN_SECONDS} s; remove or re-record the item")
+    if len(wave) > max_seconds * SAMPLE_RATE:
+        raise UserError(f"recording {path}: {seconds}, the model hears at most {max_seconds:g} s; cut it shorter")
+    # Resampling overshoots at edges, and float files may hold anything.
+    return np.ascontiguousarray(wave.clip(-1.0, 1.0), dtype=np.float32)

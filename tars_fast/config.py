@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -20,6 +22,8 @@ THINK_PROMPT = (
 
 
 PRESET_FILE = "preset.json"
+MAX_SEED = 2**32 - 1
+"""Leaves room in torch's 64-bit seeds for one of every step."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,19 @@ def find_preset(model: str) -> Preset:
     if (folder / "config.json").is_file():
         return dataclasses.replace(PRESETS["qwen2-audio-7b"], source=model)
     raise UserError(f"--model {model}: neither a preset ({', '.join(PRESETS)}) nor a folder that holds a checkpoint")
+
+
+def check_numbers(config: object, *, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
+    """Raises UserError for the first of these fields that is out of range, not finite, or too large for a seed; None passes."""
+    for name in (*positive, *not_negative):
+        value = getattr(config, name)
+        flag = f"--{name.replace('_', '-')} {value}"
+        if value is None:
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
+            raise UserError(f"{flag}: must be {'greater than 0' if name in positive else '0 or greater'}, and finite")
+        if name == "seed" and value > MAX_SEED:
+            raise UserError(f"{flag}: must be at most {MAX_SEED}")
 
 
 @dataclass(frozen=True)
@@ -157,15 +174,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive = ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")
         positive += ("max_grad_norm", "questions_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
+        check_numbers(self, positive=(*positive, "lora_alpha"))
         not_negative = ("representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples")
-        for name in not_negative:
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be 0 or greater")
+        check_numbers(self, not_negative=(*not_negative, "seed"))
         if self.resume and self.output_dir is None:
             raise UserError("--resume: needs the --output-dir of the run to continue")
         if self.group_size < 4 or self.group_size % 2:

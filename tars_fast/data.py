@@ -21,31 +21,36 @@ HELD_OUT_DATA = ASSETS / "held_out.jsonl"
 
 def _parse_item(record: object, place: str, folder: Path) -> Question:
     if not isinstance(record, dict):
-        raise UserError(f"{place}: not a JSON object")
-    missing = [key for key in ("id", "question", "answer", "audio") if not isinstance(record.get(key), str | int)]
-    if missing:
-        raise UserError(f"{place}: no text in {', '.join(map(repr, missing))}; an item is id, question, answer, audio, options")
-    item = f"{place}: item {record['id']!r}"
+        raise UserError(f"{place}: {record!r:.80} is not a JSON object; an item is {{id, question, answer, audio, options}}")
+    values = {key: record.get(key) for key in ("id", "question", "answer", "audio")}
+    texts = {key: str(value).strip() for key, value in values.items() if type(value) in (str, int)}
+    empty = [key for key in values if not texts.get(key)]
+    item = f"{place}: item {texts['id']!r}" if texts.get("id") else place
+    if empty:
+        raise UserError(
+            f"{item}: {', '.join(map(repr, empty))} missing or empty; an item is id, question, answer, audio, options"
+        )
     options, answer_set = record.get("options"), record.get("answer_set")
     if (options is None) == (answer_set is None):
         raise UserError(f"{item}: give 'options' (lettered and shown in the prompt) or 'answer_set' (not shown), one of them")
     listed = options if answer_set is None else answer_set
-    if not isinstance(listed, list) or not 2 <= len(listed) <= 26 or not all(isinstance(one, str) and one for one in listed):
-        raise UserError(f"{item}: 'options' or 'answer_set' must list 2 to 26 non-empty texts, not {listed!r}")
-    question = str(record["question"]).strip()
-    if not question:
-        raise UserError(f"{item}: 'question' is empty")
+    if not isinstance(listed, list) or not 2 <= len(listed) <= 26 or not all(isinstance(o, str) and o.strip() for o in listed):
+        raise UserError(f"{item}: 'options' or 'answer_set' must list 2 to 26 non-empty texts, not {listed!r:.80}")
+    # Words are compared without regard to case, so "Yes" and "yes" would be one answer.
+    folded = [option.strip() if len(option) == 1 else option.strip().casefold() for option in listed]
+    twice = sorted({option for option in folded if folded.count(option) > 1})
+    if twice:
+        raise UserError(f"{item}: {twice[0]!r} is listed twice among the possible answers; remove one")
     if answer_set is None:
         choices = tuple(ascii_uppercase[: len(options)])
-        question = "\n".join([question, *(f"{letter}. {option}" for letter, option in zip(choices, options, strict=True))])
+        lettered = (f"{letter}. {option}" for letter, option in zip(choices, options, strict=True))
+        question = "\n".join([texts["question"], *lettered])
     else:
         choices = tuple(answer_set)
-    if len(set(choices)) != len(choices):
-        raise UserError(f"{item}: 'answer_set' names an answer twice")
-    answer = str(record["answer"]).strip()
-    if answer not in choices:
-        raise UserError(f"{item}: answer {answer!r} is none of {', '.join(choices)}")
-    return Question(str(record["id"]), question, answer, choices, folder / str(record["audio"]))
+        question = texts["question"]
+    if texts["answer"] not in choices:
+        raise UserError(f"{item}: answer {texts['answer']!r} is none of {', '.join(choices)}; correct it or the list")
+    return Question(texts["id"], question, texts["answer"], choices, folder / texts["audio"])
 
 
 def load_questions(source: Path) -> list[Question]:
@@ -63,7 +68,8 @@ def load_questions(source: Path) -> list[Question]:
             raise UserError(f"data {source}: holds {len(found)} jsonl files; name the one to read")
         source = found[0]
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON text may hold U+2028 and its like.
+        lines = source.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data {source}: cannot be read ({error}); give a jsonl file or a folder that holds one") from error
     questions: list[Question] = []
@@ -74,15 +80,15 @@ def load_questions(source: Path) -> list[Question]:
         place = f"{source}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{place}: not JSON ({error}); write one object a line") from error
         question = _parse_item(record, place, source.parent)
         if question.id in places:
             raise UserError(f"{place}: id {question.id!r} already stands in line {places[question.id]}; ids must be unique")
         places[question.id] = number
         questions.append(question)
     if not questions:
-        raise UserError(f"data {source}: holds no items")
+        raise UserError(f"data {source}: holds no items; write one JSON object a line")
     return questions
 
 
@@ -90,7 +96,7 @@ def split_by_id(questions: Sequence[Question], held_out_fraction: float) -> tupl
     """(training, held-out) by a hash of the id: an item stays on its side whatever is added or reordered."""
 
     def position(question: Question) -> float:
-        return int.from_bytes(hashlib.sha256(question.id.encode()).digest()[:8]) / 2**64
+        return int.from_bytes(hashlib.sha256(question.id.encode(errors="surrogatepass")).digest()[:8]) / 2**64
 
     training = [question for question in questions if position(question) >= held_out_fraction]
     held_out = [question for question in questions if position(question) < held_out_fraction]
@@ -100,10 +106,11 @@ def split_by_id(questions: Sequence[Question], held_out_fraction: float) -> tupl
 
 
 def check_leaks(training: Sequence[Question], held_out: Sequence[Question]) -> None:
-    """Raises UserError where an evaluation item is also a training item, by id or by normalised question text."""
+    """Raises UserError where an evaluation item is also a training item, by id or by text, case and punctuation aside."""
 
     def normalised(question: Question) -> str:
-        return re.sub(r"\W+", " ", question.text).casefold().strip()
+        # Signs stay: "3 + 4" and "3 - 4" are two questions.
+        return re.sub(r"[\s.,;:!?\"'()]+", " ", question.text).casefold().strip()
 
     ids = {question.id for question in training}
     texts = {normalised(question): question.id for question in training}

@@ -12,7 +12,7 @@ import numpy as np
 
 from tars_fast.checkpoint import write_atomically
 from tars_fast.cli import run_command
-from tars_fast.config import find_preset
+from tars_fast.config import check_numbers, find_preset
 from tars_fast.data import HELD_OUT_DATA, load_questions
 from tars_fast.engine import TransformersEngine
 from tars_fast.evaluation import evaluate
@@ -53,9 +53,9 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.reference_text_accuracy is not None and not 0 < self.reference_text_accuracy <= 1:
             raise UserError(f"--reference-text-accuracy {self.reference_text_accuracy}: a fraction above 0 and at most 1")
-        for name, value in (("temperature", self.temperature), ("batch-size", self.batch_size)):
-            if not value > 0:
-                raise UserError(f"--{name} {value}: must be greater than 0")
+        check_numbers(self, positive=("temperature", "batch_size", "max_new_tokens"), not_negative=("samples", "seed"))
+        if self.output is not None and not self.output.parent.is_dir():
+            raise UserError(f"--output {self.output}: no folder {self.output.parent}; make it first")
 
 
 def run_evaluation(config: EvaluateConfig) -> int:

@@ -142,7 +142,7 @@ def build(seed: int):
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         padding_side="left",
-        model_max_length=512,
+        model_max_length=1024,
     )
     extractor = WhisperFeatureExtractor(feature_size=NUM_MELS, chunk_length=WINDOW_SECONDS)
     processor = Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=tokenizer)

@@ -341,7 +341,10 @@ def prepare_output(config: TrainConfig) -> None:
             raise UserError(f"--resume: the settings differ from those of the run ({listed}); give the same ones")
     elif list_checkpoints(config.output_dir):
         raise UserError(f"--output-dir {config.output_dir}: already holds a run; add --resume or name another folder")
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {config.output_dir}: cannot be made ({error.strerror}); name another folder") from error
     write_atomically(path, json.dumps(settings, indent=2) + "\n")
 
 
@@ -360,6 +363,12 @@ def check_progress(log: RunLog, metrics: dict[str, float], history: list[dict[st
             f"step {metrics['step']}: no group disagrees in its rewards, so there is nothing to learn; "
             "raise --temperature or choose items of middling difficulty"
         )
+
+
+def check_weights(model: SpeechModel) -> None:
+    """Raises TrainingError before weights that are not finite can take the place of good ones."""
+    if not all(parameter.isfinite().all() for parameter in model.trainable_parameters()):
+        raise TrainingError("the weights are not finite; lower --learning-rate and start from the last checkpoint")
 
 
 def train(config: TrainConfig) -> int:
@@ -466,6 +475,7 @@ def run_steps(
         log.step(metrics)
         done = step + 1
         if done % config.save_every == 0 or done == config.num_steps or interrupt.requested:
+            check_weights(model)
             save_checkpoint(config.output_dir, done, model, optimizer)
         check_progress(log, metrics, history)
         if interrupt.requested:

@@ -163,3 +163,45 @@ def test_base_reward_is_accuracy_plus_half_the_format():
     assert torch.equal(rewards.format, form)
     assert torch.equal(rewards.unparsed, unparsed)
     assert rewards.base.tolist() == [1.5, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0, 1.5, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "choices"),
+    [
+        pytest.param("The answer is twenty-five.", ("five", "twenty"), id="compound word"),
+        pytest.param("The answer is 5.5.", ("5", "6"), id="decimal"),
+        pytest.param("The answer is A or B.", ("A", "B"), id="alternatives"),
+        pytest.param("The answer is A and B.", ("A", "B"), id="both"),
+        pytest.param("The answer is (A) / (B).", ("A", "B"), id="slash"),
+        pytest.param("<answer>The answer is A.</answer><answer>The answer is B.</answer>", ("A", "B"), id="two blocks"),
+        # Letters that Unicode folds to i: matched without regard to case, but no spelling of the choice.
+        pytest.param("The answer is s\u0130x.", ("six",), id="dotted capital"),
+        pytest.param("The answer is f\u0131ve.", ("five",), id="dotless"),
+    ],
+)
+def test_half_an_answer_is_none(completion, choices):
+    assert extract_answer(completion, choices) is None
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("The answer is 5.", "5"),
+        ("The answer is (A), because B is too small.", "A"),
+        ("<answer>The answer is A.</answer><answer>The answer is A.</answer>", "A"),
+        ("the correct answer is: **B**", "B"),
+    ],
+)
+def test_whole_answers_still_are(completion, answer):
+    assert extract_answer(completion, ("A", "B", "5", "6")) == answer
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "<think>t</think> <answer>The answer is A.</answer> more </answer>",
+        "<think>t</answer></think> <answer>The answer is A.</answer>",
+    ],
+)
+def test_stray_closing_tags_break_the_format(completion):
+    assert not has_format(completion, ("A", "B"))

@@ -106,7 +106,7 @@ def test_refuses_what_is_not_audio(tmp_path, content):
 
 
 @pytest.mark.parametrize("rate", [SAMPLE_RATE, 44_100])
-@pytest.mark.parametrize(("seconds", "said"), [(0.0, "0.00 s"), (0.05, "0.05 s")])
+@pytest.mark.parametrize(("seconds", "said"), [(0.0, "0.00 s (0 samples at 16 kHz)"), (0.05, "0.05 s (800 samples at 16 kHz)")])
 def test_refuses_empty_and_short_ones(tmp_path, rate, seconds, said):
     message = refusal(write(tmp_path / "a.wav", tone(440, seconds, rate), rate))
     assert f"{said}, shorter than 0.1 s; remove or re-record the item" in message
@@ -115,7 +115,7 @@ def test_refuses_empty_and_short_ones(tmp_path, rate, seconds, said):
 @pytest.mark.parametrize("rate", [SAMPLE_RATE, 44_100])
 def test_refuses_long_ones(tmp_path, rate):
     message = refusal(write(tmp_path / "a.wav", tone(440, 4.25, rate), rate))
-    assert "4.25 s, the model hears at most 4 s; cut it shorter" in message
+    assert "4.25 s (68000 samples at 16 kHz), the model hears at most 4 s; cut it shorter" in message
 
 
 def test_limits_themselves_are_heard(tmp_path):
@@ -134,3 +134,18 @@ def test_refuses_samples_that_are_no_numbers(tmp_path, rate, value):
     wave[5000, 1] = value
     message = refusal(write(tmp_path / "a.wav", wave, rate))
     assert "holds NaN or infinite samples; write it again from its source" in message
+
+
+def test_stays_within_one(tmp_path):
+    """Float files may hold anything, and resampling a full-scale square wave overshoots by a fifth."""
+    import soundfile
+
+    square = np.sign(tone(440, 0.5, 44_100))
+    for name, wave, rate in (("float", np.full(4000, 3.0), SAMPLE_RATE), ("square", square, 44_100)):
+        soundfile.write(tmp_path / f"{name}.wav", wave, rate, subtype="FLOAT")
+        assert np.abs(load_recording(tmp_path / f"{name}.wav", MAX_SECONDS)).max() == 1.0
+
+
+def test_headerless_recording_is_refused(tmp_path):
+    (tmp_path / "a.raw").write_bytes(b"\0" * 32_000)
+    assert "cannot be decoded" in refusal(tmp_path / "a.raw")

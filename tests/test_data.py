@@ -69,7 +69,11 @@ def test_text_is_read_as_utf_8_and_numbers_as_text(tmp_path):
         pytest.param({"id": "q9"}, ["'question', 'answer', 'audio'", "an item is id,"], id="fields missing"),
         pytest.param(LETTERED | {"id": None}, ["'id'", "an item is id,"], id="no id"),
         pytest.param(LETTERED | {"id": "q9", "audio": ["a"]}, ["'audio'", "an item is id,"], id="audio is a list"),
-        pytest.param(LETTERED | {"id": "q9", "question": " \n"}, ["item 'q9'", "'question' is empty"], id="empty question"),
+        pytest.param(
+            LETTERED | {"id": "q9", "question": " \n"},
+            ["item 'q9'", "'question' missing or empty", "an item is id,"],
+            id="empty question",
+        ),
         pytest.param(LETTERED | {"id": "q9", "answer": "D"}, ["item 'q9'", "answer 'D'", "A, B, C"], id="no such letter"),
         pytest.param(LETTERED | {"id": "q9", "answer": "blood"}, ["item 'q9'", "'blood'", "A, B, C"], id="not the letter"),
         pytest.param(NAMED | {"id": "q9", "answer": "three"}, ["item 'q9'", "'three'", "one, two"], id="not in the set"),
@@ -85,7 +89,9 @@ def test_text_is_read_as_utf_8_and_numbers_as_text(tmp_path):
             LETTERED | {"id": "q9", "options": ["x", 2]}, ["item 'q9'", "2 to 26", "['x', 2]"], id="option is a number"
         ),
         pytest.param(LETTERED | {"id": "q9", "options": ["x"] * 27}, ["item 'q9'", "2 to 26"], id="more options than letters"),
-        pytest.param(NAMED | {"id": "q9", "answer_set": ["two"] * 2}, ["item 'q9'", "'answer_set'", "twice"], id="twice"),
+        pytest.param(
+            NAMED | {"id": "q9", "answer_set": ["two"] * 2}, ["item 'q9'", "'two' is listed twice", "remove one"], id="twice"
+        ),
         pytest.param(LETTERED, ["id 'q1'", "already stands in line 1", "must be unique"], id="duplicate id"),
         pytest.param(NAMED | {"id": "q1"}, ["id 'q1'", "already stands in line 1"], id="duplicate id, another question"),
     ],
@@ -189,3 +195,19 @@ def test_a_step_needs_no_earlier_one():
     unbroken = [batch_of_step(10, 4, step, seed=3) for step in range(12)]
     resumed = [batch_of_step(10, 4, step, seed=3) for step in reversed(range(6, 12))]
     assert resumed[::-1] == unbroken[6:]
+
+
+def test_separators_inside_json_text_do_not_end_a_line(tmp_path):
+    text = "What is\u2028two\u0085plus two?"
+    line = json.dumps(NAMED | {"question": text}, ensure_ascii=False)
+    assert load_questions(write(tmp_path / "items.jsonl", line))[0].text == text
+
+
+def test_signs_make_another_question():
+    check_leaks([question("a", "What is 3 + 4?")], [question("b", "What is 3 - 4?")])
+
+
+@pytest.mark.parametrize("wrong", [{"options": [" ", "x", "y"]}, {"options": ["xx", "XX", "y"]}, {"id": True}, {"id": " "}])
+def test_near_empty_and_repeated_values_are_refused(tmp_path, wrong):
+    with pytest.raises(UserError, match="line 1"):
+        load_questions(write(tmp_path / "items.jsonl", LETTERED | wrong))

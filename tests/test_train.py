@@ -19,7 +19,7 @@ from tars_fast.cli import INTERRUPTED
 from tars_fast.config import PRESETS, TrainConfig
 from tars_fast.data import TRAINING_DATA, VALIDATION_DATA
 from tars_fast.log import RunLog
-from tars_fast.train import check_progress, train
+from tars_fast.train import check_progress, train, update_policy
 from tars_fast.types import TrainingError, UserError
 
 
@@ -214,12 +214,45 @@ def test_no_disagreement_is_said(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_non_finite_loss_keeps_the_last_checkpoint(small_eval, tmp_path):
-    """A learning rate after which the logits overflow fp32: found in the rollout, before sampling from nonsense."""
-    config = small_config(tmp_path / "run", small_eval, num_steps=12, save_every=1, learning_rate=1e30)
+def test_non_finite_weights_never_become_a_checkpoint(small_eval, tmp_path, monkeypatch):
+    """An update that ruins the weights after two good steps: the good checkpoint stays the last one."""
+    calls = []
+
+    def ruinous(model, *arguments):
+        result = update_policy(model, *arguments)
+        calls.append(result)
+        if len(calls) == 3:
+            model.head.weight.data[0, 0] = torch.nan
+        return result
+
+    monkeypatch.setattr("tars_fast.train.update_policy", ruinous)
     with pytest.raises(TrainingError, match="not finite"):
-        train(config)
-    assert list_checkpoints(tmp_path / "run")
+        train(small_config(tmp_path / "run", small_eval, num_steps=12, save_every=1))
+    checkpoints = list_checkpoints(tmp_path / "run")
+    assert [step for step, _ in checkpoints] == [1, 2]
+    from safetensors.torch import load_file
+
+    weights = load_file(checkpoints[-1][1] / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_logits_that_overflow_stop_the_rollout(small_eval, tmp_path):
+    """A learning rate after which weights are finite but their products are not: found before sampling from nonsense."""
+    with pytest.raises(TrainingError, match="not finite"):
+        train(small_config(tmp_path / "run", small_eval, num_steps=12, save_every=1, learning_rate=1e30))
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 10**30}, {"temperature": float("inf")}, {"lora_alpha": float("nan")}])
+def test_numbers_out_of_range(wrong):
+    (name,) = wrong
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')}"):
+        TrainConfig(**wrong)
+
+
+def test_output_folder_that_cannot_be_made(small_eval, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        train(small_config(tmp_path / "file" / "run", small_eval))
 
 
 def test_own_data_is_read_through_the_same_path(small_eval, tmp_path):
