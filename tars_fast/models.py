@@ -139,7 +139,7 @@ class SpeechModel:
         return tuple(token_ids)
 
     def check_questions(self, questions: Sequence[Question], max_new_tokens: int) -> None:
-        """Find every item the model cannot take, before any work on it. Spoken prompts are bounded by `max_audio_seconds`.
+        """Find every item the model cannot take, before any work on it.
 
         Raises:
             UserError: for the first item, in order, with a recording that `load_recording` refuses, a prompt that leaves no
@@ -148,43 +148,26 @@ class SpeechModel:
 
         def check(question: Question) -> None:
             try:
-                load_recording(question.audio, self.max_audio_seconds)
+                wave = load_recording(question.audio, self.max_audio_seconds)
             except UserError as error:
                 raise UserError(f"item {question.id!r}: {error}") from error
-            token_ids = self._tokenise(self.render_prompt(question, Modality.TEXT))
-            if self.audio_token_id in token_ids:
+            written = self._tokenise(self.render_prompt(question, Modality.TEXT))
+            if self.audio_token_id in written:
                 raise UserError(f"item {question.id!r}: its text holds the audio placeholder; remove it")
-            if len(token_ids) + max_new_tokens > self.max_tokens:
+            spoken = self._place_audio(self.render_prompt(question, Modality.SPEECH), self._num_audio_tokens(wave))
+            longest = max(len(written), len(spoken))
+            if longest + max_new_tokens > self.max_tokens:
                 raise UserError(
-                    f"item {question.id!r}: its prompt has {len(token_ids)} tokens, which with {max_new_tokens} new ones is "
-                    f"more than the model's {self.max_tokens}; shorten the item or lower --max-new-tokens"
+                    f"item {question.id!r}: its prompt has {longest} tokens, which with {max_new_tokens} new ones is more than "
+                    f"the model's {self.max_tokens}; shorten the item or lower --max-new-tokens"
                 )
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(check, questions))
 
-    def _tokenise(self, text: str) -> list[int]:
-        return self.processor.tokenizer.encode(text, add_special_tokens=False)
-
-    def _place_audio(self, rendered: str, num_audio_tokens: int) -> tuple[int, ...]:
-        token_ids: list[int] = []
-        for token_id in self._tokenise(rendered):
-            token_ids.extend([token_id] * (num_audio_tokens if token_id == self.audio_token_id else 1))
-        return tuple(token_ids)
-
-    def check_length(self, question: Question, max_new_tokens: int) -> None:
-        """Raises UserError where an item's written prompt cannot be answered in full, or would be taken for speech.
-
-        Spoken prompts are bounded by `max_audio_seconds`.
-        """
-        token_ids = self._tokenise(self.render_prompt(question, Modality.TEXT))
-        if len(token_ids) + max_new_tokens > self.max_tokens:
-            raise UserError(
-                f"item {question.id!r}: its prompt has {len(token_ids)} tokens, which with {max_new_tokens} new ones is more "
-                f"than the model's {self.max_tokens}; shorten the item or lower --max-new-tokens"
-            )
-        if self.audio_token_id in token_ids:
-            raise UserError(f"item {question.id!r}: its text holds the audio placeholder; remove it")
+    def _num_audio_tokens(self, wave: np.ndarray) -> int:
+        frames = torch.tensor(len(wave) // self.processor.feature_extractor.hop_length)
+        return int(self.module.model.audio_tower._get_feat_extract_output_lengths(frames)[1])
 
     def _hear(self, paths: Sequence[Path]) -> list[Tensor]:
         """[A, D] of each recording; what a frozen tower heard before is kept for the next epoch, up to a bound."""

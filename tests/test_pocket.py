@@ -73,7 +73,7 @@ def test_prompts_and_audio_tokens_equal_the_processors_own(model):
         rendered = model.render_prompt(question, Modality.SPEECH)
         inputs = model.processor(text=[rendered], audio=[wave], sampling_rate=SAMPLE_RATE, return_tensors="pt")
         assert prompt.token_ids == tuple(inputs.input_ids[0].tolist())
-        assert len(prompt.audio_embeddings) == prompt.token_ids.count(model.audio_token_id)
+        assert len(prompt.audio_embeddings) == prompt.token_ids.count(model.audio_token_id) == model._num_audio_tokens(wave)
         # 25 audio tokens a second.
         assert len(prompt.audio_embeddings) == pytest.approx(25 * len(wave) / SAMPLE_RATE, abs=1)
 
