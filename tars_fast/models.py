@@ -7,6 +7,7 @@ frames, M mel bins.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -166,7 +167,7 @@ class SpeechModel:
             list(pool.map(check, questions))
 
     def _num_audio_tokens(self, wave: np.ndarray) -> int:
-        frames = torch.tensor(len(wave) // self.processor.feature_extractor.hop_length)
+        frames = torch.tensor(math.ceil(len(wave) / self.processor.feature_extractor.hop_length))
         return int(self.module.model.audio_tower._get_feat_extract_output_lengths(frames)[1])
 
     def _hear(self, paths: Sequence[Path]) -> list[Tensor]:
