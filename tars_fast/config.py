@@ -54,10 +54,10 @@ PRESETS = {
     "pocket": Preset(
         source=str(ASSETS / "pocket"),
         system_prompt="Think, then answer.",
-        learning_rate=2e-4,
+        learning_rate=4e-4,
         questions_per_step=32,
         max_new_tokens=40,
-        num_steps=100,
+        num_steps=160,
         lora_rank=0,
         behaviour_model="hashed-ngrams",
     ),
@@ -116,13 +116,13 @@ class TrainConfig:
     output_dir: Path | None = None
     """Where metrics, checkpoints, samples and evaluation.json go. None: a new folder runs/<model>-<date>-<time>."""
     num_steps: int | None = None
-    """Rollout batches to train on. None: the preset's (pocket 100, qwen2-audio-7b 1000)."""
+    """Rollout batches to train on. None: the preset's (pocket 160, qwen2-audio-7b 1000)."""
     questions_per_step: int | None = None
     """Questions in a rollout batch. None: the preset's (pocket 32, qwen2-audio-7b 8)."""
     group_size: int = 8
     """Completions of a question, half from the spoken and half from the written prompt."""
     learning_rate: float | None = None
-    """Peak learning rate of AdamW. None: the preset's (pocket 2e-4, qwen2-audio-7b 2e-5)."""
+    """Peak learning rate of AdamW. None: the preset's (pocket 4e-4, qwen2-audio-7b 2e-5)."""
     warmup_fraction: float = 0.01
     """Part of the steps over which the learning rate rises linearly; afterwards it falls linearly to 0."""
     weight_decay: float = 0.01

@@ -27,6 +27,8 @@ _RECORDINGS_PER_BATCH = 32
 """Recordings in one pass of the audio tower, whose activations grow with every one."""
 _MAX_HEARD_BYTES = 2**30
 """Audio embeddings kept between epochs: all of the embedded data, or some 170 recordings of 30 s at 7B's width."""
+_PADDING, _PROMPT = -1, 0
+"""Segment numbers of a row; its completions count from 1."""
 
 
 def embed_audio(module: nn.Module, features: Tensor, feature_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,11 +268,6 @@ class SpeechModel:
             use_cache=False,
         ).last_hidden_state
         return states.flatten(0, 1)[layout.predictors]
-
-
-_PADDING = -1
-_PROMPT = 0
-"""Segment numbers; completions count from 1."""
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def run_interrupted(config: TrainConfig, during_step: int) -> int:
 
 def test_resume_refuses_other_settings(finished, small_eval):
     config = small_config(finished, small_eval, resume=True, learning_rate=1.0)
-    with pytest.raises(UserError, match=r"learning_rate 0\.0002 -> 1\.0"):
+    with pytest.raises(UserError, match=r"learning_rate 0\.0004 -> 1\.0"):
         train(config)
 
 
