@@ -42,6 +42,8 @@ class Preset:
     """0 = full fine-tuning."""
     behaviour_model: str
     """Text embedder of R_beh."""
+    questions_per_micro_batch: int
+    gradient_checkpointing: bool
 
     def save(self, folder: Path) -> None:
         """Leave a note beside a checkpoint, from which `find_preset` makes the same preset for it."""
@@ -60,6 +62,8 @@ PRESETS = {
         num_steps=160,
         lora_rank=0,
         behaviour_model="hashed-ngrams",
+        questions_per_micro_batch=4,
+        gradient_checkpointing=False,
     ),
     "qwen2-audio-7b": Preset(
         source="Qwen/Qwen2-Audio-7B-Instruct",
@@ -70,6 +74,8 @@ PRESETS = {
         num_steps=1000,
         lora_rank=8,
         behaviour_model="Qwen/Qwen3-Embedding-0.6B",
+        questions_per_micro_batch=1,
+        gradient_checkpointing=True,
     ),
 }
 
@@ -154,8 +160,10 @@ class TrainConfig:
     """LoRA updates are scaled by this over the rank."""
     freeze_audio: bool = True
     """Keep audio tower and projector as they are; the paper trains the language model only."""
-    questions_per_micro_batch: int = 4
-    """Questions in one forward and backward pass; changes memory and speed, never the result."""
+    questions_per_micro_batch: int | None = None
+    """Questions in one forward and backward pass; changes memory and speed, never the result. None: the preset's (4 / 1)."""
+    gradient_checkpointing: bool | None = None
+    """Compute each layer again for the backward pass instead of keeping its activations. None: the preset's (off / on)."""
     rollout_batch_size: int = 128
     """Completions sampled at once by the transformers engine."""
     eval_samples: int = 2
@@ -188,10 +196,8 @@ class TrainConfig:
 
     def resolve(self, preset: Preset) -> Self:
         """The same settings with every `None` that means "the preset's" filled in."""
-        behaviour_model = self.behaviour_model
-        if behaviour_model == "auto":
-            behaviour_model = preset.behaviour_model
-        fields = ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "lora_rank")
+        behaviour_model = preset.behaviour_model if self.behaviour_model == "auto" else self.behaviour_model
+        fields = {field.name for field in dataclasses.fields(preset)} & {field.name for field in dataclasses.fields(self)}
         filled = {name: getattr(preset, name) for name in fields if getattr(self, name) is None}
         return dataclasses.replace(self, behaviour_model=behaviour_model, **filled)
 

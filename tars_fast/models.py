@@ -67,6 +67,7 @@ class SpeechModel:
         self.preset = preset
         self.audio_token_id: int = module.config.audio_token_id
         self.audio_is_trained = False
+        self.gradient_checkpointing = False
         self._heard: OrderedDict[Path, Tensor] = OrderedDict()
         self._heard_bytes = 0
         vocabulary_size = module.get_output_embeddings().weight.shape[0]
@@ -261,12 +262,18 @@ class SpeechModel:
     def forward(self, layout: Layout) -> Tensor:
         """[T, D] the states that predict the completions' tokens, ready for the head."""
         inputs = self.embed_tokens(layout.token_ids, layout.prompts, [0] * len(layout.prompts))
+        # Layers recompute only where their own flag says training. Their parts keep eval mode, so that nothing drops out, and
+        # the flag falls again afterwards, because `generate` would lose its cache to it.
+        for layer in self.language_model.layers:
+            layer.training = self.gradient_checkpointing and torch.is_grad_enabled()
         states = self.language_model(
             inputs_embeds=inputs,
             attention_mask=layout.attention_mask(inputs.dtype),
             position_ids=layout.position_ids,
             use_cache=False,
         ).last_hidden_state
+        for layer in self.language_model.layers:
+            layer.training = False
         return states.flatten(0, 1)[layout.predictors]
 
 
@@ -343,7 +350,15 @@ def load_model(preset: Preset, source: str, device: torch.device, dtype: torch.d
     return SpeechModel(module.to(device).eval(), processor, preset)
 
 
-def make_trainable(model: SpeechModel, *, lora_rank: int, lora_alpha: float, freeze_audio: bool, adapter: Path | None) -> None:
+def make_trainable(
+    model: SpeechModel,
+    *,
+    lora_rank: int,
+    lora_alpha: float,
+    freeze_audio: bool,
+    gradient_checkpointing: bool,
+    adapter: Path | None,
+) -> None:
     """Choose what training changes: LoRA on all linear layers of the language model, or the whole of it with its head.
 
     The module stays in eval mode throughout: dropout, LoRA's included, would make rollout, reward and loss three policies.
@@ -352,6 +367,7 @@ def make_trainable(model: SpeechModel, *, lora_rank: int, lora_alpha: float, fre
         lora_rank: 0 for full fine-tuning.
         lora_alpha: updates are scaled by `lora_alpha / lora_rank`.
         freeze_audio: leave audio tower and projector alone.
+        gradient_checkpointing: compute each layer of the language model again for the backward pass.
         adapter: a checkpoint whose LoRA weights to continue from.
 
     Raises:
@@ -380,4 +396,7 @@ def make_trainable(model: SpeechModel, *, lora_rank: int, lora_alpha: float, fre
         module.model.audio_tower.requires_grad_(True)
         module.model.audio_tower.embed_positions.requires_grad_(False)
         module.model.multi_modal_projector.requires_grad_(True)
+    if gradient_checkpointing:
+        model.gradient_checkpointing = True
+        module.gradient_checkpointing_enable({"use_reentrant": False})
     module.eval()

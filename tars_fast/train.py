@@ -392,6 +392,7 @@ def train(config: TrainConfig) -> int:
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
         freeze_audio=config.freeze_audio,
+        gradient_checkpointing=config.gradient_checkpointing,
         adapter=adapter,
     )
     engine = TransformersEngine(model, config.rollout_batch_size)
@@ -471,7 +472,7 @@ def run_steps(
 
         metrics = {"step": step + 1, "learning_rate": config.learning_rate_at(step), **metrics}
         metrics |= rollout_metrics(rollout, scored) | timer.take()
-        history = [*history, metrics][-MAX_UNANIMOUS_STEPS * 10 :]
+        history.append(metrics)
         log.step(metrics)
         done = step + 1
         if done % config.save_every == 0 or done == config.num_steps or interrupt.requested:

@@ -18,10 +18,12 @@ torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def new_model(lora_rank: int = 0) -> SpeechModel:
+def new_model(**changes) -> SpeechModel:
+    """The embedded model as the loop prepares it, fully trainable unless `changes` say otherwise."""
     preset = PRESETS["pocket"]
     model = load_model(preset, preset.source, torch.device("cpu"), torch.float32)
-    make_trainable(model, lora_rank=lora_rank, lora_alpha=32.0, freeze_audio=True, adapter=None)
+    settings = {"lora_rank": 0, "lora_alpha": 32.0, "freeze_audio": True, "gradient_checkpointing": False, "adapter": None}
+    make_trainable(model, **(settings | changes))
     return model
 
 
@@ -44,3 +46,9 @@ def questions():
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
     return TrainConfig(output_dir=tmp_path, questions_per_step=4, num_steps=4).resolve(PRESETS["pocket"])
+
+
+@pytest.fixture
+def make_model():
+    """`new_model`, for tests that need a model prepared in their own way."""
+    return new_model

@@ -297,16 +297,41 @@ def test_metrics_by_modality(model, questions, config):
     assert metrics["length/speech"] == pytest.approx(sum(len(c.token_ids) for c in speech) / len(speech))
 
 
-def test_trained_audio_tower_gets_a_gradient(questions, config):
-    from tars_fast.config import PRESETS
-    from tars_fast.models import load_model, make_trainable
-
-    preset = PRESETS["pocket"]
-    model = load_model(preset, preset.source, torch.device("cpu"), torch.float32)
-    make_trainable(model, lora_rank=0, lora_alpha=32.0, freeze_audio=False, adapter=None)
+def test_trained_audio_tower_gets_a_gradient(make_model, questions, config):
+    model = make_model(freeze_audio=False)
     rollout = rollout_of(model, questions[:4], config)
     update(model, rollout, questions[:4], config)
     assert model.module.model.audio_tower.conv1.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_gradient_checkpointing_changes_nothing_but_memory(make_model, questions, config, lora_rank):
+    plain = make_model(lora_rank=lora_rank)
+    recomputing = make_model(lora_rank=lora_rank, gradient_checkpointing=True)
+    recomputing.module.load_state_dict(plain.module.state_dict())
+    rollout = rollout_of(plain, questions[:4], config)
+    assert rollout_of(recomputing, questions[:4], config).completions == rollout.completions
+    expected, _ = update(plain, rollout, questions, config)
+    runs = []
+    recomputing.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    got, _ = update(recomputing, rollout, questions, config)
+    assert len(runs) == 2, "each layer runs once forward and once more for the backward pass"
+    assert torch.equal(got.representation_N, expected.representation_N)
+    torch.testing.assert_close(gradients(recomputing), gradients(plain), atol=1e-7, rtol=1e-5)
+    assert not any(module.training for module in recomputing.module.modules())
+
+
+@torch.no_grad()
+def test_completions_of_a_row_do_not_see_each_other(model, questions):
+    """Changing one completion's tokens leaves every other one's states bit for bit."""
+    (prompt,) = model.encode_prompts(questions[:1], Modality.SPEECH)
+    first, second, third = (
+        Completion(0, Modality.SPEECH, tuple(range(k, k + 9)), (0.0,) * 9, "", False) for k in (50, 90, 130)
+    )
+    states = [model.forward(model.lay_out([prompt] * 3, row)) for row in ([first, second, third], [first, third, third])]
+    assert torch.equal(states[0][:9], states[1][:9])
+    assert not torch.equal(states[0][9:18], states[1][9:18])
+    assert torch.equal(states[0][18:], states[1][18:])
 
 
 def test_representation_reward_without_reference_is_zero():
