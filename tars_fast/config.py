@@ -44,6 +44,8 @@ class Preset:
     """Text embedder of R_beh."""
     questions_per_micro_batch: int
     gradient_checkpointing: bool
+    rollout_batch_size: int
+    """Completions that `generate` samples at once: bounded by the memory of their KV cache."""
 
     def save(self, folder: Path) -> None:
         """Leave a note beside a checkpoint, from which `find_preset` makes the same preset for it."""
@@ -64,6 +66,7 @@ PRESETS = {
         behaviour_model="hashed-ngrams",
         questions_per_micro_batch=4,
         gradient_checkpointing=False,
+        rollout_batch_size=128,
     ),
     "qwen2-audio-7b": Preset(
         source="Qwen/Qwen2-Audio-7B-Instruct",
@@ -76,6 +79,7 @@ PRESETS = {
         behaviour_model="Qwen/Qwen3-Embedding-0.6B",
         questions_per_micro_batch=1,
         gradient_checkpointing=True,
+        rollout_batch_size=32,
     ),
 }
 
@@ -164,8 +168,8 @@ class TrainConfig:
     """Questions in one forward and backward pass; changes memory and speed, never the result. None: the preset's (4 / 1)."""
     gradient_checkpointing: bool | None = None
     """Compute each layer again for the backward pass instead of keeping its activations. None: the preset's (off / on)."""
-    rollout_batch_size: int = 128
-    """Completions sampled at once by the transformers engine."""
+    rollout_batch_size: int | None = None
+    """Completions sampled at once by the transformers engine. None: the preset's (128 / 32)."""
     eval_samples: int = 2
     """Completions an item, at --temperature, behind the sampled accuracies of the evaluation; 0 leaves them out."""
     save_every: int = 25

@@ -41,8 +41,8 @@ class EvaluateConfig:
     """Longest completion, in tokens. None: the preset's."""
     behaviour_model: str = "auto"
     """Text embedder behind behaviour_similarity. auto: the preset's."""
-    batch_size: int = 128
-    """Completions generated at once."""
+    rollout_batch_size: int | None = None
+    """Completions generated at once. None: the preset's."""
     seed: int = 0
     """Of the sampled completions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -53,7 +53,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.reference_text_accuracy is not None and not 0 < self.reference_text_accuracy <= 1:
             raise UserError(f"--reference-text-accuracy {self.reference_text_accuracy}: a fraction above 0 and at most 1")
-        check_numbers(self, positive=("temperature", "batch_size", "max_new_tokens"), not_negative=("samples", "seed"))
+        check_numbers(self, positive=("temperature", "rollout_batch_size", "max_new_tokens"), not_negative=("samples", "seed"))
         if self.output is not None and not self.output.parent.is_dir():
             raise UserError(f"--output {self.output}: no folder {self.output.parent}; make it first")
 
@@ -68,7 +68,7 @@ def run_evaluation(config: EvaluateConfig) -> int:
     behaviour_model = preset.behaviour_model if config.behaviour_model == "auto" else config.behaviour_model
     evaluation = evaluate(
         model,
-        TransformersEngine(model, config.batch_size),
+        TransformersEngine(model, config.rollout_batch_size or preset.rollout_batch_size),
         load_text_similarity(behaviour_model, device),
         questions,
         max_new_tokens=max_new_tokens,
