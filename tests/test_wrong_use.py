@@ -231,7 +231,7 @@ EVALUATION_SETTINGS = [
     (["--model", "qwen9"], ["--model qwen9", "neither a preset"]),
     (["--data", "absent.jsonl"], ["data absent.jsonl", "cannot be read", "give a jsonl file"]),
     (["--temperature", "0"], ["--temperature 0", "must be greater than 0"]),
-    (["--batch-size", "0"], ["--batch-size 0", "must be greater than 0"]),
+    (["--rollout-batch-size", "0"], ["--rollout-batch-size 0", "must be greater than 0"]),
     (["--reference-text-accuracy", "78"], ["--reference-text-accuracy 78", "a fraction above 0 and at most 1"]),
     (["--max-new-tokens", "1020"], ["item 't1'", "model's 1024", "lower --max-new-tokens"]),
 ]
