@@ -37,7 +37,7 @@ def questions(config):
 
 def collect(model, config, questions):
     engine = TransformersEngine(model, config.rollout_batch_size)
-    return collect_rollout(model, engine, HashedNgrams(), questions, config, 0, PhaseTimer())
+    return collect_rollout(model, engine, HashedNgrams(), questions, config, 0, PhaseTimer(model.device))
 
 
 @pytest.mark.benchmark(group="step")
@@ -50,7 +50,7 @@ def test_rollout_and_rewards(benchmark, model, config, questions):
 def test_forward_rewards_backward_update(benchmark, model, config, questions):
     rollout = collect(model, config, questions)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.0)
-    arguments = (model, optimizer, rollout, questions, None, config, PhaseTimer())
+    arguments = (model, optimizer, rollout, questions, None, config, PhaseTimer(model.device))
     _, metrics = benchmark.pedantic(update_policy, arguments, rounds=3, warmup_rounds=1)
     assert metrics["logprob_diff_max"] < 1e-3
 

@@ -1,4 +1,7 @@
-"""Advantages: rewards centred within (question, modality), without division by the deviation (Dr. GRPO)."""
+"""Advantages: rewards centred within (question, modality), without division by the deviation (Dr. GRPO).
+
+Shapes: N completions, G groups.
+"""
 
 from __future__ import annotations
 

@@ -16,8 +16,9 @@ def _statement(choices: tuple[str, ...]) -> re.Pattern[str]:
     # Longest first, so that `sixteen` is not read as `six`; single letters keep their case: "a" is also a word.
     ordered = sorted(choices, key=len, reverse=True)
     names = "|".join(re.escape(name) if len(name) == 1 else f"(?ai:{re.escape(name)})" for name in ordered)
-    # An answer ends where the word does: neither "twenty-five" nor "5.5" nor "A or B" states its first part.
-    end = rf"(?!\w|[-.,/:'\u2019]\w|[)\s\]*\"',]*(?:\b(?:or|and)\b|[/&,])\s*[(\[*\"']*(?:{names})(?!\w))"
+    # An answer ends where the word does: neither "twenty-five" nor "twenty one" nor "5.5" nor "A or B" states its first part.
+    another = rf"(?:[)\s\]*\"',]*(?:\b(?:or|and)\b|[/&|,])\s*[(\[*\"']*|\s+)(?:{names})(?!\w)"
+    end = rf"(?!\w|[-.,/:'\u2019]\w|{another})"
     return re.compile(rf"\b(?i:the (?:correct |final )?answer is):?\s*[(\[*\"']*(?P<name>{names}){end}")
 
 

@@ -94,7 +94,12 @@ def find_preset(model: str) -> Preset:
         return PRESETS[model]
     folder = Path(model)
     if (folder / PRESET_FILE).is_file():
-        return Preset(source=model, **json.loads((folder / PRESET_FILE).read_text(encoding="utf-8")))
+        try:
+            return Preset(source=model, **json.loads((folder / PRESET_FILE).read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"--model {model}: its {PRESET_FILE} is not one of this version ({error}); remove the file"
+            ) from error
     if (folder / "config.json").is_file():
         return dataclasses.replace(PRESETS["qwen2-audio-7b"], source=model)
     raise UserError(f"--model {model}: neither a preset ({', '.join(PRESETS)}) nor a folder that holds a checkpoint")
@@ -169,13 +174,13 @@ class TrainConfig:
     gradient_checkpointing: bool | None = None
     """Compute each layer again for the backward pass instead of keeping its activations. None: the preset's (off / on)."""
     rollout_batch_size: int | None = None
-    """Completions sampled at once by the transformers engine. None: the preset's (128 / 32)."""
+    """Completions sampled at once by the transformers engine; another size draws other ones. None: the preset's (128 / 32)."""
     eval_samples: int = 2
     """Completions an item, at --temperature, behind the sampled accuracies of the evaluation; 0 leaves them out."""
     save_every: int = 25
     """Steps between checkpoints; the last two are kept."""
     seed: int = 0
-    """Of everything drawn at random. Same seed, same machine: same metrics."""
+    """Of everything drawn at random. Same seed, machine and settings: same metrics, bit for bit on a CPU."""
     resume: bool = False
     """Continue from the newest checkpoint in --output-dir."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -203,7 +208,17 @@ class TrainConfig:
         behaviour_model = preset.behaviour_model if self.behaviour_model == "auto" else self.behaviour_model
         fields = {field.name for field in dataclasses.fields(preset)} & {field.name for field in dataclasses.fields(self)}
         filled = {name: getattr(preset, name) for name in fields if getattr(self, name) is None}
-        return dataclasses.replace(self, behaviour_model=behaviour_model, **filled)
+        resolved = dataclasses.replace(self, behaviour_model=behaviour_model, **filled)
+        if resolved.lora_rank == 0 and resolved.dtype == "bfloat16":
+            raise UserError("--dtype bfloat16: cannot hold the small steps of full fine-tuning; use float32, or a --lora-rank")
+        if resolved.lora_rank and not resolved.freeze_audio:
+            raise UserError("--no-freeze-audio: a LoRA checkpoint holds adapters only; add --lora-rank 0")
+        return resolved
+
+    def as_preset(self, preset: Preset) -> Preset:
+        """`preset` with this run's settings in the place of its own, for the checkpoints that come of it."""
+        shared = {field.name for field in dataclasses.fields(preset)} & {field.name for field in dataclasses.fields(self)}
+        return dataclasses.replace(preset, **{name: getattr(self, name) for name in shared})
 
     def to_json(self) -> dict[str, object]:
         values = dataclasses.asdict(self)

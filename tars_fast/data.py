@@ -36,17 +36,18 @@ def _parse_item(record: object, place: str, folder: Path) -> Question:
     listed = options if answer_set is None else answer_set
     if not isinstance(listed, list) or not 2 <= len(listed) <= 26 or not all(isinstance(o, str) and o.strip() for o in listed):
         raise UserError(f"{item}: 'options' or 'answer_set' must list 2 to 26 non-empty texts, not {listed!r:.80}")
-    # Words are compared without regard to case, so "Yes" and "yes" would be one answer.
-    folded = [option.strip() if len(option) == 1 else option.strip().casefold() for option in listed]
+    listed = [option.strip() for option in listed]
+    # Words said in answer are compared without regard to case, so "Yes" and "yes" would be one.
+    folded = [option if len(option) == 1 or answer_set is None else option.casefold() for option in listed]
     twice = sorted({option for option in folded if folded.count(option) > 1})
     if twice:
         raise UserError(f"{item}: {twice[0]!r} is listed twice among the possible answers; remove one")
     if answer_set is None:
-        choices = tuple(ascii_uppercase[: len(options)])
-        lettered = (f"{letter}. {option}" for letter, option in zip(choices, options, strict=True))
+        choices = tuple(ascii_uppercase[: len(listed)])
+        lettered = (f"{letter}. {option}" for letter, option in zip(choices, listed, strict=True))
         question = "\n".join([texts["question"], *lettered])
     else:
-        choices = tuple(answer_set)
+        choices = tuple(listed)
         question = texts["question"]
     if texts["answer"] not in choices:
         raise UserError(f"{item}: answer {texts['answer']!r} is none of {', '.join(choices)}; correct it or the list")
@@ -92,11 +93,24 @@ def load_questions(source: Path) -> list[Question]:
     return questions
 
 
+def _normalised(question: Question) -> str:
+    # Signs stay: "3 + 4" and "3 - 4" are two questions.
+    return re.sub(r"[\s.,;:!?\"'()]+", " ", question.text).casefold().strip()
+
+
 def split_by_id(questions: Sequence[Question], held_out_fraction: float) -> tuple[list[Question], list[Question]]:
-    """(training, held-out) by a hash of the id: an item stays on its side whatever is added or reordered."""
+    """(training, held-out) by a hash of the id: an item stays on its side whatever is reordered.
+
+    Items that ask the same, as several recordings of one question do, go by the least of their ids, to one side.
+    """
+    least_ids: dict[str, str] = {}
+    for question in questions:
+        text = _normalised(question)
+        least_ids[text] = min(question.id, least_ids.get(text, question.id))
 
     def position(question: Question) -> float:
-        return int.from_bytes(hashlib.sha256(question.id.encode(errors="surrogatepass")).digest()[:8]) / 2**64
+        least = least_ids[_normalised(question)]
+        return int.from_bytes(hashlib.sha256(least.encode(errors="surrogatepass")).digest()[:8]) / 2**64
 
     training = [question for question in questions if position(question) >= held_out_fraction]
     held_out = [question for question in questions if position(question) < held_out_fraction]
@@ -108,18 +122,14 @@ def split_by_id(questions: Sequence[Question], held_out_fraction: float) -> tupl
 def check_leaks(training: Sequence[Question], held_out: Sequence[Question]) -> None:
     """Raises UserError where an evaluation item is also a training item, by id or by text, case and punctuation aside."""
 
-    def normalised(question: Question) -> str:
-        # Signs stay: "3 + 4" and "3 - 4" are two questions.
-        return re.sub(r"[\s.,;:!?\"'()]+", " ", question.text).casefold().strip()
-
     ids = {question.id for question in training}
-    texts = {normalised(question): question.id for question in training}
+    texts = {_normalised(question): question.id for question in training}
     for question in held_out:
         if question.id in ids:
             raise UserError(f"item {question.id!r} is in both training and evaluation data; remove it from one")
-        if normalised(question) in texts:
+        if _normalised(question) in texts:
             raise UserError(
-                f"evaluation item {question.id!r} asks what training item {texts[normalised(question)]!r} asks; remove one"
+                f"evaluation item {question.id!r} asks what training item {texts[_normalised(question)]!r} asks; remove one"
             )
 
 

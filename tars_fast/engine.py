@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,7 +75,9 @@ class _SampledLogprobs:
             TrainingError: a logit was NaN or infinite.
         """
         if not self._all_finite:
-            raise TrainingError("the policy's logits are not finite; lower --learning-rate and start from the last checkpoint")
+            raise TrainingError(
+                "the policy's logits are not finite; lower --learning-rate; the last checkpoint, if there is one, is good"
+            )
         self._record(last_tokens)
         return torch.stack(self._logprobs, dim=1)
 
@@ -123,24 +126,23 @@ class TransformersEngine:
         )
         cache.batch_repeat_interleave(sampling.num_completions)
         recorder = _SampledLogprobs(model.suppressed_bias, sampling.temperature or 1.0)
-        output = model.module.generate(
-            input_ids=token_ids.repeat_interleave(sampling.num_completions, 0),
-            attention_mask=attention_mask.repeat_interleave(sampling.num_completions, 0),
-            past_key_values=cache,
-            max_new_tokens=sampling.max_new_tokens,
-            logits_processor=LogitsProcessorList([recorder]),
-            eos_token_id=model.stop_token_ids,
-            pad_token_id=model.pad_token_id,
-            **_decoding(sampling.temperature),
-        )
+        with _bare_generation_config(model, sampling):
+            output = model.module.generate(
+                input_ids=token_ids.repeat_interleave(sampling.num_completions, 0),
+                attention_mask=attention_mask.repeat_interleave(sampling.num_completions, 0),
+                past_key_values=cache,
+                logits_processor=LogitsProcessorList([recorder]),
+            )
         generated = output[:, width:]
         logprobs = recorder.finish(generated[:, -1])
         is_stop = torch.isin(generated, torch.tensor(model.stop_token_ids, device=generated.device))
         stops = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, generated.shape[1]).tolist()
-        texts = model.processor.tokenizer.batch_decode(
-            [row[:stop] for row, stop in zip(generated.tolist(), stops, strict=True)], skip_special_tokens=True
-        )
         finished = is_stop.any(1).tolist()
+        # Special tokens other than the stop token stay visible: a completion that holds one has not kept to the format.
+        texts = model.processor.tokenizer.batch_decode(
+            [row[: stop - done] for row, stop, done in zip(generated.tolist(), stops, finished, strict=True)],
+            skip_special_tokens=False,
+        )
         return [
             Completion(
                 question=questions[row // sampling.num_completions],
@@ -156,7 +158,24 @@ class TransformersEngine:
         ]
 
 
-def _decoding(temperature: float) -> dict[str, object]:
-    if temperature == 0:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+@contextmanager
+def _bare_generation_config(model: SpeechModel, sampling: Sampling) -> Iterator[None]:
+    """For the length of the block nothing shapes the distribution but the temperature.
+
+    `generate` fills what a call leaves open from the checkpoint's own settings (Qwen2-Audio's repetition penalty, top-k and
+    top-p among them), and would then sample from another policy than the one being trained.
+    """
+    from transformers import GenerationConfig
+
+    decoding = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+    original = model.module.generation_config
+    model.module.generation_config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=model.stop_token_ids,
+        pad_token_id=model.pad_token_id,
+        **(decoding if sampling.temperature else {"do_sample": False}),
+    )
+    try:
+        yield
+    finally:
+        model.module.generation_config = original

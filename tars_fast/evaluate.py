@@ -48,7 +48,7 @@ class EvaluateConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights. auto: bfloat16 on CUDA, else float32."""
+    """Of the weights. auto: bfloat16 on CUDA for models trained with LoRA, else float32."""
 
     def __post_init__(self) -> None:
         if self.reference_text_accuracy is not None and not 0 < self.reference_text_accuracy <= 1:

@@ -16,6 +16,8 @@ from tars_fast.models import SpeechModel
 from tars_fast.rewards import TextSimilarity, answer_rewards
 from tars_fast.types import Completion, Modality, Prompt, Question
 
+_ITEMS_AT_ONCE = 128
+"""Items whose audio embeddings are held at a time; at 7B and 30 s that is 0.8 GB."""
 _ITEMS_PER_FORWARD = 16
 
 
@@ -121,31 +123,55 @@ def evaluate(
     seed: int,
 ) -> Evaluation:
     """Answer every question from speech and from text, greedily and, where `num_samples` > 0, by sampling."""
-    numbers = list(range(len(questions)))
-    greedy = Sampling(num_completions=1, max_new_tokens=max_new_tokens, temperature=0.0, seed=seed)
-    prompts: dict[Modality, list[Prompt]] = {}
-    completions: dict[Modality, list[Completion]] = {}
+    parts = [
+        _evaluate_slice(
+            model,
+            engine,
+            text_similarity,
+            questions[start : start + _ITEMS_AT_ONCE],
+            greedy=Sampling(num_completions=1, max_new_tokens=max_new_tokens, temperature=0.0, seed=seed),
+            sampling=Sampling(num_samples, max_new_tokens, temperature, seed + start) if num_samples else None,
+        )
+        for start in range(0, len(questions), _ITEMS_AT_ONCE)
+    ]
+
+    def joined(name: str) -> object:
+        values = [getattr(part, name) for part in parts]
+        if isinstance(values[0], tuple):
+            return tuple(text for texts in values for text in texts)
+        return None if values[0] is None else np.concatenate(values)
+
+    return Evaluation(**{field.name: joined(field.name) for field in dataclasses.fields(Evaluation)})
+
+
+def _evaluate_slice(
+    model: SpeechModel,
+    engine: RolloutEngine,
+    text_similarity: TextSimilarity,
+    questions: Sequence[Question],
+    greedy: Sampling,
+    sampling: Sampling | None,
+) -> Evaluation:
+    numbers = range(len(questions))
     with torch.no_grad():
-        for modality in Modality:
-            prompts[modality] = model.encode_prompts(questions, modality)
-            completions[modality] = engine.generate(prompts[modality], numbers, greedy)
+        prompts = {modality: model.encode_prompts(questions, modality) for modality in Modality}
+    completions = {modality: engine.generate(prompts[modality], numbers, greedy) for modality in Modality}
     rewards = {modality: answer_rewards(completions[modality], questions) for modality in Modality}
     sampled: dict[Modality, np.ndarray | None] = dict.fromkeys(Modality)
-    if num_samples:
-        sampling = Sampling(num_samples, max_new_tokens, temperature, seed)
+    if sampling is not None:
         for modality in Modality:
             drawn = engine.generate(prompts[modality], numbers, sampling)
-            accuracy = answer_rewards(drawn, questions).accuracy.view(len(questions), num_samples)
+            accuracy = answer_rewards(drawn, questions).accuracy.view(len(questions), sampling.num_completions)
             sampled[modality] = accuracy.mean(1).numpy()
-    spoken, written = completions[Modality.SPEECH], completions[Modality.TEXT]
+    texts = {modality: tuple(completion.text for completion in completions[modality]) for modality in Modality}
     return Evaluation(
         speech_correct=rewards[Modality.SPEECH].accuracy.numpy(),
         text_correct=rewards[Modality.TEXT].accuracy.numpy(),
         num_unparsed=sum(rewards[modality].unparsed.numpy() for modality in Modality),
-        behaviour_similarity=text_similarity.similarity([c.text for c in spoken], [c.text for c in written]).numpy(),
+        behaviour_similarity=text_similarity.similarity(texts[Modality.SPEECH], texts[Modality.TEXT]).numpy(),
         layer_cosine=layer_cosines(model, prompts, completions),
         speech_correct_sampled=sampled[Modality.SPEECH],
         text_correct_sampled=sampled[Modality.TEXT],
-        speech_texts=tuple(completion.text for completion in spoken),
-        text_texts=tuple(completion.text for completion in written),
+        speech_texts=texts[Modality.SPEECH],
+        text_texts=texts[Modality.TEXT],
     )

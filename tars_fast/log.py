@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,15 +19,18 @@ from rich.table import Table
 
 
 class PhaseTimer:
-    """Wall-clock seconds by phase of a step."""
+    """Wall-clock seconds by phase of a step; on CUDA a phase ends when the device is done with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
+        if self._on_cuda:
+            torch.cuda.synchronize()
         self._seconds[name] += time.perf_counter() - started
 
     def take(self) -> dict[str, float]:
@@ -65,7 +69,7 @@ class RunLog:
         self._path = output_dir / "metrics.jsonl"
         kept = self._path.read_text().splitlines()[:num_completed] if num_completed else []
         self._path.write_text("".join(line + "\n" for line in kept))
-        self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=num_completed)
+        self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=num_completed + 1)
         self._progress = Progress(
             TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console
         )
@@ -128,15 +132,17 @@ class RunLog:
 def print_summary(log: RunLog, evaluation: Mapping[str, Mapping], output_dir: Path) -> None:
     """The run on one screen: before, after, the paired change, and where the time went."""
 
-    def shown(report: Mapping, name: str, scale: float) -> str:
+    def shown(part: str, name: str, scale: float) -> str:
+        report = evaluation[part]
         if report.get(name) is None:
             return "-"
-        low, high = report[f"{name}_ci95"]
-        return f"{scale * report[name]:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
+        sign, decimals = ("+", 1) if part == "change" else ("", 0)
+        low, high = (f"{scale * end:{sign}.{decimals}f}" for end in report[f"{name}_ci95"])
+        return f"{scale * report[name]:{sign}.1f} [{low}, {high}]"
 
     table = Table(box=box.SIMPLE_HEAD, title="Held-out items, 95 % bootstrap intervals in brackets")
     for title in ("", "before", "after", "change"):
-        table.add_column(title, justify="left" if not title else "right")
+        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
     for title, name, scale in (
         ("speech, greedy %", "speech_accuracy", 100),
         ("text, greedy %", "text_accuracy", 100),
@@ -148,7 +154,7 @@ def print_summary(log: RunLog, evaluation: Mapping[str, Mapping], output_dir: Pa
         ("unparsed", "unparsed", 1),
     ):
         if name in evaluation["before"]:
-            table.add_row(title, *(shown(evaluation[part], name, scale) for part in ("before", "after", "change")))
+            table.add_row(title, *(shown(part, name, scale) for part in ("before", "after", "change")))
     layers = zip(evaluation["before"]["layer_cosine"], evaluation["after"]["layer_cosine"], strict=True)
     log.console.print(table)
     log.say("layer cosine, speech to text: " + ", ".join(f"{before:.3f} -> {after:.3f}" for before, after in layers))

@@ -124,21 +124,19 @@ class SpeechModel:
         Raises:
             UserError: a recording that the model cannot take.
         """
-        rendered = [self.render_prompt(question, modality) for question in questions]
         if modality is Modality.TEXT:
-            return [Prompt(modality, tuple(self._tokenise(text))) for text in rendered]
+            return [Prompt(modality, self.prompt_token_ids(question, modality)) for question in questions]
         embeddings = self._hear([question.audio for question in questions])
         return [
-            Prompt(modality, self._place_audio(text, len(audio)), audio)
-            for text, audio in zip(rendered, embeddings, strict=True)
+            Prompt(modality, self.prompt_token_ids(question, modality, len(audio)), audio)
+            for question, audio in zip(questions, embeddings, strict=True)
         ]
 
-    def _tokenise(self, text: str) -> list[int]:
-        return self.processor.tokenizer.encode(text, add_special_tokens=False)
-
-    def _place_audio(self, rendered: str, num_audio_tokens: int) -> tuple[int, ...]:
+    def prompt_token_ids(self, question: Question, modality: Modality, num_audio_tokens: int = 0) -> tuple[int, ...]:
+        """The rendered prompt's tokens, its audio placeholder repeated once for each audio token."""
         token_ids: list[int] = []
-        for token_id in self._tokenise(rendered):
+        rendered = self.render_prompt(question, modality)
+        for token_id in self.processor.tokenizer.encode(rendered, add_special_tokens=False):
             token_ids.extend([token_id] * (num_audio_tokens if token_id == self.audio_token_id else 1))
         return tuple(token_ids)
 
@@ -155,10 +153,12 @@ class SpeechModel:
                 wave = load_recording(question.audio, self.max_audio_seconds)
             except UserError as error:
                 raise UserError(f"item {question.id!r}: {error}") from error
-            written = self._tokenise(self.render_prompt(question, Modality.TEXT))
-            if self.audio_token_id in written:
-                raise UserError(f"item {question.id!r}: its text holds the audio placeholder; remove it")
-            spoken = self._place_audio(self.render_prompt(question, Modality.SPEECH), self._num_audio_tokens(wave))
+            control = [token for token in self.processor.tokenizer.get_added_vocab() if token in question.text]
+            if control:
+                what = "the audio placeholder" if self.processor.audio_token in control else f"the control token {control[0]}"
+                raise UserError(f"item {question.id!r}: its text holds {what}; remove it")
+            written = self.prompt_token_ids(question, Modality.TEXT)
+            spoken = self.prompt_token_ids(question, Modality.SPEECH, self._num_audio_tokens(wave))
             longest = max(len(written), len(spoken))
             if longest + max_new_tokens > self.max_tokens:
                 raise UserError(
@@ -332,6 +332,7 @@ def load_model(preset: Preset, source: str, device: torch.device, dtype: torch.d
     Raises:
         UserError: it cannot be found or read, or is not a Qwen2-Audio model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
     from transformers.utils import logging
 
@@ -343,7 +344,7 @@ def load_model(preset: Preset, source: str, device: torch.device, dtype: torch.d
                 raise UserError(f"--model {source}: a {architecture} checkpoint; only qwen2_audio ones are supported")
         processor = AutoProcessor.from_pretrained(source)
         module = Qwen2AudioForConditionalGeneration.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model {source}: cannot be loaded ({reason}); check the path, or the network") from error
     module.requires_grad_(False)
@@ -379,18 +380,19 @@ def make_trainable(
     if lora_rank == 0:
         model.language_model.requires_grad_(True)
         model.head.requires_grad_(True)
-    elif adapter is None:
-        from peft import LoraConfig
+    else:
+        from peft import LoraConfig, set_peft_model_state_dict
+        from safetensors.torch import load_file
 
         targets = [
             name for name, layer in module.named_modules() if ".language_model." in name and isinstance(layer, nn.Linear)
         ]
         module.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets, lora_dropout=0.0))
-    else:
-        module.load_adapter(str(adapter), is_trainable=True)
-    for parameter in model.trainable_parameters():
-        # bf16 cannot hold a step of lr 2e-5; adapters are small, so their masters are fp32.
-        parameter.data = parameter.data.float()
+        for parameter in model.trainable_parameters():
+            # bf16 cannot hold a step of lr 2e-5; adapters are small, so their masters are fp32.
+            parameter.data = parameter.data.float()
+        if adapter is not None:
+            set_peft_model_state_dict(module, load_file(adapter / "adapter_model.safetensors"))
     if not freeze_audio:
         model.audio_is_trained = True
         module.model.audio_tower.requires_grad_(True)

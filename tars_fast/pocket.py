@@ -32,8 +32,9 @@ from tars_fast.audio import SAMPLE_RATE
 from tars_fast.checkpoint import atomic_folder
 from tars_fast.cli import run_command
 from tars_fast.config import ASSETS, PRESETS
-from tars_fast.models import embed_audio
+from tars_fast.models import SpeechModel, embed_audio
 from tars_fast.synthesis import Synthesiser
+from tars_fast.types import Modality, Prompt, Question
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 OPERATORS = {1: "plus", -1: "minus"}
@@ -326,29 +327,20 @@ class SupervisedRows:
     """Prompt embeddings and completion ids of the task, as the product's own prompts write them."""
 
     def __init__(self, module, processor):
-        self.module, self.processor = module, processor
-        self.stop = processor.tokenizer.eos_token
-        self.audio_id = processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+        self.model = SpeechModel(module, processor, PRESETS["pocket"])
 
-    def _ids(self, content) -> list[int]:
-        system = {"role": "system", "content": PRESETS["pocket"].system_prompt}
-        rendered = self.processor.apply_chat_template(
-            [system, {"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        return self.processor.tokenizer.encode(rendered)
-
-    def _completion(self, problem: Problem) -> Tensor:
-        return torch.tensor(self.processor.tokenizer.encode(problem.completion + self.stop))
+    def _row(self, problem: Problem, modality: Modality, audio: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        question = Question(id="", text=problem.question, answer=NUMBERS[problem.result], choices=tuple(NUMBERS))
+        token_ids = self.model.prompt_token_ids(question, modality, 0 if audio is None else len(audio))
+        prompt = self.model.embed_tokens(torch.tensor([token_ids]), [Prompt(modality, token_ids, audio)], [0])[0]
+        tokenizer = self.model.processor.tokenizer
+        return prompt, torch.tensor(tokenizer.encode(problem.completion + tokenizer.eos_token))
 
     def text(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        prompt = torch.tensor(self._ids(problem.question))
-        return self.module.get_input_embeddings()(prompt), self._completion(problem)
+        return self._row(problem, Modality.TEXT)
 
     def speech(self, problem: Problem, audio: Tensor) -> tuple[Tensor, Tensor]:
-        prompt = torch.tensor(self._ids([{"type": "audio"}]))
-        place = int((prompt == self.audio_id).nonzero())
-        words = self.module.get_input_embeddings()(prompt)
-        return torch.cat([words[:place], audio, words[place + 1 :]]), self._completion(problem)
+        return self._row(problem, Modality.SPEECH, audio)
 
 
 def train_thinking(

@@ -1,4 +1,4 @@
-"""Rewards of one rollout batch (METHOD step 2). N completions, L layers."""
+"""Rewards of one rollout batch (METHOD step 2). N completions, P pairs, L layers, D hidden size."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def choose_references(completions: Sequence[Completion], accuracy_N: Tensor, rng
     """For each speech completion a *correct* text completion of the *same question*, drawn at random (METHOD step 2).
 
     Returns:
-        N entries, indices into `completions`; None for text completions, for truncated speech completions, and where no text
-        completion of the question is correct.
+        N entries, indices into `completions`; None for text completions, for truncated speech completions, and where no
+        finished text completion of the question is correct.
     """
     correct: dict[int, list[int]] = {}
     for index, completion in enumerate(completions):
-        if completion.modality is Modality.TEXT and accuracy_N[index] == 1:
+        if completion.modality is Modality.TEXT and accuracy_N[index] == 1 and not completion.truncated:
             correct.setdefault(completion.question, []).append(index)
 
     def choose(completion: Completion) -> int | None:
@@ -137,7 +137,8 @@ def load_text_similarity(name: str, device: torch.device) -> TextSimilarity:
     except ImportError as error:
         raise UserError(f"--behaviour-model {name}: needs `pip install sentence-transformers`") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"--behaviour-model {name}: cannot be loaded ({error})") from error
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--behaviour-model {name}: cannot be loaded ({reason}); check the name, or the network") from error
 
 
 def behaviour_rewards(

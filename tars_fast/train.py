@@ -11,6 +11,8 @@ For every step:
 
 Left out on purpose: a reference model (the KL coefficient is 0), a value model, division by the reward's deviation, a separate
 scoring pass for old log-probabilities (with one set of weights the first forward already has them).
+
+Shapes: N completions of a batch or micro-batch, G (question, modality) groups, T packed completion tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -93,8 +95,8 @@ class Scored:
     """R_rep."""
     rewards_N: Tensor
     advantages_N: Tensor
-    logprobs: list[Tensor]
-    """Old log-probabilities, [T] for each micro-batch."""
+    logprobs: Sequence[Tensor] = ()
+    """Old log-probabilities, [T] for each micro-batch of a whole rollout."""
 
 
 def collect_rollout(
@@ -160,29 +162,21 @@ def update_policy(
     first = scored is None
     parts: list[Scored] = []
     losses: list[PolicyLoss] = []
-    masks: list[Tensor] = []
     optimizer.zero_grad(set_to_none=True)
     pooler = LayerPooler(model.language_model.layers, model.language_model.norm)
     for number, rows in enumerate(micro_batches(rollout, config)):
         prompts, completions = rollout.prompts[rows], rollout.completions[rows]
         if model.audio_is_trained:
-            prompts = reencode_audio(model, prompts, completions, questions)
+            with timer.phase("encode"):
+                prompts = reencode_audio(model, prompts, completions, questions)
         with timer.phase("forward"):
             layout = model.lay_out(prompts, completions)
             with pooler.pooling(layout.positions, layout.cu_seqlens):
                 hidden_TD = model.forward(layout)
         if first:
-            references = [None if index is None else index - rows.start for index in rollout.references[rows]]
-            representation_N = representation_rewards(pooler.pooled, references).cpu()
-            rewards_N = (
-                rollout.answers.base[rows]
-                + config.representation_weight * representation_N
-                + config.behaviour_weight * rollout.behaviour_N[rows]
-            )
-            # Micro-batches hold whole questions, so groups are whole; numbered from 0 again.
-            advantages_N = centred_advantages(rewards_N, rollout.groups_N[rows] - rollout.groups_N[rows.start])
-        else:
-            advantages_N = scored.advantages_N[rows]
+            with timer.phase("reward"):
+                parts.append(score(rollout, rows, pooler.pooled, config))
+        advantages_N = parts[-1].advantages_N if first else scored.advantages_N[rows]
         with timer.phase("forward"):
             # Overlong filtering: a truncated completion teaches nothing, not even to be shorter.
             mask_T = torch.tensor([not c.truncated for c in completions for _ in c.token_ids], device=model.device)
@@ -205,17 +199,14 @@ def update_policy(
         with timer.phase("backward"):
             loss.loss.backward()
         losses.append(dataclasses.replace(loss, loss=loss.loss.detach()))
-        masks.append(mask_T)
-        if first:
-            parts.append(Scored(representation_N, rewards_N, advantages_N, [loss.logprobs]))
     with timer.phase("optimiser"):
         grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), config.max_grad_norm)
-        metrics = loss_metrics(losses, masks, rollout)
+        metrics = loss_metrics(losses, rollout)
         metrics["grad_norm"] = grad_norm.item()
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             raise TrainingError(
-                f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite; lower --learning-rate and start "
-                "from the last checkpoint"
+                f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite; lower --learning-rate; "
+                "the last checkpoint, if there is one, is good"
             )
         if rollout.num_tokens:
             optimizer.step()
@@ -224,9 +215,23 @@ def update_policy(
             representation_N=torch.cat([part.representation_N for part in parts]),
             rewards_N=torch.cat([part.rewards_N for part in parts]),
             advantages_N=torch.cat([part.advantages_N for part in parts]),
-            logprobs=[part.logprobs[0] for part in parts],
+            logprobs=[loss.logprobs for loss in losses],
         )
     return scored, metrics
+
+
+def score(rollout: Rollout, rows: slice, pooled_LND: Tensor, config: TrainConfig) -> Scored:
+    """R_rep, rewards and advantages of a micro-batch (METHOD steps 2 and 3)."""
+    references = [None if index is None else index - rows.start for index in rollout.references[rows]]
+    representation_N = representation_rewards(pooled_LND, references).cpu()
+    rewards_N = (
+        rollout.answers.base[rows]
+        + config.representation_weight * representation_N
+        + config.behaviour_weight * rollout.behaviour_N[rows]
+    )
+    # Micro-batches hold whole questions, so groups are whole; numbered from 0 again.
+    groups_N = rollout.groups_N[rows] - rollout.groups_N[rows.start]
+    return Scored(representation_N, rewards_N, centred_advantages(rewards_N, groups_N))
 
 
 def reencode_audio(
@@ -242,10 +247,11 @@ def reencode_audio(
     ]
 
 
-def loss_metrics(losses: Sequence[PolicyLoss], masks: Sequence[Tensor], rollout: Rollout) -> dict[str, float]:
+def loss_metrics(losses: Sequence[PolicyLoss], rollout: Rollout) -> dict[str, float]:
     """Token-level metrics over the unmasked tokens of the batch."""
-    mask = torch.cat(list(masks))
-    is_speech = torch.tensor([c.modality is Modality.SPEECH for c in rollout.completions for _ in c.token_ids]).to(mask.device)
+    device = losses[0].loss.device
+    mask = torch.tensor([not c.truncated for c in rollout.completions for _ in c.token_ids], device=device)
+    is_speech = torch.tensor([c.modality is Modality.SPEECH for c in rollout.completions for _ in c.token_ids], device=device)
 
     def average(values: Tensor, chosen: Tensor) -> float:
         return values[chosen].float().mean().item() if chosen.any() else 0.0
@@ -331,7 +337,7 @@ def prepare_output(config: TrainConfig) -> None:
     """
     path = config.output_dir / "config.json"
     settings = config.to_json()
-    movable = {"output_dir", "resume", "device", "save_every", "rollout_batch_size"}
+    movable = {"output_dir", "resume", "device", "save_every"}
     if config.resume:
         latest_checkpoint(config.output_dir)
         earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -368,7 +374,7 @@ def check_progress(log: RunLog, metrics: dict[str, float], history: list[dict[st
 def check_weights(model: SpeechModel) -> None:
     """Raises TrainingError before weights that are not finite can take the place of good ones."""
     if not all(parameter.isfinite().all() for parameter in model.trainable_parameters()):
-        raise TrainingError("the weights are not finite; lower --learning-rate and start from the last checkpoint")
+        raise TrainingError("the weights are not finite; lower --learning-rate; the last checkpoint, if there is one, is good")
 
 
 def train(config: TrainConfig) -> int:
@@ -383,7 +389,7 @@ def train(config: TrainConfig) -> int:
     torch.manual_seed(config.seed)
     adapter = latest_checkpoint(config.output_dir) if config.resume else None
     source = adapter if adapter is not None and config.lora_rank == 0 else preset.source
-    model = load_model(preset, str(source), device, dtype)
+    model = load_model(config.as_preset(preset), str(source), device, dtype)
     model.check_questions([*training, *held_out], config.max_new_tokens)
     text_similarity = load_text_similarity(config.behaviour_model, device)
     prepare_output(config)
@@ -427,8 +433,8 @@ def train(config: TrainConfig) -> int:
 
     interrupt = Interrupt()
     with interrupt.deferred(), log:
-        run_steps(config, model, engine, text_similarity, training, optimizer, num_completed, log, interrupt)
-    if interrupt.requested:
+        finished = run_steps(config, model, engine, text_similarity, training, optimizer, num_completed, log, interrupt)
+    if not finished:
         print(f"stopped; continue with the same command and --resume --output-dir {config.output_dir}", file=sys.stderr)
         return INTERRUPTED
 
@@ -456,9 +462,9 @@ def run_steps(
     num_completed: int,
     log: RunLog,
     interrupt: Interrupt,
-) -> None:
-    """The training loop."""
-    timer = PhaseTimer()
+) -> bool:
+    """The training loop; returns whether it came to its end. With several updates a rollout, metrics are the last one's."""
+    timer = PhaseTimer(model.device)
     history: list[dict[str, float]] = []
     for step in range(num_completed, config.num_steps):
         questions = [training[i] for i in batch_of_step(len(training), config.questions_per_step, step, config.seed)]
@@ -474,13 +480,15 @@ def run_steps(
         metrics |= rollout_metrics(rollout, scored) | timer.take()
         history.append(metrics)
         log.step(metrics)
+        check_progress(log, metrics, history)
         done = step + 1
-        if done % config.save_every == 0 or done == config.num_steps or interrupt.requested:
+        stopping = interrupt.requested
+        if stopping or done % config.save_every == 0 or done == config.num_steps:
             check_weights(model)
             save_checkpoint(config.output_dir, done, model, optimizer)
-        check_progress(log, metrics, history)
-        if interrupt.requested:
-            return
+        if stopping:
+            return False
+    return True
 
 
 def sample_lines(questions: Sequence[Question], before: Evaluation, after: Evaluation, count: int = 20) -> str:

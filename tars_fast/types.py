@@ -62,6 +62,6 @@ class Completion:
     rollout_logprobs: tuple[float, ...]
     """Log-probability of each token under the distribution it was sampled from, in nats."""
     text: str
-    """Decoded without special tokens."""
+    """Decoded without the stop token."""
     truncated: bool
     """No stop token within the length limit."""

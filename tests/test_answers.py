@@ -170,6 +170,8 @@ def test_base_reward_is_accuracy_plus_half_the_format():
     [
         pytest.param("The answer is twenty-five.", ("five", "twenty"), id="compound word"),
         pytest.param("The answer is 5.5.", ("5", "6"), id="decimal"),
+        pytest.param("The answer is twenty one.", ("twenty", "one"), id="compound with a space"),
+        pytest.param("The answer is A | B.", ("A", "B"), id="bar"),
         pytest.param("The answer is A or B.", ("A", "B"), id="alternatives"),
         pytest.param("The answer is A and B.", ("A", "B"), id="both"),
         pytest.param("The answer is (A) / (B).", ("A", "B"), id="slash"),

@@ -203,11 +203,27 @@ def test_separators_inside_json_text_do_not_end_a_line(tmp_path):
     assert load_questions(write(tmp_path / "items.jsonl", line))[0].text == text
 
 
+def test_recordings_of_one_question_stay_on_one_side():
+    items = [question(f"{voice}-{number}", f"What is {number}?") for number in range(40) for voice in "abc"]
+    training, held_out = split_by_id(items, 0.3)
+    check_leaks(training, held_out)
+    assert len(held_out) % 3 == 0
+    assert 0 < len(held_out) < 60
+    assert split_by_id(items[::-1], 0.3)[1] == held_out[::-1]
+
+
+def test_spaces_around_answers_do_not_matter(tmp_path):
+    (item,) = load_questions(write(tmp_path / "items.jsonl", NAMED | {"answer_set": ["one ", " two"], "answer": " two "}))
+    assert (item.choices, item.answer) == (("one", "two"), "two")
+    (item,) = load_questions(write(tmp_path / "items.jsonl", LETTERED | {"options": ["pH", "Ph", "PH"]}))
+    assert item.text.endswith("A. pH\nB. Ph\nC. PH")
+
+
 def test_signs_make_another_question():
     check_leaks([question("a", "What is 3 + 4?")], [question("b", "What is 3 - 4?")])
 
 
-@pytest.mark.parametrize("wrong", [{"options": [" ", "x", "y"]}, {"options": ["xx", "XX", "y"]}, {"id": True}, {"id": " "}])
+@pytest.mark.parametrize("wrong", [{"options": [" ", "x", "y"]}, {"options": ["xx", "xx ", "y"]}, {"id": True}, {"id": " "}])
 def test_near_empty_and_repeated_values_are_refused(tmp_path, wrong):
     with pytest.raises(UserError, match="line 1"):
         load_questions(write(tmp_path / "items.jsonl", LETTERED | wrong))

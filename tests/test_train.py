@@ -110,9 +110,9 @@ def test_same_seed_same_metrics_and_another_seed_others(finished, small_eval, tm
     assert read_metrics(tmp_path / "other")[0] != read_metrics(finished)[0]
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
-def test_resumed_run_equals_unbroken_one(lora_rank, small_eval, tmp_path):
-    config = small_config(tmp_path / "unbroken", small_eval, lora_rank=lora_rank)
+@pytest.mark.parametrize(("lora_rank", "dtype"), [(0, "float32"), (4, "float32"), (4, "bfloat16")])
+def test_resumed_run_equals_unbroken_one(lora_rank, dtype, small_eval, tmp_path):
+    config = small_config(tmp_path / "unbroken", small_eval, lora_rank=lora_rank, dtype=dtype)
     assert train(config) == 0
     broken = tmp_path / "broken"
     stopped = dataclasses.replace(config, output_dir=broken)
@@ -128,6 +128,17 @@ def test_resumed_run_equals_unbroken_one(lora_rank, small_eval, tmp_path):
     assert first == second
 
 
+def test_tensorboard_keeps_every_step_of_a_resumed_run(small_eval, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = small_config(tmp_path / "run", small_eval)
+    assert run_interrupted(config, during_step=2) == INTERRUPTED
+    assert train(dataclasses.replace(config, resume=True)) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+
+
 def run_interrupted(config: TrainConfig, during_step: int) -> int:
     """Train, and get a Ctrl-C as a step ends."""
     original = RunLog.step
@@ -140,6 +151,37 @@ def run_interrupted(config: TrainConfig, during_step: int) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLog, "step", step)
         return train(config)
+
+
+def test_settings_that_cannot_go_together(small_eval, tmp_path):
+    for changes, flag in (({"dtype": "bfloat16"}, "--dtype"), ({"lora_rank": 4, "freeze_audio": False}, "--no-freeze-audio")):
+        with pytest.raises(UserError, match=flag):
+            train(small_config(tmp_path / "run", small_eval, **changes))
+
+
+def test_help_explains_every_setting_with_its_default(capsys, monkeypatch):
+    from tars_fast.train import main
+
+    monkeypatch.setattr(sys, "argv", ["train", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in shown
+    assert shown.count("default: ") >= len(dataclasses.fields(TrainConfig))
+    assert "in tokens" in shown
+
+
+def test_broken_checkpoints_are_the_users_to_put_right(finished, small_eval, tmp_path):
+    import shutil
+
+    for spoil, name in ((b"junk", "model.safetensors"), (b'{"no": 1}', "preset.json")):
+        folder = tmp_path / name
+        shutil.copytree(finished / "checkpoint-4", folder)
+        (folder / name).write_bytes(spoil)
+        with pytest.raises(UserError, match="--model"):
+            train(small_config(tmp_path / "run", small_eval, model=str(folder)))
 
 
 def test_resume_refuses_other_settings(finished, small_eval):
@@ -202,7 +244,7 @@ def test_every_completion_cut_off_warns_then_stops(small_eval, tmp_path, capsys)
     metrics = read_metrics(tmp_path / "run")
     assert len(metrics) == 3
     assert all(line["grad_norm"] == 0 and line["reward/representation"] == 0 for line in metrics)
-    assert not list(tmp_path.glob("run/checkpoint-4"))
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [2]
 
 
 def test_no_disagreement_is_said(tmp_path, capsys):
@@ -285,6 +327,8 @@ def test_own_data_is_read_through_the_same_path(small_eval, tmp_path):
 
 def test_evaluate_command_reads_a_checkpoint(finished, small_eval, tmp_path):
     output = tmp_path / "report.json"
+    # A checkpoint remembers the settings of its run, so that evaluating it needs none.
+    assert json.loads((finished / "checkpoint-4" / "preset.json").read_text())["questions_per_step"] == 2
     command = [sys.executable, "-m", "tars_fast.evaluate", "--model", str(finished / "checkpoint-4"), "--data", str(small_eval)]
     command += ["--output", str(output), "--reference-text-accuracy", "0.5", "--device", "cpu"]
     subprocess.run(command, check=True, capture_output=True)

@@ -68,7 +68,7 @@ def assert_refused(outcome: tuple[int, str], folder: Path, *fragments: str) -> N
     for fragment in fragments:
         assert fragment in stderr
     assert not (folder / "run" / "metrics.jsonl").exists()
-    assert not (folder / "run" / "evaluation_before.json").exists()
+    assert not (folder / "run" / "items_before.json").exists()
 
 
 def test_the_same_run_unspoiled_trains_and_is_not_overwritten(folder, run):
