@@ -83,7 +83,9 @@ def main() -> None:
     cases = [(arm, seed) for seed in arguments.seeds for arm in ARMS]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         runs = list(pool.map(lambda case: run_arm(*case, arguments.folder, arguments.threads, extra), cases))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     report = {
+        "commit": commit,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "runs_side_by_side": arguments.jobs,
         "threads_per_run": arguments.threads,
