@@ -1,7 +1,7 @@
 """TARS beside plain GRPO on identical data, steps and seeds: `python bench/arms.py --output bench/results/arms_cpu.json`.
 
 Runs the default training command for every arm and seed, and writes before / after figures with paired 95 % intervals over the
-held-out items, the difference between the arms, and the seconds of each phase.
+held-out items, the difference between the arms, and the seconds of each phase; beside the JSON a PNG with the learning curves.
 """
 
 from __future__ import annotations
@@ -72,6 +72,30 @@ def compare(folder: Path, seeds: list[int]) -> dict[str, object]:
     return difference
 
 
+def draw(folder: Path, seeds: list[int], path: Path) -> None:
+    """Sampled accuracy on the training items by step, each seed thin and their mean thick, smoothed over 10 steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2), sharex=True)
+    for panel, modality in zip(panels, ("speech", "text"), strict=True):
+        for arm, colour in zip(ARMS, ("tab:blue", "tab:orange"), strict=True):
+            curves = []
+            for seed in seeds:
+                lines = (folder / f"{arm}-{seed}" / "metrics.jsonl").read_text().splitlines()
+                values = [json.loads(line)[f"accuracy/{modality}"] for line in lines]
+                curves.append(np.convolve(values, np.ones(10) / 10, mode="valid"))
+                panel.plot(curves[-1], color=colour, alpha=0.25, linewidth=1)
+            panel.plot(np.mean(curves, axis=0), color=colour, label=arm.upper())
+        panel.set(title=f"{modality}, sampled at temperature 1", xlabel="step", ylabel="accuracy in training")
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -95,6 +119,7 @@ def main() -> None:
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    draw(arguments.folder, arguments.seeds, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
