@@ -70,7 +70,7 @@ def load_questions(source: Path) -> list[Question]:
         source = found[0]
     try:
         # Not splitlines(): JSON text may hold U+2028 and its like.
-        lines = source.read_text(encoding="utf-8").split("\n")
+        lines = source.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data {source}: cannot be read ({error}); give a jsonl file or a folder that holds one") from error
     questions: list[Question] = []

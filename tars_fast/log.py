@@ -137,6 +137,8 @@ def print_summary(log: RunLog, evaluation: Mapping[str, Mapping], output_dir: Pa
         if report.get(name) is None:
             return "-"
         sign, decimals = ("+", 1) if part == "change" else ("", 0)
+        if report[f"{name}_ci95"] is None:
+            return f"{scale * report[name]:{sign}.1f}"
         low, high = (f"{scale * end:{sign}.{decimals}f}" for end in report[f"{name}_ci95"])
         return f"{scale * report[name]:{sign}.1f} [{low}, {high}]"
 

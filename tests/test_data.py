@@ -219,6 +219,12 @@ def test_spaces_around_answers_do_not_matter(tmp_path):
     assert item.text.endswith("A. pH\nB. Ph\nC. PH")
 
 
+def test_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(LETTERED).encode() + b"\r\n" + json.dumps(NAMED).encode() + b"\r\n")
+    assert [item.id for item in load_questions(path)] == ["q1", "q2"]
+
+
 def test_signs_make_another_question():
     check_leaks([question("a", "What is 3 + 4?")], [question("b", "What is 3 - 4?")])
 

@@ -18,7 +18,7 @@ from tars_fast.checkpoint import NUM_KEPT, list_checkpoints
 from tars_fast.cli import INTERRUPTED
 from tars_fast.config import PRESETS, TrainConfig
 from tars_fast.data import TRAINING_DATA, VALIDATION_DATA
-from tars_fast.log import RunLog
+from tars_fast.log import RunLog, print_summary
 from tars_fast.train import check_progress, train, update_policy
 from tars_fast.types import TrainingError, UserError
 
@@ -323,6 +323,15 @@ def test_own_data_is_read_through_the_same_path(small_eval, tmp_path):
     # The embedded model was never taught letters: every answer must show as unparsed, none as a guess.
     assert evaluation["before"]["unparsed"] == 2 * evaluation["before"]["num_items"]
     assert evaluation["before"]["mrr"] is None
+
+
+def test_summary_without_an_interval(finished, tmp_path, capsys):
+    """Few items: some resamples have no correct text answer, so the recovery rate has a figure but no interval."""
+    evaluation = json.loads((finished / "evaluation.json").read_text())
+    evaluation["before"]["mrr_ci95"] = None
+    evaluation["before"]["mrr"] = 12.3
+    print_summary(RunLog(tmp_path, 4, 0), evaluation, tmp_path)
+    assert "12.3 " in capsys.readouterr().out
 
 
 def test_evaluate_command_reads_a_checkpoint(finished, small_eval, tmp_path):
