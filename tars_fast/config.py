@@ -206,8 +206,7 @@ class TrainConfig:
     def resolve(self, preset: Preset) -> Self:
         """The same settings with every `None` that means "the preset's" filled in."""
         behaviour_model = preset.behaviour_model if self.behaviour_model == "auto" else self.behaviour_model
-        fields = {field.name for field in dataclasses.fields(preset)} & {field.name for field in dataclasses.fields(self)}
-        filled = {name: getattr(preset, name) for name in fields if getattr(self, name) is None}
+        filled = {name: getattr(preset, name) for name in _settings_of_presets() if getattr(self, name) is None}
         resolved = dataclasses.replace(self, behaviour_model=behaviour_model, **filled)
         if resolved.lora_rank == 0 and resolved.dtype == "bfloat16":
             raise UserError("--dtype bfloat16: cannot hold the small steps of full fine-tuning; use float32, or a --lora-rank")
@@ -217,8 +216,7 @@ class TrainConfig:
 
     def as_preset(self, preset: Preset) -> Preset:
         """`preset` with this run's settings in the place of its own, for the checkpoints that come of it."""
-        shared = {field.name for field in dataclasses.fields(preset)} & {field.name for field in dataclasses.fields(self)}
-        return dataclasses.replace(preset, **{name: getattr(self, name) for name in shared})
+        return dataclasses.replace(preset, **{name: getattr(self, name) for name in _settings_of_presets()})
 
     def to_json(self) -> dict[str, object]:
         values = dataclasses.asdict(self)
@@ -230,3 +228,9 @@ class TrainConfig:
         rising = (step + 1) / (warmup_steps + 1)
         falling = (self.num_steps - step) / max(1, self.num_steps - warmup_steps)
         return self.learning_rate * min(1.0, rising, falling)
+
+
+def _settings_of_presets() -> set[str]:
+    """Names of the settings whose default is the preset's."""
+    names = [{field.name for field in dataclasses.fields(kind)} for kind in (Preset, TrainConfig)]
+    return names[0] & names[1]
