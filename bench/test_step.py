@@ -71,7 +71,7 @@ def test_pooling(benchmark, model, config, questions, how):
     pooler = LayerPooler(model.language_model.layers, model.language_model.norm)
 
     def with_hooks() -> torch.Tensor:
-        with pooler.pooling(layout.positions, layout.cu_seqlens):
+        with pooler.pooling(layout.cu_seqlens, positions=layout.positions):
             model.language_model(**inputs)
         return pooler.pooled
 

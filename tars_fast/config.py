@@ -183,6 +183,8 @@ class TrainConfig:
     """Of everything drawn at random. Same seed, machine and settings: same metrics, bit for bit on a CPU."""
     resume: bool = False
     """Continue from the newest checkpoint in --output-dir."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """reference: plain PyTorch in the place of fused kernels, on CUDA too. auto: kernels on CUDA."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -103,7 +103,7 @@ def layer_cosines(
         items = slice(start, start + _ITEMS_PER_FORWARD)
         chosen_prompts = [prompt for modality in Modality for prompt in prompts[modality][items]]
         layout = model.lay_out(chosen_prompts, [c for modality in Modality for c in completions[modality][items]])
-        with pooler.pooling(layout.positions, layout.cu_seqlens):
+        with pooler.pooling(layout.cu_seqlens, positions=layout.positions):
             model.forward(layout)
         count = len(chosen_prompts) // 2
         pairs = torch.stack([torch.arange(count), torch.arange(count, 2 * count)], dim=1).to(model.device)

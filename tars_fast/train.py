@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tars_kernels import LayerPooler, PolicyLoss, linear_policy_loss
+from tars_kernels import LayerPooler, PolicyLoss, linear_policy_loss, use_reference
 from torch import Tensor
 
 from tars_fast.advantages import centred_advantages, disagreeing_groups, group_indices
@@ -171,7 +171,7 @@ def update_policy(
                 prompts = reencode_audio(model, prompts, completions, questions)
         with timer.phase("forward"):
             layout = model.lay_out(prompts, completions)
-            with pooler.pooling(layout.positions, layout.cu_seqlens):
+            with pooler.pooling(layout.cu_seqlens, positions=layout.positions):
                 hidden_TD = model.forward(layout)
         if first:
             with timer.phase("reward"):
@@ -182,7 +182,7 @@ def update_policy(
             mask_T = torch.tensor([not c.truncated for c in completions for _ in c.token_ids], device=model.device)
             loss = linear_policy_loss(
                 hidden_TD,
-                model.head.weight,
+                model.head,
                 layout.targets,
                 advantages_N.to(model.device),
                 cu_seqlens=layout.cu_seqlens,
@@ -201,7 +201,8 @@ def update_policy(
         losses.append(dataclasses.replace(loss, loss=loss.loss.detach()))
     with timer.phase("optimiser"):
         grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), config.max_grad_norm)
-        metrics = loss_metrics(losses, rollout)
+        old_logprobs = [loss.logprobs for loss in losses] if first else scored.logprobs
+        metrics = loss_metrics(losses, old_logprobs, rollout, config)
         metrics["grad_norm"] = grad_norm.item()
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             raise TrainingError(
@@ -215,7 +216,7 @@ def update_policy(
             representation_N=torch.cat([part.representation_N for part in parts]),
             rewards_N=torch.cat([part.rewards_N for part in parts]),
             advantages_N=torch.cat([part.advantages_N for part in parts]),
-            logprobs=[loss.logprobs for loss in losses],
+            logprobs=old_logprobs,
         )
     return scored, metrics
 
@@ -247,7 +248,9 @@ def reencode_audio(
     ]
 
 
-def loss_metrics(losses: Sequence[PolicyLoss], rollout: Rollout) -> dict[str, float]:
+def loss_metrics(
+    losses: Sequence[PolicyLoss], old_logprobs: Sequence[Tensor], rollout: Rollout, config: TrainConfig
+) -> dict[str, float]:
     """Token-level metrics over the unmasked tokens of the batch."""
     device = losses[0].loss.device
     mask = torch.tensor([not c.truncated for c in rollout.completions for _ in c.token_ids], device=device)
@@ -257,15 +260,24 @@ def loss_metrics(losses: Sequence[PolicyLoss], rollout: Rollout) -> dict[str, fl
         return values[chosen].float().mean().item() if chosen.any() else 0.0
 
     entropy = torch.cat([loss.entropy for loss in losses])
-    ratio = torch.cat([loss.importance_ratio for loss in losses])
-    difference = ratio[mask].log().abs()
+    rollout_logprobs = torch.tensor([x for c in rollout.completions for x in c.rollout_logprobs], device=device)
+    difference = (torch.cat(list(old_logprobs)) - rollout_logprobs)[mask].abs()
+    num_kept = [
+        sum(len(c.token_ids) for c in rollout.completions[rows] if not c.truncated) for rows in micro_batches(rollout, config)
+    ]
+
+    def weighted(name: str) -> float:
+        """Mean over unmasked tokens of what each micro-batch reports as its own mean."""
+        total = sum(getattr(loss, name).item() * kept for loss, kept in zip(losses, num_kept, strict=True))
+        return total / max(1, sum(num_kept))
+
     return {
         "loss": sum(loss.loss.item() for loss in losses),
         "entropy/speech": average(entropy, mask & is_speech),
         "entropy/text": average(entropy, mask & ~is_speech),
-        "clip/low": average(torch.cat([loss.clipped_low for loss in losses]), mask),
-        "clip/high": average(torch.cat([loss.clipped_high for loss in losses]), mask),
-        "importance_ratio": average(ratio, mask),
+        "clip/low": weighted("clip_low_fraction"),
+        "clip/high": weighted("clip_high_fraction"),
+        "importance_ratio": weighted("importance_mean"),
         "logprob_diff_mean": difference.mean().item() if len(difference) else 0.0,
         "logprob_diff_max": difference.max().item() if len(difference) else 0.0,
     }
@@ -379,6 +391,12 @@ def check_weights(model: SpeechModel) -> None:
 
 def train(config: TrainConfig) -> int:
     """Run the whole job; returns the exit status."""
+    with use_reference(config.kernels == "reference"):
+        return run_job(config)
+
+
+def run_job(config: TrainConfig) -> int:
+    """Load, evaluate, train, evaluate, report."""
     preset = find_preset(config.model)
     if config.output_dir is None:
         name = f"{config.model.strip('/').rpartition('/')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -53,7 +53,7 @@ def test_batched_forward_equals_each_completion_alone(model, questions, config):
     rollout = rollout_of(model, questions[:3], config)
     layout = model.lay_out(rollout.prompts, rollout.completions)
     pooler = LayerPooler(model.language_model.layers, model.language_model.norm)
-    with pooler.pooling(layout.positions, layout.cu_seqlens):
+    with pooler.pooling(layout.cu_seqlens, positions=layout.positions):
         hidden = model.forward(layout)
     logits = model.head(hidden) + model.suppressed_bias
     logprobs = logits.log_softmax(-1).gather(-1, layout.targets[:, None])[:, 0].split(layout.cu_seqlens.diff().tolist())

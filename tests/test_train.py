@@ -60,6 +60,22 @@ def finished(tmp_path_factory, small_eval) -> Path:
     return output_dir
 
 
+def test_kernels_and_reference_train_alike(tmp_path, small_eval):
+    """The same run twice, each in a process of its own: fused kernels under Triton's interpreter, and plain PyTorch."""
+    metrics = []
+    for kernels in ("auto", "reference"):
+        output_dir = tmp_path / kernels
+        command = [sys.executable, "-m", "tars_fast.train", "--output-dir", output_dir, "--kernels", kernels]
+        command += ["--eval-data", small_eval, "--eval-samples", "0", "--num-steps", "2", "--questions-per-step", "2"]
+        command += ["--updates-per-rollout", "2"]
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        subprocess.run([str(part) for part in command], check=True, capture_output=True, env=environment)
+        metrics.append(read_metrics(output_dir))
+    for ours, theirs in zip(*metrics, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    assert metrics[0] != metrics[1], "the kernels did not run"
+
+
 def test_writes_what_the_readme_promises(finished):
     evaluation = json.loads((finished / "evaluation.json").read_text())
     for part in ("before", "after"):

@@ -1,9 +1,36 @@
-"""Operations for aligning speech LLMs, for any project that has torch: `from tars_kernels import LayerPooler`.
+"""Operations for aligning speech LLMs, for any project that has torch and triton: `from tars_kernels import policy_loss`.
 
-`reference` is the specification of every operation in plain PyTorch, on CPU and CUDA alike.
+On CUDA tensors they run as Triton kernels, elsewhere as the plain PyTorch of `reference`, which is their specification.
+Gradients are taken once: none of them is differentiable twice.
 """
 
+from tars_kernels import reference
+from tars_kernels.backend import use_reference
+from tars_kernels.objective import Objective, PolicyLoss
+from tars_kernels.operations import (
+    layer_similarity,
+    linear_cka,
+    linear_logprob,
+    linear_policy_loss,
+    policy_loss,
+    pool_sequences,
+    pooled_similarity,
+    token_similarity,
+)
 from tars_kernels.pooling import LayerPooler
-from tars_kernels.reference import PolicyLoss, linear_policy_loss, pool_sequences, pooled_similarity
 
-__all__ = ["LayerPooler", "PolicyLoss", "linear_policy_loss", "pool_sequences", "pooled_similarity"]
+__all__ = [
+    "LayerPooler",
+    "Objective",
+    "PolicyLoss",
+    "layer_similarity",
+    "linear_cka",
+    "linear_logprob",
+    "linear_policy_loss",
+    "policy_loss",
+    "pool_sequences",
+    "pooled_similarity",
+    "reference",
+    "token_similarity",
+    "use_reference",
+]

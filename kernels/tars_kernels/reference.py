@@ -1,134 +1,379 @@
-"""Every operation in plain PyTorch: the specification.
+"""Every operation in plain PyTorch: the specification, and what runs where there is no CUDA.
 
 Shapes: T packed tokens, N sequences, D hidden size, V vocabulary, L layers, P pairs. Sequences lie one after the other in the
-token dimension; `cu_seqlens` [N + 1] holds where each starts, and the total at the end.
+token dimension; `cu_seqlens` [N + 1] holds where each starts, and the total at the end. Products and sums are taken in fp32
+whatever the inputs, or in fp64 for fp64 inputs, which is the truth that tests compare with.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from tars_kernels.checks import (
+    check_aligned,
+    check_bias,
+    check_floats,
+    check_head,
+    check_layer_states,
+    check_packing,
+    check_pairs,
+    check_pooling,
+    check_same_device,
+    check_targets,
+    check_temperature,
+    check_versions,
+    check_weights,
+    choose_layers,
+    head_parameters,
+)
+from tars_kernels.objective import Objective, PolicyLoss, TokenTerms, sequence_numbers
+
+NORM_FLOOR = 1e-8
+"""States with a norm below this have no direction: their cosine is 0 and carries no gradient."""
 
 
-@dataclass(frozen=True)
-class PolicyLoss:
-    """What `linear_policy_loss` returns; only `loss` carries a gradient."""
-
-    loss: Tensor
-    """[] the part of the batch's loss that these tokens contribute."""
-    logprobs: Tensor
-    """[T] fp32 log-probability of each target, in nats; 0 where masked out."""
-    entropy: Tensor
-    """[T] fp32 entropy of the policy's distribution, in nats; 0 where masked out."""
-    clipped_low: Tensor
-    """[T] bool: the ratio fell below 1 - clip_low and the clip holds the gradient back."""
-    clipped_high: Tensor
-    """[T] bool: the ratio rose above 1 + clip_high and the clip holds the gradient back."""
-    importance_ratio: Tensor
-    """[T] fp32 uncapped exp(old - rollout log-probability); 1 where masked out or without rollout log-probabilities."""
+def _accumulated(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _sequence_numbers(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """[T] which sequence each packed token belongs to."""
-    lengths = cu_seqlens.diff()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths, output_size=num_tokens)
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor | nn.Module,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each target under `softmax((hidden @ weight.T + bias) / temperature)`.
+
+    Args:
+        hidden: [T, D] states that predict `targets`.
+        weight: [V, D] output head, or the `nn.Linear` itself, which shows an adapter on it.
+        targets: [T] int64. On CUDA one outside the vocabulary gives NaN, since looking would stop the host.
+        bias: [V] added to the logits; -inf suppresses a token.
+        temperature: the logits are divided by it.
+        return_entropy: also return the distribution's entropy, without a gradient.
+
+    Returns:
+        [T] fp32 log-probabilities in nats, and with `return_entropy` [T] fp32 entropies in nats.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, a target outside the vocabulary, a head with an adapter.
+    """
+    weight, bias = head_parameters(weight, bias)
+    check_head(hidden, weight, bias, allow_float64=True)
+    check_same_device(("hidden", hidden), targets=targets)
+    check_targets(targets, len(hidden), len(weight))
+    check_temperature(temperature)
+    logits = F.linear(_accumulated(hidden), _accumulated(weight))
+    logprobs, entropy = _softmax_terms(logits, targets, bias, temperature, entropy_gradient=False)
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+def policy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    inplace: bool = False,
+    **objective: object,
+) -> PolicyLoss:
+    """Clipped asymmetric policy-gradient loss of a policy given by its logits.
+
+    Args:
+        logits: [T, V] that predict `targets`.
+        targets: [T] int64 sampled tokens. On CUDA an unmasked one outside the vocabulary gives NaN.
+        advantages: [T], or [N] with `cu_seqlens`.
+        bias: [V] added to the logits; -inf suppresses a token.
+        temperature: the logits are divided by it.
+        inplace: allow the memory of `logits` to be overwritten by their gradient, which saves T x V elements.
+        objective: the settings of `Objective`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, a setting out of range, a target outside the vocabulary.
+    """
+    settings = Objective(**objective)
+    check_floats("logits", logits, (None, None), allow_float64=True)
+    check_same_device(("logits", logits), targets=targets, bias=bias)
+    check_targets(targets, len(logits), logits.shape[1], settings.mask)
+    check_bias(bias, logits.shape[1])
+    check_temperature(temperature)
+    return _policy_loss(_accumulated(logits), targets, advantages, bias, temperature, settings)
 
 
 def linear_policy_loss(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | nn.Module,
     targets: Tensor,
     advantages: Tensor,
     *,
-    cu_seqlens: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    rollout_logprobs: Tensor | None = None,
-    mask: Tensor | None = None,
     bias: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    importance_cap: float = 2.0,
     temperature: float = 1.0,
-    num_tokens: float | Tensor | None = None,
+    **objective: object,
 ) -> PolicyLoss:
-    """Clipped asymmetric policy gradient (DAPO, arXiv 2503.14476, eq. 8-10) of a linear head's distribution.
-
-    `-min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A)` for each token, r = exp(logprob - old), weighted by the truncated
-    importance ratio `min(exp(old - rollout), importance_cap)`, summed over unmasked tokens and divided by `num_tokens`.
+    """Clipped asymmetric policy-gradient loss of a linear head's distribution, from the states under it.
 
     Args:
         hidden: [T, D] states that predict `targets`.
-        weight: [V, D] output head.
-        targets: [T] int64 sampled tokens.
+        weight: [V, D] output head, or the `nn.Linear` itself, which shows an adapter on it.
+        targets: [T] int64 sampled tokens. On CUDA an unmasked one outside the vocabulary gives NaN.
         advantages: [T], or [N] with `cu_seqlens`.
-        cu_seqlens: [N + 1]; needed only for advantages per sequence.
-        old_logprobs: [T] of the policy at rollout time; None: this policy, so that r is exactly 1.
-        rollout_logprobs: [T] as the rollout engine reports them; None: no importance correction.
-        mask: [T] bool, False leaves a token out of loss and normaliser; whatever it holds, NaN included.
         bias: [V] added to the logits; -inf suppresses a token.
-        clip_low, clip_high: how far the ratio may fall below and rise above 1.
-        importance_cap: largest importance weight.
         temperature: the logits are divided by it.
-        num_tokens: unmasked tokens of the whole accumulated batch; None: of these tokens.
+        objective: the settings of `Objective`.
 
     Raises:
-        ValueError: `advantages` has neither T nor N entries.
+        ValueError: an argument of the wrong shape, dtype or device, a setting out of range, a target outside the vocabulary, a
+            head with an adapter.
     """
-    num_targets = len(targets)
-    if advantages.shape != targets.shape:
-        if cu_seqlens is None or len(advantages) != len(cu_seqlens) - 1:
-            raise ValueError(f"advantages {tuple(advantages.shape)}: neither one a token ({num_targets}) nor one a sequence")
-        advantages = advantages[_sequence_numbers(cu_seqlens, num_targets)]
-    keep = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool()
-    if num_tokens is None:
-        num_tokens = keep.sum()
+    settings = Objective(**objective)
+    weight, bias = head_parameters(weight, bias)
+    check_head(hidden, weight, bias, allow_float64=True)
+    check_same_device(("hidden", hidden), targets=targets)
+    check_targets(targets, len(hidden), len(weight), settings.mask)
+    check_temperature(temperature)
+    if settings.mask is not None:
+        # Before the product: 0 * nan would poison the head's gradient.
+        hidden = hidden.masked_fill(~settings.mask.bool()[:, None], 0.0)
+    logits = F.linear(_accumulated(hidden), _accumulated(weight))
+    return _policy_loss(logits, targets, advantages, bias, temperature, settings)
 
-    # Masked rows are zeroed before the first product: 0 * nan would poison the head's gradient.
-    logits = F.linear(hidden.masked_fill(~keep[:, None], 0.0), weight).float()
+
+def _softmax_terms(
+    logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, *, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of the targets and entropy, both [T]."""
     if bias is not None:
         logits = logits + bias
     all_logprobs = (logits / temperature).log_softmax(-1)
-    logprobs = all_logprobs.gather(-1, targets[:, None])[:, 0].masked_fill(~keep, 0.0)
-    with torch.no_grad():
-        entropy = torch.special.entr(all_logprobs.exp()).sum(-1).masked_fill(~keep, 0.0)
-        old = logprobs.detach() if old_logprobs is None else old_logprobs.masked_fill(~keep, 0.0)
-        rollout = old if rollout_logprobs is None else rollout_logprobs.masked_fill(~keep, 0.0)
-        importance_ratio = (old - rollout).exp()
-        advantages = advantages.masked_fill(~keep, 0.0)
+    logprobs = all_logprobs.gather(-1, targets[:, None])[:, 0]
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        finite = all_logprobs.masked_fill(all_logprobs == -torch.inf, 0.0)
+        entropy = -(all_logprobs.exp() * finite).sum(-1)
+    return logprobs, entropy
 
-    ratio = (logprobs - old).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    objective = torch.minimum(ratio * advantages, clipped * advantages) * importance_ratio.clamp(max=importance_cap)
+
+def _policy_loss(
+    logits: Tensor, targets: Tensor, advantages: Tensor, bias: Tensor | None, temperature: float, objective: Objective
+) -> PolicyLoss:
+    terms = objective.token_terms(targets, advantages, logits.dtype)
+    if terms.keep is not None:
+        logits = logits.masked_fill(~terms.keep[:, None], 0.0)
+        targets = targets.masked_fill(~terms.keep, 0)
+    logprobs, entropy = _softmax_terms(logits, targets, bias, temperature, entropy_gradient=objective.entropy_coef != 0)
+    return token_loss(logprobs, entropy, terms, objective)
+
+
+def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, objective: Objective) -> PolicyLoss:
+    """The loss from log-probabilities and entropies [T], written as TRL's `_compute_loss` is, on packed tokens."""
+    keep = torch.ones_like(logprobs, dtype=torch.bool) if terms.keep is None else terms.keep
+
+    def masked(vector: Tensor) -> Tensor:
+        return vector.to(logprobs.dtype).masked_fill(~keep, 0.0)
+
+    def sequence_sums(vector: Tensor) -> Tensor:
+        sums = vector.new_zeros(len(objective.cu_seqlens) - 1).index_add(0, terms.sequence_numbers, vector)
+        return sums[terms.sequence_numbers]
+
+    logprobs, entropy, advantages = masked(logprobs), masked(entropy), masked(terms.advantages)
+    old = logprobs.detach() if objective.old_logprobs is None else masked(objective.old_logprobs)
+    importance_ratio = torch.ones_like(old)
+    if objective.rollout_logprobs is not None:
+        # The rollout engine has no log-probability to report: no correction (TRL).
+        difference = (old - masked(objective.rollout_logprobs)).nan_to_num(nan=0.0)
+        if objective.importance_level == "sequence":
+            difference = sequence_sums(difference)
+        importance_ratio = difference.exp()
+    is_capped = importance_ratio > objective.importance_cap
+    importance = torch.where(
+        is_capped, objective.importance_cap if objective.importance_mode == "truncate" else 0.0, importance_ratio
+    )
+
+    log_ratio = logprobs - old
+    if objective.loss_type == "gspo":
+        log_ratio = sequence_sums(log_ratio) / sequence_sums(keep.to(log_ratio.dtype)).clamp(min=1)
+    ratio = log_ratio.exp()
+    low, high = objective.ratio_bounds
+    if objective.loss_type == "cispo":
+        losses = -ratio.clamp(max=high).detach() * advantages * logprobs
+        bounded = ratio
+    else:
+        bounded = ratio if objective.dual_clip is None else ratio.clamp(max=objective.dual_clip)
+        losses = -torch.minimum(bounded * advantages, ratio.clamp(low, high) * advantages)
+    losses = losses * importance
+    if objective.kl_coef != 0:
+        to_reference = masked(objective.ref_logprobs) - logprobs
+        losses = losses + objective.kl_coef * (to_reference.exp() - to_reference - 1)
+    loss = (losses * terms.weights).sum()
+    if objective.entropy_coef != 0:
+        loss = loss - (entropy.sum() * terms.entropy_weight)
+
+    with torch.no_grad():
+        clipped_low = (bounded < low) & (advantages < 0) & (objective.loss_type != "cispo")
+        clipped_high = (bounded > high) & (advantages > 0)
+        kept_ratio = importance_ratio.masked_fill(~keep, 0.0)
+        fraction = [(event & keep).sum() / terms.num_kept for event in (clipped_low, clipped_high, is_capped)]
     return PolicyLoss(
-        loss=-objective.sum() / num_tokens,
+        loss=loss,
         logprobs=logprobs.detach(),
-        entropy=entropy,
-        clipped_low=(ratio.detach() < 1 - clip_low) & (advantages < 0),
-        clipped_high=(ratio.detach() > 1 + clip_high) & (advantages > 0),
-        importance_ratio=importance_ratio,
+        entropy=entropy.detach(),
+        clip_low_fraction=fraction[0],
+        clip_high_fraction=fraction[1],
+        importance_mean=kept_ratio.sum() / terms.num_kept,
+        importance_max=kept_ratio.max() if len(kept_ratio) else kept_ratio.sum(),
+        importance_capped_fraction=fraction[2],
     )
 
 
-def pool_sequences(states: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[N, D] fp32 mean of packed `states` [T, D] over each sequence; 0 for an empty one."""
-    numbers = _sequence_numbers(cu_seqlens, len(states))
-    sums = states.new_zeros(len(cu_seqlens) - 1, states.shape[-1], dtype=torch.float32)
-    sums = sums.index_add(0, numbers, states.float())
-    return sums / cu_seqlens.diff().clamp(min=1)[:, None]
+def pool_sequences(states: Tensor, cu_seqlens: Tensor, *, positions: Tensor | None = None, pooling: str = "mean") -> Tensor:
+    """One vector for each packed sequence: the mean of its tokens' states, or its last token's; 0 for an empty one.
+
+    Args:
+        states: [T, D], or [M, D] with `positions`.
+        cu_seqlens: [N + 1].
+        positions: [T] int64 rows of `states` that hold the packed tokens, none of them twice; None: the rows themselves.
+        pooling: mean or last.
+
+    Returns:
+        [N, D] fp32.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, or boundaries that do not rise from 0 to T.
+    """
+    check_floats("states", states, (None, None), allow_float64=True)
+    check_packing(states, cu_seqlens, positions)
+    check_pooling(pooling)
+    if positions is not None:
+        states = states[positions]
+    states = _accumulated(states)
+    lengths = cu_seqlens.diff()
+    if pooling == "last":
+        padded = torch.cat([states, states.new_zeros(1, states.shape[1])])
+        return padded[torch.where(lengths > 0, cu_seqlens[1:] - 1, len(states))]
+    sums = states.new_zeros(len(lengths), states.shape[1])
+    sums = sums.index_add(0, sequence_numbers(cu_seqlens, len(states)), states)
+    return sums / lengths.clamp(min=1)[:, None]
 
 
-def pooled_similarity(pooled: Tensor, pairs: Tensor) -> Tensor:
+def pooled_similarity(pooled: Tensor, pairs: Tensor, *, weights: Tensor | None = None) -> Tensor:
     """Cosine of pooled states, layer by layer (TARS, R_rep before its mean over layers).
 
     Args:
         pooled: [L, N, D].
         pairs: [P, 2] int64, sequence numbers.
+        weights: [L] factor of each layer's column.
 
     Returns:
         [P, L] fp32; 0 where a state is 0.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, or a sequence number out of range.
     """
-    left, right = pooled.float()[:, pairs].unbind(2)
-    return F.cosine_similarity(left, right, dim=-1).T
+    check_floats("pooled", pooled, (None, None, None), allow_float64=True)
+    check_pairs(pairs, pooled.shape[1])
+    check_weights(weights, len(pooled))
+    check_same_device(("pooled", pooled), pairs=pairs, weights=weights)
+    left, right = _accumulated(pooled)[:, pairs].unbind(2)
+    cosine = _cosine(left, right).T
+    return cosine if weights is None else cosine * weights.to(cosine.dtype)
+
+
+def _cosine(left: Tensor, right: Tensor) -> Tensor:
+    """Cosine over the last dimension; 0, without a gradient, where either state has no direction."""
+    squares = [(states * states).sum(-1) for states in (left, right)]
+    has_direction = (squares[0] > NORM_FLOOR**2) & (squares[1] > NORM_FLOOR**2)
+    norms = [square.masked_fill(~has_direction, 1.0).sqrt() for square in squares]
+    return (left * right).sum(-1).masked_fill(~has_direction, 0.0) / (norms[0] * norms[1])
+
+
+def layer_similarity(
+    hidden_states: Tensor | Sequence[Tensor],
+    cu_seqlens: Tensor,
+    pairs: Tensor,
+    *,
+    layers: Sequence[int] | None = None,
+    weights: Tensor | None = None,
+    pooling: str = "mean",
+) -> Tensor:
+    """Cosine between pooled states of pairs of packed sequences, for every layer (TARS, R_rep before its mean over layers).
+
+    Args:
+        hidden_states: L tensors [T, D], or one [L, T, D].
+        cu_seqlens: [N + 1] int64 boundaries, from 0 to T.
+        pairs: [P, 2] int64, sequence numbers.
+        layers: which of the L layers; None: all of them.
+        weights: [chosen layers] factor of each column, e.g. 1 / L for a mean by `.sum(-1)`.
+        pooling: mean over a sequence's tokens, or its last token.
+
+    Returns:
+        [P, chosen layers] fp32; 0 where a sequence is empty.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, a layer or sequence number out of range.
+    """
+    states = check_layer_states("hidden_states", hidden_states)
+    chosen = choose_layers(layers, len(states))
+    pooled = torch.stack([pool_sequences(states[layer], cu_seqlens, pooling=pooling) for layer in chosen])
+    return pooled_similarity(pooled, pairs, weights=weights)
+
+
+def token_similarity(
+    x_layers: Tensor | Sequence[Tensor], y_layers: Tensor | Sequence[Tensor], *, layers: Sequence[int] | None = None
+) -> Tensor:
+    """Cosine between two versions of the same tokens' states, token by token: drift under another prompt or after training.
+
+    Args:
+        x_layers: L tensors [T, D], or one [L, T, D].
+        y_layers: the same of the other version.
+        layers: which of the L layers; None: all of them.
+
+    Returns:
+        [chosen layers, T] fp32; 0 where a state is 0.
+
+    Raises:
+        ValueError: versions that differ in number or shape of layers, or a layer out of range.
+    """
+    x, y = check_versions(x_layers, y_layers)
+    chosen = choose_layers(layers, len(x))
+    return torch.stack([_cosine(_accumulated(x[layer]), _accumulated(y[layer])) for layer in chosen])
+
+
+def linear_cka(x_layers: Tensor | Sequence[Tensor], y_layers: Tensor | Sequence[Tensor]) -> Tensor:
+    """Linear centred kernel alignment of all pairs of layers (arXiv 1905.00414, eq. 3, on double-centred Gram matrices).
+
+    `CKA = <HKH, HMH> / (|HKH| |HMH|)` with K = X X^T, M = Y Y^T and H the centring matrix. Needs two numbers for each pair of
+    tokens and layer: T beyond about 10,000 wants another formula.
+
+    Args:
+        x_layers: Lx tensors [T, Dx], or one [Lx, T, Dx].
+        y_layers: Ly tensors [T, Dy], or one [Ly, T, Dy]; token t of both belongs together.
+
+    Returns:
+        [Lx, Ly] fp32, between 0 and 1; 0 where the centred states of a layer are 0.
+
+    Raises:
+        ValueError: the two differ in number of tokens or device.
+    """
+    x, y = check_aligned(x_layers, y_layers)
+    return cka_of_centred(*(torch.stack([_centred(layer) for layer in side]) for side in (x, y)))
+
+
+def _centred(states: Tensor) -> Tensor:
+    states = _accumulated(states)
+    return states - states.mean(0)
+
+
+def cka_of_centred(x: Tensor, y: Tensor) -> Tensor:
+    """[Lx, Ly] from states [L, T, D] whose columns have mean 0, so that their Gram matrices are double-centred."""
+    x_grams, y_grams = (torch.bmm(states, states.mT).flatten(1) for states in (x, y))
+    products = x_grams @ y_grams.T
+    norms = [grams.square().sum(-1) for grams in (x_grams, y_grams)]
+    scale = norms[0][:, None] * norms[1]
+    return products.masked_fill(scale == 0, 0.0) / scale.masked_fill(scale == 0, 1.0).sqrt()

@@ -1,0 +1,283 @@
+"""Compile every kernel for GPUs that are not there, and hold it to limits: `python bench/compile_kernels.py`.
+
+The public operations and their gradients run on tensors without memory at the shapes of Qwen2-Audio-7B; every launch is
+compiled exactly as the JIT would compile it, and then left out. A table gives registers, spills, shared memory and exponentials
+per element. Exit status 1 when a kernel spills, needs more than `MAX_REGISTERS`, takes more than `MAX_EXPONENTIALS` an element
+of a long row, or is compiled a second time for another length, count, temperature or coefficient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tars_kernels
+import torch
+import triton
+from tars_kernels import backend, rows, similarity
+from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+ARCHITECTURES = (80, 90, 100)
+MAX_REGISTERS = 128
+"""At 512 threads a program, more would leave a multiprocessor without room for it."""
+MAX_EXPONENTIALS = 1.25
+"""Exponentials an element in the costliest loop over a long row: its own, and a quarter of its lane's rescaling."""
+LONG_ROW_LANES = rows.tile(156032)["LANES"]
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+OTHER_SIZES = ((1, 1, 0.7, 0.2), (77, 3, 1.3, 1.0), (16384, 64, 2.0, 0.03))
+"""Tokens, sequences, temperature, coefficient that must not lead to another compilation."""
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class OfflineDriver:
+    """What the JIT asks of a driver before it launches; the device's number is its architecture."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+class Address:
+    """A tensor as the JIT sees it: an element type and how its first element is aligned."""
+
+    def __init__(self, tensor: Tensor):
+        self.dtype = tensor.dtype
+        self._offset = tensor.storage_offset() * tensor.element_size() % 16
+
+    def data_ptr(self) -> int:
+        return self._offset
+
+    def ptr_range(self) -> int:
+        return 0
+
+
+@dataclass
+class Compiled:
+    """One compiled kernel."""
+
+    kernel: str
+    architecture: int
+    variant: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    exponentials_per_element: float | None
+    """In the costliest loop; None for kernels that do not sweep over long rows."""
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.kernel} sm_{self.architecture} ({self.variant})"
+
+
+@contextmanager
+def compiled_launches(found: dict[tuple, Compiled]) -> Iterator[None]:
+    """Inside the block every launch is compiled, measured once, recorded in `found`, and not run."""
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        args = [Address(value) if isinstance(value, Tensor) else value for value in args]
+        named = {name: Address(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+        kernel = run(self, *args, grid=grid, warmup=True, **named)
+        key = (driver.active.architecture, self.__name__, kernel.hash)
+        if key not in found:
+            found[key] = measure(self, kernel, args, named)
+
+    addresses = similarity.address_table
+
+    def fake_table(tensors):
+        return torch.empty(len(tensors), dtype=torch.int64, device=tensors[0].device)
+
+    JITFunction.run, similarity.address_table = compile_only, fake_table
+    try:
+        yield
+    finally:
+        JITFunction.run, similarity.address_table = run, addresses
+
+
+def measure(function: JITFunction, kernel: object, args: list[object], named: dict[str, object]) -> Compiled:
+    """Registers, spills and exponentials, from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL"))
+    threads = 32 * kernel.metadata.num_warps
+    constants = dict(zip(function.arg_names, args, strict=False)) | named
+    exponentials = None
+    if "ROWS" in constants and constants["LANES"] == LONG_ROW_LANES:
+        elements = constants["ROWS"] * constants["LANES"] / threads
+        exponentials = round(max(exponentials_in_loops(code), default=0) / elements, 2)
+    flags = [name for name, value in constants.items() if value is True]
+    types = {str(value.dtype).removeprefix("torch.") for value in constants.values() if isinstance(value, Address)}
+    types |= {{"bf16": "bfloat16", "fp16": "float16"}.get(str(value)) for value in constants.values()}
+    halves = sorted(types & {"bfloat16", "float16"}) or ["float32"]
+    return Compiled(
+        function.__name__, driver.active.architecture, " ".join(halves + flags), registers,
+        stack + local, kernel.metadata.shared, exponentials, threads,
+    )  # fmt: skip
+
+
+def exponentials_in_loops(code: str) -> list[int]:
+    """How many exponentials one turn of each loop takes: between a label and a later jump back to it."""
+    labels: dict[str, int] = {}
+    seen = 0
+    loops = []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label.group(1)] = seen
+        seen += "MUFU.EX2" in line
+        jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        if jump and jump.group(1) in labels:
+            loops.append(seen - labels[jump.group(1)])
+    return loops
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+class Head:
+    """Tensors of one shape for every operation; only T, N and P differ between two of the same model."""
+
+    def __init__(self, dtype: torch.dtype, num_tokens: int, vocabulary: int, width: int, num_sequences: int):
+        def floats(*shape: int, dtype: torch.dtype = torch.float32, gradient: bool = False) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=gradient)
+
+        self.hidden = floats(num_tokens, width, dtype=dtype, gradient=True)
+        self.weight = floats(vocabulary, width, dtype=dtype)
+        self.bias = floats(vocabulary)
+        self.logits = floats(num_tokens, vocabulary, dtype=dtype, gradient=True)
+        self.targets = torch.empty(num_tokens, dtype=torch.int64, device="meta")
+        self.mask = torch.empty(num_tokens, dtype=torch.bool, device="meta")
+        self.cu_seqlens = torch.empty(num_sequences + 1, dtype=torch.int64, device="meta")
+        self.advantages = floats(num_sequences)
+        self.vectors = {name: floats(num_tokens) for name in ("old_logprobs", "rollout_logprobs")}
+        self.ref_logprobs = floats(num_tokens)
+        self.states = [floats(num_tokens, width, dtype=dtype, gradient=True) for _ in range(3)]
+        self.pairs = torch.empty(2 * num_sequences, 2, dtype=torch.int64, device="meta")
+
+
+def launch_everything(head: Head, temperature: float, coefficient: float, *, thorough: bool) -> None:
+    """Every public operation with its gradient; `thorough` adds the options that make other variants of the kernels."""
+    packed = {"cu_seqlens": head.cu_seqlens, "mask": head.mask, **head.vectors, "importance_cap": 1.0 + coefficient}
+    kl = {"kl_coef": coefficient, "ref_logprobs": head.ref_logprobs}
+    objectives: list[dict[str, object]] = [
+        {},
+        packed,
+        packed | {"loss_type": "gspo"},
+        packed | {"importance_level": "sequence"},
+    ]
+    if thorough:
+        objectives += [
+            packed | {"loss_type": "cispo", "clip_high": 5.0},
+            packed | {"dual_clip": 3.0},
+            packed | {"importance_mode": "mask"},
+            packed | kl | {"entropy_coef": coefficient},
+            packed | kl | {"entropy_coef": coefficient, "loss_type": "gspo"},
+            packed | {"bias": head.bias},
+        ]
+    for objective in objectives:
+        advantages = head.advantages if "cu_seqlens" in objective else head.vectors["old_logprobs"]
+        options = {"temperature": temperature, **objective}
+        for loss in (
+            tars_kernels.policy_loss(head.logits, head.targets, advantages, **options),
+            tars_kernels.linear_policy_loss(head.hidden, head.weight, head.targets, advantages, **options),
+        ):
+            loss.loss.backward()
+        with torch.no_grad():
+            tars_kernels.policy_loss(head.logits, head.targets, advantages, **options)
+    trainable = head.weight.clone().requires_grad_()
+    tars_kernels.linear_logprob(head.hidden, trainable, head.targets, temperature=temperature).sum().backward()
+
+    for pooling in ("mean", "last") if thorough else ("mean",):
+        similarity_LP = tars_kernels.layer_similarity(head.states, head.cu_seqlens, head.pairs, pooling=pooling)
+        similarity_LP.sum().backward()
+    pooler = tars_kernels.LayerPooler([nn.Identity(), nn.Identity()], nn.Identity(), differentiable=True)
+    with pooler.pooling(head.cu_seqlens, positions=head.targets):
+        states = pooler._modules[1](pooler._modules[0](head.hidden))
+    (pooler.pooled.sum() + states.float().sum()).backward()
+    tars_kernels.token_similarity(head.states, head.states[::-1]).sum().backward()
+    tars_kernels.linear_cka(head.states, head.states[:2]).sum().backward()
+
+
+def check(architecture: int, dtypes: Sequence[torch.dtype]) -> tuple[list[Compiled], list[str]]:
+    """Compile everything for one architecture; returns the kernels, and what broke a limit."""
+    driver.set_active(OfflineDriver(architecture))
+    backend.runs_anywhere = True
+    found: dict[tuple, Compiled] = {}
+    problems = []
+    with compiled_launches(found):
+        for dtype in dtypes:
+            thorough = dtype is torch.bfloat16
+            launch_everything(Head(dtype, 4096, 156032, 4096, 8), 1.0, 0.1, thorough=thorough)
+            before = len(found)
+            for num_tokens, num_sequences, temperature, coefficient in OTHER_SIZES:
+                head = Head(dtype, num_tokens, 156032, 4096, num_sequences)
+                launch_everything(head, temperature, coefficient, thorough=thorough)
+            problems += [
+                f"{kernel}: compiled again for another length, count, temperature or coefficient"
+                for kernel in list(found.values())[before:]
+            ]
+        # A vocabulary that is short and a width that is odd.
+        launch_everything(Head(torch.float32, 77, 1100, 123, 3), 1.0, 0.1, thorough=False)
+    for kernel in found.values():
+        if kernel.spilled_bytes:
+            problems.append(f"{kernel}: spills {kernel.spilled_bytes} bytes")
+        if kernel.registers > MAX_REGISTERS:
+            problems.append(f"{kernel}: {kernel.registers} registers")
+        if (kernel.exponentials_per_element or 0) > MAX_EXPONENTIALS:
+            problems.append(f"{kernel}: {kernel.exponentials_per_element} exponentials an element")
+    return list(found.values()), problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the table here")
+    parser.add_argument("--quick", action="store_true", help="bfloat16 on sm_90 only")
+    arguments = parser.parse_args()
+    architectures, dtypes = ((90,), _DTYPES[:1]) if arguments.quick else (ARCHITECTURES, _DTYPES)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        results = list(pool.map(check, architectures, [dtypes] * len(architectures)))
+    kernels = sorted((kernel for found, _ in results for kernel in found), key=lambda row: (row.kernel, row.architecture))
+    print(f"{'kernel':24} {'sm':>3} {'threads':>7} {'regs':>4} {'spill':>5} {'shared':>6} {'ex2/el':>6}  variant")
+    for row in kernels:
+        exponentials = "" if row.exponentials_per_element is None else f"{row.exponentials_per_element:.2f}"
+        print(
+            f"{row.kernel:24} {row.architecture:>3} {row.threads:>7} {row.registers:>4} {row.spilled_bytes:>5} "
+            f"{row.shared_bytes:>6} {exponentials:>6}  {row.variant}"
+        )
+    if arguments.json:
+        table = {"triton": triton.__version__, "kernels": [asdict(row) for row in kernels]}
+        arguments.json.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"{len(kernels)} kernels compiled with triton {triton.__version__}")
+    problems = [problem for _, found in results for problem in found]
+    for problem in problems:
+        print(f"FAILED {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

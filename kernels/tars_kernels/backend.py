@@ -1,0 +1,37 @@
+"""Which implementation runs: Triton kernels, or the same operation in plain PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from torch import Tensor
+
+HAS_TRITON = find_spec("triton") is not None
+"""Triton has no packages for macOS and Windows; every operation then runs in plain PyTorch."""
+runs_anywhere = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Launch kernels for tensors of any device: under Triton's interpreter, which runs them on the CPU for tests. Triton reads
+the variable once, when kernels are defined."""
+_reference_depth = 0
+
+
+@contextmanager
+def use_reference(active: bool = True) -> Iterator[None]:
+    """Run every operation in plain PyTorch inside the block, on CUDA too: to compare, or to rule kernels out.
+
+    Args:
+        active: False leaves everything as it is, for a setting to decide.
+    """
+    global _reference_depth
+    _reference_depth += active
+    try:
+        yield
+    finally:
+        _reference_depth -= active
+
+
+def runs_kernels(tensor: Tensor) -> bool:
+    """Whether operations on `tensor` launch kernels: on CUDA, and on the CPU under Triton's interpreter."""
+    return HAS_TRITON and not _reference_depth and (tensor.is_cuda or runs_anywhere)

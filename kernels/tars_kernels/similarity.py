@@ -1,0 +1,433 @@
+"""Pooled states of packed sequences and their cosines, for all layers in one pass over the hidden states.
+
+Forward: a grid of layers x sequences x splits of the tokens x blocks of the width reads every state once, through a table of
+addresses, since layers are separate tensors; partial sums are added in a fixed order. A program for each pair and layer then
+takes the cosine. Backward: the gradient of a pooled vector, constant over its sequence's tokens, is written or added in place.
+
+Shapes: T packed tokens, N sequences, D hidden size, L layers, P pairs, S splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tars_kernels import reference
+from tars_kernels.backend import runs_kernels
+from tars_kernels.checks import (
+    check_floats,
+    check_layer_states,
+    check_packing,
+    check_pairs,
+    check_pooling,
+    check_rows_contiguous,
+    check_same_device,
+    check_weights,
+    choose_layers,
+)
+
+_NORM_FLOOR = tl.constexpr(reference.NORM_FLOOR)
+_ROWS, _LANES = 8, 512
+"""Tile of tokens x width that a program of 128 threads reads at once: four 16-byte loads each for bf16."""
+_PROGRAMS = 2048
+"""Enough programs to fill a large GPU: tokens are split until there are so many."""
+_MAX_SPLITS = 16
+_COSINE_BLOCK = 1024
+_TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def load_base(table, layer, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
+    """The address of a layer's first element."""
+    base = tl.load(table + layer).to(tl.pointer_type(DTYPE))
+    if IS_ALIGNED:
+        base = tl.multiple_of(base, 16)
+    return base
+
+
+@triton.jit
+def _token_range(cu_seqlens, sequence, split, SPLITS, IS_LAST: tl.constexpr):
+    """Where a split of a sequence begins and ends, and the sequence's length."""
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    length = end - start
+    if IS_LAST:
+        start = tl.maximum(start, end - 1)
+    chunk = tl.cdiv(end - start, SPLITS)
+    first = tl.minimum(start + split * chunk, end)
+    return first, tl.minimum(first + chunk, end), length
+
+
+@triton.jit(do_not_specialize=["N", "SPLITS"])
+def _pool_forward(
+    sums,  # [L, N, S, D]
+    table,  # [L] addresses of [T, D] or [M, D]
+    positions,  # [T]
+    cu_seqlens,  # [N + 1]
+    N, D, row_stride, SPLITS,
+    DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr, HAS_POSITIONS: tl.constexpr, IS_LAST: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(D, LANES)
+    block = pid % blocks
+    split = pid // blocks % SPLITS
+    sequence = pid // blocks // SPLITS % N
+    layer = pid // blocks // SPLITS // N
+    base = load_base(table, layer, DTYPE, IS_ALIGNED)
+    first, last, length = _token_range(cu_seqlens, sequence, split, SPLITS, IS_LAST)
+    columns = block * LANES + tl.arange(0, LANES)
+    inside = columns < D
+    acc = tl.zeros([ROWS, LANES], tl.float32)
+    for start in range(first, last, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        keep = rows < last
+        if HAS_POSITIONS:
+            rows = tl.load(positions + rows, mask=keep, other=0)
+        pointers = base + rows[:, None] * row_stride + columns[None, :]
+        acc += tl.load(pointers, mask=keep[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    total = tl.sum(acc, 0)
+    if not IS_LAST:
+        total = tl.where(SPLITS == 1, total / tl.maximum(length, 1).to(tl.float32), total)
+    output = sums + ((layer * N + sequence) * SPLITS + split) * D
+    tl.store(output + columns, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "SPLITS"])
+def _pool_finish(
+    pooled,  # [L, N, D]
+    sums,  # [L, N, S, D]
+    cu_seqlens,  # [N + 1]
+    N, D, SPLITS,
+    IS_LAST: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(D, LANES)
+    columns = pid % blocks * LANES + tl.arange(0, LANES)
+    row = pid // blocks
+    total = tl.zeros([LANES], tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(sums + (row * SPLITS + split) * D + columns, mask=columns < D, other=0.0)
+    if not IS_LAST:
+        sequence = row % N
+        length = tl.load(cu_seqlens + sequence + 1) - tl.load(cu_seqlens + sequence)
+        total /= tl.maximum(length, 1).to(tl.float32)
+    tl.store(pooled + row * D + columns, total, mask=columns < D)
+
+
+@triton.jit(do_not_specialize=["N", "SPLITS", "T"])
+def _pool_backward(
+    table,  # [L] addresses of gradients [T, D] or [M, D]
+    pooled_gradient,  # [L, N, D]
+    positions,  # [T]
+    cu_seqlens,  # [N + 1]
+    N, T, D, row_stride, SPLITS,
+    DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr, HAS_POSITIONS: tl.constexpr, IS_LAST: tl.constexpr, ADDS: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Without ADDS every row of the gradient is written, those of no sequence with 0."""
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(D, LANES)
+    block = pid % blocks
+    split = pid // blocks % SPLITS
+    sequence = pid // blocks // SPLITS % N
+    layer = pid // blocks // SPLITS // N
+    base = load_base(table, layer, DTYPE, IS_ALIGNED)
+    first, last, length = _token_range(cu_seqlens, sequence, split, SPLITS, False)
+    if not ADDS:
+        last = tl.where((sequence == N - 1) & (split == SPLITS - 1), T, last)
+    columns = block * LANES + tl.arange(0, LANES)
+    inside = columns < D
+    vector = tl.load(pooled_gradient + (layer * N + sequence) * D + columns, mask=inside, other=0.0)
+    if not IS_LAST:
+        vector /= tl.maximum(length, 1).to(tl.float32)
+    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    for start in range(first, last, ROWS):
+        tokens = start + tl.arange(0, ROWS)
+        keep = tokens < last
+        counts = tokens < end
+        if IS_LAST:
+            counts = tokens == end - 1
+        rows = tokens
+        if HAS_POSITIONS:
+            rows = tl.load(positions + tokens, mask=keep, other=0)
+        pointers = base + rows[:, None] * row_stride + columns[None, :]
+        chosen = keep[:, None] & inside[None, :]
+        gradient = tl.where(counts[:, None], vector[None, :], 0.0)
+        if ADDS:
+            gradient += tl.load(pointers, mask=chosen, other=0.0).to(tl.float32)
+        tl.store(pointers, gradient.to(DTYPE), mask=chosen)
+
+
+@triton.jit
+def cosine_terms(dot, left_square, right_square):
+    """Cosine c of a and b, and what its gradient needs: `dc / da = (b - a dot / a^2) / (|a| |b|)`.
+
+    Returns:
+        c, 1 / (|a| |b|), dot / a^2, dot / b^2; all of them 0 where a state has no direction.
+    """
+    has_direction = (left_square > _NORM_FLOOR * _NORM_FLOOR) & (right_square > _NORM_FLOOR * _NORM_FLOOR)
+    left_square = tl.where(has_direction, left_square, 1.0)
+    right_square = tl.where(has_direction, right_square, 1.0)
+    dot = tl.where(has_direction, dot, 0.0)
+    inverse = tl.where(has_direction, 1.0 / (tl.sqrt(left_square) * tl.sqrt(right_square)), 0.0)
+    return dot * inverse, inverse, dot / left_square, dot / right_square
+
+
+@triton.jit(do_not_specialize=["N", "P"])
+def _pair_cosines(
+    cosines, inverses, left_shares, right_shares,  # [P, L], see `cosine_terms`
+    pooled,  # [L, N, D]
+    pairs,  # [P, 2]
+    L, N, P, D,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    layer, pair = pid % L, pid // L
+    i = tl.load(pairs + 2 * pair).to(tl.int64)
+    j = tl.load(pairs + 2 * pair + 1).to(tl.int64)
+    exists = (i >= 0) & (i < N) & (j >= 0) & (j < N)
+    readable = tl.where(exists, D, 0)
+    dots = tl.zeros([BLOCK], tl.float32)
+    left_squares = tl.zeros([BLOCK], tl.float32)
+    right_squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, D, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        left = tl.load(pooled + (layer * N + i) * D + columns, mask=columns < readable, other=0.0)
+        right = tl.load(pooled + (layer * N + j) * D + columns, mask=columns < readable, other=0.0)
+        dots += left * right
+        left_squares += left * left
+        right_squares += right * right
+    cosine, inverse, left, right = cosine_terms(tl.sum(dots, 0), tl.sum(left_squares, 0), tl.sum(right_squares, 0))
+    tl.store(cosines + pid, tl.where(exists, cosine, float("nan")))
+    tl.store(inverses + pid, inverse)
+    tl.store(left_shares + pid, left)
+    tl.store(right_shares + pid, right)
+
+
+@triton.jit(do_not_specialize=["N", "P"])
+def _pair_cosines_backward(
+    pooled_gradient,  # [L, N, D]
+    upstream, inverses, left_shares, right_shares,  # [P, L]
+    pooled,  # [L, N, D]
+    pairs,  # [P, 2]
+    L, N, P, D,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program gathers what all pairs want of one state, in their order."""
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(D, BLOCK)
+    columns = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < D
+    row = pid // blocks
+    layer, sequence = row // N, row % N
+    own = tl.load(pooled + row * D + columns, mask=inside, other=0.0)
+    gradient = tl.zeros([BLOCK], tl.float32)
+    for pair in range(P):
+        i = tl.load(pairs + 2 * pair).to(tl.int64)
+        j = tl.load(pairs + 2 * pair + 1).to(tl.int64)
+        # The cosine of a state with itself is constant.
+        if (i != j) & ((i == sequence) | (j == sequence)):
+            slope = tl.load(upstream + pair * L + layer) * tl.load(inverses + pair * L + layer)
+            left, right = tl.load(left_shares + pair * L + layer), tl.load(right_shares + pair * L + layer)
+            share = tl.where(i == sequence, left, right)
+            partner = tl.where(i == sequence, j, i)
+            other = tl.load(pooled + (layer * N + partner) * D + columns, mask=inside, other=0.0)
+            gradient += slope * (other - share * own)
+    tl.store(pooled_gradient + row * D + columns, gradient, mask=inside)
+
+
+def address_table(tensors: Sequence[Tensor]) -> Tensor:
+    """[L] int64 addresses on the tensors' device, sent there without stopping the host."""
+    table = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, pin_memory=tensors[0].is_cuda)
+    return table.to(tensors[0].device, non_blocking=True)
+
+
+def layer_arguments(name: str, layers: Sequence[Tensor]) -> tuple[Tensor, int, bool, tl.dtype]:
+    """Address table, row stride, whether every row starts on 16 bytes, element type.
+
+    Raises:
+        ValueError: the layers' memory is laid out in a way that kernels cannot follow.
+    """
+    first = layers[0]
+    for number, layer in enumerate(layers):
+        check_floats(f"{name}[{number}]", layer, (None, None))
+        check_rows_contiguous(f"{name}[{number}]", layer)
+        if layer.stride(0) != first.stride(0):
+            raise ValueError(
+                f"{name}[{number}]: row stride {layer.stride(0)}, {name}[0] has {first.stride(0)}; call .contiguous()"
+            )
+    is_aligned = all((layer.storage_offset() * layer.element_size()) % 16 == 0 for layer in layers)
+    return address_table(layers), first.stride(0), is_aligned, _TRITON_TYPES[first.dtype]
+
+
+def _pool(
+    layers: Sequence[Tensor], cu_seqlens: Tensor, positions: Tensor | None, pooling: str, name: str = "hidden_states"
+) -> Tensor:
+    """[L, N, D] fp32."""
+    num_layers, num_sequences, width = len(layers), len(cu_seqlens) - 1, layers[0].shape[1]
+    pooled = torch.empty(num_layers, num_sequences, width, dtype=torch.float32, device=layers[0].device)
+    if not pooled.numel():
+        return pooled
+    table, stride, is_aligned, dtype = layer_arguments(name, layers)
+    blocks = triton.cdiv(width, _LANES)
+    splits = _num_splits(num_layers * num_sequences * blocks, pooling)
+    sums = pooled if splits == 1 else pooled.new_empty(num_layers, num_sequences, splits, width)
+    _pool_forward[(num_layers * num_sequences * splits * blocks,)](
+        sums, table, positions, cu_seqlens, num_sequences, width, stride, splits, DTYPE=dtype, IS_ALIGNED=is_aligned,
+        HAS_POSITIONS=positions is not None, IS_LAST=pooling == "last", ROWS=_ROWS, LANES=_LANES,
+    )  # fmt: skip
+    if splits > 1:
+        _pool_finish[(num_layers * num_sequences * blocks,)](
+            pooled, sums, cu_seqlens, num_sequences, width, splits, IS_LAST=pooling == "last", LANES=_LANES
+        )
+    return pooled
+
+
+def _num_splits(programs: int, pooling: str) -> int:
+    return 1 if pooling == "last" else max(1, min(_MAX_SPLITS, _PROGRAMS // programs))
+
+
+def add_pooled_gradient(
+    gradients: Sequence[Tensor],
+    pooled_gradient: Tensor,
+    cu_seqlens: Tensor,
+    positions: Tensor | None,
+    pooling: str,
+    *,
+    adds: bool,
+) -> None:
+    """Write, or add to what is there, the gradient of pooled vectors [L, N, D] by the states they were pooled from."""
+    num_layers, num_sequences, width = pooled_gradient.shape
+    if not gradients[0].numel():
+        return
+    if not num_sequences:
+        for gradient in gradients if not adds else ():
+            gradient.zero_()
+        return
+    table, stride, is_aligned, dtype = layer_arguments("gradients", gradients)
+    blocks = triton.cdiv(width, _LANES)
+    splits = _num_splits(num_layers * num_sequences * blocks, "mean")
+    _pool_backward[(num_layers * num_sequences * splits * blocks,)](
+        table, pooled_gradient, positions, cu_seqlens, num_sequences, len(gradients[0]), width, stride, splits, DTYPE=dtype,
+        IS_ALIGNED=is_aligned, HAS_POSITIONS=positions is not None, IS_LAST=pooling == "last", ADDS=adds, ROWS=_ROWS,
+        LANES=_LANES,
+    )  # fmt: skip
+
+
+class _PoolSequences(torch.autograd.Function):
+    """[L', N, D] of the chosen layers, from L tensors [T, D] or from one [L, T, D]."""
+
+    @staticmethod
+    def forward(ctx, cu_seqlens, positions, chosen, pooling, *states):
+        layers = states[0] if states[0].ndim == 3 else states
+        ctx.cu_seqlens, ctx.positions, ctx.chosen, ctx.pooling = cu_seqlens, positions, chosen, pooling
+        ctx.like = [(state.shape, state.dtype) for state in states]
+        return _pool([layers[layer] for layer in chosen], cu_seqlens, positions, pooling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, pooled_gradient):
+        # A layer chosen twice is one memory: its gradients are added one after the other.
+        repeats = len(set(ctx.chosen)) < len(ctx.chosen)
+        adds = ctx.positions is not None or repeats
+        shape, dtype = ctx.like[0]
+        is_stack = len(shape) == 3
+        if is_stack:
+            is_complete = not adds and len(ctx.chosen) == shape[0]
+            gradients = [(torch.empty if is_complete else torch.zeros)(shape, dtype=dtype, device=pooled_gradient.device)]
+            layers = gradients[0]
+        else:
+            make = torch.zeros if adds else torch.empty
+            gradients = layers = [
+                make(shape, dtype=dtype, device=pooled_gradient.device) if layer in ctx.chosen else None
+                for layer, (shape, dtype) in enumerate(ctx.like)
+            ]
+        pooled_gradient = pooled_gradient.contiguous()
+        places = range(len(ctx.chosen))
+        for batch in [[place] for place in places] if repeats else [places]:
+            add_pooled_gradient(
+                [layers[ctx.chosen[place]] for place in batch], pooled_gradient[batch[0] : batch[-1] + 1], ctx.cu_seqlens,
+                ctx.positions, ctx.pooling, adds=adds,
+            )  # fmt: skip
+        return None, None, None, None, *gradients
+
+
+class _PooledSimilarity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pooled, pairs):
+        num_layers, num_sequences, width = pooled.shape
+        cosines = torch.empty(len(pairs), num_layers, dtype=torch.float32, device=pooled.device)
+        inverses, left_shares, right_shares = (torch.empty_like(cosines) for _ in range(3))
+        if cosines.numel():
+            _pair_cosines[(cosines.numel(),)](
+                cosines, inverses, left_shares, right_shares, pooled, pairs, num_layers, num_sequences, len(pairs), width,
+                BLOCK=_COSINE_BLOCK,
+            )  # fmt: skip
+        ctx.save_for_backward(pooled, pairs, inverses, left_shares, right_shares)
+        return cosines
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        pooled, pairs, inverses, left_shares, right_shares = ctx.saved_tensors
+        num_layers, num_sequences, width = pooled.shape
+        gradient = torch.empty_like(pooled)
+        programs = num_layers * num_sequences * triton.cdiv(width, _COSINE_BLOCK)
+        if programs:
+            _pair_cosines_backward[(programs,)](
+                gradient, upstream.contiguous(), inverses, left_shares, right_shares, pooled, pairs, num_layers, num_sequences,
+                len(pairs), width, BLOCK=_COSINE_BLOCK,
+            )  # fmt: skip
+        return gradient, None
+
+
+def pool_sequences(states: Tensor, cu_seqlens: Tensor, *, positions: Tensor | None = None, pooling: str = "mean") -> Tensor:
+    if not runs_kernels(states):
+        return reference.pool_sequences(states, cu_seqlens, positions=positions, pooling=pooling)
+    check_floats("states", states, (None, None))
+    check_packing(states, cu_seqlens, positions)
+    check_pooling(pooling)
+    check_rows_contiguous("states", states)
+    return _PoolSequences.apply(cu_seqlens.contiguous(), positions, [0], pooling, states)[0]
+
+
+def pooled_similarity(pooled: Tensor, pairs: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    if not runs_kernels(pooled):
+        return reference.pooled_similarity(pooled, pairs, weights=weights)
+    check_floats("pooled", pooled, (None, None, None))
+    check_pairs(pairs, pooled.shape[1])
+    check_weights(weights, len(pooled))
+    check_same_device(("pooled", pooled), pairs=pairs, weights=weights)
+    cosines = _PooledSimilarity.apply(pooled.float().contiguous(), pairs.contiguous())
+    return cosines if weights is None else cosines * weights.float()
+
+
+def layer_similarity(
+    hidden_states: Tensor | Sequence[Tensor],
+    cu_seqlens: Tensor,
+    pairs: Tensor,
+    *,
+    layers: Sequence[int] | None = None,
+    weights: Tensor | None = None,
+    pooling: str = "mean",
+) -> Tensor:
+    states = check_layer_states("hidden_states", hidden_states)
+    if not runs_kernels(states[0]):
+        return reference.layer_similarity(hidden_states, cu_seqlens, pairs, layers=layers, weights=weights, pooling=pooling)
+    chosen = choose_layers(layers, len(states))
+    check_packing(states[0], cu_seqlens, None)
+    check_pooling(pooling)
+    inputs = [hidden_states] if isinstance(hidden_states, Tensor) else states
+    pooled = _PoolSequences.apply(cu_seqlens.contiguous(), None, chosen, pooling, *inputs)
+    return pooled_similarity(pooled, pairs, weights=weights)
+
+
+pool_sequences.__doc__ = reference.pool_sequences.__doc__
+pooled_similarity.__doc__ = reference.pooled_similarity.__doc__
+layer_similarity.__doc__ = reference.layer_similarity.__doc__

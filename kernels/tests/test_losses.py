@@ -1,0 +1,581 @@
+"""Log-probabilities and policy losses: against float64, against TRL's formulas, and over every awkward input we know of."""
+
+from __future__ import annotations
+
+import pytest
+import tars_kernels
+import torch
+from accuracy import assert_accurate, run
+from tars_kernels import reference
+from torch.nn.functional import linear
+from trl import trl_loss
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Not multiples of anything that a tile has, up to the vocabulary of Qwen2-Audio.
+VOCABULARIES = [1000, 1100, 32000, 50264, 151936, 156032]
+
+
+def sample(num_tokens: int, width: int, vocabulary: int, seed: int = 0):
+    """Hidden states, head and targets; one row certain of its target, one certain of another, targets at both ends."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, width, generator=generator)
+    weight = torch.randn(vocabulary, width, generator=generator) / width**0.5
+    targets = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
+    targets[0], targets[-1] = 0, vocabulary - 1
+    if num_tokens > 4:
+        hidden[1] = 9 * weight[targets[1]] * width**0.5 / weight[targets[1]].norm()
+        hidden[2] = 9 * weight[(targets[2] + 1) % vocabulary] * width**0.5
+    # Rounded first, so that every dtype computes on the same numbers.
+    return hidden.bfloat16().float(), weight.bfloat16().float(), targets
+
+
+def packing(num_tokens: int) -> torch.Tensor:
+    """Four sequences, one of them empty, where there are tokens for it."""
+    return torch.tensor([0, num_tokens // 3, num_tokens // 3, num_tokens - num_tokens // 4, num_tokens])
+
+
+def policy_inputs(logprobs: torch.Tensor, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Old, rollout and reference log-probabilities around `logprobs`: ratios on both sides of every bound, none close."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = len(logprobs)
+    steps = torch.tensor([0.0, 0.1, -0.1, 0.6, -0.6, 1.5, 0.0])
+    old = logprobs.double() + steps[torch.arange(num_tokens) % len(steps)]
+    return {
+        "old_logprobs": old,
+        "rollout_logprobs": old - torch.tensor([0.0, 0.3, 1.1, -0.4, 2.0])[torch.arange(num_tokens) % 5],
+        "ref_logprobs": old + 0.3 * torch.randn(num_tokens, generator=generator, dtype=torch.float64),
+        "mask": torch.rand(num_tokens, generator=generator) > 0.2,
+    }
+
+
+def moved(settings: dict[str, object], device, dtype=None) -> dict[str, object]:
+    """Settings with their tensors on `device`, floating point ones as `dtype`."""
+    return {
+        name: value.to(device, dtype if dtype and value.is_floating_point() else value.dtype)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in settings.items()
+    }
+
+
+def outputs(loss) -> list[torch.Tensor]:
+    return [
+        loss.loss, loss.logprobs, loss.entropy, loss.clip_low_fraction, loss.clip_high_fraction, loss.importance_mean,
+        loss.importance_max, loss.importance_capped_fraction,
+    ]  # fmt: skip
+
+
+def eager_logprob(hidden, weight, targets, temperature):
+    """As training code writes it: logits in the model's dtype."""
+    logprobs = (linear(hidden, weight).float() / temperature).log_softmax(-1)
+    return [logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)]
+
+
+@pytest.mark.parametrize("head", ["frozen", "trainable"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "width", "vocabulary"), [(1, 64, 1000), (77, 123, 1100), (289, 40, 1000)])
+def test_linear_logprob(device, dtype, head, num_tokens, width, vocabulary):
+    hidden, weight, targets = sample(num_tokens, width, vocabulary)
+    leaves = [hidden] if head == "frozen" else [hidden, weight]
+
+    def ours(hidden, weight=weight):
+        weight = weight.to(device, dtype)
+        return tars_kernels.linear_logprob(hidden, weight, targets.to(device), temperature=0.7, return_entropy=True)
+
+    def eager(hidden, weight=weight):
+        return eager_logprob(hidden, weight.to(dtype), targets, 0.7)
+
+    def truth(hidden, weight=weight):
+        return reference.linear_logprob(hidden, weight.double(), targets, temperature=0.7, return_entropy=True)
+
+    assert_accurate(
+        run(ours, leaves, dtype, device),
+        run(eager, leaves, dtype, torch.device("cpu")),
+        run(truth, leaves, torch.float64, torch.device("cpu")),
+        [torch.float32, torch.float32, *[dtype] * len(leaves)],
+    )
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_vocabularies(device, vocabulary):
+    hidden, weight, targets = sample(7, 24, vocabulary)
+    mask = torch.arange(7) != 4
+
+    def loss_of(implementation, dtype, device):
+        def loss(logits):
+            result = implementation.policy_loss(
+                logits, targets.to(device), torch.linspace(-1, 1, 7, dtype=dtype, device=device), mask=mask.to(device)
+            )
+            return [result.loss, result.logprobs, result.entropy]
+
+        return loss
+
+    logits = hidden @ weight.T
+    cpu = torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        rounded = logits.to(dtype).float()
+        assert_accurate(
+            run(loss_of(tars_kernels, torch.float32, device), [rounded], dtype, device),
+            run(loss_of(reference, torch.float32, cpu), [rounded], dtype, cpu),
+            run(loss_of(reference, torch.float64, cpu), [rounded], torch.float64, cpu),
+            [torch.float32] * 3 + [dtype],
+        )
+
+
+OBJECTIVES = [
+    {"loss_type": "dapo"},
+    {"loss_type": "dapo", "num_tokens": 100.0, "kl_coef": 0.1},
+    {"loss_type": "dapo", "dual_clip": 1.1, "importance_mode": "mask", "temperature": 1.4},
+    {"loss_type": "dapo", "entropy_coef": 0.05},
+    {"loss_type": "grpo", "kl_coef": 0.04, "clip_low": 0.1, "clip_high": 0.4},
+    {"loss_type": "grpo", "importance_level": "sequence", "entropy_coef": 0.02},
+    {"loss_type": "bnpo", "importance_level": "sequence", "importance_mode": "mask", "importance_cap": 1.5},
+    {"loss_type": "dr_grpo", "num_tokens": 4 * 40, "entropy_coef": 0.01},
+    {"loss_type": "cispo", "clip_high": 1.5},
+    {"loss_type": "gspo"},
+    {"loss_type": "gspo", "importance_level": "sequence", "kl_coef": 0.1, "entropy_coef": 0.05, "dual_clip": 1.05},
+]
+
+
+@pytest.mark.parametrize("settings", OBJECTIVES, ids=str)
+def test_the_specification_is_trls(settings):
+    """The reference on packed float64 tokens, value and gradient, against TRL's formulas on a padded batch."""
+    hidden, weight, targets = (x.double() if x.is_floating_point() else x for x in sample(41, 24, 123))
+    lengths = [13, 0, 18, 10]
+    cu_seqlens = torch.tensor([0, 13, 13, 31, 41])
+    with torch.no_grad():
+        logprobs = reference.linear_logprob(hidden, weight, targets)
+    inputs = policy_inputs(logprobs)
+    inputs["rollout_logprobs"][5] = torch.nan
+    advantages = torch.tensor([1.0, 3.0, -1.2, 0.7], dtype=torch.float64)
+    ours = hidden.clone().requires_grad_()
+    options = dict(settings)
+    temperature = options.pop("temperature", 1.0)
+    result = reference.linear_policy_loss(
+        ours, weight, targets, advantages, cu_seqlens=cu_seqlens, temperature=temperature, **inputs, **options
+    )
+    result.loss.backward()
+
+    theirs = hidden.clone().requires_grad_()
+    all_logprobs = (theirs @ weight.T / temperature).log_softmax(-1)
+
+    def padded(vector):
+        parts = torch.split(vector, lengths)
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
+    keep = padded(inputs["mask"].double())
+    level = options.pop("importance_level", "token")
+    loss = trl_loss(
+        padded(all_logprobs.gather(-1, targets[:, None])[:, 0]),
+        padded(-(all_logprobs.exp() * all_logprobs).sum(-1)),
+        keep,
+        advantages[:, None],
+        *(padded(inputs[name]) for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs")),
+        loss_type=options.pop("loss_type"),
+        num_tokens=options.pop("num_tokens", keep.sum()),
+        max_length=40,
+        mode=f"{level}_{options.pop('importance_mode', 'truncate')}",
+        beta=options.pop("kl_coef", 0.0),
+        delta=options.pop("dual_clip", None),
+        cap=options.pop("importance_cap", 2.0),
+        **options,
+    )
+    if settings.get("num_tokens") == 100.0:
+        assert "entropy_coef" not in settings
+    loss.backward()
+    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("settings", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("start", ["logits", "hidden"])
+def test_losses(device, start, settings, dtype):
+    hidden, weight, targets = sample(77, 123, 1100)
+    with torch.no_grad():
+        temperature = settings.get("temperature", 1.0)
+        truth_logprobs = reference.linear_logprob(hidden.double(), weight.double(), targets, temperature=temperature)
+    fixed = policy_inputs(truth_logprobs) | {"cu_seqlens": packing(77), **settings}
+    advantages = torch.tensor([1.0, 0.3, -1.2, 0.7])
+    cpu = torch.device("cpu")
+    logits = (hidden @ weight.T).to(dtype).float()
+    rounded = (logits / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    if start == "logits":
+        fixed |= policy_inputs(rounded.double())
+
+    def loss_of(implementation, real, device):
+        options = moved(fixed, device, real)
+        arguments = (targets.to(device), advantages.to(device, real))
+        if start == "logits":
+            return lambda logits: outputs(implementation.policy_loss(logits, *arguments, **options))
+        return lambda hidden: outputs(
+            implementation.linear_policy_loss(hidden, weight.to(device, hidden.dtype), *arguments, **options)
+        )
+
+    def eager(leaf):
+        if start == "logits":
+            return loss_of(reference, torch.float32, cpu)(leaf)
+        options = moved(fixed, cpu, torch.float32)
+        logits = linear(leaf, weight.to(leaf.dtype)).float()
+        return outputs(reference.policy_loss(logits, targets, advantages, **options))
+
+    leaf = [logits if start == "logits" else hidden]
+    assert_accurate(
+        run(loss_of(tars_kernels, torch.float32, device), leaf, dtype, device),
+        run(eager, leaf, dtype, cpu),
+        run(loss_of(reference, torch.float64, cpu), leaf, torch.float64, cpu),
+        [torch.float32] * 8 + [dtype],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_train_a_head_with_its_bias(device, dtype):
+    hidden, weight, targets = sample(77, 123, 1100)
+    bias = torch.linspace(-1, 1, 1100).bfloat16().float()
+    with torch.no_grad():
+        fixed = policy_inputs(reference.linear_logprob(hidden, weight, targets, bias=bias)) | {"entropy_coef": 0.1}
+
+    def loss_of(implementation, real, device):
+        options = moved(fixed, device, real)
+        arguments = targets.to(device), torch.linspace(-1, 1, 77, dtype=real, device=device)
+        return lambda hidden, weight, bias: outputs(
+            implementation.linear_policy_loss(hidden, weight, *arguments, bias=bias, **options)
+        )
+
+    def eager(hidden, weight, bias):
+        options = moved(fixed, torch.device("cpu"), torch.float32)
+        return outputs(
+            reference.policy_loss(linear(hidden, weight, bias).float(), targets, torch.linspace(-1, 1, 77), **options)
+        )
+
+    cpu = torch.device("cpu")
+    assert_accurate(
+        run(loss_of(tars_kernels, torch.float32, device), [hidden, weight, bias], dtype, device),
+        run(eager, [hidden, weight, bias], dtype, cpu),
+        run(loss_of(reference, torch.float64, cpu), [hidden, weight, bias], torch.float64, cpu),
+        [torch.float32] * 8 + [dtype] * 3,
+    )
+
+
+@pytest.mark.parametrize("shift", [-110.0, 110.0])
+def test_shifted_logits(device, shift):
+    """A running maximum that starts at 0 breaks rows of negative logits."""
+    hidden, weight, targets = sample(9, 24, 1100)
+    logits = (4 * hidden @ weight.T).clamp(-20, 20) + shift
+
+    def loss_of(implementation, device):
+        def loss(logits):
+            result = implementation.policy_loss(logits, targets.to(device), torch.ones(9, device=device).to(logits))
+            return [result.loss, result.logprobs, result.entropy]
+
+        return loss
+
+    cpu = torch.device("cpu")
+    assert_accurate(
+        run(loss_of(tars_kernels, device), [logits], torch.float32, device),
+        run(loss_of(reference, cpu), [logits], torch.float32, cpu),
+        run(loss_of(reference, cpu), [logits], torch.float64, cpu),
+        [torch.float32] * 4,
+    )
+
+
+def test_a_confident_row_keeps_its_gradient(device):
+    """At p = 0.9995 the gradient is a thousandth of the head's rows: onehot - p in bf16 would miss it by per cents."""
+    hidden, weight, targets = sample(5, 64, 1100)
+    target = targets[1]
+    hidden[1] = weight[target] / weight[target].norm() ** 2 * 16
+    hidden = hidden.bfloat16()
+    ours, truth = hidden.to(device, copy=True).requires_grad_(), hidden.double().requires_grad_()
+    logprob = tars_kernels.linear_logprob(ours, weight.bfloat16().to(device), targets.to(device))[1]
+    logprob.backward()
+    reference.linear_logprob(truth, weight.double(), targets)[1].backward()
+    assert 0.999 < logprob.exp() < 0.9999
+    gradient = ours.grad[1].double().cpu()
+    assert (gradient - truth.grad[1]).norm() <= 4e-3 * truth.grad[1].norm()
+
+
+def test_ratio_exactly_at_its_bounds(device):
+    """With both clips at 0 an unchanged policy's ratio is exactly its bounds: nothing is held back, as in PyTorch's clamp."""
+    hidden, weight, targets = sample(6, 24, 1100)
+    logits = (hidden @ weight.T).to(device).requires_grad_()
+    old = tars_kernels.policy_loss(logits, targets.to(device), torch.ones(6, device=device)).logprobs
+    advantages = torch.tensor([1.0, -1.0, 0.0, 2.0, -2.0, 0.5], device=device)
+    result = tars_kernels.policy_loss(logits, targets.to(device), advantages, old_logprobs=old, clip_low=0.0, clip_high=0.0)
+    (gradient,) = torch.autograd.grad(result.loss, logits)
+    plain = tars_kernels.policy_loss(logits, targets.to(device), advantages)
+    torch.testing.assert_close(gradient, torch.autograd.grad(plain.loss, logits)[0])
+    assert result.clip_low_fraction == result.clip_high_fraction == 0
+    assert gradient[2].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "held"), [(1.29, 1, True), (1.27, 1, False), (0.79, -1, True), (0.81, -1, False)]
+)
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_clip_holds_back_on_its_side_only(device, loss_type, ratio, advantage, held):
+    hidden, weight, targets = sample(6, 24, 1100)
+    logits, targets = (hidden @ weight.T).to(device), targets.to(device)
+    cu_seqlens = torch.tensor([0, 6], device=device)
+    old = tars_kernels.policy_loss(logits, targets, torch.ones(6, device=device)).logprobs - torch.tensor(ratio).log()
+    for sign in (advantage, -advantage):
+        leaf = logits.clone().requires_grad_()
+        advantages = torch.full((6,), float(sign), device=device)
+        result = tars_kernels.policy_loss(
+            leaf, targets, advantages, old_logprobs=old, cu_seqlens=cu_seqlens, loss_type=loss_type
+        )
+        result.loss.backward()
+        is_held = held and sign == advantage
+        assert (leaf.grad.abs().max() == 0) == is_held
+        assert result.clip_high_fraction == float(is_held and ratio > 1)
+        assert result.clip_low_fraction == float(is_held and ratio < 1)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "gspo"])
+@pytest.mark.parametrize("start", ["logits", "hidden"])
+def test_whatever_masked_slots_hold_stays_out(device, start, loss_type):
+    hidden, weight, targets = (x.to(device) for x in sample(12, 24, 1100))
+    mask = torch.ones(12, dtype=torch.bool, device=device)
+    mask[4:8] = False
+    cu_seqlens = torch.tensor([0, 5, 8, 12], device=device)
+    settings = {"mask": mask, "cu_seqlens": cu_seqlens, "loss_type": loss_type, "entropy_coef": 0.1, "kl_coef": 0.1}
+    advantages = torch.linspace(-1, 1, 12, device=device)
+    names = ("old_logprobs", "rollout_logprobs", "ref_logprobs")
+    vectors = {name: tars_kernels.linear_logprob(hidden, weight, targets) + 0.01 * place for place, name in enumerate(names)}
+
+    def gradient_of(first, targets, advantages, vectors):
+        leaves = [(first if start == "hidden" else first @ weight.T).requires_grad_(), weight.clone().requires_grad_()]
+        if start == "hidden":
+            result = tars_kernels.linear_policy_loss(*leaves, targets, advantages, **vectors, **settings)
+        else:
+            result = tars_kernels.policy_loss(leaves[0], targets, advantages, **vectors, **settings)
+        return result, torch.autograd.grad(result.loss, leaves, allow_unused=True)
+
+    clean, clean_gradients = gradient_of(hidden.clone(), targets, advantages, vectors)
+    hidden = hidden.clone()
+    hidden[4], hidden[5], hidden[6] = torch.nan, torch.inf, -torch.inf
+    targets = targets.masked_fill(~mask, -100)
+    advantages = advantages.masked_fill(~mask, torch.nan)
+    vectors = {name: vector.masked_fill(~mask, torch.inf) for name, vector in vectors.items()}
+    poisoned, gradients = gradient_of(hidden, targets, advantages, vectors)
+    assert torch.isfinite(poisoned.loss)
+    for ours, theirs in zip(outputs(poisoned), outputs(clean), strict=True):
+        assert torch.equal(ours, theirs)
+    assert poisoned.logprobs[4:8].tolist() == poisoned.entropy[4:8].tolist() == [0.0] * 4
+    for ours, theirs in zip(gradients, clean_gradients, strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "gspo"])
+def test_everything_masked_or_nothing_there(device, loss_type):
+    hidden, weight, targets = (x.to(device) for x in sample(6, 24, 1100))
+    cu_seqlens = torch.tensor([0, 6, 6], device=device)
+    for rows in (6, 0):
+        leaf = hidden[:rows].clone().requires_grad_()
+        result = tars_kernels.linear_policy_loss(
+            leaf, weight, targets[:rows], torch.ones(2, device=device), cu_seqlens=cu_seqlens.clamp(max=rows),
+            mask=torch.zeros(rows, dtype=torch.bool, device=device), loss_type=loss_type,
+        )  # fmt: skip
+        result.loss.backward()
+        assert [value.item() for value in outputs(result) if value.ndim == 0] == [0.0] * 6
+        assert not leaf.grad.any()
+        logits = torch.zeros(rows, 1100, device=device, requires_grad=True)
+        result = tars_kernels.policy_loss(
+            logits, targets[:rows], torch.ones(2, device=device), cu_seqlens=cu_seqlens.clamp(max=rows),
+            mask=torch.zeros(rows, dtype=torch.bool, device=device), loss_type=loss_type,
+        )  # fmt: skip
+        result.loss.backward()
+        assert result.loss == 0
+        assert not logits.grad.any()
+
+
+def test_a_suppressed_token_has_no_probability(device):
+    hidden, weight, targets = sample(9, 24, 1100)
+    targets[targets == 500] = 501
+    bias = torch.zeros(1100)
+    bias[500] = -torch.inf
+    hidden, weight, targets, bias = (x.to(device) for x in (hidden, weight, targets, bias))
+    kept = torch.arange(1100, device=device) != 500
+    logits = hidden @ weight.T
+    expected = torch.distributions.Categorical(logits=logits[:, kept].double())
+    leaf, head = logits.clone().requires_grad_(), weight.clone().requires_grad_()
+    from_logits = tars_kernels.policy_loss(leaf, targets, torch.ones(9, device=device), bias=bias, entropy_coef=0.1)
+    from_hidden = tars_kernels.linear_policy_loss(hidden, head, targets, torch.ones(9, device=device), bias=bias)
+    from_hidden.loss.backward()
+    from_logits.loss.backward()
+    for result in (from_logits, from_hidden):
+        torch.testing.assert_close(result.entropy.double(), expected.entropy(), rtol=1e-5, atol=1e-5)
+        places = targets - (targets > 500).long()
+        torch.testing.assert_close(result.logprobs.double(), expected.log_prob(places), rtol=1e-5, atol=1e-5)
+    assert not leaf.grad[:, 500].any()
+    assert not head.grad[500].any()
+    assert torch.isfinite(leaf.grad).all()
+    assert torch.isfinite(head.grad).all()
+
+
+def test_the_head_itself_brings_its_bias(device):
+    hidden, weight, targets = (x.to(device) for x in sample(9, 24, 1100))
+    head = torch.nn.Linear(24, 1100, device=device)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    both = [
+        tars_kernels.linear_logprob(hidden, head, targets),
+        tars_kernels.linear_logprob(hidden, weight, targets, bias=head.bias),
+    ]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("start", ["logits", "hidden"])
+def test_layouts_of_memory(device, start):
+    """Rows with a stride, and vectors that are every second entry of another."""
+    hidden, weight, targets = (x.to(device) for x in sample(8, 24, 1100))
+    values = hidden if start == "hidden" else hidden @ weight.T
+    wide = torch.full((8, values.shape[1] + 40), torch.nan, device=device)
+    wide[:, : values.shape[1]] = values
+    strided = wide[:, : values.shape[1]]
+    advantages = torch.linspace(-1, 1, 16, device=device)[::2]
+    spread = targets.repeat_interleave(2)[::2]
+
+    def loss(first, targets, advantages):
+        arguments = (first, targets, advantages) if start == "logits" else (first, weight, targets, advantages)
+        return getattr(tars_kernels, "policy_loss" if start == "logits" else "linear_policy_loss")(*arguments)
+
+    leaves = [values.clone().requires_grad_(), strided.detach().requires_grad_()]
+    plain = loss(leaves[0], targets, advantages.contiguous())
+    other = loss(leaves[1], spread, advantages)
+    assert torch.equal(plain.loss, other.loss)
+    gradients = [torch.autograd.grad(result.loss, leaf)[0] for result, leaf in zip((plain, other), leaves, strict=True)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_inplace_overwrites_logits_only_when_asked(device, loss_type):
+    hidden, weight, targets = (x.to(device) for x in sample(8, 24, 1100))
+    cu_seqlens = torch.tensor([0, 8], device=device)
+    kept = (hidden @ weight.T).requires_grad_()
+    before = kept.detach().clone()
+    options = {"cu_seqlens": cu_seqlens, "loss_type": loss_type}
+    tars_kernels.policy_loss(kept, targets, torch.ones(1, device=device), **options).loss.backward()
+    assert torch.equal(kept, before)
+    base = hidden.clone().requires_grad_()
+    logits = base @ weight.T
+    address = logits.data_ptr()
+    seen = []
+    logits.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    tars_kernels.policy_loss(logits, targets, torch.ones(1, device=device), inplace=True, **options).loss.backward()
+    assert seen == [address]
+    torch.testing.assert_close(base.grad, kept.grad @ weight, rtol=1e-5, atol=1e-7)
+
+
+def test_a_second_backward_is_refused_or_right(device):
+    hidden, weight, targets = (x.to(device) for x in sample(8, 24, 1100))
+    logits = (hidden @ weight.T).requires_grad_()
+    loss = tars_kernels.policy_loss(logits, targets, torch.ones(8, device=device)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    leaf = hidden.clone().requires_grad_()
+    loss = tars_kernels.linear_policy_loss(leaf, weight, targets, torch.ones(8, device=device)).loss
+    loss.backward(retain_graph=True)
+    first = leaf.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, 2 * first)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"loss_type": "gspo", "importance_level": "sequence"}, {"entropy_coef": 0.1}], ids=str
+)
+def test_the_same_bits_twice(device, settings):
+    hidden, weight, targets = (
+        x.to(device, torch.bfloat16) if x.is_floating_point() else x.to(device) for x in sample(77, 123, 1100)
+    )
+    options = moved(policy_inputs(tars_kernels.linear_logprob(hidden, weight, targets).cpu()), device, torch.float32)
+    options |= {"cu_seqlens": packing(77).to(device), **settings}
+    advantages = torch.linspace(-1, 1, 4, device=device)
+    results = []
+    for _ in range(2):
+        leaves = [hidden.clone().requires_grad_(), (hidden @ weight.T).requires_grad_()]
+        losses = [
+            tars_kernels.linear_policy_loss(leaves[0], weight, targets, advantages, **options),
+            tars_kernels.policy_loss(leaves[1], targets, advantages, **options),
+        ]
+        gradients = [torch.autograd.grad(3 * loss.loss, leaf)[0] for loss, leaf in zip(losses, leaves, strict=True)]
+        results.append([*outputs(losses[0]), *outputs(losses[1]), *gradients])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_micro_batches_add_up(device):
+    hidden, weight, targets = (x.to(device) for x in sample(40, 24, 1100))
+    advantages = torch.linspace(-1, 1, 40, device=device)
+    whole = tars_kernels.linear_policy_loss(hidden, weight, targets, advantages, entropy_coef=0.1).loss
+    num_tokens = torch.tensor(40.0, device=device)
+    parts = [
+        tars_kernels.linear_policy_loss(
+            hidden[rows],
+            weight,
+            targets[rows],
+            advantages[rows],
+            num_tokens=num_tokens,
+            entropy_coef=0.1,
+        ).loss
+        for rows in (slice(0, 13), slice(13, 40))
+    ]
+    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_fp16_gradients_survive_a_loss_scale(device):
+    """Unscaled, the gradient of a large batch is below fp16's smallest number; a loss scaler is there to prevent that."""
+    hidden, weight, targets = (x.to(device) for x in sample(8, 24, 1100))
+    scale = 2.0**18
+    logits = (hidden @ weight.T).half().requires_grad_()
+    loss = tars_kernels.policy_loss(logits, targets, torch.ones(8, device=device), num_tokens=50_000).loss
+    (loss * scale).backward()
+    exact = logits.detach().double().requires_grad_()
+    reference.policy_loss(exact, targets, torch.ones(8, device=device).double(), num_tokens=50_000).loss.backward()
+    error = (logits.grad.double() / scale - exact.grad).abs().max(-1).values
+    assert (error <= 2e-3 * exact.grad.abs().max(-1).values).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 10 GB of GPU memory")
+def test_more_than_two_billion_logits(device):
+    vocabulary, num_tokens = 156032, 14000
+    logits = torch.randn(num_tokens, vocabulary, device=device, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (num_tokens,), device=device)
+    advantages = torch.ones(num_tokens, device=device)
+    result = tars_kernels.policy_loss(logits, targets, advantages)
+    result.loss.backward()
+    last = slice(num_tokens - 3, num_tokens)
+    with torch.no_grad():
+        expected = logits[last].float().log_softmax(-1).gather(-1, targets[last, None])[:, 0]
+    torch.testing.assert_close(result.logprobs[last], expected, rtol=1e-5, atol=1e-5)
+    alone = logits[last].detach().clone().requires_grad_()
+    tars_kernels.policy_loss(alone, targets[last], advantages[last], num_tokens=num_tokens).loss.backward()
+    assert torch.equal(logits.grad[last], alone.grad)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA has a host to stop")
+def test_nothing_stops_the_host(device):
+    hidden, weight, targets = (x.to(device) for x in sample(77, 128, 1100))
+    options = moved(policy_inputs(tars_kernels.linear_logprob(hidden, weight, targets).cpu()), device, torch.float32)
+    options["cu_seqlens"] = packing(77).to(device)
+    advantages = torch.linspace(-1, 1, 4, device=device)
+    states = torch.randn(3, 77, 128, device=device, requires_grad=True)
+    pairs = torch.tensor([[0, 2], [2, 3]], device=device)
+
+    def everything():
+        leaf = hidden.clone().requires_grad_()
+        for settings in ({}, {"loss_type": "gspo"}, {"loss_type": "grpo"}):
+            tars_kernels.linear_policy_loss(leaf, weight, targets, advantages, **options, **settings).loss.backward()
+            logits = (hidden @ weight.T).requires_grad_()
+            tars_kernels.policy_loss(logits, targets, advantages, **options, **settings).loss.backward()
+        tars_kernels.layer_similarity(list(states), options["cu_seqlens"], pairs).sum().backward()
+        tars_kernels.token_similarity(states, states.detach()).sum().backward()
+        tars_kernels.linear_cka(states, states).sum().backward()
+
+    everything()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        everything()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,211 @@
+"""What every operation keeps to: it launches kernels, refuses what it cannot do, and looks like its reference."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import tars_kernels
+import torch
+from tars_kernels import LayerPooler, reference
+from torch import nn
+
+OPERATIONS = [
+    "layer_similarity", "linear_cka", "linear_logprob", "linear_policy_loss", "policy_loss", "pool_sequences",
+    "pooled_similarity", "token_similarity",
+]  # fmt: skip
+
+
+def arguments(device, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    return {
+        "hidden": normal(6, 16),
+        "weight": normal(100, 16),
+        "logits": normal(6, 100),
+        "targets": torch.arange(6, device=device),
+        "advantages": normal(6).float(),
+        "hidden_states": normal(2, 6, 16),
+        "cu_seqlens": torch.tensor([0, 2, 6], device=device),
+        "pairs": torch.tensor([[0, 1]], device=device),
+        "states": normal(6, 16),
+        "pooled": normal(2, 3, 16),
+        "x_layers": normal(2, 6, 16),
+        "y_layers": normal(2, 6, 16),
+    }
+
+
+def call(name: str, values: dict[str, torch.Tensor], **changes):
+    """Call an operation with what it needs of `values`, positionally, so that options stay free."""
+    parameters = inspect.signature(getattr(tars_kernels, name)).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    chosen = {place: changes.pop(place, values[place]) for place in positional}
+    return getattr(tars_kernels, name)(*chosen.values(), **changes)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched, in order."""
+    import triton.runtime.interpreter as interpreter
+    from triton.runtime.jit import JITFunction
+
+    kind = JITFunction if torch.cuda.is_available() else interpreter.InterpretedFunction
+    names: list[str] = []
+    run = kind.run
+
+    def counted(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "run", counted)
+    return names
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation_and_gradient_launch_kernels(device, launches, name):
+    values = arguments(device)
+    for value in values.values():
+        value.requires_grad_(value.is_floating_point() and value is not values["weight"])
+    result = call(name, values)
+    result = result.loss if hasattr(result, "loss") else result
+    assert launches, "the operation ran without a kernel"
+    before = len(launches)
+    result.sum().backward()
+    assert len(launches) > before, "its gradient ran without a kernel"
+
+
+def test_pooler_and_its_gradient_launch_kernels(device, launches):
+    pooler = LayerPooler([nn.Identity()], nn.Identity(), differentiable=True)
+    with pooler.pooling(torch.tensor([0, 6], device=device)):
+        pooler._modules[0](torch.randn(6, 16, device=device, requires_grad=True))
+    assert launches
+    before = len(launches)
+    pooler.pooled.sum().backward()
+    assert len(launches) > before
+
+
+def test_the_reference_runs_no_kernels(device, launches):
+    values = arguments(device)
+    with tars_kernels.use_reference():
+        inside = [call(name, values) for name in OPERATIONS]
+    assert not launches
+    outside = [call(name, values) for name in OPERATIONS]
+    for one, other in zip(inside, outside, strict=True):
+        for value, expected in (
+            zip(vars(one).values(), vars(other).values(), strict=True) if hasattr(one, "loss") else [(one, other)]
+        ):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation_and_reference_have_one_signature(name):
+    ours, theirs = getattr(tars_kernels, name), getattr(reference, name)
+    assert inspect.signature(ours) == inspect.signature(theirs)
+    assert ours.__doc__
+    assert ours.__doc__ == theirs.__doc__
+    assert "Raises:" in ours.__doc__
+    assert name in tars_kernels.__all__
+
+
+LOSSES = ("policy_loss", "linear_policy_loss")
+HEADS = (*LOSSES, "linear_logprob")
+WRONG = [
+    *[
+        (name, {"temperature": value}, "temperature")
+        for name in (*LOSSES, "linear_logprob")
+        for value in (0.0, -1.0, float("nan"))
+    ],
+    *[(name, {"targets": lambda v: v["targets"][:3]}, "targets") for name in (*LOSSES, "linear_logprob")],
+    *[(name, {"targets": lambda v: v["targets"].float()}, r"targets.*\.long") for name in (*LOSSES, "linear_logprob")],
+    *[(name, {"bias": lambda v: v["hidden"][0]}, "bias") for name in (*LOSSES, "linear_logprob")],
+    *[(name, {"advantages": lambda v: v["advantages"][:3]}, "advantages: 3") for name in LOSSES],
+    *[(name, {"advantages": lambda v: v["advantages"][:2]}, "advantages: 2") for name in LOSSES],
+    *[(name, {"mask": lambda v: v["targets"][:3] > 0}, "mask") for name in LOSSES],
+    *[(name, {"old_logprobs": lambda v: v["advantages"][:3]}, "old_logprobs") for name in LOSSES],
+    *[(name, {"rollout_logprobs": lambda v: v["targets"]}, "rollout_logprobs.*int64") for name in LOSSES],
+    *[(name, {"cu_seqlens": lambda v: v["cu_seqlens"] + 1}, "cu_seqlens.*rise from 0") for name in LOSSES],
+    *[(name, {"loss_type": "ppo"}, "loss_type: 'ppo'.*gspo") for name in LOSSES],
+    *[(name, {"loss_type": "grpo"}, "cu_seqlens: None; grpo") for name in LOSSES],
+    *[(name, {"loss_type": "cispo"}, "clip_high") for name in LOSSES],
+    *[(name, {"loss_type": "dr_grpo"}, "num_tokens") for name in LOSSES],
+    *[(name, {"loss_type": "grpo", "num_tokens": 5}, "num_tokens: 5; grpo") for name in LOSSES],
+    *[(name, {"num_tokens": lambda v: v["advantages"]}, "num_tokens") for name in LOSSES],
+    *[(name, {"importance_mode": "drop"}, "importance_mode") for name in LOSSES],
+    *[(name, {"importance_level": "batch"}, "importance_level") for name in LOSSES],
+    *[(name, {"importance_cap": -1.0}, "importance_cap") for name in LOSSES],
+    *[(name, {"clip_low": float("nan")}, "clip_low") for name in LOSSES],
+    *[(name, {"kl_coef": 0.1}, "kl_coef.*ref_logprobs") for name in LOSSES],
+    ("policy_loss", {"logits": lambda v: v["logits"].int()}, "logits.*int32"),
+    ("policy_loss", {"logits": lambda v: v["logits"][None]}, "logits: shape"),
+    ("policy_loss", {"logits": lambda v: v["logits"].T.contiguous().T}, r"logits: stride.*contiguous"),
+    ("linear_logprob", {"weight": lambda v: v["weight"][:, :4]}, "weight: shape"),
+    ("linear_logprob", {"weight": lambda v: v["weight"].bfloat16()}, "weight: dtype"),
+    ("linear_logprob", {"weight": lambda v: v["weight"].T.contiguous().T}, r"weight: stride.*contiguous"),
+    ("linear_policy_loss", {"hidden": lambda v: v["hidden"].double()}, "hidden: dtype"),
+    ("layer_similarity", {"hidden_states": lambda v: v["hidden_states"][0]}, "hidden_states: shape"),
+    ("layer_similarity", {"hidden_states": lambda _: []}, "hidden_states: no layers"),
+    ("layer_similarity", {"hidden_states": lambda v: [v["hidden"], v["weight"]]}, r"hidden_states\[1\]"),
+    ("layer_similarity", {"hidden_states": lambda v: [v["hidden"].T.contiguous().T]}, r"hidden_states\[0\]: stride"),
+    ("layer_similarity", {"layers": [2]}, "layers: 2"),
+    ("layer_similarity", {"weights": lambda v: v["advantages"]}, "weights"),
+    ("layer_similarity", {"pooling": "max"}, "pooling: 'max'"),
+    ("layer_similarity", {"pairs": lambda v: v["pairs"] + 1}, "pairs"),
+    ("layer_similarity", {"pairs": lambda v: v["pairs"][0]}, "pairs: shape"),
+    ("layer_similarity", {"cu_seqlens": lambda v: v["cu_seqlens"].float()}, "cu_seqlens: dtype"),
+    ("pooled_similarity", {"pairs": lambda v: v["pairs"].float()}, "pairs: dtype"),
+    ("pool_sequences", {"positions": lambda v: v["targets"].int()}, r"positions.*\.long"),
+    ("token_similarity", {"y_layers": lambda v: v["y_layers"][:1]}, "y_layers: 1 layers"),
+    ("token_similarity", {"layers": [-3]}, "layers: -3"),
+    ("linear_cka", {"y_layers": lambda v: v["y_layers"][:, :4]}, "y_layers: 4 tokens"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), WRONG, ids=lambda value: None if callable(value) else str(value)[:40])
+def test_wrong_arguments_are_named(device, name, changes, message):
+    values = arguments(device)
+    changed = {key: change(values) if callable(change) else change for key, change in changes.items()}
+    if device.type == "cuda" and ("rise" in message or message == "pairs"):
+        pytest.skip("looking at values would stop the host")
+    with pytest.raises(ValueError, match=message):
+        call(name, values, **changed)
+
+
+@pytest.mark.parametrize("outside", [-1, 100])
+@pytest.mark.parametrize("name", HEADS)
+def test_target_outside_the_vocabulary(device, name, outside):
+    """Refused on the CPU; on CUDA, where looking would stop the host, NaN instead of memory that is not ours."""
+    values = arguments(device)
+    values["targets"][3] = outside
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=f"targets: {outside} at 3 .* vocabulary of 100"):
+            call(name, values)
+    else:
+        result = call(name, values)
+        logprobs = result if name == "linear_logprob" else result.logprobs
+        assert torch.isnan(logprobs).tolist() == [place == 3 for place in range(6)]
+
+
+def test_a_head_with_an_adapter_is_refused(device):
+    values = arguments(device)
+    head = nn.Linear(16, 100, device=device)
+    adapted = nn.Module()
+    adapted.base_layer, adapted.lora_A = head, nn.ModuleDict()
+    for name in ("linear_logprob", "linear_policy_loss"):
+        call(name, values, weight=head)
+        with pytest.raises(ValueError, match=r"weight: Module with an adapter.*merge"):
+            call(name, values, weight=adapted)
+        with pytest.raises(ValueError, match="weight: Embedding"):
+            call(name, values, weight=nn.Embedding(100, 16))
+
+
+def test_tensors_on_two_devices_are_named(device):
+    values = arguments(device)
+    elsewhere = torch.zeros(6, dtype=torch.int64, device="meta")
+    for name in HEADS:
+        with pytest.raises(ValueError, match=r"targets: on meta.*\.to\("):
+            call(name, values, targets=elsewhere)
+    with pytest.raises(ValueError, match="pairs: on meta"):
+        call("pooled_similarity", values, pairs=torch.zeros(1, 2, dtype=torch.int64, device="meta"))
