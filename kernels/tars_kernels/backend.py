@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
@@ -35,3 +37,14 @@ def use_reference(active: bool = True) -> Iterator[None]:
 def runs_kernels(tensor: Tensor) -> bool:
     """Whether operations on `tensor` launch kernels: on CUDA, and on the CPU under Triton's interpreter."""
     return HAS_TRITON and not _reference_depth and (tensor.is_cuda or runs_anywhere)
+
+
+def on_its_device(forward: Callable) -> Callable:
+    """Launch on the device of the first tensor, which need not be the current one; backward passes run there anyway."""
+
+    @wraps(forward)
+    def guarded(*args):
+        with torch.cuda.device_of(next(value for value in args if isinstance(value, Tensor))):
+            return forward(*args)
+
+    return guarded

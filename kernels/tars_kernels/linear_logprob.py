@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tars_kernels import reference
-from tars_kernels.backend import runs_kernels
+from tars_kernels.backend import on_its_device, runs_kernels
 from tars_kernels.checks import (
     check_head,
     check_rows_contiguous,
@@ -29,7 +29,7 @@ from tars_kernels.checks import (
     check_temperature,
     head_parameters,
 )
-from tars_kernels.rows import LN2, LOG2E, fill_row, load_tile, power, scan_row, tile, write_gradient
+from tars_kernels.rows import LN2, LOG2E, fill_row, load_tile, overwrite, power, scan_row, store_tile, tile, write_gradient
 
 _LOGITS_ROWS = 512
 """Tokens whose fp32 logits exist at once: 0.32 GB at a vocabulary of 156,032."""
@@ -60,20 +60,16 @@ def _rows_forward(
     if HAS_POWERS:
         # The largest of the others becomes 1, so that fp16 does not lose a flat or a very confident distribution.
         tl.store(inverse_others + pid, 1.0 / tl.where(others > 0, others, 1.0))
-        offsets = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         for start in range(0, V, ROWS * LANES):
-            columns = start + offsets
-            x = load_tile(row, bias, columns, V, HAS_BIAS)
-            e, _ = power(tl.where(columns == target, float("-inf"), x - top), scale)
-            tl.store(powers + pid * V + columns, e.to(powers.dtype.element_ty), mask=columns < V)
+            x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES)
+            store_tile(powers + pid * V, tl.exp2((x - top) * scale), start, V, ROWS, LANES)
+        overwrite(powers + pid * V, target, tl.zeros([], tl.float32), V)
         # A loop of its own: together they would not fit into registers.
         if HAS_ENTROPY:
             log_total = tl.log(total)
             for start in range(0, V, ROWS * LANES):
-                columns = start + offsets
-                e, shift = power(load_tile(row, bias, columns, V, HAS_BIAS) - peak, scale)
-                q = e / total * (shift * LN2 - log_total + entropy)
-                tl.store(entropy_powers + pid * V + columns, q.to(entropy_powers.dtype.element_ty), mask=columns < V)
+                e, shift = power(load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES) - peak, scale)
+                store_tile(entropy_powers + pid * V, e / total * (shift * LN2 - log_total + entropy), start, V, ROWS, LANES)
 
 
 @triton.jit
@@ -81,7 +77,7 @@ def _rows_backward(
     gradient,  # [rows, V]
     logits,  # [rows, V]
     bias,  # [V]
-    targets, slopes, entropy_slopes, entropies, rests, peaks, totals,  # [rows]
+    targets, slopes, entropy_slopes, logprobs, entropies, rests, peaks, totals,  # [rows]
     V, logits_stride, inverse_temperature,
     HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -95,8 +91,8 @@ def _rows_backward(
         return
     write_gradient(
         gradient + pid * V, logits + pid * logits_stride, bias, tl.load(targets + pid), V, inverse_temperature * LOG2E,
-        tl.load(peaks + pid), tl.load(totals + pid), tl.load(rests + pid), tl.load(entropies + pid), slope, entropy_slope,
-        HAS_BIAS, HAS_ENTROPY, ROWS, LANES,
+        tl.load(peaks + pid), tl.load(totals + pid), tl.load(rests + pid), tl.load(logprobs + pid), tl.load(entropies + pid),
+        slope, entropy_slope, HAS_BIAS, HAS_ENTROPY, ROWS, LANES,
     )  # fmt: skip
 
 
@@ -144,6 +140,7 @@ def _blocks(start: int, stop: int, size: int) -> Iterator[slice]:
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
+    @on_its_device
     def forward(ctx, hidden, weight, bias, targets, inverse_temperature, frozen_gradient, entropy_gradient):
         num_tokens = len(hidden)
         vocabulary = len(weight)
@@ -171,7 +168,7 @@ class _LinearLogprob(torch.autograd.Function):
                 means[outer] = product_fp32(powers, weight).mul_(inverse_others[outer, None])
             if entropy_powers is not None:
                 entropy_means[outer] = product_fp32(entropy_powers, weight)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropies, rests, peaks, totals, means, entropy_means)
+        ctx.save_for_backward(hidden, weight, bias, targets, logprobs, entropies, rests, peaks, totals, means, entropy_means)
         ctx.inverse_temperature = inverse_temperature
         ctx.frozen_gradient = frozen_gradient
         ctx.entropy_gradient = entropy_gradient
@@ -183,7 +180,8 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, slopes, entropy_slopes):
-        hidden, weight, bias, targets, entropies, rests, peaks, totals, means, entropy_means = ctx.saved_tensors
+        hidden, weight, bias, targets, *row_values, means, entropy_means = ctx.saved_tensors
+        rests = row_values[2]
         slopes = torch.zeros_like(rests) if slopes is None else slopes.contiguous()
         has_entropy = ctx.entropy_gradient and entropy_slopes is not None
         entropy_slopes = entropy_slopes.contiguous() if has_entropy else None
@@ -208,7 +206,7 @@ class _LinearLogprob(torch.autograd.Function):
             gradient = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
             _rows_backward[(len(logits),)](
                 gradient, logits, bias, targets[rows], slopes[rows], entropy_slopes[rows] if has_entropy else None,
-                entropies[rows], rests[rows], peaks[rows], totals[rows], vocabulary, vocabulary, ctx.inverse_temperature,
+                *(values[rows] for values in row_values), vocabulary, vocabulary, ctx.inverse_temperature,
                 HAS_BIAS=bias is not None, HAS_ENTROPY=has_entropy, **tile(vocabulary),
             )  # fmt: skip
             if needs_hidden:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tars_kernels import reference
-from tars_kernels.backend import runs_kernels
+from tars_kernels.backend import on_its_device, runs_kernels
 from tars_kernels.checks import (
     check_bias,
     check_floats,
@@ -33,7 +33,7 @@ from tars_kernels.checks import (
 )
 from tars_kernels.linear_logprob import _rows_backward, _rows_forward, logprob_and_entropy
 from tars_kernels.objective import Objective, PolicyLoss, TokenTerms
-from tars_kernels.rows import LOG2E, fill_row, scan_row, tile, write_gradient
+from tars_kernels.rows import LOG2E, fill_row, load_tile, scan_row, store_tile, tile, write_gradient
 
 _LOW, _HIGH, _CAPPED = (tl.constexpr(bit) for bit in (1, 2, 4))
 _BLOCK = 1024
@@ -147,7 +147,7 @@ def _fused_rows(
             fill_row(gradient + pid * V, V, ROWS, LANES)
         else:
             write_gradient(
-                gradient + pid * V, row, bias, target, V, scale, peak, total, rest, entropy, slope, entropy_slope,
+                gradient + pid * V, row, bias, target, V, scale, peak, total, rest, logprob, entropy, slope, entropy_slope,
                 HAS_BIAS, HAS_ENTROPY, ROWS, LANES,
             )  # fmt: skip
 
@@ -278,11 +278,8 @@ def _scale_rows(gradient, scale, V, ROWS: tl.constexpr, LANES: tl.constexpr):
     factor = tl.load(scale)
     if factor != 1:
         row = gradient + tl.program_id(0).to(tl.int64) * V
-        offsets = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         for start in range(0, V, ROWS * LANES):
-            columns = start + offsets
-            x = tl.load(row + columns, mask=columns < V, other=0.0).to(tl.float32)
-            tl.store(row + columns, (x * factor).to(gradient.dtype.element_ty), mask=columns < V)
+            store_tile(row, load_tile(row, row, start, V, False, ROWS, LANES) * factor, start, V, ROWS, LANES)
 
 
 class _TokenOutputs:
@@ -324,6 +321,7 @@ def _vectors(objective: Objective) -> list[Tensor | None]:
 
 class _FusedPolicyLoss(torch.autograd.Function):
     @staticmethod
+    @on_its_device
     def forward(ctx, logits, bias, targets, terms, objective, inverse_temperature, has_gradient, inplace):
         num_tokens, vocabulary = logits.shape
         outputs = _TokenOutputs(num_tokens, logits.device)
@@ -362,6 +360,7 @@ class _SoftmaxTerms(torch.autograd.Function):
     """Log-probabilities and entropies of logits that exist, with the gradient in a launch of its own."""
 
     @staticmethod
+    @on_its_device
     def forward(ctx, logits, bias, targets, inverse_temperature, entropy_gradient, inplace):
         num_tokens, vocabulary = logits.shape
         logprobs, entropies, rests, peaks, totals = (
@@ -373,7 +372,7 @@ class _SoftmaxTerms(torch.autograd.Function):
                 logits.stride(0), inverse_temperature, HAS_BIAS=bias is not None, HAS_POWERS=False, HAS_ENTROPY=False,
                 **tile(vocabulary),
             )  # fmt: skip
-        ctx.save_for_backward(logits, bias, targets, entropies, rests, peaks, totals)
+        ctx.save_for_backward(logits, bias, targets, logprobs, entropies, rests, peaks, totals)
         ctx.inverse_temperature = inverse_temperature
         ctx.entropy_gradient = entropy_gradient
         ctx.inplace = inplace
@@ -385,7 +384,7 @@ class _SoftmaxTerms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, slopes, entropy_slopes):
-        logits, bias, targets, entropies, rests, peaks, totals = ctx.saved_tensors
+        logits, bias, targets, logprobs, entropies, rests, peaks, totals = ctx.saved_tensors
         num_tokens, vocabulary = logits.shape
         has_entropy = ctx.entropy_gradient and entropy_slopes is not None
         # What is overwritten counts as modified, so that autograd refuses to come here a second time.
@@ -393,7 +392,7 @@ class _SoftmaxTerms(torch.autograd.Function):
         if num_tokens:
             _rows_backward[(num_tokens,)](
                 gradient, logits, bias, targets, slopes.contiguous(), entropy_slopes.contiguous() if has_entropy else None,
-                entropies, rests, peaks, totals, vocabulary, logits.stride(0), ctx.inverse_temperature,
+                logprobs, entropies, rests, peaks, totals, vocabulary, logits.stride(0), ctx.inverse_temperature,
                 HAS_BIAS=bias is not None, HAS_ENTROPY=has_entropy, **tile(vocabulary),
             )  # fmt: skip
         if ctx.inplace:
@@ -406,6 +405,7 @@ class _TokenLoss(torch.autograd.Function):
     """The loss from log-probabilities and entropies [T]."""
 
     @staticmethod
+    @on_its_device
     def forward(ctx, logprobs, entropies, terms, objective):
         num_tokens = len(logprobs)
         outputs = _TokenOutputs(num_tokens, logprobs.device)

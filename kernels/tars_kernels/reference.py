@@ -152,11 +152,15 @@ def _softmax_terms(
     """Log-probability of the targets and entropy, both [T]."""
     if bias is not None:
         logits = logits + bias
-    all_logprobs = (logits / temperature).log_softmax(-1)
+    if temperature != 1:
+        logits = logits / temperature
+    all_logprobs = logits.log_softmax(-1)
     logprobs = all_logprobs.gather(-1, targets[:, None])[:, 0]
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        finite = all_logprobs.masked_fill(all_logprobs == -torch.inf, 0.0)
-        entropy = -(all_logprobs.exp() * finite).sum(-1)
+    if not (entropy_gradient and torch.is_grad_enabled()):
+        return logprobs, torch.special.entr(all_logprobs.detach().exp()).sum(-1)
+    # entr has no finite gradient at 0, where suppressed tokens are.
+    finite = all_logprobs.masked_fill(all_logprobs == -torch.inf, 0.0)
+    entropy = -(all_logprobs.exp() * finite).sum(-1)
     return logprobs, entropy
 
 

@@ -26,6 +26,12 @@ def tile(vocabulary: int) -> dict[str, int]:
 
 
 @triton.jit
+def tile_columns(start, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """[ROWS, LANES] int32 columns from `start`."""
+    return start + tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+
+
+@triton.jit
 def _log1p(x):
     # The hardware's logarithm has an absolute, not a relative, error near 1.
     series = x * (1.0 - x * (0.5 - x * (1.0 / 3.0 - x * 0.25)))
@@ -33,13 +39,36 @@ def _log1p(x):
 
 
 @triton.jit
-def load_tile(row, bias, columns, V, HAS_BIAS: tl.constexpr):
-    """Logits; -inf beyond the row."""
-    inside = columns < V
-    x = tl.load(row + columns, mask=inside, other=float("-inf")).to(tl.float32)
-    if HAS_BIAS:
-        x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+def load_tile(row, bias, start, V, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """[ROWS, LANES] logits from column `start`; -inf beyond the row. Only its last tile pays for the bounds."""
+    columns = tile_columns(start, ROWS, LANES)
+    if start + ROWS * LANES <= V:
+        x = tl.load(row + columns).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias + columns).to(tl.float32)
+    else:
+        x = tl.load(row + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)
     return x
+
+
+@triton.jit
+def store_tile(row, values, start, V, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Write a tile, without what lies beyond the row."""
+    columns = tile_columns(start, ROWS, LANES)
+    values = values.to(row.dtype.element_ty)
+    if start + ROWS * LANES <= V:
+        tl.store(row + columns, values)
+    else:
+        tl.store(row + columns, values, mask=columns < V)
+
+
+@triton.jit
+def overwrite(row, target, value, V):
+    """Put `value` where a tile was written before, by whichever thread; nowhere for a target outside the vocabulary."""
+    tl.debug_barrier()
+    tl.store(row + target, value.to(row.dtype.element_ty), mask=(target >= 0) & (target < V))
 
 
 @triton.jit
@@ -74,14 +103,13 @@ def scan_row(row, bias, target, V, scale, HAS_BIAS: tl.constexpr, ROWS: tl.const
         rest: 1 - p(target).
         peak, total: the largest logit of all, and the sum of 2 ** ((logit - peak) * scale).
     """
-    offsets = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     tops = tl.full([LANES], _LOWEST, tl.float32)
     sums = tl.zeros([LANES], tl.float32)
     moments = tl.zeros([LANES], tl.float32)
     for start in range(0, V, ROWS * LANES):
-        columns = start + offsets
-        x = load_tile(row, bias, columns, V, HAS_BIAS)
-        x = tl.where(columns == target, float("-inf"), x)
+        x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES)
+        if (start <= target) & (target < start + ROWS * LANES):
+            x = tl.where(tile_columns(start, ROWS, LANES) == target.to(tl.int32), float("-inf"), x)
         higher = tl.maximum(tops, tl.max(x, 0))
         e, d = power(x - higher[None, :], scale)
         factor, shift = power(tops - higher, scale)
@@ -108,27 +136,30 @@ def scan_row(row, bias, target, V, scale, HAS_BIAS: tl.constexpr, ROWS: tl.const
 
 @triton.jit
 def write_gradient(
-    gradient, row, bias, target, V, scale, peak, total, rest, entropy, slope, entropy_slope,
+    gradient, row, bias, target, V, scale, peak, total, rest, logprob, entropy, slope, entropy_slope,
     HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of `slope * logprob + entropy_slope * entropy` by the logits, both slopes already over the temperature."""
-    offsets = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    factor = -slope / total
     inverse = 1.0 / total
     log_total = tl.log(total)
     for start in range(0, V, ROWS * LANES):
-        columns = start + offsets
-        e, shift = power(load_tile(row, bias, columns, V, HAS_BIAS) - peak, scale)
-        p = e * inverse
-        g = tl.where(columns == target, slope * rest, -slope * p)
+        x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES)
         if HAS_ENTROPY:
-            g -= entropy_slope * p * (shift * LN2 - log_total + entropy)
-        tl.store(gradient + columns, g.to(gradient.dtype.element_ty), mask=columns < V)
+            e, shift = power(x - peak, scale)
+            g = e * factor - entropy_slope * (e * inverse) * (shift * LN2 - log_total + entropy)
+        else:
+            g = tl.exp2((x - peak) * scale) * factor
+        store_tile(gradient, g, start, V, ROWS, LANES)
+    own = slope * rest
+    if HAS_ENTROPY:
+        own -= entropy_slope * tl.where(rest < 1, (1.0 - rest) * (logprob + entropy), 0.0)
+    overwrite(gradient, target, own, V)
 
 
 @triton.jit
 def fill_row(output, V, ROWS: tl.constexpr, LANES: tl.constexpr):
     """A row of zeros."""
-    offsets = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     zeros = tl.zeros([ROWS, LANES], output.dtype.element_ty)
     for start in range(0, V, ROWS * LANES):
-        tl.store(output + start + offsets, zeros, mask=start + offsets < V)
+        store_tile(output, zeros, start, V, ROWS, LANES)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tars_kernels import reference
-from tars_kernels.backend import runs_kernels
+from tars_kernels.backend import on_its_device, runs_kernels
 from tars_kernels.checks import (
     check_floats,
     check_layer_states,
@@ -63,6 +63,14 @@ def _token_range(cu_seqlens, sequence, split, SPLITS, IS_LAST: tl.constexpr):
     return first, tl.minimum(first + chunk, end), length
 
 
+@triton.jit
+def _place(D, SPLITS, N, LANES: tl.constexpr):
+    """This program's block of the width, split, sequence and layer; neighbours read neighbouring columns."""
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(D, LANES)
+    return pid % blocks, pid // blocks % SPLITS, pid // blocks // SPLITS % N, pid // blocks // SPLITS // N
+
+
 @triton.jit(do_not_specialize=["N", "SPLITS"])
 def _pool_forward(
     sums,  # [L, N, S, D]
@@ -73,12 +81,7 @@ def _pool_forward(
     DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr, HAS_POSITIONS: tl.constexpr, IS_LAST: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(D, LANES)
-    block = pid % blocks
-    split = pid // blocks % SPLITS
-    sequence = pid // blocks // SPLITS % N
-    layer = pid // blocks // SPLITS // N
+    block, split, sequence, layer = _place(D, SPLITS, N, LANES)
     base = load_base(table, layer, DTYPE, IS_ALIGNED)
     first, last, length = _token_range(cu_seqlens, sequence, split, SPLITS, IS_LAST)
     columns = block * LANES + tl.arange(0, LANES)
@@ -131,12 +134,7 @@ def _pool_backward(
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Without ADDS every row of the gradient is written, those of no sequence with 0."""
-    pid = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(D, LANES)
-    block = pid % blocks
-    split = pid // blocks % SPLITS
-    sequence = pid // blocks // SPLITS % N
-    layer = pid // blocks // SPLITS // N
+    block, split, sequence, layer = _place(D, SPLITS, N, LANES)
     base = load_base(table, layer, DTYPE, IS_ALIGNED)
     first, last, length = _token_range(cu_seqlens, sequence, split, SPLITS, False)
     if not ADDS:
@@ -324,6 +322,7 @@ class _PoolSequences(torch.autograd.Function):
     """[L', N, D] of the chosen layers, from L tensors [T, D] or from one [L, T, D]."""
 
     @staticmethod
+    @on_its_device
     def forward(ctx, cu_seqlens, positions, chosen, pooling, *states):
         layers = states[0] if states[0].ndim == 3 else states
         ctx.cu_seqlens, ctx.positions, ctx.chosen, ctx.pooling = cu_seqlens, positions, chosen, pooling
@@ -360,6 +359,7 @@ class _PoolSequences(torch.autograd.Function):
 
 class _PooledSimilarity(torch.autograd.Function):
     @staticmethod
+    @on_its_device
     def forward(ctx, pooled, pairs):
         num_layers, num_sequences, width = pooled.shape
         cosines = torch.empty(len(pairs), num_layers, dtype=torch.float32, device=pooled.device)

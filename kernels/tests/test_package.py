@@ -188,6 +188,26 @@ def test_target_outside_the_vocabulary(device, name, outside):
         assert torch.isnan(logprobs).tolist() == [place == 3 for place in range(6)]
 
 
+@pytest.mark.parametrize("outside", [-1, 100, 2**40])
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "gspo", "entropy_coef": 0.1}], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_is_touched_outside_of_memory(device, monkeypatch, name, settings, outside):
+    """What CUDA does with such a target: its own row is NaN, its neighbours are as they would be without it."""
+    monkeypatch.setitem(tars_kernels.policy_loss.__globals__, "check_targets", lambda *_: None)
+    values = arguments(device)
+    leaf = "logits" if name == "policy_loss" else "hidden"
+    gradients = []
+    for target in (7, outside):
+        values["targets"][3] = target
+        first = values[leaf].clone().requires_grad_()
+        boundaries = torch.tensor([0, 3, 4, 6], device=device)
+        result = call(name, values, **{leaf: first, "cu_seqlens": boundaries}, **settings)
+        gradients.append(torch.autograd.grad(result.loss, first)[0])
+    rows = [0, 1, 2, 4, 5]
+    assert torch.equal(gradients[0][rows], gradients[1][rows])
+    assert torch.isnan(result.logprobs).tolist() == [row == 3 for row in range(6)]
+
+
 def test_a_head_with_an_adapter_is_refused(device):
     values = arguments(device)
     head = nn.Linear(16, 100, device=device)

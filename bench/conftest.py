@@ -1,0 +1,11 @@
+"""What a benchmark run says about itself first."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pytest_report_header() -> str:
+    if torch.cuda.is_available():
+        return f"benchmarks on {torch.cuda.get_device_name()}"
+    return "benchmarks without a CUDA GPU: small shapes in plain PyTorch, no kernel is timed"

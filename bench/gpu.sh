@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Everything that only a CUDA GPU can show: kernel tests, benchmarks beside the peers that are installed, one JSON and one chart.
+#   bench/gpu.sh [OUTPUT_FOLDER]     default: bench/results
+set -euo pipefail
+cd "$(dirname "$0")/.."
+output=${1:-bench/results}
+export PYTHONPATH="kernels:.${PYTHONPATH:+:$PYTHONPATH}"
+python3 -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "bench/gpu.sh: torch sees no CUDA GPU")'
+card=$(python3 -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "_"))')
+raw=$(mktemp)
+trap 'rm -f "$raw"' EXIT
+
+python3 -m pytest kernels/tests
+python3 -m pytest bench/test_kernels.py --benchmark-only --benchmark-json="$raw" --benchmark-columns=median,rounds
+python3 bench/report.py "$raw" "$output/kernels_$card.json"
