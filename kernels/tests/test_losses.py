@@ -73,7 +73,9 @@ def eager_logprob(hidden, weight, targets, temperature):
 
 @pytest.mark.parametrize("head", ["frozen", "trainable"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_tokens", "width", "vocabulary"), [(1, 64, 1000), (77, 123, 1100), (289, 40, 1000)])
+@pytest.mark.parametrize(
+    ("num_tokens", "width", "vocabulary"), [(1, 64, 1000), (77, 123, 1100), (289, 40, 1000), (1100, 16, 1000)]
+)
 def test_linear_logprob(device, dtype, head, num_tokens, width, vocabulary):
     hidden, weight, targets = sample(num_tokens, width, vocabulary)
     leaves = [hidden] if head == "frozen" else [hidden, weight]
@@ -94,6 +96,42 @@ def test_linear_logprob(device, dtype, head, num_tokens, width, vocabulary):
         run(truth, leaves, torch.float64, torch.device("cpu")),
         [torch.float32, torch.float32, *[dtype] * len(leaves)],
     )
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("head", ["frozen", "trainable"])
+def test_blocks_of_tokens_change_nothing(device, monkeypatch, head, entropy_coef):
+    """Logits exist for some tokens at a time; here for so few that several blocks, and a part of one, are needed."""
+    hidden, weight, targets = (x.to(device) for x in sample(37, 24, 1100))
+    results = []
+    for logits_rows, product_rows in ((512, 1024), (8, 16)):
+        monkeypatch.setitem(tars_kernels.linear_logprob.__globals__, "_LOGITS_ROWS", logits_rows)
+        monkeypatch.setitem(tars_kernels.linear_logprob.__globals__, "_PRODUCT_ROWS", product_rows)
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(head == "trainable")]
+        result = tars_kernels.linear_policy_loss(
+            *leaves, targets, torch.linspace(-1, 1, 37, device=device), entropy_coef=entropy_coef
+        )
+        results.append([*outputs(result), *torch.autograd.grad(result.loss, [leaf for leaf in leaves if leaf.requires_grad])])
+    for whole, split in zip(*results, strict=True):
+        torch.testing.assert_close(whole, split, rtol=1e-5, atol=1e-7)
+
+
+def test_entropy_is_detached_unless_it_is_wanted(device):
+    hidden, weight, targets = (x.to(device) for x in sample(6, 24, 1100))
+    for implementation in (tars_kernels, reference):
+        leaf = hidden.clone().requires_grad_()
+        logprobs, entropy = implementation.linear_logprob(leaf, weight, targets, return_entropy=True)
+        assert logprobs.requires_grad
+        assert not entropy.requires_grad
+        gradients = []
+        for entropy_coef in (0.0, 0.5):
+            loss = implementation.linear_policy_loss(
+                leaf, weight, targets, torch.zeros(6, device=device), entropy_coef=entropy_coef
+            )
+            assert not loss.entropy.requires_grad
+            gradients.append(torch.autograd.grad(loss.loss, leaf)[0])
+        assert not gradients[0].any()
+        assert gradients[1].any()
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
