@@ -39,12 +39,16 @@ def runs_kernels(tensor: Tensor) -> bool:
     return HAS_TRITON and not _reference_depth and (tensor.is_cuda or runs_anywhere)
 
 
-def on_its_device(forward: Callable) -> Callable:
-    """Launch on the device of the first tensor, which need not be the current one; backward passes run there anyway."""
+def isolated(function: Callable) -> Callable:
+    """Run on the device of the first tensor, which need not be the current one, and without autocast.
 
-    @wraps(forward)
-    def guarded(*args):
-        with torch.cuda.device_of(next(value for value in args if isinstance(value, Tensor))):
-            return forward(*args)
+    Autocast would take fp32 products, whose precision is the point of them, in bf16.
+    """
+
+    @wraps(function)
+    def guarded(*args, **kwargs):
+        first = next(value for value in args if isinstance(value, Tensor))
+        with torch.cuda.device_of(first), torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
 
     return guarded

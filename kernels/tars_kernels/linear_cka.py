@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tars_kernels import reference
-from tars_kernels.backend import on_its_device, runs_kernels
+from tars_kernels.backend import isolated, runs_kernels
 from tars_kernels.checks import check_aligned
 from tars_kernels.similarity import layer_arguments, load_base
 
@@ -65,13 +65,14 @@ class _Centre(torch.autograd.Function):
     """[L, T, D] fp32 from L tensors; its own adjoint."""
 
     @staticmethod
-    @on_its_device
+    @isolated
     def forward(ctx, *layers):
         ctx.dtype = layers[0].dtype
         return _centred(layers)
 
     @staticmethod
     @once_differentiable
+    @isolated
     def backward(ctx, gradient):
         return tuple(_centred(gradient.contiguous().unbind()).to(ctx.dtype).unbind())
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tars_kernels import reference
-from tars_kernels.backend import on_its_device, runs_kernels
+from tars_kernels.backend import isolated, runs_kernels
 from tars_kernels.checks import (
     check_head,
     check_rows_contiguous,
@@ -140,7 +140,7 @@ def _blocks(start: int, stop: int, size: int) -> Iterator[slice]:
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    @on_its_device
+    @isolated
     def forward(ctx, hidden, weight, bias, targets, inverse_temperature, frozen_gradient, entropy_gradient):
         num_tokens = len(hidden)
         vocabulary = len(weight)
@@ -179,6 +179,7 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @isolated
     def backward(ctx, slopes, entropy_slopes):
         hidden, weight, bias, targets, *row_values, means, entropy_means = ctx.saved_tensors
         rests = row_values[2]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tars_kernels import reference
-from tars_kernels.backend import on_its_device, runs_kernels
+from tars_kernels.backend import isolated, runs_kernels
 from tars_kernels.checks import (
     check_bias,
     check_floats,
@@ -321,7 +321,7 @@ def _vectors(objective: Objective) -> list[Tensor | None]:
 
 class _FusedPolicyLoss(torch.autograd.Function):
     @staticmethod
-    @on_its_device
+    @isolated
     def forward(ctx, logits, bias, targets, terms, objective, inverse_temperature, has_gradient, inplace):
         num_tokens, vocabulary = logits.shape
         outputs = _TokenOutputs(num_tokens, logits.device)
@@ -346,6 +346,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @isolated
     def backward(ctx, upstream, *_unused):
         if ctx.gradient is None:
             raise RuntimeError("policy_loss: backward a second time; its gradient was handed out the first time")
@@ -360,7 +361,7 @@ class _SoftmaxTerms(torch.autograd.Function):
     """Log-probabilities and entropies of logits that exist, with the gradient in a launch of its own."""
 
     @staticmethod
-    @on_its_device
+    @isolated
     def forward(ctx, logits, bias, targets, inverse_temperature, entropy_gradient, inplace):
         num_tokens, vocabulary = logits.shape
         logprobs, entropies, rests, peaks, totals = (
@@ -383,6 +384,7 @@ class _SoftmaxTerms(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @isolated
     def backward(ctx, slopes, entropy_slopes):
         logits, bias, targets, logprobs, entropies, rests, peaks, totals = ctx.saved_tensors
         num_tokens, vocabulary = logits.shape
@@ -405,7 +407,7 @@ class _TokenLoss(torch.autograd.Function):
     """The loss from log-probabilities and entropies [T]."""
 
     @staticmethod
-    @on_its_device
+    @isolated
     def forward(ctx, logprobs, entropies, terms, objective):
         num_tokens = len(logprobs)
         outputs = _TokenOutputs(num_tokens, logprobs.device)
@@ -432,6 +434,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @isolated
     def backward(ctx, upstream, _unused):
         slopes, entropy_slopes = ctx.saved_tensors
         return slopes * upstream, None if entropy_slopes is None else entropy_slopes * upstream, None, None

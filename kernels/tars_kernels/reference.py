@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tars_kernels.backend import isolated
 from tars_kernels.checks import (
     check_aligned,
     check_bias,
@@ -40,6 +41,7 @@ def _accumulated(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+@isolated
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor | nn.Module,
@@ -75,6 +77,7 @@ def linear_logprob(
     return (logprobs, entropy) if return_entropy else logprobs
 
 
+@isolated
 def policy_loss(
     logits: Tensor,
     targets: Tensor,
@@ -108,6 +111,7 @@ def policy_loss(
     return _policy_loss(_accumulated(logits), targets, advantages, bias, temperature, settings)
 
 
+@isolated
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor | nn.Module,
@@ -374,6 +378,7 @@ def _centred(states: Tensor) -> Tensor:
     return states - states.mean(0)
 
 
+@isolated
 def cka_of_centred(x: Tensor, y: Tensor) -> Tensor:
     """[Lx, Ly] from states [L, T, D] whose columns have mean 0, so that their Gram matrices are double-centred."""
     x_grams, y_grams = (torch.bmm(states, states.mT).flatten(1) for states in (x, y))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tars_kernels import reference
-from tars_kernels.backend import on_its_device, runs_kernels
+from tars_kernels.backend import isolated, runs_kernels
 from tars_kernels.checks import (
     check_floats,
     check_layer_states,
@@ -322,7 +322,7 @@ class _PoolSequences(torch.autograd.Function):
     """[L', N, D] of the chosen layers, from L tensors [T, D] or from one [L, T, D]."""
 
     @staticmethod
-    @on_its_device
+    @isolated
     def forward(ctx, cu_seqlens, positions, chosen, pooling, *states):
         layers = states[0] if states[0].ndim == 3 else states
         ctx.cu_seqlens, ctx.positions, ctx.chosen, ctx.pooling = cu_seqlens, positions, chosen, pooling
@@ -331,6 +331,7 @@ class _PoolSequences(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @isolated
     def backward(ctx, pooled_gradient):
         # A layer chosen twice is one memory: its gradients are added one after the other.
         repeats = len(set(ctx.chosen)) < len(ctx.chosen)
@@ -359,7 +360,7 @@ class _PoolSequences(torch.autograd.Function):
 
 class _PooledSimilarity(torch.autograd.Function):
     @staticmethod
-    @on_its_device
+    @isolated
     def forward(ctx, pooled, pairs):
         num_layers, num_sequences, width = pooled.shape
         cosines = torch.empty(len(pairs), num_layers, dtype=torch.float32, device=pooled.device)
@@ -374,6 +375,7 @@ class _PooledSimilarity(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @isolated
     def backward(ctx, upstream):
         pooled, pairs, inverses, left_shares, right_shares = ctx.saved_tensors
         num_layers, num_sequences, width = pooled.shape

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tars_kernels import reference
-from tars_kernels.backend import on_its_device, runs_kernels
+from tars_kernels.backend import isolated, runs_kernels
 from tars_kernels.checks import check_versions, choose_layers
 from tars_kernels.similarity import cosine_terms, layer_arguments, load_base
 
@@ -85,7 +85,7 @@ class _TokenSimilarity(torch.autograd.Function):
     """[L', T] of the chosen layers; `states` are the layers of x, then those of y."""
 
     @staticmethod
-    @on_its_device
+    @isolated
     def forward(ctx, chosen, *states):
         num_layers = len(states) // 2
         x, y = states[:num_layers], states[num_layers:]
@@ -101,6 +101,7 @@ class _TokenSimilarity(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @isolated
     def backward(ctx, upstream):
         inverses, x_shares, y_shares, *states = ctx.saved_tensors
         num_layers = len(states) // 2

@@ -110,6 +110,23 @@ def test_operation_and_reference_have_one_signature(name):
     assert name in tars_kernels.__all__
 
 
+@pytest.mark.parametrize("implementation", [tars_kernels, reference], ids=["kernels", "reference"])
+def test_autocast_changes_nothing(device, implementation):
+    """Products that are fp32 for a reason stay so inside a training loop's autocast."""
+    values = arguments(device)
+    results = []
+    for enabled in (False, True):
+        leaf = values["hidden"].clone().requires_grad_()
+        head = values["weight"].clone().requires_grad_()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+            result = implementation.linear_policy_loss(leaf, head, values["targets"], values["advantages"])
+            cka = implementation.linear_cka(values["x_layers"], values["y_layers"])
+        result.loss.backward()
+        results.append([result.loss, result.logprobs, cka, leaf.grad, head.grad])
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)
+
+
 LOSSES = ("policy_loss", "linear_policy_loss")
 HEADS = (*LOSSES, "linear_logprob")
 WRONG = [
