@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from importlib.util import find_spec
 
@@ -39,6 +39,12 @@ def runs_kernels(tensor: Tensor) -> bool:
     return HAS_TRITON and not _reference_depth and (tensor.is_cuda or runs_anywhere)
 
 
+def _without_autocast(tensor: Tensor | None) -> AbstractContextManager:
+    if tensor is None or tensor.device.type == "meta":
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def isolated(function: Callable) -> Callable:
     """Run on the device of the first tensor, which need not be the current one, and without autocast.
 
@@ -47,8 +53,8 @@ def isolated(function: Callable) -> Callable:
 
     @wraps(function)
     def guarded(*args, **kwargs):
-        first = next(value for value in args if isinstance(value, Tensor))
-        with torch.cuda.device_of(first), torch.autocast(first.device.type, enabled=False):
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        with torch.cuda.device_of(first) if first is not None else nullcontext(), _without_autocast(first):
             return function(*args, **kwargs)
 
     return guarded

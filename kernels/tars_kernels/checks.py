@@ -160,8 +160,16 @@ def check_bias(bias: Tensor | None, vocabulary: int) -> None:
 def check_packing(states: Tensor, cu_seqlens: Tensor, positions: Tensor | None) -> None:
     """Raises ValueError unless boundaries, and positions where given, fit `states` [T or M, D]."""
     check_same_device(("states", states), cu_seqlens=cu_seqlens, positions=positions)
-    if positions is not None and positions.dtype != torch.int64:
-        raise ValueError(f"positions: dtype {positions.dtype}; convert it with .long()")
+    if positions is not None:
+        check_integers("positions", positions, (None,))
+        if positions.dtype != torch.int64:
+            raise ValueError(f"positions: dtype {positions.dtype}; convert it with .long()")
+        if (
+            positions.device.type == "cpu"
+            and len(positions)
+            and not 0 <= int(positions.min()) <= int(positions.max()) < len(states)
+        ):
+            raise ValueError(f"positions: holds numbers outside 0 ... {len(states) - 1}; they are rows of the states")
     check_cu_seqlens(cu_seqlens, len(states) if positions is None else len(positions))
 
 

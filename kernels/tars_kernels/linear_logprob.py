@@ -50,7 +50,7 @@ def _rows_forward(
     pid = tl.program_id(0).to(tl.int64)
     row = logits + pid * logits_stride
     scale = inverse_temperature * LOG2E
-    target = tl.load(targets + pid)
+    target = tl.load(targets + pid).to(tl.int64)
     top, others, logprob, entropy, rest, peak, total = scan_row(row, bias, target, V, scale, HAS_BIAS, ROWS, LANES)
     tl.store(logprobs + pid, logprob)
     tl.store(entropies + pid, entropy)
@@ -90,9 +90,9 @@ def _rows_backward(
         fill_row(gradient + pid * V, V, ROWS, LANES)
         return
     write_gradient(
-        gradient + pid * V, logits + pid * logits_stride, bias, tl.load(targets + pid), V, inverse_temperature * LOG2E,
-        tl.load(peaks + pid), tl.load(totals + pid), tl.load(rests + pid), tl.load(logprobs + pid), tl.load(entropies + pid),
-        slope, entropy_slope, HAS_BIAS, HAS_ENTROPY, ROWS, LANES,
+        gradient + pid * V, logits + pid * logits_stride, bias, tl.load(targets + pid).to(tl.int64), V,
+        inverse_temperature * LOG2E, tl.load(peaks + pid), tl.load(totals + pid), tl.load(rests + pid),
+        tl.load(logprobs + pid), tl.load(entropies + pid), slope, entropy_slope, HAS_BIAS, HAS_ENTROPY, ROWS, LANES,
     )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def _hidden_gradient(
     HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + pid)
+    target = tl.load(targets + pid).to(tl.int64)
     slope = tl.load(slopes + pid) * inverse_temperature
     pull = slope * tl.load(rests + pid)
     # A target outside the vocabulary has a `rest` of NaN; its row is never read.
@@ -168,7 +168,12 @@ class _LinearLogprob(torch.autograd.Function):
                 means[outer] = product_fp32(powers, weight).mul_(inverse_others[outer, None])
             if entropy_powers is not None:
                 entropy_means[outer] = product_fp32(entropy_powers, weight)
-        ctx.save_for_backward(hidden, weight, bias, targets, logprobs, entropies, rests, peaks, totals, means, entropy_means)
+        if frozen_gradient:
+            ctx.save_for_backward(weight, targets, rests, means, entropy_means)
+        else:
+            # Copies of what goes out, which may be changed there.
+            row_values = (logprobs.clone(), entropies.clone(), rests, peaks, totals)
+            ctx.save_for_backward(hidden, weight, bias, targets, *row_values)
         ctx.inverse_temperature = inverse_temperature
         ctx.frozen_gradient = frozen_gradient
         ctx.entropy_gradient = entropy_gradient
@@ -181,14 +186,13 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     @isolated
     def backward(ctx, slopes, entropy_slopes):
-        hidden, weight, bias, targets, *row_values, means, entropy_means = ctx.saved_tensors
-        rests = row_values[2]
-        slopes = torch.zeros_like(rests) if slopes is None else slopes.contiguous()
         has_entropy = ctx.entropy_gradient and entropy_slopes is not None
         entropy_slopes = entropy_slopes.contiguous() if has_entropy else None
-        num_tokens, num_features = hidden.shape
         if ctx.frozen_gradient:
-            gradient = torch.empty_like(hidden)
+            weight, targets, rests, means, entropy_means = ctx.saved_tensors
+            slopes = torch.zeros_like(rests) if slopes is None else slopes.contiguous()
+            gradient = torch.empty_like(means)
+            num_tokens, num_features = means.shape
             if num_tokens:
                 _hidden_gradient[(num_tokens,)](
                     gradient, means, entropy_means, weight, targets, slopes, entropy_slopes, rests, len(weight), num_features,
@@ -197,6 +201,9 @@ class _LinearLogprob(torch.autograd.Function):
                 )  # fmt: skip
             return gradient, None, None, None, None, None, None
 
+        hidden, weight, bias, targets, *row_values = ctx.saved_tensors
+        slopes = torch.zeros_like(row_values[0]) if slopes is None else slopes.contiguous()
+        num_tokens = len(hidden)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         vocabulary = len(weight)
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
@@ -233,7 +240,13 @@ def logprob_and_entropy(
     trainable_head = recording and (weight.requires_grad or (bias is not None and bias.requires_grad))
     frozen_gradient = recording and hidden.requires_grad and not trainable_head
     return _LinearLogprob.apply(
-        hidden.contiguous(), weight, bias, targets.contiguous(), 1.0 / temperature, frozen_gradient, entropy_gradient
+        hidden.contiguous(),
+        weight,
+        None if bias is None else bias.contiguous(),
+        targets.contiguous(),
+        1.0 / temperature,
+        frozen_gradient,
+        entropy_gradient,
     )
 
 

@@ -135,7 +135,7 @@ class Objective:
             what = self.loss_type if self.loss_type in ("grpo", "gspo") else "importance_level 'sequence'"
             raise ValueError(f"cu_seqlens: None; {what} needs the boundaries of the sequences")
 
-        advantages = advantages.to(dtype).contiguous()
+        advantages = advantages.detach().to(dtype).contiguous()
         numbers = None
         if self.cu_seqlens is not None and (not per_token or self.by_sequence or self.loss_type == "grpo"):
             numbers = sequence_numbers(self.cu_seqlens, num_targets)
@@ -204,5 +204,6 @@ class PolicyLoss:
 
 def sequence_numbers(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """[T] which sequence each packed token belongs to."""
-    lengths = cu_seqlens.diff()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths, output_size=num_tokens)
+    tokens = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    # Never more than the last sequence, whatever the boundaries hold: what is gathered with it must exist.
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).clamp(max=max(0, len(cu_seqlens) - 2))

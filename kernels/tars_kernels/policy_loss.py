@@ -111,7 +111,7 @@ def _fused_rows(
         return
     row = logits + pid * logits_stride
     scale = inverse_temperature * LOG2E
-    target = tl.load(targets + pid)
+    target = tl.load(targets + pid).to(tl.int64)
     _, _, logprob, entropy, rest, peak, total = scan_row(row, bias, target, V, scale, HAS_BIAS, ROWS, LANES)
 
     old = logprob
@@ -146,6 +146,8 @@ def _fused_rows(
         if (slope == 0) & (entropy_slope == 0):
             fill_row(gradient + pid * V, V, ROWS, LANES)
         else:
+            # The gradient may take the place of the logits, whose target some threads may not have read yet.
+            tl.debug_barrier()
             write_gradient(
                 gradient + pid * V, row, bias, target, V, scale, peak, total, rest, logprob, entropy, slope, entropy_slope,
                 HAS_BIAS, HAS_ENTROPY, ROWS, LANES,
@@ -166,8 +168,9 @@ def _segments(
     pid = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     if SEQUENCE_RATIO or SEQUENCE_IMPORTANCE:
-        first = tl.load(cu_seqlens + pid).to(tl.int64)
-        last = tl.load(cu_seqlens + pid + 1).to(tl.int64)
+        # Boundaries that are wrong must not lead outside of the memory.
+        first = tl.maximum(tl.load(cu_seqlens + pid).to(tl.int64), 0)
+        last = tl.minimum(tl.load(cu_seqlens + pid + 1).to(tl.int64), T)
     else:
         first = pid * BLOCK
         last = tl.minimum(first + BLOCK, T)
@@ -373,7 +376,8 @@ class _SoftmaxTerms(torch.autograd.Function):
                 logits.stride(0), inverse_temperature, HAS_BIAS=bias is not None, HAS_POWERS=False, HAS_ENTROPY=False,
                 **tile(vocabulary),
             )  # fmt: skip
-        ctx.save_for_backward(logits, bias, targets, logprobs, entropies, rests, peaks, totals)
+        # Copies of what goes out, which may be changed there.
+        ctx.save_for_backward(logits, bias, targets, logprobs.clone(), entropies.clone(), rests, peaks, totals)
         ctx.inverse_temperature = inverse_temperature
         ctx.entropy_gradient = entropy_gradient
         ctx.inplace = inplace
@@ -388,12 +392,13 @@ class _SoftmaxTerms(torch.autograd.Function):
     def backward(ctx, slopes, entropy_slopes):
         logits, bias, targets, logprobs, entropies, rests, peaks, totals = ctx.saved_tensors
         num_tokens, vocabulary = logits.shape
+        slopes = torch.zeros_like(rests) if slopes is None else slopes.contiguous()
         has_entropy = ctx.entropy_gradient and entropy_slopes is not None
         # What is overwritten counts as modified, so that autograd refuses to come here a second time.
         gradient = logits if ctx.inplace else torch.empty_like(logits)
         if num_tokens:
             _rows_backward[(num_tokens,)](
-                gradient, logits, bias, targets, slopes.contiguous(), entropy_slopes.contiguous() if has_entropy else None,
+                gradient, logits, bias, targets, slopes, entropy_slopes.contiguous() if has_entropy else None,
                 logprobs, entropies, rests, peaks, totals, vocabulary, logits.stride(0), ctx.inverse_temperature,
                 HAS_BIAS=bias is not None, HAS_ENTROPY=has_entropy, **tile(vocabulary),
             )  # fmt: skip
@@ -412,11 +417,12 @@ class _TokenLoss(torch.autograd.Function):
         num_tokens = len(logprobs)
         outputs = _TokenOutputs(num_tokens, logprobs.device)
         slopes = torch.zeros_like(logprobs)
-        programs = len(objective.cu_seqlens) - 1 if objective.by_sequence else triton.cdiv(num_tokens, _BLOCK)
+        cu_seqlens = objective.cu_seqlens.contiguous() if objective.by_sequence else None
+        programs = len(cu_seqlens) - 1 if objective.by_sequence else triton.cdiv(num_tokens, _BLOCK)
         if programs:
             _segments[(programs,)](
                 slopes, outputs.losses, outputs.ratios, outputs.events, logprobs, terms.advantages, terms.weights,
-                *_vectors(objective), objective.cu_seqlens, num_tokens, *_scalars(objective), **_flags(objective),
+                *_vectors(objective), cu_seqlens, num_tokens, *_scalars(objective), **_flags(objective),
                 SEQUENCE_RATIO=objective.loss_type == "gspo",
                 SEQUENCE_IMPORTANCE=objective.by_sequence and objective.importance_level == "sequence",
                 BLOCK=_BLOCK, num_warps=8,
@@ -473,8 +479,9 @@ def policy_loss(
     check_targets(targets, len(logits), logits.shape[1], settings.mask)
     check_bias(bias, logits.shape[1])
     check_temperature(temperature)
-    terms = settings.token_terms(targets, advantages.detach())
+    terms = settings.token_terms(targets, advantages)
     targets = targets.contiguous()
+    bias = None if bias is None else bias.contiguous()
     recording = torch.is_grad_enabled()
     differentiable_bias = recording and bias is not None and bias.requires_grad
     if inplace and not logits.is_contiguous():
@@ -510,7 +517,7 @@ def linear_policy_loss(
     check_same_device(("hidden", hidden), targets=targets)
     check_targets(targets, len(hidden), len(weight), settings.mask)
     check_temperature(temperature)
-    terms = settings.token_terms(targets, advantages.detach())
+    terms = settings.token_terms(targets, advantages)
     if terms.keep is not None:
         # Masked slots may hold anything: nan in a state would reach the head's gradient, a target lie outside the vocabulary.
         hidden = hidden.masked_fill(~terms.keep[:, None], 0.0)

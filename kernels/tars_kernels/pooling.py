@@ -118,6 +118,8 @@ class LayerPooler:
             RuntimeError: while the model runs: a gradient is wanted, and reentrant checkpointing would lose it.
         """
         self._pooled = [None] * len(self._modules)
+        cu_seqlens = cu_seqlens.contiguous()
+        positions = None if positions is None else positions.contiguous()
         records_gradient = self._differentiable and torch.is_grad_enabled()
 
         def record(index: int):

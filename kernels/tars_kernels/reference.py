@@ -186,16 +186,19 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, objective: 
     def masked(vector: Tensor) -> Tensor:
         return vector.to(logprobs.dtype).masked_fill(~keep, 0.0)
 
+    def given(vector: Tensor) -> Tensor:
+        return masked(vector.detach())
+
     def sequence_sums(vector: Tensor) -> Tensor:
         sums = vector.new_zeros(len(objective.cu_seqlens) - 1).index_add(0, terms.sequence_numbers, vector)
         return sums[terms.sequence_numbers]
 
-    logprobs, entropy, advantages = masked(logprobs), masked(entropy), masked(terms.advantages)
-    old = logprobs.detach() if objective.old_logprobs is None else masked(objective.old_logprobs)
+    logprobs, entropy, advantages = masked(logprobs), masked(entropy), given(terms.advantages)
+    old = logprobs.detach() if objective.old_logprobs is None else given(objective.old_logprobs)
     importance_ratio = torch.ones_like(old)
     if objective.rollout_logprobs is not None:
         # The rollout engine has no log-probability to report: no correction (TRL).
-        difference = (old - masked(objective.rollout_logprobs)).nan_to_num(nan=0.0)
+        difference = (old - given(objective.rollout_logprobs)).nan_to_num(nan=0.0)
         if objective.importance_level == "sequence":
             difference = sequence_sums(difference)
         importance_ratio = difference.exp()
@@ -217,7 +220,7 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, objective: 
         losses = -torch.minimum(bounded * advantages, ratio.clamp(low, high) * advantages)
     losses = losses * importance
     if objective.kl_coef != 0:
-        to_reference = masked(objective.ref_logprobs) - logprobs
+        to_reference = given(objective.ref_logprobs) - logprobs
         losses = losses + objective.kl_coef * (to_reference.exp() - to_reference - 1)
     loss = (losses * terms.weights).sum()
     if objective.entropy_coef != 0:
@@ -378,10 +381,16 @@ def _centred(states: Tensor) -> Tensor:
     return states - states.mean(0)
 
 
+def _unit_scale(states: Tensor) -> Tensor:
+    """Largest entry 1 in every layer, which CKA does not notice, so that fourth powers of large states do not overflow."""
+    largest = states.detach().abs().amax((1, 2), keepdim=True) if states.numel() else states.new_ones(())
+    return states / largest.masked_fill(largest == 0, 1.0)
+
+
 @isolated
 def cka_of_centred(x: Tensor, y: Tensor) -> Tensor:
     """[Lx, Ly] from states [L, T, D] whose columns have mean 0, so that their Gram matrices are double-centred."""
-    x_grams, y_grams = (torch.bmm(states, states.mT).flatten(1) for states in (x, y))
+    x_grams, y_grams = (torch.bmm(states, states.mT).flatten(1) for states in map(_unit_scale, (x, y)))
     products = x_grams @ y_grams.T
     norms = [grams.square().sum(-1) for grams in (x_grams, y_grams)]
     scale = norms[0][:, None] * norms[1]

@@ -51,10 +51,10 @@ def load_base(table, layer, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _token_range(cu_seqlens, sequence, split, SPLITS, IS_LAST: tl.constexpr):
-    """Where a split of a sequence begins and ends, and the sequence's length."""
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+def _token_range(cu_seqlens, sequence, split, T, SPLITS, IS_LAST: tl.constexpr):
+    """Where a split of a sequence begins and ends, and the sequence's length; nothing outside of T tokens."""
+    start = tl.maximum(tl.load(cu_seqlens + sequence).to(tl.int64), 0)
+    end = tl.minimum(tl.load(cu_seqlens + sequence + 1).to(tl.int64), T)
     length = end - start
     if IS_LAST:
         start = tl.maximum(start, end - 1)
@@ -71,19 +71,19 @@ def _place(D, SPLITS, N, LANES: tl.constexpr):
     return pid % blocks, pid // blocks % SPLITS, pid // blocks // SPLITS % N, pid // blocks // SPLITS // N
 
 
-@triton.jit(do_not_specialize=["N", "SPLITS"])
+@triton.jit(do_not_specialize=["N", "T", "M", "SPLITS"])
 def _pool_forward(
     sums,  # [L, N, S, D]
     table,  # [L] addresses of [T, D] or [M, D]
     positions,  # [T]
     cu_seqlens,  # [N + 1]
-    N, D, row_stride, SPLITS,
+    N, T, M, D, row_stride, SPLITS,
     DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr, HAS_POSITIONS: tl.constexpr, IS_LAST: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     block, split, sequence, layer = _place(D, SPLITS, N, LANES)
     base = load_base(table, layer, DTYPE, IS_ALIGNED)
-    first, last, length = _token_range(cu_seqlens, sequence, split, SPLITS, IS_LAST)
+    first, last, length = _token_range(cu_seqlens, sequence, split, T, SPLITS, IS_LAST)
     columns = block * LANES + tl.arange(0, LANES)
     inside = columns < D
     acc = tl.zeros([ROWS, LANES], tl.float32)
@@ -92,6 +92,7 @@ def _pool_forward(
         keep = rows < last
         if HAS_POSITIONS:
             rows = tl.load(positions + rows, mask=keep, other=0)
+            rows = tl.minimum(tl.maximum(rows, 0), M - 1)
         pointers = base + rows[:, None] * row_stride + columns[None, :]
         acc += tl.load(pointers, mask=keep[:, None] & inside[None, :], other=0.0).to(tl.float32)
     total = tl.sum(acc, 0)
@@ -101,12 +102,12 @@ def _pool_forward(
     tl.store(output + columns, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "SPLITS"])
+@triton.jit(do_not_specialize=["N", "T", "SPLITS"])
 def _pool_finish(
     pooled,  # [L, N, D]
     sums,  # [L, N, S, D]
     cu_seqlens,  # [N + 1]
-    N, D, SPLITS,
+    N, T, D, SPLITS,
     IS_LAST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -118,26 +119,28 @@ def _pool_finish(
         total += tl.load(sums + (row * SPLITS + split) * D + columns, mask=columns < D, other=0.0)
     if not IS_LAST:
         sequence = row % N
-        length = tl.load(cu_seqlens + sequence + 1) - tl.load(cu_seqlens + sequence)
+        _, _, length = _token_range(cu_seqlens, sequence, 0, T, SPLITS, False)
         total /= tl.maximum(length, 1).to(tl.float32)
     tl.store(pooled + row * D + columns, total, mask=columns < D)
 
 
-@triton.jit(do_not_specialize=["N", "SPLITS", "T"])
+@triton.jit(do_not_specialize=["N", "T", "M", "SPLITS"])
 def _pool_backward(
     table,  # [L] addresses of gradients [T, D] or [M, D]
     pooled_gradient,  # [L, N, D]
     positions,  # [T]
     cu_seqlens,  # [N + 1]
-    N, T, D, row_stride, SPLITS,
+    N, T, M, D, row_stride, SPLITS,
     DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr, HAS_POSITIONS: tl.constexpr, IS_LAST: tl.constexpr, ADDS: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Without ADDS every row of the gradient is written, those of no sequence with 0."""
     block, split, sequence, layer = _place(D, SPLITS, N, LANES)
     base = load_base(table, layer, DTYPE, IS_ALIGNED)
-    first, last, length = _token_range(cu_seqlens, sequence, split, SPLITS, False)
+    first, last, length = _token_range(cu_seqlens, sequence, split, T, SPLITS, False)
+    begin = tl.load(cu_seqlens + sequence).to(tl.int64)
     if not ADDS:
+        first = tl.where((sequence == 0) & (split == 0), 0, first)
         last = tl.where((sequence == N - 1) & (split == SPLITS - 1), T, last)
     columns = block * LANES + tl.arange(0, LANES)
     inside = columns < D
@@ -148,12 +151,13 @@ def _pool_backward(
     for start in range(first, last, ROWS):
         tokens = start + tl.arange(0, ROWS)
         keep = tokens < last
-        counts = tokens < end
+        counts = (tokens >= begin) & (tokens < end)
         if IS_LAST:
             counts = tokens == end - 1
         rows = tokens
         if HAS_POSITIONS:
             rows = tl.load(positions + tokens, mask=keep, other=0)
+            rows = tl.minimum(tl.maximum(rows, 0), M - 1)
         pointers = base + rows[:, None] * row_stride + columns[None, :]
         chosen = keep[:, None] & inside[None, :]
         gradient = tl.where(counts[:, None], vector[None, :], 0.0)
@@ -260,7 +264,7 @@ def layer_arguments(name: str, layers: Sequence[Tensor]) -> tuple[Tensor, int, b
             raise ValueError(
                 f"{name}[{number}]: row stride {layer.stride(0)}, {name}[0] has {first.stride(0)}; call .contiguous()"
             )
-    is_aligned = all((layer.storage_offset() * layer.element_size()) % 16 == 0 for layer in layers)
+    is_aligned = all(layer.data_ptr() % 16 == 0 for layer in layers)
     return address_table(layers), first.stride(0), is_aligned, _TRITON_TYPES[first.dtype]
 
 
@@ -268,7 +272,8 @@ def _pool(
     layers: Sequence[Tensor], cu_seqlens: Tensor, positions: Tensor | None, pooling: str, name: str = "hidden_states"
 ) -> Tensor:
     """[L, N, D] fp32."""
-    num_layers, num_sequences, width = len(layers), len(cu_seqlens) - 1, layers[0].shape[1]
+    num_layers, num_sequences, (num_rows, width) = len(layers), len(cu_seqlens) - 1, layers[0].shape
+    num_tokens = num_rows if positions is None else len(positions)
     pooled = torch.empty(num_layers, num_sequences, width, dtype=torch.float32, device=layers[0].device)
     if not pooled.numel():
         return pooled
@@ -277,12 +282,12 @@ def _pool(
     splits = _num_splits(num_layers * num_sequences * blocks, pooling)
     sums = pooled if splits == 1 else pooled.new_empty(num_layers, num_sequences, splits, width)
     _pool_forward[(num_layers * num_sequences * splits * blocks,)](
-        sums, table, positions, cu_seqlens, num_sequences, width, stride, splits, DTYPE=dtype, IS_ALIGNED=is_aligned,
-        HAS_POSITIONS=positions is not None, IS_LAST=pooling == "last", ROWS=_ROWS, LANES=_LANES,
+        sums, table, positions, cu_seqlens, num_sequences, num_tokens, num_rows, width, stride, splits, DTYPE=dtype,
+        IS_ALIGNED=is_aligned, HAS_POSITIONS=positions is not None, IS_LAST=pooling == "last", ROWS=_ROWS, LANES=_LANES,
     )  # fmt: skip
     if splits > 1:
         _pool_finish[(num_layers * num_sequences * blocks,)](
-            pooled, sums, cu_seqlens, num_sequences, width, splits, IS_LAST=pooling == "last", LANES=_LANES
+            pooled, sums, cu_seqlens, num_sequences, num_tokens, width, splits, IS_LAST=pooling == "last", LANES=_LANES
         )
     return pooled
 
@@ -302,6 +307,8 @@ def add_pooled_gradient(
 ) -> None:
     """Write, or add to what is there, the gradient of pooled vectors [L, N, D] by the states they were pooled from."""
     num_layers, num_sequences, width = pooled_gradient.shape
+    num_rows = len(gradients[0])
+    num_tokens = num_rows if positions is None else len(positions)
     if not gradients[0].numel():
         return
     if not num_sequences:
@@ -312,7 +319,7 @@ def add_pooled_gradient(
     blocks = triton.cdiv(width, _LANES)
     splits = _num_splits(num_layers * num_sequences * blocks, "mean")
     _pool_backward[(num_layers * num_sequences * splits * blocks,)](
-        table, pooled_gradient, positions, cu_seqlens, num_sequences, len(gradients[0]), width, stride, splits, DTYPE=dtype,
+        table, pooled_gradient, positions, cu_seqlens, num_sequences, num_tokens, num_rows, width, stride, splits, DTYPE=dtype,
         IS_ALIGNED=is_aligned, HAS_POSITIONS=positions is not None, IS_LAST=pooling == "last", ADDS=adds, ROWS=_ROWS,
         LANES=_LANES,
     )  # fmt: skip
@@ -396,6 +403,7 @@ def pool_sequences(states: Tensor, cu_seqlens: Tensor, *, positions: Tensor | No
     check_packing(states, cu_seqlens, positions)
     check_pooling(pooling)
     check_rows_contiguous("states", states)
+    positions = None if positions is None else positions.contiguous()
     return _PoolSequences.apply(cu_seqlens.contiguous(), positions, [0], pooling, states)[0]
 
 

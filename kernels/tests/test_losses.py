@@ -38,11 +38,14 @@ def policy_inputs(logprobs: torch.Tensor, seed: int = 1) -> dict[str, torch.Tens
     """Old, rollout and reference log-probabilities around `logprobs`: ratios on both sides of every bound, none close."""
     generator = torch.Generator().manual_seed(seed)
     num_tokens = len(logprobs)
+    not_reported = torch.arange(num_tokens) == 5
     steps = torch.tensor([0.0, 0.1, -0.1, 0.6, -0.6, 1.5, 0.0])
     old = logprobs.double() + steps[torch.arange(num_tokens) % len(steps)]
     return {
         "old_logprobs": old,
-        "rollout_logprobs": old - torch.tensor([0.0, 0.3, 1.1, -0.4, 2.0])[torch.arange(num_tokens) % 5],
+        "rollout_logprobs": (old - torch.tensor([0.0, 0.3, 1.1, -0.4, 2.0])[torch.arange(num_tokens) % 5]).masked_fill(
+            not_reported, torch.nan
+        ),
         "ref_logprobs": old + 0.3 * torch.randn(num_tokens, generator=generator, dtype=torch.float64),
         "mask": torch.rand(num_tokens, generator=generator) > 0.2,
     }
@@ -184,7 +187,6 @@ def test_the_specification_is_trls(settings):
     with torch.no_grad():
         logprobs = reference.linear_logprob(hidden, weight, targets)
     inputs = policy_inputs(logprobs)
-    inputs["rollout_logprobs"][5] = torch.nan
     advantages = torch.tensor([1.0, 3.0, -1.2, 0.7], dtype=torch.float64)
     ours = hidden.clone().requires_grad_()
     options = dict(settings)
@@ -483,6 +485,48 @@ def test_layouts_of_memory(device, start):
     assert torch.equal(plain.loss, other.loss)
     gradients = [torch.autograd.grad(result.loss, leaf)[0] for result, leaf in zip((plain, other), leaves, strict=True)]
     assert torch.equal(*gradients)
+
+
+def test_vectors_with_a_stride(device):
+    """Columns of a table, as a data pipeline may hand them over; the reference does not care, nor do kernels."""
+    hidden, weight, targets = (x.to(device) for x in sample(8, 24, 1100))
+    logits = hidden @ weight.T
+
+    def columns(vector):
+        return torch.stack([vector, 7 - vector], dim=1).to(device)[:, 0]
+
+    settings = {
+        "bias": columns(torch.linspace(-1, 1, 1100)),
+        "cu_seqlens": columns(torch.tensor([0, 3, 8])),
+        "mask": columns((torch.arange(8) != 5).long()).bool(),
+        "old_logprobs": columns(torch.linspace(-9, -5, 8)),
+        "loss_type": "gspo",
+    }
+    advantages = columns(torch.tensor([1.0, -0.5]))
+    with torch.no_grad():
+        for name, first in (("policy_loss", (logits,)), ("linear_policy_loss", (hidden, weight))):
+            ours = getattr(tars_kernels, name)(*first, targets, advantages, **settings)
+            theirs = getattr(reference, name)(*first, targets, advantages, **settings)
+            for one, other in zip(outputs(ours), outputs(theirs), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [tars_kernels, reference], ids=["kernels", "reference"])
+def test_what_comes_out_may_be_changed_and_what_goes_in_is_given(device, implementation):
+    """Results edited in place before the backward pass; old log-probabilities and advantages that hang on a graph."""
+    hidden, weight, targets = (x.to(device) for x in sample(8, 24, 1100))
+    for trainable in (False, True):
+        leaf, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trainable)
+        advantages = torch.linspace(-1, 1, 8, device=device).requires_grad_()
+        old = implementation.linear_logprob(leaf, head, targets)
+        result = implementation.linear_policy_loss(leaf, head, targets, advantages, old_logprobs=old)
+        expected = torch.autograd.grad(result.loss, leaf, retain_graph=trainable)[0]
+        result = implementation.linear_policy_loss(leaf, head, targets, advantages, old_logprobs=old)
+        result.logprobs.clamp_(min=-1.0)
+        result.entropy.zero_()
+        gradients = torch.autograd.grad(result.loss, [leaf, advantages], allow_unused=True)
+        assert torch.equal(gradients[0], expected)
+        assert gradients[1] is None
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "gspo"])

@@ -154,6 +154,45 @@ def test_linear_cka_is_the_textbooks(device):
     torch.testing.assert_close(rotated.diagonal().cpu(), torch.ones(2), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e4, 1e8])
+def test_linear_cka_does_not_depend_on_the_scale(device, scale):
+    """Deep residual streams reach norms of several thousand; fourth powers of them leave fp32."""
+    x = torch.randn(200, 8) @ torch.randn(8, 64)
+    cka = tars_kernels.linear_cka([scale * x.to(device)], [x.to(device)])
+    assert cka.item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_strided_positions_and_boundaries(device):
+    inputs = torch.randn(20, 16, device=device)
+    positions = torch.stack([torch.arange(3, 13), torch.zeros(10, dtype=torch.int64)], dim=1).to(device)[:, 0]
+    boundaries = torch.tensor([[0, 9], [4, 9], [10, 9]], device=device)[:, 0]
+    pooled = tars_kernels.pool_sequences(inputs, boundaries, positions=positions)
+    torch.testing.assert_close(pooled, torch.stack([inputs[3:7].mean(0), inputs[7:13].mean(0)]))
+
+
+@pytest.mark.parametrize("boundaries", [[2, 9, 40], [-5, 9, 12], [0, 30, 40]], ids=str)
+def test_wrong_boundaries_stay_inside_of_memory(device, monkeypatch, boundaries):
+    """On CUDA nobody looks at their values; they then count as far as there are tokens."""
+    from tars_kernels import checks, objective
+
+    for module in (checks, objective):
+        monkeypatch.setattr(module, "check_cu_seqlens", lambda *_: None)
+    wrong = torch.tensor(boundaries, device=device)
+    right = wrong.clamp(0, 12)
+    pairs = torch.tensor([[0, 1]], device=device)
+    results = []
+    for cu_seqlens in (wrong, right):
+        leaf = torch.linspace(-1, 1, 12 * 16, device=device).view(1, 12, 16).requires_grad_()
+        similarity = tars_kernels.layer_similarity(leaf, cu_seqlens, pairs)
+        similarity.sum().backward()
+        logits = torch.zeros(12, 100, device=device)
+        targets = torch.arange(12, device=device)
+        loss = tars_kernels.policy_loss(logits, targets, torch.ones(2, device=device), cu_seqlens=cu_seqlens, loss_type="gspo")
+        results.append([similarity.detach(), leaf.grad, loss.loss])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 class Block(nn.Module):
     """A layer whose output is a tuple, as older decoders have it, and which recomputes itself if asked to."""
 
