@@ -53,6 +53,12 @@ class Inputs:
         return self._normal(self.shape.num_tokens, self.shape.vocabulary).requires_grad_()
 
     @cached_property
+    def logits_and_one(self) -> Tensor:
+        """[N, S + 1, V] the same for Liger, which drops the last position of every sequence."""
+        size = (-1, self.shape.completion_length, self.shape.vocabulary)
+        return torch.nn.functional.pad(self.logits.detach().view(size), (0, 0, 0, 1)).requires_grad_()
+
+    @cached_property
     def hidden(self) -> Tensor:
         return self._normal(self.shape.num_tokens, self.shape.width).requires_grad_()
 
@@ -134,12 +140,9 @@ def released_loop(inputs: Inputs) -> Tensor:
 def liger_policy_loss(inputs: Inputs) -> Tensor:
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    size = (-1, inputs.shape.completion_length, inputs.shape.vocabulary)
-    # Liger drops the last position of every sequence; one more row each keeps the work equal.
-    padded = torch.nn.functional.pad(inputs.logits.view(size), (0, 0, 0, 1))
     loss, *_ = triton_grpo_loss(
-        padded, inputs.padded["old"], None, inputs.padded["targets"], inputs.advantages, inputs.padded["mask"],
-        temperature=1.0, beta=0.0, eps_low=CLIP_LOW, eps_high=CLIP_HIGH, inplace=True, loss_type="dapo", reduce=True,
+        inputs.logits_and_one, inputs.padded["old"], None, inputs.padded["targets"], inputs.advantages, inputs.padded["mask"],
+        temperature=1.0, beta=0.0, eps_low=CLIP_LOW, eps_high=CLIP_HIGH, inplace=False, loss_type="dapo", reduce=True,
     )  # fmt: skip
     return loss
 
@@ -187,7 +190,8 @@ class Operation:
 
     name: str
     contenders: dict[str, Callable[[Inputs], Tensor]]
-    leaves: Callable[[Inputs], list[Tensor]]
+    leaves: Callable[[Inputs, str], list[Tensor]]
+    """(inputs, contender) -> what is differentiated."""
     num_bytes: Callable[[Shape, int, bool], float]
     """(shape, bytes an element, with gradient) -> bytes that must move."""
     num_flops: Callable[[Shape, bool], float] | None = None
@@ -223,6 +227,9 @@ def operations() -> list[Operation]:
     def logits_bytes(shape: Shape, size: int, gradient: bool) -> float:
         return (1 + gradient) * shape.num_tokens * shape.vocabulary * size
 
+    def logits_leaves(inputs: Inputs, contender: str) -> list[Tensor]:
+        return [inputs.logits_and_one if contender == "liger-kernel" else inputs.logits]
+
     def head_bytes(shape: Shape, size: int, gradient: bool) -> float:
         return (shape.vocabulary * shape.width + (1 + gradient) * shape.num_tokens * shape.width) * size
 
@@ -233,11 +240,15 @@ def operations() -> list[Operation]:
         return (2 + 2 * gradient) * shape.num_tokens * shape.vocabulary * shape.width
 
     return [
-        Operation("policy_loss", from_logits, lambda inputs: [inputs.logits], logits_bytes),
-        Operation("linear_policy_loss", from_hidden, lambda inputs: [inputs.hidden], head_bytes, head_flops),
-        Operation("layer_similarity", similarity, lambda inputs: inputs.layers, layer_bytes),
+        Operation("policy_loss", from_logits, logits_leaves, logits_bytes),
+        Operation("linear_policy_loss", from_hidden, lambda inputs, _: [inputs.hidden], head_bytes, head_flops),
+        Operation("layer_similarity", similarity, lambda inputs, _: inputs.layers, layer_bytes),
         Operation(
-            "layer_similarity", {"released loop": released_loop}, lambda inputs: inputs.layers, layer_bytes, has_gradient=False
+            "layer_similarity",
+            {"released loop": released_loop},
+            lambda inputs, _: inputs.layers,
+            layer_bytes,
+            has_gradient=False,
         ),
         Operation(
             "token_similarity",
@@ -245,7 +256,7 @@ def operations() -> list[Operation]:
                 "tars_kernels": lambda inputs: tars_kernels.token_similarity(inputs.layers[1:], inputs.layers[:-1]).sum(),
                 "eager": lambda inputs: reference.token_similarity(inputs.layers[1:], inputs.layers[:-1]).sum(),
             },
-            lambda inputs: inputs.layers,
+            lambda inputs, _: inputs.layers,
             lambda shape, size, gradient: 2 * layer_bytes(shape, size, gradient),
         ),
         Operation(
@@ -254,7 +265,7 @@ def operations() -> list[Operation]:
                 "tars_kernels": lambda inputs: tars_kernels.linear_cka(*_prompt_states(inputs)).sum(),
                 "eager": lambda inputs: reference.linear_cka(*_prompt_states(inputs)).sum(),
             },
-            lambda inputs: inputs.layers,
+            lambda inputs, _: inputs.layers,
             lambda shape, size, gradient: (1 + gradient) * shape.num_layers * min(shape.num_tokens, 512) * shape.width * size,
         ),
     ]

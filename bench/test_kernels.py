@@ -77,7 +77,7 @@ def made() -> dict[Shape, Inputs]:
 def run(operation: Operation, contender: str, inputs: Inputs, gradient: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     with torch.set_grad_enabled(gradient):
         loss = operation.contenders[contender](inputs)
-    gradients = torch.autograd.grad(loss, operation.leaves(inputs), allow_unused=True) if gradient else ()
+    gradients = torch.autograd.grad(loss, operation.leaves(inputs, contender), allow_unused=True) if gradient else ()
     return loss.detach(), gradients
 
 
@@ -91,10 +91,11 @@ def check(operation: Operation, contender: str, inputs: Inputs, gradient: bool) 
     assert loss.item() == pytest.approx(truth.item(), rel=tolerance, abs=tolerance)
     if gradient:
         for ours, theirs in zip(
-            gradients, torch.autograd.grad(truth, operation.leaves(inputs), allow_unused=True), strict=True
+            gradients, torch.autograd.grad(truth, operation.leaves(inputs, "eager"), allow_unused=True), strict=True
         ):
             if theirs is not None:
-                # Liger hands back gradients of half a row's precision; what matters is that a wrong one is not timed.
+                if ours.shape != theirs.shape:
+                    ours = ours[:, :-1].reshape(theirs.shape)
                 assert (ours.double() - theirs.double()).norm() <= 3 * tolerance * theirs.double().norm()
 
 
@@ -131,7 +132,6 @@ def figures(
     shape = inputs.shape
     memory = None
     if DEVICE.type == "cuda":
-        operation.leaves(inputs)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -11,7 +11,7 @@ Shapes: T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -38,7 +38,7 @@ _PRODUCT_ROWS = 1024
 
 
 @triton.jit
-def _rows_forward(
+def rows_forward(
     logits,  # [rows, V]
     bias,  # [V]
     targets, logprobs, entropies, rests, peaks, totals, inverse_others,  # [rows]
@@ -133,6 +133,29 @@ def product_fp32(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
+def rows_gradient(
+    gradient: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    slopes: Tensor,
+    entropy_slopes: Tensor | None,
+    row_values: Sequence[Tensor],
+    inverse_temperature: float,
+) -> None:
+    """Write the gradient [T, V] by logits [T, V], which may be the same memory, of log-probabilities with these slopes [T].
+
+    Args:
+        row_values: log-probabilities, entropies and the rest of what the forward sweep left, all [T].
+    """
+    num_tokens, vocabulary = logits.shape
+    if num_tokens:
+        _rows_backward[(num_tokens,)](
+            gradient, logits, bias, targets, slopes, entropy_slopes, *row_values, vocabulary, logits.stride(0),
+            inverse_temperature, HAS_BIAS=bias is not None, HAS_ENTROPY=entropy_slopes is not None, **tile(vocabulary),
+        )  # fmt: skip
+
+
 def _blocks(start: int, stop: int, size: int) -> Iterator[slice]:
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))
@@ -156,7 +179,7 @@ class _LinearLogprob(torch.autograd.Function):
             for inner in _blocks(outer.start, outer.stop, _LOGITS_ROWS):
                 logits = product_fp32(hidden[inner], weight.T)
                 written = slice(inner.start - outer.start, inner.stop - outer.start)
-                _rows_forward[(len(logits),)](
+                rows_forward[(len(logits),)](
                     logits, bias, targets[inner], logprobs[inner], entropies[inner], rests[inner], peaks[inner],
                     totals[inner], inverse_others[inner], None if powers is None else powers[written],
                     None if entropy_powers is None else entropy_powers[written], vocabulary, vocabulary, inverse_temperature,
@@ -205,17 +228,15 @@ class _LinearLogprob(torch.autograd.Function):
         slopes = torch.zeros_like(row_values[0]) if slopes is None else slopes.contiguous()
         num_tokens = len(hidden)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        vocabulary = len(weight)
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         for rows in _blocks(0, num_tokens, _LOGITS_ROWS):
             logits = product_fp32(hidden[rows], weight.T)
             gradient = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
-            _rows_backward[(len(logits),)](
+            rows_gradient(
                 gradient, logits, bias, targets[rows], slopes[rows], entropy_slopes[rows] if has_entropy else None,
-                *(values[rows] for values in row_values), vocabulary, vocabulary, ctx.inverse_temperature,
-                HAS_BIAS=bias is not None, HAS_ENTROPY=has_entropy, **tile(vocabulary),
+                [values[rows] for values in row_values], ctx.inverse_temperature,
             )  # fmt: skip
             if needs_hidden:
                 hidden_gradient[rows] = gradient @ weight

@@ -31,7 +31,7 @@ from tars_kernels.checks import (
     check_temperature,
     head_parameters,
 )
-from tars_kernels.linear_logprob import _rows_backward, _rows_forward, logprob_and_entropy
+from tars_kernels.linear_logprob import logprob_and_entropy, rows_forward, rows_gradient
 from tars_kernels.objective import Objective, PolicyLoss, TokenTerms
 from tars_kernels.rows import LOG2E, fill_row, load_tile, scan_row, store_tile, tile, write_gradient
 
@@ -371,7 +371,7 @@ class _SoftmaxTerms(torch.autograd.Function):
             torch.empty(num_tokens, dtype=torch.float32, device=logits.device) for _ in range(5)
         )
         if num_tokens:
-            _rows_forward[(num_tokens,)](
+            rows_forward[(num_tokens,)](
                 logits, bias, targets, logprobs, entropies, rests, peaks, totals, None, None, None, vocabulary,
                 logits.stride(0), inverse_temperature, HAS_BIAS=bias is not None, HAS_POWERS=False, HAS_ENTROPY=False,
                 **tile(vocabulary),
@@ -390,18 +390,13 @@ class _SoftmaxTerms(torch.autograd.Function):
     @once_differentiable
     @isolated
     def backward(ctx, slopes, entropy_slopes):
-        logits, bias, targets, logprobs, entropies, rests, peaks, totals = ctx.saved_tensors
-        num_tokens, vocabulary = logits.shape
-        slopes = torch.zeros_like(rests) if slopes is None else slopes.contiguous()
+        logits, bias, targets, *row_values = ctx.saved_tensors
+        slopes = torch.zeros_like(row_values[0]) if slopes is None else slopes.contiguous()
         has_entropy = ctx.entropy_gradient and entropy_slopes is not None
         # What is overwritten counts as modified, so that autograd refuses to come here a second time.
         gradient = logits if ctx.inplace else torch.empty_like(logits)
-        if num_tokens:
-            _rows_backward[(num_tokens,)](
-                gradient, logits, bias, targets, slopes, entropy_slopes.contiguous() if has_entropy else None,
-                logprobs, entropies, rests, peaks, totals, vocabulary, logits.stride(0), ctx.inverse_temperature,
-                HAS_BIAS=bias is not None, HAS_ENTROPY=has_entropy, **tile(vocabulary),
-            )  # fmt: skip
+        entropy_slopes = entropy_slopes.contiguous() if has_entropy else None
+        rows_gradient(gradient, logits, bias, targets, slopes, entropy_slopes, row_values, ctx.inverse_temperature)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
         bias_gradient = gradient.sum(0, dtype=torch.float32).to(bias.dtype) if ctx.needs_input_grad[1] else None
