@@ -16,6 +16,8 @@ import torch
 from tars_kernels import reference
 from torch import Tensor
 
+OURS = "tars_kernels" if torch.cuda.is_available() else "tars_kernels.reference"
+"""Without a GPU no kernel runs."""
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 
 
@@ -204,17 +206,17 @@ def operations() -> list[Operation]:
     compiled_logits, compiled_hidden = _compiled(eager_policy_loss), _compiled(eager_linear_policy_loss)
     compiled_similarity = torch.compile(reference.layer_similarity, dynamic=False)
     from_logits = {
-        "tars_kernels": our_policy_loss,
+        OURS: our_policy_loss,
         "eager": lambda inputs: eager_policy_loss(inputs.logits, inputs),
         "torch.compile": lambda inputs: compiled_logits(inputs.logits, inputs),
     }
     from_hidden = {
-        "tars_kernels": our_linear_policy_loss,
+        OURS: our_linear_policy_loss,
         "eager": lambda inputs: eager_linear_policy_loss(inputs.hidden, inputs),
         "torch.compile": lambda inputs: compiled_hidden(inputs.hidden, inputs),
     }
     similarity = {
-        "tars_kernels": lambda inputs: tars_kernels.layer_similarity(inputs.layers, inputs.cu_seqlens, inputs.pairs).sum(),
+        OURS: lambda inputs: tars_kernels.layer_similarity(inputs.layers, inputs.cu_seqlens, inputs.pairs).sum(),
         "eager": lambda inputs: reference.layer_similarity(inputs.layers, inputs.cu_seqlens, inputs.pairs).sum(),
         "torch.compile": lambda inputs: compiled_similarity(inputs.layers, inputs.cu_seqlens, inputs.pairs).sum(),
     }
@@ -253,7 +255,7 @@ def operations() -> list[Operation]:
         Operation(
             "token_similarity",
             {
-                "tars_kernels": lambda inputs: tars_kernels.token_similarity(inputs.layers[1:], inputs.layers[:-1]).sum(),
+                OURS: lambda inputs: tars_kernels.token_similarity(inputs.layers[1:], inputs.layers[:-1]).sum(),
                 "eager": lambda inputs: reference.token_similarity(inputs.layers[1:], inputs.layers[:-1]).sum(),
             },
             lambda inputs, _: inputs.layers,
@@ -262,7 +264,7 @@ def operations() -> list[Operation]:
         Operation(
             "linear_cka",
             {
-                "tars_kernels": lambda inputs: tars_kernels.linear_cka(*_prompt_states(inputs)).sum(),
+                OURS: lambda inputs: tars_kernels.linear_cka(*_prompt_states(inputs)).sum(),
                 "eager": lambda inputs: reference.linear_cka(*_prompt_states(inputs)).sum(),
             },
             lambda inputs, _: inputs.layers,

@@ -32,7 +32,8 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> Non
     )
     if not fits:
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)}; must be [{wanted}]")
+        remedy = "; flatten the dimensions in front" if tensor.ndim > len(shape) else ""
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}; must be [{wanted}]{remedy}")
 
 
 def check_integers(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
@@ -62,7 +63,7 @@ def check_targets(targets: Tensor, num_tokens: int, vocabulary: int, mask: Tenso
     """Raises ValueError for a wrong dtype or length, and on the CPU for an unmasked target outside the vocabulary."""
     check_integers("targets", targets, (num_tokens,))
     if mask is not None:
-        check_shape("mask", mask, (num_tokens,))
+        check_mask(mask, num_tokens)
     if targets.device.type == "cpu":
         outside = (targets < 0) | (targets >= vocabulary)
         if mask is not None:
@@ -72,6 +73,15 @@ def check_targets(targets: Tensor, num_tokens: int, vocabulary: int, mask: Tenso
             raise ValueError(
                 f"targets: {int(targets[place])} at {place} lies outside the vocabulary of {vocabulary}; mask such slots out"
             )
+
+
+def check_mask(mask: Tensor, num_tokens: int) -> None:
+    """Raises ValueError unless `mask` holds booleans, or integers for them; additive masks of 0 and -inf mean the opposite."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"mask: a {type(mask).__name__}; pass a bool tensor")
+    if mask.is_floating_point():
+        raise ValueError(f"mask: dtype {mask.dtype}; pass bool, True where a token counts")
+    check_shape("mask", mask, (num_tokens,))
 
 
 def check_temperature(temperature: float) -> None:
@@ -110,6 +120,8 @@ def choose_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
     Raises:
         ValueError: a layer that does not exist.
     """
+    if isinstance(layers, int) or (layers is not None and not len(layers)):
+        raise ValueError(f"layers: {layers}; pass a list of at least one layer")
     chosen = list(range(num_layers)) if layers is None else list(layers)
     for layer in chosen:
         if not -num_layers <= layer < num_layers:
@@ -136,9 +148,10 @@ def head_parameters(weight: Tensor | nn.Module, bias: Tensor | None) -> tuple[Te
             f"weight: {type(weight).__name__} with an adapter, which its weight leaves out; merge the adapter, leave the "
             "head out of its target modules, or pass logits to policy_loss"
         )
-    if not isinstance(weight, nn.Linear):
+    # peft wraps modules that it trains whole in one that hands on the trained copy's parameters.
+    if not isinstance(weight, nn.Linear) and not hasattr(weight, "modules_to_save"):
         raise ValueError(f"weight: {type(weight).__name__}; pass the head's weight [V, D] or the nn.Linear itself")
-    return weight.weight, weight.bias if bias is None else bias
+    return weight.weight, getattr(weight, "bias", None) if bias is None else bias
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, allow_float64: bool) -> None:
@@ -161,9 +174,13 @@ def check_packing(states: Tensor, cu_seqlens: Tensor, positions: Tensor | None) 
     """Raises ValueError unless boundaries, and positions where given, fit `states` [T or M, D]."""
     check_same_device(("states", states), cu_seqlens=cu_seqlens, positions=positions)
     if positions is not None:
+        if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+            raise ValueError("positions: dtype torch.bool; pass the places themselves, positions.nonzero()[:, 0]")
         check_integers("positions", positions, (None,))
         if positions.dtype != torch.int64:
             raise ValueError(f"positions: dtype {positions.dtype}; convert it with .long()")
+        if positions.device.type == "cpu" and len(positions.unique()) < len(positions):
+            raise ValueError("positions: holds a row twice; every packed token has a place of its own")
         if (
             positions.device.type == "cpu"
             and len(positions)

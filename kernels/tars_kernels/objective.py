@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tars_kernels.checks import check_cu_seqlens, check_floats, check_same_device, check_shape
+from tars_kernels.checks import check_cu_seqlens, check_floats, check_mask, check_same_device, check_shape
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"]
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
@@ -84,6 +84,21 @@ class Objective:
             raise ValueError(f"num_tokens: {self.num_tokens}; grpo has no token normaliser, scale its loss instead")
         if isinstance(self.num_tokens, Tensor):
             check_shape("num_tokens", self.num_tokens, ())
+        elif self.num_tokens is not None and not 0 <= self.num_tokens < float("inf"):
+            raise ValueError(f"num_tokens: {self.num_tokens}; must be a number of tokens")
+
+    @classmethod
+    def from_keywords(cls, keywords: dict[str, object]) -> Objective:
+        """The settings that a loss was called with.
+
+        Raises:
+            TypeError: one that does not exist.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in keywords:
+            if name not in known:
+                raise TypeError(f"unexpected keyword {name!r}; the settings of the loss are {', '.join(known)}")
+        return cls(**keywords)
 
     @property
     def ratio_bounds(self) -> tuple[float, float]:
@@ -114,7 +129,7 @@ class Objective:
             if vector is not None:
                 check_floats(name, vector, (num_targets,), allow_float64=True)
         if self.mask is not None:
-            check_shape("mask", self.mask, (num_targets,))
+            check_mask(self.mask, num_targets)
         check_floats("advantages", advantages, (None,), allow_float64=True)
         check_same_device(
             ("targets", targets),
@@ -129,8 +144,10 @@ class Objective:
             check_cu_seqlens(self.cu_seqlens, num_targets)
             per_token = per_token and len(self.cu_seqlens) - 1 != num_targets
         if not per_token and (self.cu_seqlens is None or len(advantages) != len(self.cu_seqlens) - 1):
-            known = "" if self.cu_seqlens is None else f" or one a sequence ({len(self.cu_seqlens) - 1})"
-            raise ValueError(f"advantages: {len(advantages)} of them; must be one a token ({num_targets}){known}")
+            known = (
+                "a sequence, which needs cu_seqlens" if self.cu_seqlens is None else f"a sequence ({len(self.cu_seqlens) - 1})"
+            )
+            raise ValueError(f"advantages: {len(advantages)} of them; must be one a token ({num_targets}), or one {known}")
         if self.cu_seqlens is None and (self.by_sequence or self.loss_type == "grpo"):
             what = self.loss_type if self.loss_type in ("grpo", "gspo") else "importance_level 'sequence'"
             raise ValueError(f"cu_seqlens: None; {what} needs the boundaries of the sequences")

@@ -467,7 +467,7 @@ def policy_loss(
         return reference.policy_loss(
             logits, targets, advantages, bias=bias, temperature=temperature, inplace=inplace, **objective
         )
-    settings = Objective(**objective)
+    settings = Objective.from_keywords(objective)
     check_floats("logits", logits, (None, None))
     check_rows_contiguous("logits", logits)
     check_same_device(("logits", logits), targets=targets, bias=bias)
@@ -505,7 +505,7 @@ def linear_policy_loss(
         return reference.linear_policy_loss(
             hidden, weight, targets, advantages, bias=bias, temperature=temperature, **objective
         )
-    settings = Objective(**objective)
+    settings = Objective.from_keywords(objective)
     weight, bias = head_parameters(weight, bias)
     check_head(hidden, weight, bias, allow_float64=False)
     check_rows_contiguous("weight", weight)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from tars_kernels import operations
 from tars_kernels.backend import runs_kernels
-from tars_kernels.checks import check_pooling, choose_layers
+from tars_kernels.checks import check_integers, check_pooling, choose_layers
 
 
 class _Tap(torch.autograd.Function):
@@ -24,7 +24,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, cu_seqlens, positions, pooling):
         ctx.cu_seqlens, ctx.positions, ctx.pooling = cu_seqlens, positions, pooling
-        ctx.shape, ctx.dtype = states.shape, states.dtype
+        ctx.shape, ctx.dtype, ctx.runs_kernels = states.shape, states.dtype, runs_kernels(states)
         ctx.set_materialize_grads(False)
         pooled = operations.pool_sequences(states.flatten(0, -2), cu_seqlens, positions=positions, pooling=pooling)
         return states.view_as(states), pooled
@@ -39,7 +39,7 @@ class _Tap(torch.autograd.Function):
         else:
             gradient = states_gradient.clone(memory_format=torch.contiguous_format)
         flat = gradient.view(-1, ctx.shape[-1])
-        if runs_kernels(flat):
+        if ctx.runs_kernels:
             operations.add_pooled_gradient(
                 [flat], pooled_gradient[None].contiguous(), ctx.cu_seqlens, ctx.positions, ctx.pooling, adds=True
             )
@@ -102,12 +102,12 @@ class LayerPooler:
         """
         missing = [layer for layer, entry in zip(self._layers, self._pooled, strict=False) if entry is None]
         if missing or not self._pooled:
-            raise RuntimeError(f"layers {missing or 'all'} did not run inside the pooling block")
+            raise RuntimeError(f"{f'layers {missing}' if missing else 'the model'} did not run inside the pooling block")
         return torch.stack(self._pooled)
 
     @contextmanager
     def pooling(self, cu_seqlens: Tensor, *, positions: Tensor | None = None) -> Iterator[None]:
-        """Pool whatever forward pass runs inside the block.
+        """Pool the forward pass that runs inside the block; of several the last one counts.
 
         Args:
             cu_seqlens: [N + 1] boundaries of the packed sequences.
@@ -115,9 +115,11 @@ class LayerPooler:
                 twice; None: every place, in order.
 
         Raises:
+            ValueError: boundaries that are no integers; while the model runs, boundaries or positions that do not fit.
             RuntimeError: while the model runs: a gradient is wanted, and reentrant checkpointing would lose it.
         """
         self._pooled = [None] * len(self._modules)
+        check_integers("cu_seqlens", cu_seqlens, (None,))
         cu_seqlens = cu_seqlens.contiguous()
         positions = None if positions is None else positions.contiguous()
         records_gradient = self._differentiable and torch.is_grad_enabled()

@@ -88,7 +88,7 @@ def policy_loss(
     inplace: bool = False,
     **objective: object,
 ) -> PolicyLoss:
-    """Clipped asymmetric policy-gradient loss of a policy given by its logits.
+    """Clipped asymmetric policy-gradient loss of a policy given by its logits; kernels let it be differentiated once.
 
     Args:
         logits: [T, V] that predict `targets`.
@@ -96,13 +96,14 @@ def policy_loss(
         advantages: [T], or [N] with `cu_seqlens`.
         bias: [V] added to the logits; -inf suppresses a token.
         temperature: the logits are divided by it.
-        inplace: allow the memory of `logits` to be overwritten by their gradient, which saves T x V elements.
+        inplace: allow the memory of `logits` to be overwritten by their gradient, which saves T x V elements. Kernels do so
+            already in the forward pass; plain PyTorch never does. Nothing else may read the logits afterwards.
         objective: the settings of `Objective`.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, a setting out of range, a target outside the vocabulary.
     """
-    settings = Objective(**objective)
+    settings = Objective.from_keywords(objective)
     check_floats("logits", logits, (None, None), allow_float64=True)
     check_same_device(("logits", logits), targets=targets, bias=bias)
     check_targets(targets, len(logits), logits.shape[1], settings.mask)
@@ -137,7 +138,7 @@ def linear_policy_loss(
         ValueError: an argument of the wrong shape, dtype or device, a setting out of range, a target outside the vocabulary, a
             head with an adapter.
     """
-    settings = Objective(**objective)
+    settings = Objective.from_keywords(objective)
     weight, bias = head_parameters(weight, bias)
     check_head(hidden, weight, bias, allow_float64=True)
     check_same_device(("hidden", hidden), targets=targets)

@@ -148,8 +148,11 @@ WRONG = [
     *[(name, {"targets": lambda v: v["targets"].float()}, r"targets.*\.long") for name in (*LOSSES, "linear_logprob")],
     *[(name, {"bias": lambda v: v["hidden"][0]}, "bias") for name in (*LOSSES, "linear_logprob")],
     *[(name, {"advantages": lambda v: v["advantages"][:3]}, "advantages: 3") for name in LOSSES],
-    *[(name, {"advantages": lambda v: v["advantages"][:2]}, "advantages: 2") for name in LOSSES],
+    *[(name, {"advantages": lambda v: v["advantages"][:2]}, "advantages: 2.*needs cu_seqlens") for name in LOSSES],
     *[(name, {"mask": lambda v: v["targets"][:3] > 0}, "mask") for name in LOSSES],
+    *[(name, {"mask": lambda v: v["advantages"]}, "mask: dtype.*bool") for name in LOSSES],
+    *[(name, {"mask": lambda _: [True] * 6}, "mask: a list") for name in LOSSES],
+    *[(name, {"num_tokens": -5}, "num_tokens: -5") for name in LOSSES],
     *[(name, {"old_logprobs": lambda v: v["advantages"][:3]}, "old_logprobs") for name in LOSSES],
     *[(name, {"rollout_logprobs": lambda v: v["targets"]}, "rollout_logprobs.*int64") for name in LOSSES],
     *[(name, {"cu_seqlens": lambda v: v["cu_seqlens"] + 1}, "cu_seqlens.*rise from 0") for name in LOSSES],
@@ -176,6 +179,8 @@ WRONG = [
     ("layer_similarity", {"hidden_states": lambda v: [v["hidden"], v["weight"]]}, r"hidden_states\[1\]"),
     ("layer_similarity", {"hidden_states": lambda v: [v["hidden"].T.contiguous().T]}, r"hidden_states\[0\]: stride"),
     ("layer_similarity", {"layers": [2]}, "layers: 2"),
+    ("layer_similarity", {"layers": []}, "layers: "),
+    ("layer_similarity", {"layers": 1}, "layers: 1; pass a list"),
     ("layer_similarity", {"weights": lambda v: v["advantages"]}, "weights"),
     ("layer_similarity", {"pooling": "max"}, "pooling: 'max'"),
     ("layer_similarity", {"pairs": lambda v: v["pairs"] + 1}, "pairs"),
@@ -184,6 +189,8 @@ WRONG = [
     ("pooled_similarity", {"pairs": lambda v: v["pairs"].float()}, "pairs: dtype"),
     ("pool_sequences", {"positions": lambda v: v["targets"] + 1}, "positions: holds numbers outside"),
     ("pool_sequences", {"positions": lambda v: v["pairs"]}, "positions: shape"),
+    ("pool_sequences", {"positions": lambda v: v["targets"] > 1}, r"positions: dtype torch.bool.*nonzero"),
+    ("pool_sequences", {"positions": lambda v: v["targets"] // 2}, "positions: holds a row twice"),
     ("pool_sequences", {"positions": lambda v: v["targets"].int()}, r"positions.*\.long"),
     ("token_similarity", {"y_layers": lambda v: v["y_layers"][:1]}, "y_layers: 1 layers"),
     ("token_similarity", {"layers": [-3]}, "layers: -3"),
@@ -195,10 +202,17 @@ WRONG = [
 def test_wrong_arguments_are_named(device, name, changes, message):
     values = arguments(device)
     changed = {key: change(values) if callable(change) else change for key, change in changes.items()}
-    if device.type == "cuda" and ("rise" in message or "outside" in message or message == "pairs"):
+    if device.type == "cuda" and ("rise" in message or "outside" in message or "twice" in message or message == "pairs"):
         pytest.skip("looking at values would stop the host")
     with pytest.raises(ValueError, match=message):
         call(name, values, **changed)
+
+
+def test_settings_that_do_not_exist_are_named(device):
+    values = arguments(device)
+    for name in LOSSES:
+        with pytest.raises(TypeError, match=r"unexpected keyword 'beta'.*kl_coef"):
+            call(name, values, beta=0.1)
 
 
 @pytest.mark.parametrize("outside", [-1, 100])

@@ -74,8 +74,11 @@ def test_layer_similarity_is_the_cosine_of_means(device):
             assert result[pair, layer].item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("num_sequences", [1, 3, 300])
-def test_pooling_does_not_depend_on_how_it_is_split(device, num_sequences):
+@pytest.mark.parametrize("programs", [1, 2048])
+@pytest.mark.parametrize("num_sequences", [1, 3, 100])
+def test_pooling_does_not_depend_on_how_it_is_split(device, monkeypatch, num_sequences, programs):
+    """As many programs as one for each sequence, and many more."""
+    monkeypatch.setitem(tars_kernels.pool_sequences.__globals__, "_PROGRAMS", programs)
     inputs = torch.randn(301, 40)
     cu_seqlens = torch.linspace(0, 301, num_sequences + 1).long()
     for pooling in ("mean", "last"):
@@ -170,7 +173,7 @@ def test_strided_positions_and_boundaries(device):
     torch.testing.assert_close(pooled, torch.stack([inputs[3:7].mean(0), inputs[7:13].mean(0)]))
 
 
-@pytest.mark.parametrize("boundaries", [[2, 9, 40], [-5, 9, 12], [0, 30, 40]], ids=str)
+@pytest.mark.parametrize("boundaries", [[2, 9, 40], [-5, 9, 12], [0, 30, 40], [2, 5, 9]], ids=str)
 def test_wrong_boundaries_stay_inside_of_memory(device, monkeypatch, boundaries):
     """On CUDA nobody looks at their values; they then count as far as there are tokens."""
     from tars_kernels import checks, objective
