@@ -41,7 +41,9 @@ def median_seconds(function: Callable[[], object], rounds: int = ROUNDS) -> floa
         return statistics.median(times)
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=DEVICE)
     for _ in range(rounds):
-        flush.zero_()
+        # Empties the caches, and keeps the device busy for a millisecond, so that launches wait there, not on the host.
+        for _ in range(16):
+            flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function()
