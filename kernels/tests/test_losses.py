@@ -76,9 +76,7 @@ def eager_logprob(hidden, weight, targets, temperature):
 
 @pytest.mark.parametrize("head", ["frozen", "trainable"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("num_tokens", "width", "vocabulary"), [(1, 64, 1000), (77, 123, 1100), (289, 40, 1000), (1100, 16, 1000)]
-)
+@pytest.mark.parametrize(("num_tokens", "width", "vocabulary"), [(1, 64, 1000), (77, 123, 1100), (289, 40, 1000)])
 def test_linear_logprob(device, dtype, head, num_tokens, width, vocabulary):
     hidden, weight, targets = sample(num_tokens, width, vocabulary)
     leaves = [hidden] if head == "frozen" else [hidden, weight]
