@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from itertools import product
+from time import perf_counter
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from torch import Tensor
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 ROUNDS = 20 if DEVICE.type == "cuda" else 5
+OPERATIONS = operations()
+EAGER = {operation.name: operation.contenders["eager"] for operation in OPERATIONS if "eager" in operation.contenders}
 CASES = [
     pytest.param(operation, contender, shape, gradient, id=f"{contender}-{shape}-{'both' if gradient else 'forward'}")
-    for operation in operations()
+    for operation in OPERATIONS
     for shape, gradient in product(ON_GPU if DEVICE.type == "cuda" else ON_CPU, (False, True))
     for contender in operation.contenders
     if operation.has_gradient or not gradient
@@ -30,8 +33,6 @@ CASES = [
 
 def median_seconds(function: Callable[[], object], rounds: int = ROUNDS) -> float:
     """Median time on the device, caches emptied in between; on the CPU there is nothing to empty."""
-    from time import perf_counter
-
     times = []
     if DEVICE.type == "cpu":
         for _ in range(rounds):
@@ -85,10 +86,9 @@ def run(operation: Operation, contender: str, inputs: Inputs, gradient: bool) ->
 
 def check(operation: Operation, contender: str, inputs: Inputs, gradient: bool) -> None:
     """A contender agrees with eager PyTorch, value and gradient, as far as bf16 products allow."""
-    expected = operations_by_name()[operation.name].contenders["eager"]
     loss, gradients = run(operation, contender, inputs, gradient)
     with torch.set_grad_enabled(gradient):
-        truth = expected(inputs)
+        truth = EAGER[operation.name](inputs)
     tolerance = 2e-2 if DTYPE is torch.bfloat16 else 1e-4
     assert loss.item() == pytest.approx(truth.item(), rel=tolerance, abs=tolerance)
     if gradient:
@@ -99,10 +99,6 @@ def check(operation: Operation, contender: str, inputs: Inputs, gradient: bool) 
                 if ours.shape != theirs.shape:
                     ours = ours[:, :-1].reshape(theirs.shape)
                 assert (ours.double() - theirs.double()).norm() <= 3 * tolerance * theirs.double().norm()
-
-
-def operations_by_name() -> dict[str, Operation]:
-    return {operation.name: operation for operation in operations() if "eager" in operation.contenders}
 
 
 @pytest.mark.parametrize(("operation", "contender", "shape", "gradient"), CASES)

@@ -268,16 +268,14 @@ def layer_arguments(name: str, layers: Sequence[Tensor]) -> tuple[Tensor, int, b
     return address_table(layers), first.stride(0), is_aligned, _TRITON_TYPES[first.dtype]
 
 
-def _pool(
-    layers: Sequence[Tensor], cu_seqlens: Tensor, positions: Tensor | None, pooling: str, name: str = "hidden_states"
-) -> Tensor:
+def _pool(layers: Sequence[Tensor], cu_seqlens: Tensor, positions: Tensor | None, pooling: str) -> Tensor:
     """[L, N, D] fp32."""
     num_layers, num_sequences, (num_rows, width) = len(layers), len(cu_seqlens) - 1, layers[0].shape
     num_tokens = num_rows if positions is None else len(positions)
     pooled = torch.empty(num_layers, num_sequences, width, dtype=torch.float32, device=layers[0].device)
     if not pooled.numel():
         return pooled
-    table, stride, is_aligned, dtype = layer_arguments(name, layers)
+    table, stride, is_aligned, dtype = layer_arguments("hidden_states", layers)
     blocks = triton.cdiv(width, _LANES)
     splits = _num_splits(num_layers * num_sequences * blocks, pooling)
     sums = pooled if splits == 1 else pooled.new_empty(num_layers, num_sequences, splits, width)

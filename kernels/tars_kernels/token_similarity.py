@@ -21,6 +21,14 @@ from tars_kernels.similarity import cosine_terms, layer_arguments, load_base
 _ROWS, _LANES = 2, 1024
 
 
+@triton.jit
+def _place(T, ROWS: tl.constexpr):
+    """This program's layer and tokens [ROWS]."""
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(T, ROWS)
+    return pid // blocks, pid % blocks * ROWS + tl.arange(0, ROWS)
+
+
 @triton.jit(do_not_specialize=["T"])
 def _token_cosines(
     cosines, inverses, x_shares, y_shares,  # [L, T], see `cosine_terms`
@@ -29,10 +37,7 @@ def _token_cosines(
     X_DTYPE: tl.constexpr, Y_DTYPE: tl.constexpr, X_ALIGNED: tl.constexpr, Y_ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(T, ROWS)
-    layer = pid // blocks
-    rows = pid % blocks * ROWS + tl.arange(0, ROWS)
+    layer, rows = _place(T, ROWS)
     x_rows = load_base(x_table, layer, X_DTYPE, X_ALIGNED) + rows[:, None] * x_stride
     y_rows = load_base(y_table, layer, Y_DTYPE, Y_ALIGNED) + rows[:, None] * y_stride
     dots = tl.zeros([ROWS, LANES], tl.float32)
@@ -63,10 +68,7 @@ def _token_cosines_backward(
     X_DTYPE: tl.constexpr, Y_DTYPE: tl.constexpr, X_ALIGNED: tl.constexpr, Y_ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(T, ROWS)
-    layer = pid // blocks
-    rows = pid % blocks * ROWS + tl.arange(0, ROWS)
+    layer, rows = _place(T, ROWS)
     x_rows = load_base(x_table, layer, X_DTYPE, X_ALIGNED) + rows[:, None] * x_stride
     y_rows = load_base(y_table, layer, Y_DTYPE, Y_ALIGNED) + rows[:, None] * y_stride
     values = layer * T + rows
