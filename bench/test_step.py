@@ -8,11 +8,12 @@ from tars_kernels import LayerPooler, pool_sequences
 
 from tars_fast.config import PRESETS, TrainConfig
 from tars_fast.data import HELD_OUT_DATA, TRAINING_DATA, load_questions
-from tars_fast.engine import Sampling, TransformersEngine
 from tars_fast.log import PhaseTimer
 from tars_fast.models import SpeechModel, load_model, make_trainable
 from tars_fast.rewards import HashedNgrams
+from tars_fast.sampling import Sampling
 from tars_fast.train import collect_rollout, update_policy
+from tars_fast.transformers_engine import TransformersEngine
 from tars_fast.types import Modality
 
 
@@ -37,7 +38,7 @@ def questions(config):
 
 def collect(model, config, questions):
     engine = TransformersEngine(model, config.rollout_batch_size)
-    return collect_rollout(model, engine, HashedNgrams(), questions, config, 0, PhaseTimer(model.device))
+    return collect_rollout(model, engine, HashedNgrams(), questions, config, 0, PhaseTimer(model.device), print)
 
 
 @pytest.mark.benchmark(group="step")
@@ -50,7 +51,7 @@ def test_rollout_and_rewards(benchmark, model, config, questions):
 def test_forward_rewards_backward_update(benchmark, model, config, questions):
     rollout = collect(model, config, questions)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.0)
-    arguments = (model, optimizer, rollout, questions, None, config, PhaseTimer(model.device))
+    arguments = (model, optimizer, rollout, None, config, PhaseTimer(model.device))
     _, metrics = benchmark.pedantic(update_policy, arguments, rounds=3, warmup_rounds=1)
     assert metrics["logprob_diff_max"] < 1e-3
 

@@ -55,8 +55,8 @@ def save_checkpoint(output_dir: Path, num_completed: int, model: SpeechModel, op
     target = output_dir / f"checkpoint-{num_completed}"
     with atomic_folder(target) as folder:
         model.module.save_pretrained(folder)
-        model.processor.save_pretrained(folder)
-        model.preset.save(folder)
+        model.prompts.processor.save_pretrained(folder)
+        model.prompts.preset.save(folder)
         torch.save({"num_completed": num_completed, "optimizer": optimizer.state_dict()}, folder / _STATE)
     for _, outdated in list_checkpoints(output_dir)[:-NUM_KEPT]:
         shutil.rmtree(outdated)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+from tars_fast.architecture import QWEN2_AUDIO_7B, Architecture
+from tars_fast.memory import Workload, assumed_longest_prompt
 from tars_fast.types import UserError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -22,6 +24,8 @@ THINK_PROMPT = (
 
 
 PRESET_FILE = "preset.json"
+_EMBEDDER_BYTES = int(1.2e9)
+"""Qwen3-Embedding-0.6B in bfloat16, planned with for any text embedder that is a model."""
 MAX_SEED = 2**32 - 1
 """Leaves room in torch's 64-bit seeds for one of every step."""
 
@@ -45,12 +49,19 @@ class Preset:
     questions_per_micro_batch: int
     gradient_checkpointing: bool
     rollout_batch_size: int
-    """Completions that `generate` samples at once: bounded by the memory of their KV cache."""
+    """Completions in flight: bounded by the memory of their KV cache."""
+    architecture: Architecture | None = None
+    """None: what config.json in the folder `source` says."""
+
+    def load_architecture(self) -> Architecture:
+        """Without a network: known for a preset, else read from the checkpoint's folder."""
+        return self.architecture or Architecture.from_checkpoint(Path(self.source))
 
     def save(self, folder: Path) -> None:
         """Leave a note beside a checkpoint, from which `find_preset` makes the same preset for it."""
         values = dataclasses.asdict(self)
-        del values["source"]
+        # Both are the checkpoint's own business.
+        del values["source"], values["architecture"]
         (folder / PRESET_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -79,7 +90,8 @@ PRESETS = {
         behaviour_model="Qwen/Qwen3-Embedding-0.6B",
         questions_per_micro_batch=1,
         gradient_checkpointing=True,
-        rollout_batch_size=32,
+        rollout_batch_size=64,
+        architecture=QWEN2_AUDIO_7B,
     ),
 }
 
@@ -101,7 +113,7 @@ def find_preset(model: str) -> Preset:
                 f"--model {model}: its {PRESET_FILE} is not one of this version ({error}); remove the file"
             ) from error
     if (folder / "config.json").is_file():
-        return dataclasses.replace(PRESETS["qwen2-audio-7b"], source=model)
+        return dataclasses.replace(PRESETS["qwen2-audio-7b"], source=model, architecture=None)
     raise UserError(f"--model {model}: neither a preset ({', '.join(PRESETS)}) nor a folder that holds a checkpoint")
 
 
@@ -174,7 +186,22 @@ class TrainConfig:
     gradient_checkpointing: bool | None = None
     """Compute each layer again for the backward pass instead of keeping its activations. None: the preset's (off / on)."""
     rollout_batch_size: int | None = None
-    """Completions sampled at once by the transformers engine; another size draws other ones. None: the preset's (128 / 32)."""
+    """Completions in flight; another size draws other ones. None: the preset's (128 / 64)."""
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """What samples rollouts, on the weights being trained. auto: on CUDA vLLM where it is installed, else transformers."""
+    kv_cache_gb: float | None = None
+    """vLLM's KV cache in GB (1e9 bytes), there during rollouts only. None: what the completions in flight need, at most what
+    is free."""
+    cuda_graphs: bool = True
+    """vLLM replays captured graphs on CUDA, from 0.32 on; older versions could not give the KV cache back under them."""
+    max_logprob_diff: float | None = None
+    """Mean |trainer - rollout| log-probability, in nats a token, beyond which training stops. None: 0.01, in bfloat16 0.1."""
+    audio_cache_gb: float = 1.0
+    """Audio embeddings kept in host memory for later epochs, in GB (1e9 bytes)."""
+    audio_cache_dir: Path | None = None
+    """Folder where audio embeddings outlive the run, by content of recording and tower. None: memory only."""
+    audio_cache_dir_gb: float = 100.0
+    """Bound of that folder, in GB; the embeddings longest unused go first."""
     eval_samples: int = 2
     """Completions an item, at --temperature, behind the sampled accuracies of the evaluation; 0 leaves them out."""
     save_every: int = 25
@@ -183,18 +210,22 @@ class TrainConfig:
     """Of everything drawn at random. Same seed, machine and settings: same metrics, bit for bit on a CPU."""
     resume: bool = False
     """Continue from the newest checkpoint in --output-dir."""
+    dry_run: bool = False
+    """Print what memory each phase needs and stop; loads nothing."""
     kernels: Literal["auto", "reference"] = "auto"
     """reference: plain PyTorch in the place of fused kernels, on CUDA too. auto: kernels on CUDA."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights. auto: bfloat16 for LoRA on CUDA, else float32."""
+    """Of the weights. auto: bfloat16 for LoRA on CUDA, else float32. Full fine-tuning in bfloat16 rounds stochastically."""
 
     def __post_init__(self) -> None:
-        positive = ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")
+        positive = ("kv_cache_gb", "max_logprob_diff", "audio_cache_dir_gb")
+        positive += ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")
         positive += ("max_grad_norm", "questions_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
         check_numbers(self, positive=(*positive, "lora_alpha"))
         not_negative = ("representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples")
+        not_negative += ("audio_cache_gb",)
         check_numbers(self, not_negative=(*not_negative, "seed"))
         if self.resume and self.output_dir is None:
             raise UserError("--resume: needs the --output-dir of the run to continue")
@@ -210,11 +241,29 @@ class TrainConfig:
         behaviour_model = preset.behaviour_model if self.behaviour_model == "auto" else self.behaviour_model
         filled = {name: getattr(preset, name) for name in _settings_of_presets() if getattr(self, name) is None}
         resolved = dataclasses.replace(self, behaviour_model=behaviour_model, **filled)
-        if resolved.lora_rank == 0 and resolved.dtype == "bfloat16":
-            raise UserError("--dtype bfloat16: cannot hold the small steps of full fine-tuning; use float32, or a --lora-rank")
         if resolved.lora_rank and not resolved.freeze_audio:
             raise UserError("--no-freeze-audio: a LoRA checkpoint holds adapters only; add --lora-rank 0")
+        if resolved.audio_cache_dir is not None and not resolved.freeze_audio:
+            raise UserError(f"--audio-cache-dir {self.audio_cache_dir}: a tower in training hears anew each step; leave it out")
         return resolved
+
+    def workload(
+        self, architecture: Architecture, engine: str, dtype_bytes: int, longest_prompt: int | None = None
+    ) -> Workload:
+        """What memory depends on, of resolved settings; `longest_prompt` (tokens) from the data where that is at hand."""
+        return Workload(
+            architecture=architecture,
+            engine=engine,
+            dtype_bytes=dtype_bytes,
+            lora_rank=self.lora_rank,
+            group_size=self.group_size,
+            max_new_tokens=self.max_new_tokens,
+            longest_prompt=longest_prompt or assumed_longest_prompt(architecture),
+            rollout_batch_size=self.rollout_batch_size,
+            questions_per_micro_batch=self.questions_per_micro_batch,
+            gradient_checkpointing=self.gradient_checkpointing,
+            embedder_bytes=0 if self.behaviour_model == "hashed-ngrams" else _EMBEDDER_BYTES,
+        )
 
     def as_preset(self, preset: Preset) -> Preset:
         """`preset` with this run's settings in the place of its own, for the checkpoints that come of it."""

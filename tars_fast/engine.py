@@ -1,181 +1,95 @@
-"""Rollout engines: prompts in, completions with the log-probabilities they were sampled at out.
-
-`transformers` generates with the very module being trained, so there is one set of weights and nothing to hand over.
-"""
+"""The policy: a speech LLM and the rollout engine that samples from those very weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from tars_fast.models import SpeechModel
-from tars_fast.types import Completion, Prompt, TrainingError
+from tars_fast.memory import GB, Workload, plan_memory
+from tars_fast.models import SpeechModel, load_module
+from tars_fast.prompts import PromptFormat, is_adapter
+from tars_fast.sampling import RolloutEngine
+from tars_fast.transformers_engine import TransformersEngine
+from tars_fast.types import UserError
+from tars_fast.vllm_engine import VllmEngine, VllmSettings, unusable_because
+from tars_fast.weights import SharingError, assert_shared
+
+__all__ = ["EngineSettings", "SharingError", "assert_shared", "choose_engine", "load_policy"]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn: from the full distribution, no top-k, no top-p."""
+class EngineSettings:
+    """What `load_policy` needs beside checkpoint, device and dtype."""
 
-    num_completions: int
-    """Completions of each prompt."""
-    max_new_tokens: int
-    temperature: float
-    """0 takes the most likely token."""
-    seed: int
+    name: Literal["vllm", "transformers"]
+    workload: Workload
+    kv_cache_gb: float | None = None
+    cuda_graphs: bool = True
 
 
-class RolloutEngine(Protocol):
-    """What the loop asks of an engine."""
+def choose_engine(name: Literal["auto", "vllm", "transformers"], device: torch.device) -> Literal["vllm", "transformers"]:
+    """Resolve `auto`: on CUDA vLLM where a supported version of it is installed, else transformers.
 
-    def generate(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
-        """`sampling.num_completions` completions of each prompt, in prompt order.
-
-        Args:
-            prompts: spoken and written ones alike.
-            questions: for each prompt, the question number its completions are to carry.
-        """
-        ...
-
-
-class _SampledLogprobs:
-    """A logits processor that suppresses tokens and keeps the log-probability of each sampled token.
-
-    Keeps one step's distribution instead of all steps' (`output_scores`), which at 1,024 tokens and a vocabulary of 156,032
-    would be 40 GB for 64 completions. A processor sees a token one step after it was drawn, hence `finish`.
+    Raises:
+        UserError: vLLM is asked for and cannot be used; says what to install.
     """
-
-    def __init__(self, suppressed_bias: Tensor, temperature: float):
-        self._bias = suppressed_bias
-        self._temperature = temperature
-        self._pending: Tensor | None = None
-        self._logprobs: list[Tensor] = []
-        self._all_finite = torch.ones((), dtype=torch.bool, device=suppressed_bias.device)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._pending is not None:
-            self._record(input_ids[:, -1])
-        # Looked at once at the end: a check a token would wait for the device a token.
-        self._all_finite &= scores.isfinite().all()
-        scores = scores.float().nan_to_num() + self._bias
-        self._pending = (scores / self._temperature).log_softmax(-1)
-        return scores
-
-    def _record(self, tokens: Tensor) -> None:
-        self._logprobs.append(self._pending.gather(-1, tokens[:, None])[:, 0])
-
-    def finish(self, last_tokens: Tensor) -> Tensor:
-        """[N, C] log-probability of each generated token.
-
-        Raises:
-            TrainingError: a logit was NaN or infinite.
-        """
-        if not self._all_finite:
-            raise TrainingError(
-                "the policy's logits are not finite; lower --learning-rate; the last checkpoint, if there is one, is good"
-            )
-        self._record(last_tokens)
-        return torch.stack(self._logprobs, dim=1)
+    if name == "transformers":
+        return name
+    reason = unusable_because(device)
+    if name == "vllm" and reason is not None:
+        raise UserError(f"--engine vllm: {reason}")
+    return "vllm" if reason is None and (name == "vllm" or device.type == "cuda") else "transformers"
 
 
-class TransformersEngine:
-    """Batched `generate` of the module being trained; each distinct prompt is prefilled once."""
+def load_policy(
+    prompts: PromptFormat,
+    source: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    settings: EngineSettings,
+) -> tuple[SpeechModel, RolloutEngine]:
+    """Load the weights once, for trainer and engine alike; an adapter goes on top of its base.
 
-    def __init__(self, model: SpeechModel, max_batch_size: int):
-        self._model = model
-        self._max_batch_size = max_batch_size
-
-    @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
-        torch.manual_seed(sampling.seed)
-        prompts_per_batch = max(1, self._max_batch_size // sampling.num_completions)
-        # Prompts of like length share a batch: less padding to attend over.
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].token_ids))
-        completions: dict[int, list[Completion]] = {}
-        for start in range(0, len(order), prompts_per_batch):
-            chosen = order[start : start + prompts_per_batch]
-            sampled = self._generate_batch([prompts[i] for i in chosen], [questions[i] for i in chosen], sampling)
-            for place, index in enumerate(chosen):
-                completions[index] = sampled[place * sampling.num_completions : (place + 1) * sampling.num_completions]
-        return [completion for index in range(len(prompts)) for completion in completions[index]]
-
-    def _generate_batch(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
-        from transformers import DynamicCache, LogitsProcessorList
-
-        model = self._model
-        width = max(len(prompt.token_ids) for prompt in prompts)
-        starts = [width - len(prompt.token_ids) for prompt in prompts]
-        token_ids = torch.full((len(prompts), width), model.pad_token_id)
-        for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
-            token_ids[row, start:] = torch.tensor(prompt.token_ids)
-        token_ids = token_ids.to(model.device)
-        attention_mask = (torch.arange(width) >= torch.tensor(starts)[:, None]).long().to(model.device)
-
-        # All but the last prompt token are run once a prompt; `generate` continues from the repeated cache.
-        cache = DynamicCache(config=model.language_model.config)
-        model.language_model(
-            inputs_embeds=model.embed_tokens(token_ids, prompts, starts)[:, :-1],
-            attention_mask=attention_mask[:, :-1],
-            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache.batch_repeat_interleave(sampling.num_completions)
-        recorder = _SampledLogprobs(model.suppressed_bias, sampling.temperature or 1.0)
-        with _bare_generation_config(model, sampling):
-            output = model.module.generate(
-                input_ids=token_ids.repeat_interleave(sampling.num_completions, 0),
-                attention_mask=attention_mask.repeat_interleave(sampling.num_completions, 0),
-                past_key_values=cache,
-                logits_processor=LogitsProcessorList([recorder]),
-            )
-        generated = output[:, width:]
-        logprobs = recorder.finish(generated[:, -1])
-        is_stop = torch.isin(generated, torch.tensor(model.stop_token_ids, device=generated.device))
-        stops = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, generated.shape[1]).tolist()
-        finished = is_stop.any(1).tolist()
-        # Special tokens other than the stop token stay visible: a completion that holds one has not kept to the format.
-        texts = model.processor.tokenizer.batch_decode(
-            [row[: stop - done] for row, stop, done in zip(generated.tolist(), stops, finished, strict=True)],
-            skip_special_tokens=False,
-        )
-        return [
-            Completion(
-                question=questions[row // sampling.num_completions],
-                modality=prompts[row // sampling.num_completions].modality,
-                token_ids=tuple(tokens[:stop]),
-                rollout_logprobs=tuple(row_logprobs[:stop]),
-                text=text,
-                truncated=not done,
-            )
-            for row, (tokens, row_logprobs, stop, text, done) in enumerate(
-                zip(generated.tolist(), logprobs.tolist(), stops, texts, finished, strict=True)
-            )
-        ]
-
-
-@contextmanager
-def _bare_generation_config(model: SpeechModel, sampling: Sampling) -> Iterator[None]:
-    """For the length of the block nothing shapes the distribution but the temperature.
-
-    `generate` fills what a call leaves open from the checkpoint's own settings (Qwen2-Audio's repetition penalty, top-k and
-    top-p among them), and would then sample from another policy than the one being trained.
+    Raises:
+        UserError: the checkpoint cannot be read, or the engine does not fit beside it.
     """
-    from transformers import GenerationConfig
-
-    decoding = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-    original = model.module.generation_config
-    model.module.generation_config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=model.stop_token_ids,
-        pad_token_id=model.pad_token_id,
-        **(decoding if sampling.temperature else {"do_sample": False}),
+    workload = settings.workload
+    if settings.name == "transformers":
+        model = SpeechModel(load_module(source, device, dtype), prompts)
+        return model, TransformersEngine(model, workload.rollout_batch_size)
+    kv_cache = None if settings.kv_cache_gb is None else int(settings.kv_cache_gb * GB)
+    plan = plan_memory(workload, available_bytes(device), kv_cache)
+    if plan.kv_cache < workload.sequence_bytes:
+        given = "free for it here" if kv_cache is None else "given by --kv-cache-gb"
+        raise UserError(
+            f"--engine vllm: {plan.kv_cache / GB:.2f} GB of KV cache are {given}, a single completion of "
+            f"{workload.longest_prompt + workload.max_new_tokens} tokens needs {workload.sequence_bytes / GB:.2f}; "
+            "lower --max-new-tokens, raise --kv-cache-gb, or see --dry-run"
+        )
+    engine = VllmEngine(
+        prompts,
+        source,
+        device,
+        dtype,
+        VllmSettings(
+            max_sequences=workload.rollout_batch_size,
+            max_tokens=workload.longest_prompt + workload.max_new_tokens,
+            kv_cache_bytes=plan.kv_cache,
+            lora_rank=workload.lora_rank,
+            cuda_graphs=settings.cuda_graphs,
+        ),
     )
-    try:
-        yield
-    finally:
-        model.module.generation_config = original
+    if is_adapter(source):
+        engine.model.module.load_adapter(source)
+        engine.model.module.requires_grad_(False)
+    return engine.model, engine
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of the GPU, or of the host for a run on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -10,13 +10,16 @@ from typing import Literal
 
 import numpy as np
 
+from tars_fast.architecture import Architecture
 from tars_fast.checkpoint import write_atomically
 from tars_fast.cli import run_command
 from tars_fast.config import check_numbers, find_preset
 from tars_fast.data import HELD_OUT_DATA, load_questions
-from tars_fast.engine import TransformersEngine
+from tars_fast.engine import EngineSettings, choose_engine, load_policy
 from tars_fast.evaluation import evaluate
-from tars_fast.models import choose_device, load_model
+from tars_fast.memory import Workload, explain_out_of_memory
+from tars_fast.models import choose_device
+from tars_fast.prompts import adapter_rank, load_prompt_format
 from tars_fast.rewards import load_text_similarity
 from tars_fast.types import UserError
 
@@ -42,7 +45,9 @@ class EvaluateConfig:
     behaviour_model: str = "auto"
     """Text embedder behind behaviour_similarity. auto: the preset's."""
     rollout_batch_size: int | None = None
-    """Completions generated at once. None: the preset's."""
+    """Completions in flight. None: the preset's."""
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """What generates. auto: on CUDA vLLM where it is installed, else transformers."""
     seed: int = 0
     """Of the sampled completions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -62,20 +67,35 @@ def run_evaluation(config: EvaluateConfig) -> int:
     preset = find_preset(config.model)
     device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
     questions = load_questions(config.data)
-    model = load_model(preset, preset.source, device, dtype)
     max_new_tokens = config.max_new_tokens or preset.max_new_tokens
-    model.check_questions(questions, max_new_tokens)
-    behaviour_model = preset.behaviour_model if config.behaviour_model == "auto" else config.behaviour_model
-    evaluation = evaluate(
-        model,
-        TransformersEngine(model, config.rollout_batch_size or preset.rollout_batch_size),
-        load_text_similarity(behaviour_model, device),
-        questions,
+    prompts = load_prompt_format(preset, preset.source)
+    longest_prompt = prompts.check_questions(questions, max_new_tokens)
+    engine_name = choose_engine(config.engine, device)
+    workload = Workload(
+        architecture=Architecture.from_config(prompts.config),
+        engine=engine_name,
+        dtype_bytes=dtype.itemsize,
+        lora_rank=adapter_rank(preset.source),
+        group_size=2 * max(1, config.samples),
         max_new_tokens=max_new_tokens,
-        num_samples=config.samples,
-        temperature=config.temperature,
-        seed=config.seed,
+        longest_prompt=longest_prompt,
+        rollout_batch_size=config.rollout_batch_size or preset.rollout_batch_size,
+        trains=False,
     )
+    with explain_out_of_memory("loading the model"):
+        model, engine = load_policy(prompts, preset.source, device, dtype, EngineSettings(engine_name, workload))
+    behaviour_model = preset.behaviour_model if config.behaviour_model == "auto" else config.behaviour_model
+    with explain_out_of_memory("evaluation"):
+        evaluation = evaluate(
+            model,
+            engine,
+            load_text_similarity(behaviour_model, device),
+            questions,
+            max_new_tokens=max_new_tokens,
+            num_samples=config.samples,
+            temperature=config.temperature,
+            seed=config.seed,
+        )
     reference = evaluation.text_correct
     if config.reference_text_accuracy is not None:
         reference = np.full_like(reference, config.reference_text_accuracy)

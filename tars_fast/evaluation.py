@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from tars_kernels import LayerPooler, pooled_similarity
 
-from tars_fast.engine import RolloutEngine, Sampling
 from tars_fast.metrics import bootstrap_interval, mean, mean_difference, modality_recovery_rate, total
 from tars_fast.models import SpeechModel
 from tars_fast.rewards import TextSimilarity, answer_rewards
+from tars_fast.sampling import RolloutEngine, Sampling
 from tars_fast.types import Completion, Modality, Prompt, Question
 
 _ITEMS_AT_ONCE = 128

@@ -17,9 +17,14 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tars_fast.memory import explain_out_of_memory
+
 
 class PhaseTimer:
-    """Wall-clock seconds by phase of a step; on CUDA a phase ends when the device is done with it."""
+    """Wall-clock seconds by phase of a step; on CUDA a phase ends when the device is done with it.
+
+    A phase that runs out of memory raises TrainingError, which names it and what to lower.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
@@ -28,9 +33,10 @@ class PhaseTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
-        if self._on_cuda:
-            torch.cuda.synchronize()
+        with explain_out_of_memory(name):
+            yield
+            if self._on_cuda:
+                torch.cuda.synchronize()
         self._seconds[name] += time.perf_counter() - started
 
     def take(self) -> dict[str, float]:
@@ -50,6 +56,7 @@ _ROWS = (
     ("groups that disagree", "disagreeing/speech", "disagreeing/text"),
     ("clipped low, high", "clip/low", "clip/high"),
     ("gradient norm, rate", "grad_norm", "learning_rate"),
+    ("|trainer - rollout| mean, max", "logprob_diff_mean", "logprob_diff_max"),
 )
 
 

@@ -7,10 +7,7 @@ frames, M mel bins.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from tars_fast.audio import SAMPLE_RATE, load_recording
+from tars_fast.audio_cache import AudioCache, fingerprint
 from tars_fast.config import Preset
+from tars_fast.prompts import PromptFormat, cannot_be_loaded, load_prompt_format
 from tars_fast.types import Completion, Modality, Prompt, Question, UserError
 
 _RECORDINGS_PER_BATCH = 32
 """Recordings in one pass of the audio tower, whose activations grow with every one."""
-_MAX_HEARD_BYTES = 2**30
-"""Audio embeddings kept between epochs: all of the embedded data, or some 170 recordings of 30 s at 7B's width."""
+_AUDIO_CACHE_BYTES = 10**9
+"""Audio embeddings kept between epochs: all of the embedded data, or some 160 recordings of 30 s at 7B's width."""
 _PADDING, _PROMPT = -1, 0
 """Segment numbers of a row; its completions count from 1."""
 
@@ -61,44 +60,20 @@ def embed_audio(module: nn.Module, features: Tensor, feature_mask: Tensor) -> tu
 class SpeechModel:
     """A speech LLM with its processor, as trainer and rollout engine share it."""
 
-    def __init__(self, module: nn.Module, processor, preset: Preset):
+    def __init__(self, module: nn.Module, prompts: PromptFormat):
         self.module = module
-        self.processor = processor
-        self.preset = preset
-        self.audio_token_id: int = module.config.audio_token_id
+        self.prompts = prompts
         self.audio_is_trained = False
         self.gradient_checkpointing = False
-        self._heard: OrderedDict[Path, Tensor] = OrderedDict()
-        self._heard_bytes = 0
+        self._audio_cache = AudioCache(_AUDIO_CACHE_BYTES)
         vocabulary_size = module.get_output_embeddings().weight.shape[0]
         self.suppressed_bias = torch.zeros(vocabulary_size, device=module.device)
         """[V] -inf where the policy may not go: the audio token, which no text can hold."""
-        self.suppressed_bias[self.audio_token_id] = -torch.inf
+        self.suppressed_bias[prompts.audio_token_id] = -torch.inf
 
     @property
     def device(self) -> torch.device:
         return self.module.device
-
-    @property
-    def max_audio_seconds(self) -> float:
-        return self.processor.feature_extractor.chunk_length
-
-    @property
-    def max_tokens(self) -> int:
-        """Longest prompt plus completion."""
-        return self.module.config.get_text_config().max_position_embeddings
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        """Every token that ends a completion."""
-        configured = self.module.generation_config.eos_token_id
-        listed = configured if isinstance(configured, list) else [configured]
-        return sorted({*listed, self.processor.tokenizer.eos_token_id} - {None})
-
-    @property
-    def pad_token_id(self) -> int:
-        pad = self.processor.tokenizer.pad_token_id
-        return self.stop_token_ids[0] if pad is None else pad
 
     @property
     def head(self) -> nn.Linear:
@@ -109,14 +84,17 @@ class SpeechModel:
         """The decoder stack: `layers`, `norm`, called with embeddings."""
         return self.module.model.language_model
 
+    def keep_audio(self, max_bytes: int, folder: Path | None, max_folder_bytes: int) -> None:
+        """Bound the embeddings kept for later epochs, and keep them in `folder` too, where later runs find them.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
+        tower = "" if folder is None else fingerprint(self.module.model.audio_tower, self.module.model.multi_modal_projector)
+        self._audio_cache = AudioCache(max_bytes, folder, max_folder_bytes, tower)
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-
-    def render_prompt(self, question: Question, modality: Modality) -> str:
-        """The chat template's own text, one placeholder a recording."""
-        content = [{"type": "audio"}] if modality is Modality.SPEECH else question.text
-        messages = [{"role": "system", "content": self.preset.system_prompt}, {"role": "user", "content": content}]
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def encode_prompts(self, questions: Sequence[Question], modality: Modality) -> list[Prompt]:
         """Tokenise prompts; each recording goes through the tower once, however many completions follow.
@@ -125,74 +103,39 @@ class SpeechModel:
             UserError: a recording that the model cannot take.
         """
         if modality is Modality.TEXT:
-            return [Prompt(modality, self.prompt_token_ids(question, modality)) for question in questions]
+            return [Prompt(modality, self.prompts.token_ids(question, modality)) for question in questions]
         embeddings = self._hear([question.audio for question in questions])
         return [
-            Prompt(modality, self.prompt_token_ids(question, modality, len(audio)), audio)
+            Prompt(modality, self.prompts.token_ids(question, modality, len(audio)), audio)
             for question, audio in zip(questions, embeddings, strict=True)
         ]
 
-    def prompt_token_ids(self, question: Question, modality: Modality, num_audio_tokens: int = 0) -> tuple[int, ...]:
-        """The rendered prompt's tokens, its audio placeholder repeated once for each audio token."""
-        token_ids: list[int] = []
-        rendered = self.render_prompt(question, modality)
-        for token_id in self.processor.tokenizer.encode(rendered, add_special_tokens=False):
-            token_ids.extend([token_id] * (num_audio_tokens if token_id == self.audio_token_id else 1))
-        return tuple(token_ids)
-
-    def check_questions(self, questions: Sequence[Question], max_new_tokens: int) -> None:
-        """Find every item the model cannot take, before any work on it.
+    def _hear(self, paths: Sequence[Path]) -> list[Tensor]:
+        """[A, D] of each recording; what a frozen tower heard before comes from the cache.
 
         Raises:
-            UserError: for the first item, in order, with a recording that `load_recording` refuses, a prompt that leaves no
-                room for the completion, or a text that would be taken for speech.
+            UserError: a recording that cannot be read, or that makes the tower's output NaN or infinite.
         """
-
-        def check(question: Question) -> None:
-            try:
-                wave = load_recording(question.audio, self.max_audio_seconds)
-            except UserError as error:
-                raise UserError(f"item {question.id!r}: {error}") from error
-            control = [token for token in self.processor.tokenizer.get_added_vocab() if token in question.text]
-            if control:
-                what = "the audio placeholder" if self.processor.audio_token in control else f"the control token {control[0]}"
-                raise UserError(f"item {question.id!r}: its text holds {what}; remove it")
-            written = self.prompt_token_ids(question, Modality.TEXT)
-            spoken = self.prompt_token_ids(question, Modality.SPEECH, self._num_audio_tokens(wave))
-            longest = max(len(written), len(spoken))
-            if longest + max_new_tokens > self.max_tokens:
-                raise UserError(
-                    f"item {question.id!r}: its prompt has {longest} tokens, which with {max_new_tokens} new ones is more than "
-                    f"the model's {self.max_tokens}; shorten the item or lower --max-new-tokens"
-                )
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(check, questions))
-
-    def _num_audio_tokens(self, wave: np.ndarray) -> int:
-        frames = torch.tensor(math.ceil(len(wave) / self.processor.feature_extractor.hop_length))
-        return int(self.module.model.audio_tower._get_feat_extract_output_lengths(frames)[1])
-
-    def _hear(self, paths: Sequence[Path]) -> list[Tensor]:
-        """[A, D] of each recording; what a frozen tower heard before is kept for the next epoch, up to a bound."""
-        known = {} if self.audio_is_trained else {path: self._heard[path] for path in paths if path in self._heard}
-        new = [path for path in dict.fromkeys(paths) if path not in known]
+        keys = {path: self._audio_cache.key(path) for path in dict.fromkeys(paths)}
+        known: dict[Path, Tensor] = {}
+        if not self.audio_is_trained:
+            held = {path: self._audio_cache.get(key) for path, key in keys.items()}
+            known = {path: embeddings.to(self.device) for path, embeddings in held.items() if embeddings is not None}
+        new = [path for path in keys if path not in known]
         for start in range(0, len(new), _RECORDINGS_PER_BATCH):
             batch = new[start : start + _RECORDINGS_PER_BATCH]
-            states = self._embed_waves([load_recording(path, self.max_audio_seconds) for path in batch])
-            known.update(zip(batch, states, strict=True))
-        if not self.audio_is_trained:
-            for path in new:
-                self._heard[path] = known[path]
-                self._heard_bytes += known[path].nbytes
-            while self._heard_bytes > _MAX_HEARD_BYTES:
-                _, oldest = self._heard.popitem(last=False)
-                self._heard_bytes -= oldest.nbytes
+            states = self._embed_waves([load_recording(path, self.prompts.max_audio_seconds) for path in batch])
+            for path, embeddings in zip(batch, states, strict=True):
+                if not embeddings.isfinite().all():
+                    raise UserError(f"{path}: the audio tower makes NaN or infinity of it; remove the item")
+                known[path] = embeddings
+                if not self.audio_is_trained:
+                    self._audio_cache.put(keys[path], embeddings)
         return [known[path] for path in paths]
 
     def _embed_waves(self, waves: Sequence[np.ndarray]) -> list[Tensor]:
         """[A, D] for each wave."""
-        batch = self.processor.feature_extractor(
+        batch = self.prompts.processor.feature_extractor(
             list(waves), sampling_rate=SAMPLE_RATE, return_attention_mask=True, padding="max_length", return_tensors="pt"
         )
         features = batch.input_features.to(self.device, self.module.dtype)
@@ -213,7 +156,7 @@ class SpeechModel:
         audio: list[Tensor] = []
         for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
             if prompt.audio_embeddings is not None:
-                held = torch.tensor(prompt.token_ids) == self.audio_token_id
+                held = torch.tensor(prompt.token_ids) == self.prompts.audio_token_id
                 places.append(row * token_ids.shape[1] + start + held.nonzero()[:, 0])
                 audio.append(prompt.audio_embeddings)
         if not places:
@@ -233,7 +176,7 @@ class SpeechModel:
         rows = [list(pairs) for _, pairs in grouped]
         row_prompts = [pairs[0][0] for pairs in rows]
         width = max(len(pairs[0][0].token_ids) + sum(len(c.token_ids) for _, c in pairs) for pairs in rows)
-        token_ids = torch.full((len(rows), width), self.pad_token_id)
+        token_ids = torch.full((len(rows), width), self.prompts.pad_token_id)
         position_ids = torch.zeros_like(token_ids)
         segments = torch.full_like(token_ids, _PADDING)
         positions: list[Tensor] = []
@@ -326,29 +269,25 @@ def choose_device(device: str, dtype: str, *, uses_lora: bool) -> tuple[torch.de
     return chosen, getattr(torch, dtype)
 
 
-def load_model(preset: Preset, source: str, device: torch.device, dtype: torch.dtype) -> SpeechModel:
+def load_module(source: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Load a checkpoint, or an adapter on top of the base it names, with plain transformers.
 
     Raises:
-        UserError: it cannot be found or read, or is not a Qwen2-Audio model.
+        UserError: it cannot be found or read.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
-    from transformers.utils import logging
+    from transformers import Qwen2AudioForConditionalGeneration
 
-    logging.disable_progress_bar()
     try:
-        if not (Path(source) / "adapter_config.json").is_file():
-            architecture = AutoConfig.from_pretrained(source).model_type
-            if architecture != "qwen2_audio":
-                raise UserError(f"--model {source}: a {architecture} checkpoint; only qwen2_audio ones are supported")
-        processor = AutoProcessor.from_pretrained(source)
         module = Qwen2AudioForConditionalGeneration.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model {source}: cannot be loaded ({reason}); check the path, or the network") from error
-    module.requires_grad_(False)
-    return SpeechModel(module.to(device).eval(), processor, preset)
+        raise cannot_be_loaded(source, error) from error
+    return module.requires_grad_(False).to(device).eval()
+
+
+def load_model(preset: Preset, source: str, device: torch.device, dtype: torch.dtype) -> SpeechModel:
+    """A checkpoint with weights of its own. Raises UserError where it cannot be read."""
+    return SpeechModel(load_module(source, device, dtype), load_prompt_format(preset, source))
 
 
 def make_trainable(
@@ -376,7 +315,9 @@ def make_trainable(
     """
     module = model.module
     if getattr(module, "_hf_peft_config_loaded", False):
-        raise UserError(f"--model {model.preset.source}: is an adapter; merge it into its base before training on top of it")
+        raise UserError(
+            f"--model {model.prompts.preset.source}: is an adapter; merge it into its base before training on top of it"
+        )
     if lora_rank == 0:
         model.language_model.requires_grad_(True)
         model.head.requires_grad_(True)

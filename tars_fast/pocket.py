@@ -33,6 +33,7 @@ from tars_fast.checkpoint import atomic_folder
 from tars_fast.cli import run_command
 from tars_fast.config import ASSETS, PRESETS
 from tars_fast.models import SpeechModel, embed_audio
+from tars_fast.prompts import PromptFormat
 from tars_fast.synthesis import Synthesiser
 from tars_fast.types import Modality, Prompt, Question
 
@@ -327,13 +328,13 @@ class SupervisedRows:
     """Prompt embeddings and completion ids of the task, as the product's own prompts write them."""
 
     def __init__(self, module, processor):
-        self.model = SpeechModel(module, processor, PRESETS["pocket"])
+        self.model = SpeechModel(module, PromptFormat(module.config, module.generation_config, processor, PRESETS["pocket"]))
 
     def _row(self, problem: Problem, modality: Modality, audio: Tensor | None = None) -> tuple[Tensor, Tensor]:
         question = Question(id="", text=problem.question, answer=NUMBERS[problem.result], choices=tuple(NUMBERS))
-        token_ids = self.model.prompt_token_ids(question, modality, 0 if audio is None else len(audio))
+        token_ids = self.model.prompts.token_ids(question, modality, 0 if audio is None else len(audio))
         prompt = self.model.embed_tokens(torch.tensor([token_ids]), [Prompt(modality, token_ids, audio)], [0])[0]
-        tokenizer = self.model.processor.tokenizer
+        tokenizer = self.model.prompts.processor.tokenizer
         return prompt, torch.tensor(tokenizer.encode(problem.completion + tokenizer.eos_token))
 
     def text(self, problem: Problem) -> tuple[Tensor, Tensor]:

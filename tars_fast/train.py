@@ -24,7 +24,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from tars_kernels import LayerPooler, PolicyLoss, linear_policy_loss, use_refere
 from torch import Tensor
 
 from tars_fast.advantages import centred_advantages, disagreeing_groups, group_indices
+from tars_fast.architecture import Architecture
 from tars_fast.checkpoint import latest_checkpoint, list_checkpoints, load_trainer_state, save_checkpoint, write_atomically
 from tars_fast.cli import INTERRUPTED, run_command
 from tars_fast.config import TrainConfig, find_preset
@@ -45,10 +46,13 @@ from tars_fast.data import (
     load_questions,
     split_by_id,
 )
-from tars_fast.engine import RolloutEngine, Sampling, TransformersEngine
+from tars_fast.engine import EngineSettings, available_bytes, choose_engine, load_policy
 from tars_fast.evaluation import Evaluation, evaluate
 from tars_fast.log import PhaseTimer, RunLog, print_summary
-from tars_fast.models import SpeechModel, choose_device, load_model, make_trainable
+from tars_fast.memory import GB, describe, explain_out_of_memory, plan_memory
+from tars_fast.models import SpeechModel, choose_device, make_trainable
+from tars_fast.optimizer import make_optimizer
+from tars_fast.prompts import load_prompt_format
 from tars_fast.rewards import (
     AnswerRewards,
     TextSimilarity,
@@ -58,6 +62,7 @@ from tars_fast.rewards import (
     load_text_similarity,
     representation_rewards,
 )
+from tars_fast.sampling import RolloutEngine, Sampling
 from tars_fast.types import Completion, Modality, Prompt, Question, TrainingError, UserError
 
 MAX_EMPTY_STEPS = 3
@@ -65,11 +70,16 @@ MAX_EMPTY_STEPS = 3
 MAX_UNANIMOUS_STEPS = 10
 """Consecutive steps in which no group disagreed in its rewards before a warning repeats."""
 
+MAX_LOGPROB_DIFF = {torch.float32: 0.01, torch.bfloat16: 0.1}
+"""Default of --max-logprob-diff: far above rounding (about 1e-7 and 4e-3 nats here), below what a different policy makes."""
+
 
 @dataclass
 class Rollout:
     """One batch of completions with all that is known before the forward pass. N completions, ordered by question."""
 
+    questions: list[Question]
+    """The batch's, those left out whose recording could not be read."""
     prompts: list[Prompt]
     """[N] the prompt of each completion."""
     completions: list[Completion]
@@ -107,16 +117,17 @@ def collect_rollout(
     config: TrainConfig,
     step: int,
     timer: PhaseTimer,
+    warn: Callable[[str], None],
 ) -> Rollout:
     """METHOD steps 1 and 2, all but R_rep."""
     with timer.phase("encode"), torch.no_grad():
-        spoken = model.encode_prompts(questions, Modality.SPEECH)
-        written = model.encode_prompts(questions, Modality.TEXT)
+        questions, spoken, written = encode_batch(model, questions, warn)
     with timer.phase("rollout"):
         distinct = [prompt for pair in zip(spoken, written, strict=True) for prompt in pair]
         sampling = Sampling(config.group_size // 2, config.max_new_tokens, config.temperature, config.seed * 1_000_003 + step)
         numbers = [question for question in range(len(questions)) for _ in Modality]
         completions = engine.generate(distinct, numbers, sampling)
+        engine.release_memory()
     with timer.phase("reward"):
         answers = answer_rewards(completions, questions)
         references = choose_references(completions, answers.accuracy, random.Random(f"{config.seed} {step}"))
@@ -126,6 +137,7 @@ def collect_rollout(
             else torch.zeros(len(completions))
         )
     return Rollout(
+        questions=questions,
         prompts=[prompt for prompt in distinct for _ in range(sampling.num_completions)],
         completions=completions,
         answers=answers,
@@ -133,6 +145,31 @@ def collect_rollout(
         behaviour_N=behaviour,
         groups_N=group_indices([c.question for c in completions], [c.modality for c in completions]),
     )
+
+
+def encode_batch(
+    model: SpeechModel, questions: Sequence[Question], warn: Callable[[str], None]
+) -> tuple[list[Question], list[Prompt], list[Prompt]]:
+    """(questions, spoken prompts, written prompts); an item that went bad since the start does not cost the batch.
+
+    Raises:
+        TrainingError: every item did.
+    """
+    kept: list[Question] = []
+    spoken: list[Prompt] = []
+    try:
+        kept, spoken = list(questions), model.encode_prompts(questions, Modality.SPEECH)
+    except UserError:
+        kept = []
+        for question in questions:
+            try:
+                spoken += model.encode_prompts([question], Modality.SPEECH)
+                kept.append(question)
+            except UserError as error:
+                warn(f"item {question.id!r} is left out of this step: {error}")
+    if not kept:
+        raise TrainingError("no recording of this step could be read; is the folder of --data still there?")
+    return kept, spoken, model.encode_prompts(kept, Modality.TEXT)
 
 
 def micro_batches(rollout: Rollout, config: TrainConfig) -> Iterator[slice]:
@@ -146,7 +183,6 @@ def update_policy(
     model: SpeechModel,
     optimizer: torch.optim.Optimizer,
     rollout: Rollout,
-    questions: Sequence[Question],
     scored: Scored | None,
     config: TrainConfig,
     timer: PhaseTimer,
@@ -168,7 +204,7 @@ def update_policy(
         prompts, completions = rollout.prompts[rows], rollout.completions[rows]
         if model.audio_is_trained:
             with timer.phase("encode"):
-                prompts = reencode_audio(model, prompts, completions, questions)
+                prompts = reencode_audio(model, prompts, completions, rollout.questions)
         with timer.phase("forward"):
             layout = model.lay_out(prompts, completions)
             with pooler.pooling(layout.cu_seqlens, positions=layout.positions):
@@ -204,6 +240,7 @@ def update_policy(
         old_logprobs = [loss.logprobs for loss in losses] if first else scored.logprobs
         metrics = loss_metrics(losses, old_logprobs, rollout, config)
         metrics["grad_norm"] = grad_norm.item()
+        check_agreement(metrics, config, model.module.dtype)
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             raise TrainingError(
                 f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite; lower --learning-rate; "
@@ -283,6 +320,18 @@ def loss_metrics(
     }
 
 
+def check_agreement(metrics: dict[str, float], config: TrainConfig, dtype: torch.dtype) -> None:
+    """Raises TrainingError where trainer and rollout engine compute two different policies."""
+    limit = config.max_logprob_diff or MAX_LOGPROB_DIFF[dtype]
+    if metrics["logprob_diff_mean"] > limit:
+        raise TrainingError(
+            f"trainer and rollout engine differ by {metrics['logprob_diff_mean']:.3g} nats a token (mean; most "
+            f"{metrics['logprob_diff_max']:.3g}), more than --max-logprob-diff {limit}. Likely causes: one of "
+            "them has other weights (replaced parameters, a stale prefix cache), another dtype or temperature, audio at other "
+            "places, or a wrong kernel; --engine transformers and --kernels reference tell them apart"
+        )
+
+
 def rollout_metrics(rollout: Rollout, scored: Scored) -> dict[str, float]:
     """Completion-level metrics by modality."""
     metrics: dict[str, float] = {}
@@ -349,7 +398,7 @@ def prepare_output(config: TrainConfig) -> None:
     """
     path = config.output_dir / "config.json"
     settings = config.to_json()
-    movable = {"output_dir", "resume", "device", "save_every"}
+    movable = {"output_dir", "resume", "device", "save_every", "audio_cache_gb", "audio_cache_dir", "audio_cache_dir_gb"}
     if config.resume:
         latest_checkpoint(config.output_dir)
         earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -403,12 +452,26 @@ def run_job(config: TrainConfig) -> int:
         config = dataclasses.replace(config, output_dir=Path("runs") / name)
     config = config.resolve(preset)
     device, dtype = choose_device(config.device, config.dtype, uses_lora=config.lora_rank > 0)
+    engine_name = choose_engine(config.engine, device)
+    if config.dry_run:
+        total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else available_bytes(device)
+        print(describe(plan_memory(config.workload(preset.load_architecture(), engine_name, dtype.itemsize), total)))
+        return 0
     training, held_out = load_data(config)
     torch.manual_seed(config.seed)
     adapter = latest_checkpoint(config.output_dir) if config.resume else None
-    source = adapter if adapter is not None and config.lora_rank == 0 else preset.source
-    model = load_model(config.as_preset(preset), str(source), device, dtype)
-    model.check_questions([*training, *held_out], config.max_new_tokens)
+    source = str(adapter) if adapter is not None and config.lora_rank == 0 else preset.source
+    prompts = load_prompt_format(config.as_preset(preset), source)
+    longest_prompt = prompts.check_questions([*training, *held_out], config.max_new_tokens)
+    settings = EngineSettings(
+        engine_name,
+        config.workload(Architecture.from_config(prompts.config), engine_name, dtype.itemsize, longest_prompt),
+        kv_cache_gb=config.kv_cache_gb,
+        cuda_graphs=config.cuda_graphs,
+    )
+    with explain_out_of_memory("loading the model"):
+        model, engine = load_policy(prompts, source, device, dtype, settings)
+    model.keep_audio(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
     text_similarity = load_text_similarity(config.behaviour_model, device)
     prepare_output(config)
     make_trainable(
@@ -419,27 +482,27 @@ def run_job(config: TrainConfig) -> int:
         gradient_checkpointing=config.gradient_checkpointing,
         adapter=adapter,
     )
-    engine = TransformersEngine(model, config.rollout_batch_size)
-    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.0, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(model.trainable_parameters(), config.weight_decay, config.seed)
     num_completed = load_trainer_state(adapter, optimizer) if adapter is not None else 0
 
     def evaluate_now() -> Evaluation:
-        return evaluate(
-            model,
-            engine,
-            text_similarity,
-            held_out,
-            max_new_tokens=config.max_new_tokens,
-            num_samples=config.eval_samples,
-            temperature=config.temperature,
-            seed=config.seed,
-        )
+        with explain_out_of_memory("evaluation"):
+            return evaluate(
+                model,
+                engine,
+                text_similarity,
+                held_out,
+                max_new_tokens=config.max_new_tokens,
+                num_samples=config.eval_samples,
+                temperature=config.temperature,
+                seed=config.seed,
+            )
 
     log = RunLog(config.output_dir, config.num_steps, num_completed)
     num_trainable = sum(parameter.numel() for parameter in model.trainable_parameters())
     log.say(
-        f"{config.model} on {device}, {dtype}, {model.module.config._attn_implementation} attention, {num_trainable:,} "
-        f"trainable parameters; {len(training)} training and {len(held_out)} evaluation items; writing to {config.output_dir}"
+        f"{config.model} on {device}, {dtype}, rollouts by {engine.name}, {num_trainable:,} trainable parameters; "
+        f"{len(training)} training and {len(held_out)} evaluation items; writing to {config.output_dir}"
     )
     before_path = config.output_dir / "items_before.json"
     if num_completed:
@@ -489,10 +552,12 @@ def run_steps(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
 
-        rollout = collect_rollout(model, engine, text_similarity, questions, config, step, timer)
+        rollout = collect_rollout(model, engine, text_similarity, questions, config, step, timer, log.warn)
         scored = None
         for _ in range(config.updates_per_rollout):
-            scored, metrics = update_policy(model, optimizer, rollout, questions, scored, config, timer)
+            scored, metrics = update_policy(model, optimizer, rollout, scored, config, timer)
+        # Gradients would stay beside the KV cache of the next rollout.
+        optimizer.zero_grad(set_to_none=True)
 
         metrics = {"step": step + 1, "learning_rate": config.learning_rate_at(step), **metrics}
         metrics |= rollout_metrics(rollout, scored) | timer.take()

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tars_fast.engine import Sampling, TransformersEngine
 from tars_fast.evaluation import Evaluation, evaluate, layer_cosines
 from tars_fast.rewards import HashedNgrams
+from tars_fast.sampling import Sampling
+from tars_fast.transformers_engine import TransformersEngine
 from tars_fast.types import Modality, UserError
 
 

@@ -10,11 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"types"},
-    {"answers", "advantages", "metrics", "config", "cli", "audio"},
-    {"data", "rewards", "models", "synthesis", "log"},
-    {"checkpoint", "engine"},
-    {"evaluation"},
-    {"train", "evaluate", "pocket"},
+    {"architecture", "answers", "advantages", "metrics", "cli", "audio", "audio_cache", "optimizer", "weights"},
+    {"memory"},
+    {"config", "log"},
+    {"data", "rewards", "prompts", "synthesis"},
+    {"models", "sampling"},
+    {"checkpoint", "transformers_engine", "vllm_engine"},
+    {"engine", "evaluation"},
+    {"train", "evaluate", "plan", "pocket"},
 ]
 """From the bottom up; a module imports from layers below its own only. The last are commands."""
 

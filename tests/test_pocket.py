@@ -13,9 +13,10 @@ from tars_fast.advantages import disagreeing_groups, group_indices
 from tars_fast.audio import SAMPLE_RATE, load_recording
 from tars_fast.config import ASSETS, PRESETS
 from tars_fast.data import HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA, load_questions
-from tars_fast.engine import Sampling, TransformersEngine
 from tars_fast.models import SpeechModel
 from tars_fast.rewards import answer_rewards
+from tars_fast.sampling import Sampling
+from tars_fast.transformers_engine import TransformersEngine
 from tars_fast.types import Modality
 
 MEGABYTE = 1e6
@@ -63,17 +64,21 @@ def test_takes_prompts_of_512_tokens(model):
     inputs = torch.randint(6, 300, (1, 512))
     output = model.module.generate(input_ids=inputs, max_new_tokens=8, do_sample=False)
     assert output.shape[1] > 512
-    assert model.max_tokens >= 512 + 40
+    assert model.prompts.max_tokens >= 512 + 40
 
 
 def test_prompts_and_audio_tokens_equal_the_processors_own(model):
     questions = load_questions(HELD_OUT_DATA)[:5]
     for question, prompt in zip(questions, model.encode_prompts(questions, Modality.SPEECH), strict=True):
         wave = load_recording(question.audio, 4.0)
-        rendered = model.render_prompt(question, Modality.SPEECH)
-        inputs = model.processor(text=[rendered], audio=[wave], sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        rendered = model.prompts.render(question, Modality.SPEECH)
+        inputs = model.prompts.processor(text=[rendered], audio=[wave], sampling_rate=SAMPLE_RATE, return_tensors="pt")
         assert prompt.token_ids == tuple(inputs.input_ids[0].tolist())
-        assert len(prompt.audio_embeddings) == prompt.token_ids.count(model.audio_token_id) == model._num_audio_tokens(wave)
+        assert (
+            len(prompt.audio_embeddings)
+            == prompt.token_ids.count(model.prompts.audio_token_id)
+            == model.prompts.num_audio_tokens(wave)
+        )
         # 25 audio tokens a second.
         assert len(prompt.audio_embeddings) == pytest.approx(25 * len(wave) / SAMPLE_RATE, abs=1)
 
@@ -127,8 +132,10 @@ def test_gap_before_training(model):
 
 def test_gap_is_repairable(model):
     """Supervised fine-tuning on speech alone, same checkpoint, brings speech to within 5 points of text."""
-    speech = pocket.synthesise_warm_up(model.processor, num_utterances=1500, seed=1)
-    pocket.train_thinking(model.module, model.processor, speech, num_steps=150, text_per_step=0, speech_per_step=16, seed=1)
+    speech = pocket.synthesise_warm_up(model.prompts.processor, num_utterances=1500, seed=1)
+    pocket.train_thinking(
+        model.module, model.prompts.processor, speech, num_steps=150, text_per_step=0, speech_per_step=16, seed=1
+    )
     questions = load_questions(HELD_OUT_DATA)
     text, _ = accuracy(model, questions, Modality.TEXT)
     spoken, _ = accuracy(model, questions, Modality.SPEECH)

@@ -11,22 +11,23 @@ import torch.nn.functional as F
 from tars_kernels import LayerPooler
 
 from tars_fast.advantages import centred_advantages, group_indices
-from tars_fast.engine import Sampling, TransformersEngine
 from tars_fast.log import PhaseTimer
 from tars_fast.models import SpeechModel
 from tars_fast.rewards import HashedNgrams, behaviour_rewards, choose_references, representation_rewards
+from tars_fast.sampling import Sampling
 from tars_fast.train import Rollout, collect_rollout, rollout_metrics, update_policy
+from tars_fast.transformers_engine import TransformersEngine
 from tars_fast.types import Completion, Modality, TrainingError
 
 
 def rollout_of(model: SpeechModel, questions, config, step: int = 0) -> Rollout:
     engine = TransformersEngine(model, config.rollout_batch_size)
-    return collect_rollout(model, engine, HashedNgrams(), questions, config, step, PhaseTimer(model.device))
+    return collect_rollout(model, engine, HashedNgrams(), questions, config, step, PhaseTimer(model.device), pytest.fail)
 
 
-def update(model: SpeechModel, rollout: Rollout, questions, config, scored=None, learning_rate: float = 0.0):
+def update(model: SpeechModel, rollout: Rollout, config, scored=None, learning_rate: float = 0.0):
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=learning_rate)
-    return update_policy(model, optimizer, rollout, questions, scored, config, PhaseTimer(model.device))
+    return update_policy(model, optimizer, rollout, scored, config, PhaseTimer(model.device))
 
 
 def gradients(model: SpeechModel) -> torch.Tensor:
@@ -38,7 +39,7 @@ def alone(model: SpeechModel, prompt, completion) -> tuple[torch.Tensor, torch.T
     ids = torch.tensor([prompt.token_ids + completion.token_ids])
     embeddings = model.module.get_input_embeddings()(ids)
     if prompt.audio_embeddings is not None:
-        where = ids[0, : len(prompt.token_ids)] == model.audio_token_id
+        where = ids[0, : len(prompt.token_ids)] == model.prompts.audio_token_id
         embeddings[0, : len(prompt.token_ids)][where] = prompt.audio_embeddings
     output = model.module(inputs_embeds=embeddings, output_hidden_states=True)
     start = len(prompt.token_ids)
@@ -73,7 +74,7 @@ def test_rollout_and_trainer_agree_token_by_token(model, questions, config):
     model.module.generation_config.update(**shipped)
     rollout = rollout_of(model, questions[:4], config)
     assert model.module.generation_config.repetition_penalty == 1.3
-    _, metrics = update(model, rollout, questions, config)
+    _, metrics = update(model, rollout, config)
     assert metrics["logprob_diff_max"] < 1e-4
     assert metrics["importance_ratio"] == pytest.approx(1.0, abs=1e-5)
     assert metrics["clip/low"] == metrics["clip/high"] == 0.0
@@ -113,7 +114,7 @@ def test_truncated_completions_earn_no_alignment_and_poison_nothing(model, quest
     rollout = dataclasses.replace(
         rollout, references=rebuilt, behaviour_N=behaviour_rewards(rollout.completions, rebuilt, HashedNgrams())
     )
-    scored, _ = update(model, rollout, questions, config)
+    scored, _ = update(model, rollout, config)
     assert torch.isfinite(scored.rewards_N).all()
     assert scored.representation_N[cut].tolist() == [0.0, 0.0] == rollout.behaviour_N[cut].tolist()
     group = rollout.groups_N == rollout.groups_N[cut[0]]
@@ -125,13 +126,13 @@ def test_normaliser_counts_tokens_after_masking(model, questions, config):
     """Defect 5: masking a completion must not dilute the gradient of the others."""
     rollout = rollout_of(model, questions[:2], config)
     assert not any(completion.truncated for completion in rollout.completions)
-    scored, _ = update(model, rollout, questions, config)
+    scored, _ = update(model, rollout, config)
     index = int(scored.advantages_N.abs().argmax())
     completions = list(rollout.completions)
     completions[index] = dataclasses.replace(completions[index], truncated=True)
     kept_tokens = rollout.num_tokens - len(completions[index].token_ids)
     masked = dataclasses.replace(rollout, completions=completions)
-    update(model, masked, questions, config, scored=scored)
+    update(model, masked, config, scored=scored)
     expected = torch.zeros(())
     for prompt, completion, advantage in zip(rollout.prompts, completions, scored.advantages_N, strict=True):
         if not completion.truncated:
@@ -145,7 +146,7 @@ def test_normaliser_counts_tokens_after_masking(model, questions, config):
 def test_only_speech_earns_alignment(model, questions, config):
     """Defect 6."""
     rollout = rollout_of(model, questions[:4], config)
-    scored, _ = update(model, rollout, questions, config)
+    scored, _ = update(model, rollout, config)
     is_text = torch.tensor([completion.modality is Modality.TEXT for completion in rollout.completions])
     assert scored.representation_N[is_text].abs().max() == 0
     assert rollout.behaviour_N[is_text].abs().max() == 0
@@ -160,7 +161,7 @@ def test_only_speech_earns_alignment(model, questions, config):
 def test_representation_reward_is_the_mean_over_layers_of_cosines(model, questions, config):
     """Equation of R_rep, from plain transformers' hidden states of each completion alone."""
     rollout = rollout_of(model, questions[:4], config)
-    scored, _ = update(model, rollout, questions, config)
+    scored, _ = update(model, rollout, config)
     index, reference = next((i, r) for i, r in enumerate(rollout.references) if r is not None)
     with torch.no_grad():
         _, speech = alone(model, rollout.prompts[index], rollout.completions[index])
@@ -185,7 +186,7 @@ def test_policy_is_one_and_the_same_in_rollout_reward_and_loss(lora_model, quest
     """Defect 9: no dropout anywhere, LoRA's included."""
     assert not any(module.training for module in lora_model.module.modules())
     rollout = rollout_of(lora_model, questions[:2], config)
-    _, metrics = update(lora_model, rollout, questions, config)
+    _, metrics = update(lora_model, rollout, config)
     assert metrics["logprob_diff_max"] < 1e-4
     assert not any(module.training for module in lora_model.module.modules())
 
@@ -198,7 +199,7 @@ def test_one_forward_a_micro_batch_and_no_kept_hidden_states(model, questions, c
     model.language_model.register_forward_hook(
         lambda _module, _args, kwargs, output: calls.append((torch.is_grad_enabled(), output.hidden_states)), with_kwargs=True
     )
-    update(model, rollout, questions, config)
+    update(model, rollout, config)
     assert calls == [(True, None)] * 2
 
 
@@ -207,7 +208,7 @@ def test_each_recording_goes_through_the_tower_once_a_step(model, questions, con
     heard = []
     model.module.model.audio_tower.register_forward_hook(lambda _module, args, _output: heard.append(len(args[0])))
     rollout = rollout_of(model, questions[:4], config)
-    update(model, rollout, questions, config)
+    update(model, rollout, config)
     assert sum(heard) == 4
 
 
@@ -218,7 +219,7 @@ def test_lora_never_touches_the_base(lora_model, questions, config):
     trained = {name: parameter.detach().clone() for name, parameter in named.items() if parameter.requires_grad}
     for step in range(2):
         rollout = rollout_of(lora_model, questions[:2], config, step)
-        update(lora_model, rollout, questions, config, learning_rate=0.1)
+        update(lora_model, rollout, config, learning_rate=0.1)
     assert all(torch.equal(named[name], value) for name, value in base.items())
     assert any(not torch.equal(named[name], value) for name, value in trained.items())
     layers = {name.split(".lora_")[0] for name in trained}
@@ -230,7 +231,7 @@ def test_lora_never_touches_the_base(lora_model, questions, config):
 @pytest.mark.parametrize("stop_token", ["<|im_end|>", "<|endoftext|>"])
 def test_every_stop_token_ends_a_completion(model, questions, stop_token):
     """Defect 14: a head that can only say this stop token ends each completion with it."""
-    stop_id = model.processor.tokenizer.convert_tokens_to_ids(stop_token)
+    stop_id = model.prompts.processor.tokenizer.convert_tokens_to_ids(stop_token)
     model.suppressed_bias.fill_(-1e4)
     model.suppressed_bias[stop_id] = 0.0
     prompts = model.encode_prompts(questions[:2], Modality.TEXT)
@@ -241,11 +242,11 @@ def test_every_stop_token_ends_a_completion(model, questions, stop_token):
 def test_the_policy_cannot_say_the_audio_token(model, questions, config):
     """The head is made to prefer `<|AUDIO|>` by far; it is never sampled, and the trainer agrees that it could not be."""
     with torch.no_grad():
-        model.head.weight[model.audio_token_id] = 50 * model.head.weight.mean(0)
-        model.head.weight[model.audio_token_id] += 50 * model.head.weight[model.stop_token_ids[-1]]
+        model.head.weight[model.prompts.audio_token_id] = 50 * model.head.weight.mean(0)
+        model.head.weight[model.prompts.audio_token_id] += 50 * model.head.weight[model.prompts.stop_token_ids[-1]]
     rollout = rollout_of(model, questions[:2], config)
-    assert all(model.audio_token_id not in completion.token_ids for completion in rollout.completions)
-    _, metrics = update(model, rollout, questions, config)
+    assert all(model.prompts.audio_token_id not in completion.token_ids for completion in rollout.completions)
+    _, metrics = update(model, rollout, config)
     assert metrics["logprob_diff_max"] < 1e-3
 
 
@@ -253,7 +254,7 @@ def test_the_policy_cannot_say_the_audio_token(model, questions, config):
 def test_audio_stands_at_prompt_positions_only(model, questions):
     """A completion that holds the audio token all the same keeps that token's own embedding there."""
     (prompt,) = model.encode_prompts(questions[:1], Modality.SPEECH)
-    tokens = (40, model.audio_token_id, 41, model.audio_token_id, 42)
+    tokens = (40, model.prompts.audio_token_id, 41, model.prompts.audio_token_id, 42)
     completion = Completion(0, Modality.SPEECH, tokens, (0.0,) * 5, "", truncated=False)
     layout = model.lay_out([prompt], [completion])
     states = model.forward(layout)
@@ -268,7 +269,7 @@ def test_result_does_not_depend_on_micro_batches(model, questions, config):
     seen = []
     for size in (1, 4):
         config = dataclasses.replace(config, questions_per_micro_batch=size)
-        scored, metrics = update(model, rollout, questions, config)
+        scored, metrics = update(model, rollout, config)
         seen.append((gradients(model).clone(), scored.rewards_N, metrics["loss"]))
     torch.testing.assert_close(seen[0][0], seen[1][0], atol=1e-6, rtol=1e-3)
     torch.testing.assert_close(seen[0][1], seen[1][1], atol=1e-5, rtol=0)
@@ -278,12 +279,12 @@ def test_result_does_not_depend_on_micro_batches(model, questions, config):
 def test_second_update_uses_the_first_ones_rewards_and_clips(model, questions, config):
     """Several updates per rollout: rewards and old log-probabilities stay, ratios move away from 1 until the clip holds."""
     rollout = rollout_of(model, questions[:4], config)
-    scored, first = update(model, rollout, questions, config, learning_rate=0.05)
-    again, second = update(model, rollout, questions, config, scored=scored, learning_rate=0.05)
+    scored, first = update(model, rollout, config, learning_rate=0.05)
+    again, second = update(model, rollout, config, scored=scored, learning_rate=0.05)
     assert again is scored
     assert first["clip/high"] == first["clip/low"] == 0.0
     for _ in range(4):
-        _, last = update(model, rollout, questions, config, scored=scored, learning_rate=0.5)
+        _, last = update(model, rollout, config, scored=scored, learning_rate=0.5)
     assert last["clip/high"] + last["clip/low"] > 0.0
     assert second["importance_ratio"] == pytest.approx(first["importance_ratio"], abs=1e-6)
 
@@ -291,7 +292,7 @@ def test_second_update_uses_the_first_ones_rewards_and_clips(model, questions, c
 def test_plain_grpo_ignores_alignment(model, questions, config):
     config = dataclasses.replace(config, representation_weight=0.0, behaviour_weight=0.0)
     rollout = rollout_of(model, questions[:4], config)
-    scored, _ = update(model, rollout, questions, config)
+    scored, _ = update(model, rollout, config)
     torch.testing.assert_close(scored.rewards_N, rollout.answers.base)
 
 
@@ -301,13 +302,13 @@ def test_nan_stops_training_before_the_weights_are_touched(model, questions, con
         model.head.weight[7] = torch.nan
     before = model.language_model.layers[0].mlp.up_proj.weight.clone()
     with pytest.raises(TrainingError, match="not finite"):
-        update(model, rollout, questions, config, learning_rate=0.1)
+        update(model, rollout, config, learning_rate=0.1)
     assert torch.equal(model.language_model.layers[0].mlp.up_proj.weight, before)
 
 
 def test_metrics_by_modality(model, questions, config):
     rollout = rollout_of(model, questions[:4], config)
-    scored, _ = update(model, rollout, questions, config)
+    scored, _ = update(model, rollout, config)
     metrics = rollout_metrics(rollout, scored)
     speech = [c for c in rollout.completions if c.modality is Modality.SPEECH]
     answers = [rollout.answers.accuracy[i].item() for i, c in enumerate(rollout.completions) if c.modality is Modality.SPEECH]
@@ -318,7 +319,7 @@ def test_metrics_by_modality(model, questions, config):
 def test_trained_audio_tower_gets_a_gradient(make_model, questions, config):
     model = make_model(freeze_audio=False)
     rollout = rollout_of(model, questions[:4], config)
-    update(model, rollout, questions[:4], config)
+    update(model, rollout, config)
     assert model.module.model.audio_tower.conv1.weight.grad.abs().max() > 0
 
 
@@ -329,10 +330,10 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make_model, questions
     recomputing.module.load_state_dict(plain.module.state_dict())
     rollout = rollout_of(plain, questions[:4], config)
     assert rollout_of(recomputing, questions[:4], config).completions == rollout.completions
-    expected, _ = update(plain, rollout, questions, config)
+    expected, _ = update(plain, rollout, config)
     runs = []
     recomputing.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    got, _ = update(recomputing, rollout, questions, config)
+    got, _ = update(recomputing, rollout, config)
     assert len(runs) == 2, "each layer runs once forward and once more for the backward pass"
     assert torch.equal(got.representation_N, expected.representation_N)
     torch.testing.assert_close(gradients(recomputing), gradients(plain), atol=1e-7, rtol=1e-5)

@@ -110,7 +110,7 @@ def test_checkpoint_loads_in_plain_transformers_and_has_learned(finished, model)
     folder = finished / "checkpoint-4"
     trained = Qwen2AudioForConditionalGeneration.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
-    assert processor.tokenizer.get_vocab() == model.processor.tokenizer.get_vocab()
+    assert processor.tokenizer.get_vocab() == model.prompts.processor.tokenizer.get_vocab()
     changed, unchanged = trained.state_dict(), model.module.state_dict()
     moved = {name for name, value in changed.items() if not torch.equal(value, unchanged[name])}
     assert moved
@@ -126,7 +126,7 @@ def test_same_seed_same_metrics_and_another_seed_others(finished, small_eval, tm
     assert read_metrics(tmp_path / "other")[0] != read_metrics(finished)[0]
 
 
-@pytest.mark.parametrize(("lora_rank", "dtype"), [(0, "float32"), (4, "float32"), (4, "bfloat16")])
+@pytest.mark.parametrize(("lora_rank", "dtype"), [(0, "float32"), (0, "bfloat16"), (4, "float32"), (4, "bfloat16")])
 def test_resumed_run_equals_unbroken_one(lora_rank, dtype, small_eval, tmp_path):
     config = small_config(tmp_path / "unbroken", small_eval, lora_rank=lora_rank, dtype=dtype)
     assert train(config) == 0
@@ -170,7 +170,8 @@ def run_interrupted(config: TrainConfig, during_step: int) -> int:
 
 
 def test_settings_that_cannot_go_together(small_eval, tmp_path):
-    for changes, flag in (({"dtype": "bfloat16"}, "--dtype"), ({"lora_rank": 4, "freeze_audio": False}, "--no-freeze-audio")):
+    forgetful = {"lora_rank": 0, "freeze_audio": False, "audio_cache_dir": tmp_path}
+    for changes, flag in ((forgetful, "--audio-cache-dir"), ({"lora_rank": 4, "freeze_audio": False}, "--no-freeze-audio")):
         with pytest.raises(UserError, match=flag):
             train(small_config(tmp_path / "run", small_eval, **changes))
 

@@ -1,0 +1,115 @@
+"""Audio embeddings by content: what a frozen tower heard once it need not hear again, in this run or the next."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tars_fast.types import UserError
+
+
+class AudioCache:
+    """Least recently used out first, in host memory and, where a folder is given, on disk too.
+
+    Args:
+        max_bytes: of embeddings kept in host memory.
+        folder: where embeddings outlive the process; None keeps them in memory only.
+        max_folder_bytes: of all files in `folder`; the ones longest unused are deleted first.
+        fingerprint: of the tower, which stands in the file names: another tower hears other things.
+    """
+
+    def __init__(self, max_bytes: int, folder: Path | None = None, max_folder_bytes: int = 0, fingerprint: str = ""):
+        self._max_bytes = max_bytes
+        self._folder = folder
+        self._max_folder_bytes = max_folder_bytes
+        self._fingerprint = fingerprint
+        self._held: OrderedDict[str, Tensor] = OrderedDict()
+        self._num_bytes = 0
+        self._digests: dict[tuple[Path, int, int], str] = {}
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--audio-cache-dir {folder}: cannot be made ({error.strerror}); name another") from error
+            self._folder_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+    def key(self, recording: Path) -> str:
+        """SHA-256 of the file's content; an unchanged file is read once a run.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            state = recording.stat()
+            place = (recording, state.st_mtime_ns, state.st_size)
+            if place not in self._digests:
+                self._digests[place] = hashlib.sha256(recording.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"{recording}: cannot be read ({error.strerror})") from error
+        return self._digests[place]
+
+    def get(self, key: str) -> Tensor | None:
+        """[A, D] on the host, or None."""
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        if self._folder is None or not (path := self._path(key)).is_file():
+            return None
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            embeddings = load_file(path)["embeddings"]
+        except (OSError, KeyError, SafetensorError):
+            # Half a file, or a foreign one: as good as none, and written again.
+            return None
+        path.touch()
+        self._hold(key, embeddings)
+        return embeddings
+
+    def put(self, key: str, embeddings: Tensor) -> None:
+        """Keep [A, D], moved to the host."""
+        embeddings = embeddings.detach().cpu()
+        self._hold(key, embeddings)
+        if self._folder is not None:
+            self._write(key, embeddings)
+
+    def _hold(self, key: str, embeddings: Tensor) -> None:
+        self._held[key] = embeddings
+        self._num_bytes += embeddings.nbytes
+        while self._num_bytes > self._max_bytes:
+            _, oldest = self._held.popitem(last=False)
+            self._num_bytes -= oldest.nbytes
+
+    def _write(self, key: str, embeddings: Tensor) -> None:
+        from safetensors.torch import save_file
+
+        path = self._path(key)
+        partial = path.with_suffix(".partial")
+        save_file({"embeddings": embeddings.contiguous()}, partial)
+        partial.replace(path)
+        self._folder_bytes += path.stat().st_size
+        if self._folder_bytes > self._max_folder_bytes:
+            kept = sorted(self._folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+            self._folder_bytes = sum(path.stat().st_size for path in kept)
+            # A tenth at a time, so that not every new recording lists the folder.
+            while kept and self._folder_bytes > 0.9 * self._max_folder_bytes:
+                self._folder_bytes -= kept[0].stat().st_size
+                kept.pop(0).unlink()
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{self._fingerprint}-{key}.safetensors"
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """Of weights, bit for bit, with their dtype and kind of device: what decides an embedding's every bit."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            digest.update(f"{name} {parameter.dtype} {parameter.device.type}".encode())
+            digest.update(parameter.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

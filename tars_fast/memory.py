@@ -1,0 +1,285 @@
+"""What a run will need of a GPU's memory, phase by phase, before anything is loaded; arithmetic only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tars_fast.architecture import Architecture
+from tars_fast.types import TrainingError
+
+GB = 10**9
+_USABLE = 0.95
+"""Of a GPU's memory; the rest goes to fragments of the allocator."""
+_CONTEXT_BYTES = int(0.8 * GB)
+"""CUDA context, cuBLAS workspaces and loaded kernels."""
+PREFILL_TOKENS = 2048
+"""Tokens of one forward pass of the engine, which bound its activations."""
+BLOCK_TOKENS = 32
+"""Tokens of a block of the KV cache; vLLM's CPU build takes multiples of 32 only."""
+ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM allocates adapter buffers for."""
+_LOGIT_TOKENS, _PRODUCT_TOKENS = 512, 1024
+"""Tokens whose logits and probabilities `tars_kernels.linear_policy_loss` holds at a time."""
+_PROMPT_TEXT_TOKENS = 150
+"""Of a prompt around its audio, where no data says better: the paper's instructions and a chat template."""
+
+SETTINGS_BY_PHASE = {
+    "loading the model": "--kv-cache-gb, or use --dtype bfloat16",
+    "encode": "--questions-per-step",
+    "rollout": "--kv-cache-gb, --rollout-batch-size or --max-new-tokens",
+    "reward": "--questions-per-step, or use --behaviour-model hashed-ngrams",
+    "forward": "--questions-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing",
+    "backward": "--questions-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing",
+    "optimiser": "--lora-rank (0 is full fine-tuning, the largest of all)",
+    "evaluation": "--rollout-batch-size or --max-new-tokens",
+}
+"""What to lower when memory runs out there."""
+
+
+@contextmanager
+def explain_out_of_memory(phase: str) -> Iterator[None]:
+    """Name phase and remedy when the block runs out of memory.
+
+    Raises:
+        TrainingError: in the place of torch's error; any other passes.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch's CPU allocator has no exception of its own.
+        told = str(error).lower()
+        if isinstance(error, MemoryError) or "out of memory" in told or "not enough memory" in told:
+            raise TrainingError(
+                f"out of memory in phase {phase!r}; lower {SETTINGS_BY_PHASE[phase]}; --dry-run shows what each phase needs"
+            ) from error
+        raise
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The settings that memory depends on."""
+
+    architecture: Architecture
+    engine: str
+    dtype_bytes: int
+    lora_rank: int
+    """0: full fine-tuning."""
+    group_size: int
+    max_new_tokens: int
+    longest_prompt: int
+    rollout_batch_size: int
+    """Completions in flight."""
+    questions_per_micro_batch: int = 1
+    gradient_checkpointing: bool = False
+    embedder_bytes: int = 0
+    """Text embedder of R_beh, on the same device."""
+    trains: bool = True
+    """False: evaluation only, without optimiser."""
+
+    @property
+    def weights(self) -> int:
+        text = self.architecture.num_text_parameters(padded=self.engine == "vllm")
+        return (text + self.architecture.num_audio_parameters) * self.dtype_bytes
+
+    @property
+    def num_trained(self) -> int:
+        if self.lora_rank:
+            return self.architecture.num_lora_parameters(self.lora_rank)
+        return self.architecture.num_text_parameters()
+
+    @property
+    def adapters(self) -> int:
+        """float32 masters, and with vLLM their copies in the weights' dtype, at a rank that vLLM knows."""
+        if not self.lora_rank:
+            return 0
+        rank = next((rank for rank in ENGINE_LORA_RANKS if rank >= self.lora_rank), self.lora_rank)
+        buffers = self.architecture.num_lora_parameters(rank) * self.dtype_bytes
+        return 4 * self.num_trained + (buffers if self.engine == "vllm" else 0)
+
+    @property
+    def optimiser(self) -> int:
+        """Two float32 moments a trained parameter."""
+        return 8 * self.num_trained if self.trains else 0
+
+    @property
+    def gradients(self) -> int:
+        return self.num_trained * (4 if self.lora_rank else self.dtype_bytes)
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """What no phase is without."""
+        parts = {"weights": self.weights, "adapters": self.adapters, "optimiser": self.optimiser}
+        return parts | {"text embedder": self.embedder_bytes, "CUDA context": _CONTEXT_BYTES}
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.architecture.kv_bytes_per_token(self.dtype_bytes)
+
+    @property
+    def sequence_bytes(self) -> int:
+        """KV cache of one longest prompt with one longest completion."""
+        return _blocks(self.longest_prompt + self.max_new_tokens) * self.kv_bytes_per_token
+
+    @property
+    def kv_needed(self) -> int:
+        """KV cache of all completions in flight; with vLLM those of one prompt share it."""
+        if self.engine != "vllm":
+            return self.rollout_batch_size * (self.longest_prompt + self.max_new_tokens) * self.kv_bytes_per_token
+        num_prompts = -(-self.rollout_batch_size // (self.group_size // 2))
+        # A completion starts in a block of its own, half filled by the prompt's end.
+        tokens = num_prompts * _blocks(self.longest_prompt) + self.rollout_batch_size * (
+            _blocks(self.max_new_tokens) + BLOCK_TOKENS
+        )
+        return max(tokens * self.kv_bytes_per_token, self.sequence_bytes + BLOCK_TOKENS * self.kv_bytes_per_token)
+
+    @property
+    def rollout_workspace(self) -> int:
+        """Activations of a prefill and the logits of one token of every sequence, as logits, float32 and probabilities."""
+        shape = self.architecture
+        tokens = max(PREFILL_TOKENS, self.longest_prompt + self.max_new_tokens)
+        prefill = tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size) * self.dtype_bytes
+        return prefill + self.rollout_batch_size * shape.vocabulary_size * (self.dtype_bytes + 12)
+
+    @property
+    def row_tokens(self) -> int:
+        """Of one prompt and the completions behind it."""
+        return self.longest_prompt + self.group_size // 2 * self.max_new_tokens
+
+    @property
+    def activations(self) -> int:
+        """Kept for the backward pass: every layer's input, and inside one layer (all layers without checkpointing) the rest."""
+        shape = self.architecture
+        rows = 2 * self.questions_per_micro_batch
+        tokens = rows * self.row_tokens
+        inside = tokens * (5 * shape.intermediate_size + 10 * shape.hidden_size) * self.dtype_bytes
+        if self.lora_rank:
+            # Adapters see their input in float32.
+            inside += tokens * (6 * shape.hidden_size + shape.intermediate_size) * 4
+        masks = 2 * rows * self.row_tokens**2 * self.dtype_bytes
+        layers = 1 if self.gradient_checkpointing else shape.num_layers
+        return shape.num_layers * tokens * shape.hidden_size * self.dtype_bytes + layers * inside + masks
+
+    @property
+    def logits(self) -> int:
+        """Of the fused loss, and the completion states with their gradient."""
+        shape = self.architecture
+        states = 2 * self.questions_per_micro_batch * self.group_size * self.max_new_tokens * shape.hidden_size
+        chunk = _LOGIT_TOKENS * 4 + _PRODUCT_TOKENS * self.dtype_bytes
+        return chunk * shape.vocabulary_size + states * self.dtype_bytes
+
+
+def _blocks(tokens: int) -> int:
+    """Rounded up to whole blocks of the KV cache."""
+    return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+def assumed_longest_prompt(architecture: Architecture) -> int:
+    """Where no data says better: the longest recording the model takes, inside the paper's instructions."""
+    return architecture.max_audio_tokens + _PROMPT_TEXT_TOKENS
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by phase and part on one GPU."""
+
+    workload: Workload
+    device_bytes: int
+    kv_cache: int
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def sequences_in_flight(self) -> int:
+        """Completions that the KV cache holds at their longest."""
+        workload = self.workload
+        return min(workload.rollout_batch_size, workload.rollout_batch_size * self.kv_cache // max(1, workload.kv_needed))
+
+    @property
+    def fits(self) -> bool:
+        enough_kv = self.kv_cache >= min(self.workload.kv_needed, self.workload.sequence_bytes)
+        return enough_kv and max(self.peaks.values()) <= _USABLE * self.device_bytes
+
+
+def plan_memory(workload: Workload, device_bytes: int, kv_cache: int | None = None) -> MemoryPlan:
+    """Peak memory of each phase, the KV cache sized by what the other parts leave free.
+
+    Args:
+        device_bytes: memory of the GPU.
+        kv_cache: bytes of the KV cache; None: what the completions in flight need, at most what is free.
+    """
+    rollout = workload.resident | {"activations": workload.rollout_workspace}
+    free = int(_USABLE * device_bytes) - sum(rollout.values())
+    if kv_cache is None:
+        kv_cache = max(0, min(workload.kv_needed, free))
+    training = workload.resident | {"gradients": workload.gradients, "activations": workload.activations}
+    # What the optimiser computes in float32, one parameter at a time, the embedding being the largest.
+    largest = workload.architecture.vocabulary_size * workload.architecture.hidden_size
+    step = {"update": 3 * 4 * largest if not workload.lora_rank else 4 * workload.num_trained}
+    phases = {
+        "loading": workload.resident,
+        "rollout": rollout | {"KV cache": kv_cache},
+        "forward and backward": training | {"logits": workload.logits},
+        "optimiser": workload.resident | {"gradients": workload.gradients} | step,
+    }
+    return MemoryPlan(workload, device_bytes, kv_cache, phases)
+
+
+def remedies(plan: MemoryPlan) -> list[str]:
+    """Changes of one setting under which the run fits, or, where none alone does, what each brings; the mildest first."""
+    workload = plan.workload
+    changes = {
+        "--questions-per-micro-batch 1": {"questions_per_micro_batch": 1},
+        "--gradient-checkpointing": {"gradient_checkpointing": True},
+        f"--rollout-batch-size {workload.group_size // 2}": {"rollout_batch_size": workload.group_size // 2},
+        f"--max-new-tokens {workload.max_new_tokens // 2}": {"max_new_tokens": workload.max_new_tokens // 2},
+        "--behaviour-model hashed-ngrams": {"embedder_bytes": 0},
+        "--dtype bfloat16": {"dtype_bytes": 2},
+        "--lora-rank 8": {"lora_rank": 8},
+    }
+    lines = []
+    for flags, change in changes.items():
+        if all(getattr(workload, name) == value for name, value in change.items()) or (workload.lora_rank and "lora" in flags):
+            continue
+        changed = plan_memory(dataclasses.replace(workload, **change), plan.device_bytes)
+        peak, before = max(changed.peaks.values()), max(plan.peaks.values())
+        if changed.fits or peak < before or changed.kv_cache > plan.kv_cache:
+            lines.append(f"{flags}: peak {peak / GB:.1f} GB, {'fits' if changed.fits else 'still too much'}")
+    return sorted(lines, key=lambda line: "still" in line)
+
+
+def describe(plan: MemoryPlan) -> str:
+    """The plan as text, in GB of 1e9 bytes, for small models in MB."""
+    workload = plan.workload
+    trained = f"LoRA rank {workload.lora_rank}" if workload.lora_rank else "full fine-tuning"
+    unit, name_of_unit = (GB, "GB (1e9 bytes)") if max(plan.peaks.values()) >= 10 * GB else (GB // 1000, "MB (1e6 bytes)")
+    lines = [
+        f"{trained}, rollouts by {workload.engine}, {workload.dtype_bytes} bytes a weight; prompts of up to "
+        f"{workload.longest_prompt} tokens, {workload.max_new_tokens} new ones; {workload.questions_per_micro_batch} x "
+        f"{workload.group_size} completions a micro-batch, gradient checkpointing "
+        f"{'on' if workload.gradient_checkpointing else 'off'}",
+        "",
+        f"{name_of_unit:<24}" + "".join(f"{phase:>22}" for phase in plan.phases),
+    ]
+    names = list(dict.fromkeys(name for parts in plan.phases.values() for name in parts))
+    for name in names:
+        cells = [f"{parts[name] / unit:22.2f}" if parts.get(name) else f"{'-':>22}" for parts in plan.phases.values()]
+        if any(parts.get(name) for parts in plan.phases.values()):
+            lines.append(f"{name:<24}" + "".join(cells))
+    lines.append(f"{'peak':<24}" + "".join(f"{peak / unit:22.2f}" for peak in plan.peaks.values()))
+    tokens = plan.kv_cache // workload.kv_bytes_per_token
+    lines += [
+        "",
+        f"KV cache: {plan.kv_cache / GB:.2f} GB, {tokens:,} tokens of {workload.kv_bytes_per_token / 1024:.0f} KiB; "
+        f"{plan.sequences_in_flight} of {workload.rollout_batch_size} completions in flight at full length",
+    ]
+    verdict = "fits in" if plan.fits else "does not fit in"
+    lines.append(f"{verdict} {plan.device_bytes / GB:.0f} GB, of which {_USABLE:.0%} are planned with")
+    if not plan.fits:
+        lines += ["", "what would help:", *(f"  {line}" for line in remedies(plan))]
+    return "\n".join(lines)

