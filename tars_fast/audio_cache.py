@@ -79,6 +79,8 @@ class AudioCache:
             self._write(key, embeddings)
 
     def _hold(self, key: str, embeddings: Tensor) -> None:
+        if key in self._held:
+            self._num_bytes -= self._held.pop(key).nbytes
         self._held[key] = embeddings
         self._num_bytes += embeddings.nbytes
         while self._num_bytes > self._max_bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -85,7 +86,7 @@ def run_evaluation(config: EvaluateConfig) -> int:
     with explain_out_of_memory("loading the model"):
         model, engine = load_policy(prompts, preset.source, device, dtype, EngineSettings(engine_name, workload))
     behaviour_model = preset.behaviour_model if config.behaviour_model == "auto" else config.behaviour_model
-    with explain_out_of_memory("evaluation"):
+    with closing(engine), explain_out_of_memory("evaluation"):
         evaluation = evaluate(
             model,
             engine,

@@ -39,6 +39,9 @@ SETTINGS_BY_PHASE = {
 """What to lower when memory runs out there."""
 
 
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
 @contextmanager
 def explain_out_of_memory(phase: str) -> Iterator[None]:
     """Name phase and remedy when the block runs out of memory.
@@ -51,7 +54,7 @@ def explain_out_of_memory(phase: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         # torch's CPU allocator has no exception of its own.
         told = str(error).lower()
-        if isinstance(error, MemoryError) or "out of memory" in told or "not enough memory" in told:
+        if isinstance(error, MemoryError) or any(words in told for words in _OUT_OF_MEMORY):
             raise TrainingError(
                 f"out of memory in phase {phase!r}; lower {SETTINGS_BY_PHASE[phase]}; --dry-run shows what each phase needs"
             ) from error

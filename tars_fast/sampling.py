@@ -44,6 +44,10 @@ class RolloutEngine(Protocol):
         """Give back what only `generate` needs (the KV cache) for the time of training; `generate` takes it again."""
         ...
 
+    def close(self) -> None:
+        """End the engine; another may be started in this process then."""
+        ...
+
 
 @dataclass(frozen=True)
 class Drawn:

@@ -25,7 +25,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -445,7 +445,7 @@ def train(config: TrainConfig) -> int:
 
 
 def run_job(config: TrainConfig) -> int:
-    """Load, evaluate, train, evaluate, report."""
+    """Check the data, load the policy, train it."""
     preset = find_preset(config.model)
     if config.output_dir is None:
         name = f"{config.model.strip('/').rpartition('/')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -471,6 +471,20 @@ def run_job(config: TrainConfig) -> int:
     )
     with explain_out_of_memory("loading the model"):
         model, engine = load_policy(prompts, source, device, dtype, settings)
+    with closing(engine):
+        return train_policy(config, model, engine, training, held_out, adapter)
+
+
+def train_policy(
+    config: TrainConfig,
+    model: SpeechModel,
+    engine: RolloutEngine,
+    training: Sequence[Question],
+    held_out: Sequence[Question],
+    adapter: Path | None,
+) -> int:
+    """Evaluate, train, evaluate, report; `adapter` is the checkpoint to continue from."""
+    device = model.device
     model.keep_audio(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
     text_similarity = load_text_similarity(config.behaviour_model, device)
     prepare_output(config)
@@ -501,7 +515,7 @@ def run_job(config: TrainConfig) -> int:
     log = RunLog(config.output_dir, config.num_steps, num_completed)
     num_trainable = sum(parameter.numel() for parameter in model.trainable_parameters())
     log.say(
-        f"{config.model} on {device}, {dtype}, rollouts by {engine.name}, {num_trainable:,} trainable parameters; "
+        f"{config.model} on {device}, {model.module.dtype}, rollouts by {engine.name}, {num_trainable:,} trainable parameters; "
         f"{len(training)} training and {len(held_out)} evaluation items; writing to {config.output_dir}"
     )
     before_path = config.output_dir / "items_before.json"

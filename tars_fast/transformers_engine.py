@@ -111,6 +111,9 @@ class TransformersEngine:
     def release_memory(self) -> None:
         """Nothing to give back: the cache of a batch goes with the batch."""
 
+    def close(self) -> None:
+        """Nothing to end."""
+
 
 @contextmanager
 def _bare_generation_config(model: SpeechModel, sampling: Sampling) -> Iterator[None]:

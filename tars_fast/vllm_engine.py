@@ -154,7 +154,7 @@ class VllmEngine:
         self._internals.release_kv_cache()
 
     def close(self) -> None:
-        """End the engine. The weights live on in `model`."""
+        """End vLLM, whose process-wide state allows one engine at a time. The weights live on in `model`."""
         self._internals.shutdown()
 
     def _check_prompt(self, number: int, prompt: Prompt, sampling: Sampling) -> None:

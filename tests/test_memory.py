@@ -1,0 +1,174 @@
+"""The memory plan against what is counted: parameters and buffers of real modules, known sizes, and what it advises."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+from tars_fast import plan as plan_command
+from tars_fast import train as train_command
+from tars_fast.architecture import QWEN2_AUDIO_7B, Architecture
+from tars_fast.config import PRESETS, TrainConfig
+from tars_fast.memory import GB, describe, plan_memory, remedies
+
+PAPER = TrainConfig(model="qwen2-audio-7b").resolve(PRESETS["qwen2-audio-7b"]).workload(QWEN2_AUDIO_7B, "vllm", 2)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("shape", ["pocket", "7b", "grouped"])
+def test_parameters_are_counted_exactly(shape):
+    """Against transformers' own module, built without memory."""
+    folder = PRESETS["pocket"].source
+    config = Qwen2AudioConfig.from_pretrained(folder)
+    if shape == "7b":
+        config = Qwen2AudioConfig()
+        sizes = {"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 156032, "num_hidden_layers": 32}
+        for name, value in (sizes | {"num_attention_heads": 32, "num_key_value_heads": 32}).items():
+            setattr(config.text_config, name, value)
+        config.text_config.layer_types = ["full_attention"] * 32
+    if shape == "grouped":
+        config.text_config.num_key_value_heads = 1
+    with init_empty_weights(include_buffers=False):
+        module = Qwen2AudioForConditionalGeneration(config)
+    architecture = Architecture.from_config(config)
+    if shape == "7b":
+        assert architecture == QWEN2_AUDIO_7B
+    assert architecture.num_text_parameters() == count(module.model.language_model) + count(module.lm_head)
+    assert architecture.num_audio_parameters == count(module.model.audio_tower) + count(module.model.multi_modal_projector)
+    if shape == "pocket":
+        assert Architecture.from_checkpoint(Path(folder)) == architecture
+
+
+def test_lora_and_optimiser_are_counted_exactly(make_model):
+    model = make_model(lora_rank=4)
+    optimizer = torch.optim.AdamW(model.trainable_parameters())
+    for parameter in model.trainable_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for name, value in state.items() if name.startswith("exp_avg")]
+    config = TrainConfig(lora_rank=4).resolve(PRESETS["pocket"])
+    workload = config.workload(PRESETS["pocket"].load_architecture(), "transformers", 4)
+    assert workload.num_trained == sum(parameter.numel() for parameter in model.trainable_parameters())
+    assert workload.adapters == sum(parameter.nbytes for parameter in model.trainable_parameters())
+    assert workload.optimiser == sum(value.nbytes for value in moments)
+    assert workload.weights + workload.adapters == sum(parameter.nbytes for parameter in model.module.parameters())
+
+
+def test_qwen2_audio_7b_has_its_known_size():
+    """8.40 B parameters, 16.8 GB in bf16; 512 KiB of keys and values a token (32 layers x 32 heads x 128 x 2 x 2 bytes)."""
+    assert PAPER.weights == pytest.approx(16.79 * GB, rel=1e-3)
+    assert PAPER.kv_bytes_per_token == 512 * 1024
+    plan = plan_memory(PAPER, 80 * GB)
+    assert plan.fits
+    assert plan.sequences_in_flight == 64
+    assert max(plan.peaks, key=plan.peaks.get) == "rollout"
+
+
+def test_the_target_of_24_gb():
+    """A LoRA step of 8 completions of 512 new tokens with 10 s of audio: weights once, KV cache only while sampling."""
+    workload = dataclasses.replace(PAPER, max_new_tokens=512, longest_prompt=400, rollout_batch_size=8, embedder_bytes=0)
+    assert max(plan_memory(workload, 24 * GB).peaks.values()) < 24 * GB
+
+
+def test_phases_hold_what_they_hold():
+    plan = plan_memory(PAPER, 80 * GB)
+    assert "KV cache" in plan.phases["rollout"]
+    assert not any("KV cache" in parts for phase, parts in plan.phases.items() if phase != "rollout")
+    assert all(parts["weights"] == PAPER.weights for parts in plan.phases.values()), "one copy in every phase"
+    assert "gradients" not in plan.phases["rollout"]
+
+
+@pytest.mark.parametrize(
+    ("change", "grows"),
+    [
+        ({"max_new_tokens": 2048}, ("rollout", "forward and backward")),
+        ({"questions_per_micro_batch": 2}, ("forward and backward",)),
+        ({"gradient_checkpointing": False}, ("forward and backward",)),
+        ({"rollout_batch_size": 128}, ("rollout",)),
+        ({"lora_rank": 0}, ("loading", "forward and backward", "optimiser")),
+        ({"dtype_bytes": 4}, ("loading", "rollout", "forward and backward")),
+    ],
+)
+def test_what_makes_a_phase_grow(change, grows):
+    huge = 10_000 * GB
+    before, after = plan_memory(PAPER, huge).peaks, plan_memory(dataclasses.replace(PAPER, **change), huge).peaks
+    assert all(after[phase] > before[phase] for phase in grows)
+    if change.keys() <= {"questions_per_micro_batch", "gradient_checkpointing", "rollout_batch_size"}:
+        assert all(after[phase] == before[phase] for phase in after if phase not in grows)
+
+
+def test_kv_cache_takes_what_is_free_and_no_more_than_needed():
+    roomy, tight = plan_memory(PAPER, 141 * GB), plan_memory(PAPER, 40 * GB)
+    assert roomy.kv_cache == PAPER.kv_needed
+    assert 0 < tight.kv_cache < PAPER.kv_needed
+    assert tight.fits, "fewer completions in flight, more waves"
+    assert tight.sequences_in_flight < 64
+    assert tight.peaks["rollout"] <= 0.95 * 40 * GB
+    assert plan_memory(PAPER, 80 * GB, kv_cache=5 * GB).kv_cache == 5 * GB
+
+
+def test_what_does_not_fit_comes_with_what_would():
+    full = dataclasses.replace(PAPER, lora_rank=0)
+    plan = plan_memory(full, 80 * GB)
+    assert not plan.fits
+    advice = remedies(plan)
+    assert advice[0].startswith("--lora-rank 8:")
+    assert advice[0].endswith("fits")
+    wasteful = dataclasses.replace(PAPER, gradient_checkpointing=False, questions_per_micro_batch=4)
+    fitting = [line for line in remedies(plan_memory(wasteful, 80 * GB)) if line.endswith("fits")]
+    assert any(line.startswith("--gradient-checkpointing") for line in fitting)
+    assert "does not fit in 80 GB" in describe(plan)
+
+
+def run_plan(monkeypatch, capsys, *flags: str) -> tuple[int, str]:
+    monkeypatch.setattr("sys.argv", ["plan", *flags])
+    status = plan_command.main()
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_plan_command_needs_no_network_and_says_whether_it_fits(monkeypatch, capsys):
+    status, output = run_plan(monkeypatch, capsys, "--model", "qwen2-audio-7b", "--gpu-memory", "80")
+    assert status == 0
+    assert re.search(r"^weights +16\.79 +16\.79 +16\.79 +16\.79$", output, re.MULTILINE)
+    assert "64 of 64 completions in flight" in output
+    status, output = run_plan(monkeypatch, capsys, "--lora-rank", "0", "--gpu-memory", "80")
+    assert status == 1
+    assert "what would help:" in output
+    status, output = run_plan(monkeypatch, capsys, "--gpu-memory", "-1")
+    assert status == 2
+    assert "--gpu-memory" in output
+
+
+def test_plan_reads_a_checkpoint_folder(monkeypatch, capsys, model, tmp_path):
+    model.module.save_pretrained(tmp_path)
+    status, output = run_plan(monkeypatch, capsys, "--model", str(tmp_path), "--dtype", "float32")
+    assert status == 0
+    weights = sum(parameter.nbytes for parameter in model.module.parameters()) / 1e6
+    shown = float(re.search(r"^weights +([0-9.]+)", output, re.MULTILINE).group(1))
+    assert shown == pytest.approx(weights, rel=0.01)
+
+
+def test_dry_run_prints_the_plan_and_loads_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("tars_fast.train.load_policy", lambda *_: pytest.fail("loaded weights"))
+    monkeypatch.setattr("sys.argv", ["train", "--model", "qwen2-audio-7b", "--dry-run", "--output-dir", str(tmp_path / "run")])
+    assert train_command.main() == 0
+    output = capsys.readouterr().out
+    assert "KV cache" in output
+    assert "forward and backward" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoints_preset_leaves_its_shape_to_the_config(tmp_path):
+    PRESETS["qwen2-audio-7b"].save(tmp_path)
+    assert "architecture" not in json.loads((tmp_path / "preset.json").read_text())
