@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from tars_fast.types import UserError
 
 
 class AudioCache:
-    """Least recently used out first, in host memory and, where a folder is given, on disk too.
+    """Least recently used out first, in host memory and, where a folder is given, on disk too, which runs may share.
 
     Args:
         max_bytes: of embeddings kept in host memory.
@@ -67,7 +69,8 @@ class AudioCache:
         except (OSError, KeyError, SafetensorError):
             # Half a file, or a foreign one: as good as none, and written again.
             return None
-        path.touch()
+        with suppress(FileNotFoundError):
+            os.utime(path)
         self._hold(key, embeddings)
         return embeddings
 
@@ -76,7 +79,9 @@ class AudioCache:
         embeddings = embeddings.detach().cpu()
         self._hold(key, embeddings)
         if self._folder is not None:
-            self._write(key, embeddings)
+            # A full disk, or a folder that went away, costs time, not the run.
+            with suppress(OSError):
+                self._write(key, embeddings)
 
     def _hold(self, key: str, embeddings: Tensor) -> None:
         if key in self._held:
@@ -91,17 +96,19 @@ class AudioCache:
         from safetensors.torch import save_file
 
         path = self._path(key)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")
         save_file({"embeddings": embeddings.contiguous()}, partial)
         partial.replace(path)
         self._folder_bytes += path.stat().st_size
         if self._folder_bytes > self._max_folder_bytes:
-            kept = sorted(self._folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-            self._folder_bytes = sum(path.stat().st_size for path in kept)
+            states = [(path.stat(), path) for path in self._folder.glob("*.safetensors")]
+            self._folder_bytes = sum(state.st_size for state, _ in states)
             # A tenth at a time, so that not every new recording lists the folder.
-            while kept and self._folder_bytes > 0.9 * self._max_folder_bytes:
-                self._folder_bytes -= kept[0].stat().st_size
-                kept.pop(0).unlink()
+            for state, oldest in sorted(states, key=lambda entry: entry[0].st_mtime_ns):
+                if self._folder_bytes <= 0.9 * self._max_folder_bytes:
+                    break
+                oldest.unlink(missing_ok=True)
+                self._folder_bytes -= state.st_size
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{self._fingerprint}-{key}.safetensors"

@@ -54,7 +54,11 @@ def save_checkpoint(output_dir: Path, num_completed: int, model: SpeechModel, op
     """
     target = output_dir / f"checkpoint-{num_completed}"
     with atomic_folder(target) as folder:
-        model.module.save_pretrained(folder)
+        # transformers clones tensors that share memory, as parameters that are views of an engine's do; on a GPU that would be
+        # a second copy beside the first, so they go through the host.
+        on_gpu = model.device.type == "cuda" and not getattr(model.module, "_hf_peft_config_loaded", False)
+        weights = {name: value.cpu() for name, value in model.module.state_dict().items()} if on_gpu else None
+        model.module.save_pretrained(folder, state_dict=weights)
         model.prompts.processor.save_pretrained(folder)
         model.prompts.preset.save(folder)
         torch.save({"num_completed": num_completed, "optimizer": optimizer.state_dict()}, folder / _STATE)

@@ -54,8 +54,23 @@ class Preset:
     """None: what config.json in the folder `source` says."""
 
     def load_architecture(self) -> Architecture:
-        """Without a network: known for a preset, else read from the checkpoint's folder."""
-        return self.architecture or Architecture.from_checkpoint(Path(self.source))
+        """Without a network: known for a preset, else read from the checkpoint's folder, or that of an adapter's base.
+
+        Raises:
+            UserError: an adapter whose base is neither a preset's model nor a folder.
+        """
+        if self.architecture is not None:
+            return self.architecture
+        adapter = Path(self.source) / "adapter_config.json"
+        if not adapter.is_file():
+            return Architecture.from_checkpoint(Path(self.source))
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        for preset in PRESETS.values():
+            if preset.source == base:
+                return preset.load_architecture()
+        if not (Path(base) / "config.json").is_file():
+            raise UserError(f"--model {self.source}: an adapter of {base}, which is not here; give the base itself")
+        return Architecture.from_checkpoint(Path(base))
 
     def save(self, folder: Path) -> None:
         """Leave a note beside a checkpoint, from which `find_preset` makes the same preset for it."""

@@ -30,15 +30,17 @@ class EngineSettings:
     cuda_graphs: bool = True
 
 
-def choose_engine(name: Literal["auto", "vllm", "transformers"], device: torch.device) -> Literal["vllm", "transformers"]:
-    """Resolve `auto`: on CUDA vLLM where a supported version of it is installed, else transformers.
+def choose_engine(
+    name: Literal["auto", "vllm", "transformers"], device: torch.device, dtype: torch.dtype, lora_rank: int
+) -> Literal["vllm", "transformers"]:
+    """Resolve `auto`: on CUDA vLLM where a supported version of it is installed and can serve the policy, else transformers.
 
     Raises:
         UserError: vLLM is asked for and cannot be used; says what to install.
     """
     if name == "transformers":
         return name
-    reason = unusable_because(device)
+    reason = unusable_because(device, dtype, lora_rank)
     if name == "vllm" and reason is not None:
         raise UserError(f"--engine vllm: {reason}")
     return "vllm" if reason is None and (name == "vllm" or device.type == "cuda") else "transformers"
@@ -67,7 +69,7 @@ def load_policy(
         raise UserError(
             f"--engine vllm: {plan.kv_cache / GB:.2f} GB of KV cache are {given}, a single completion of "
             f"{workload.longest_prompt + workload.max_new_tokens} tokens needs {workload.sequence_bytes / GB:.2f}; "
-            "lower --max-new-tokens, raise --kv-cache-gb, or see --dry-run"
+            "lower --max-new-tokens or raise --kv-cache-gb"
         )
     engine = VllmEngine(
         prompts,

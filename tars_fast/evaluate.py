@@ -49,6 +49,8 @@ class EvaluateConfig:
     """Completions in flight. None: the preset's."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """What generates. auto: on CUDA vLLM where it is installed, else transformers."""
+    kv_cache_gb: float | None = None
+    """vLLM's KV cache in GB (1e9 bytes). None: what the completions in flight need, at most what is free."""
     seed: int = 0
     """Of the sampled completions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -59,7 +61,11 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.reference_text_accuracy is not None and not 0 < self.reference_text_accuracy <= 1:
             raise UserError(f"--reference-text-accuracy {self.reference_text_accuracy}: a fraction above 0 and at most 1")
-        check_numbers(self, positive=("temperature", "rollout_batch_size", "max_new_tokens"), not_negative=("samples", "seed"))
+        check_numbers(
+            self,
+            positive=("temperature", "rollout_batch_size", "max_new_tokens", "kv_cache_gb"),
+            not_negative=("samples", "seed"),
+        )
         if self.output is not None and not self.output.parent.is_dir():
             raise UserError(f"--output {self.output}: no folder {self.output.parent}; make it first")
 
@@ -71,7 +77,7 @@ def run_evaluation(config: EvaluateConfig) -> int:
     max_new_tokens = config.max_new_tokens or preset.max_new_tokens
     prompts = load_prompt_format(preset, preset.source)
     longest_prompt = prompts.check_questions(questions, max_new_tokens)
-    engine_name = choose_engine(config.engine, device)
+    engine_name = choose_engine(config.engine, device, dtype, adapter_rank(preset.source))
     workload = Workload(
         architecture=Architecture.from_config(prompts.config),
         engine=engine_name,
@@ -84,7 +90,9 @@ def run_evaluation(config: EvaluateConfig) -> int:
         trains=False,
     )
     with explain_out_of_memory("loading the model"):
-        model, engine = load_policy(prompts, preset.source, device, dtype, EngineSettings(engine_name, workload))
+        model, engine = load_policy(
+            prompts, preset.source, device, dtype, EngineSettings(engine_name, workload, config.kv_cache_gb)
+        )
     behaviour_model = preset.behaviour_model if config.behaviour_model == "auto" else config.behaviour_model
     with closing(engine), explain_out_of_memory("evaluation"):
         evaluation = evaluate(

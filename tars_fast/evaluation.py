@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tars_kernels import LayerPooler, pooled_similarity
 
+from tars_fast.memory import EVALUATION_TOKENS
 from tars_fast.metrics import bootstrap_interval, mean, mean_difference, modality_recovery_rate, total
 from tars_fast.models import SpeechModel
 from tars_fast.rewards import TextSimilarity, answer_rewards
@@ -18,7 +19,7 @@ from tars_fast.types import Completion, Modality, Prompt, Question
 
 _ITEMS_AT_ONCE = 128
 """Items whose audio embeddings are held at a time; at 7B and 30 s that is 0.8 GB."""
-_ITEMS_PER_FORWARD = 16
+_MOST_ITEMS_PER_FORWARD = 16
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,15 @@ def layer_cosines(
     """[I, L] cosine between the pooled states of an item's spoken and written completions, each under its own prompt."""
     pooler = LayerPooler(model.language_model.layers, model.language_model.norm)
     num_items = len(prompts[Modality.SPEECH])
+    width = max(
+        len(prompt.token_ids) + len(completion.token_ids)
+        for modality in Modality
+        for prompt, completion in zip(prompts[modality], completions[modality], strict=True)
+    )
+    items_per_forward = min(_MOST_ITEMS_PER_FORWARD, max(1, EVALUATION_TOKENS // (2 * width)))
     rows = []
-    for start in range(0, num_items, _ITEMS_PER_FORWARD):
-        items = slice(start, start + _ITEMS_PER_FORWARD)
+    for start in range(0, num_items, items_per_forward):
+        items = slice(start, start + items_per_forward)
         chosen_prompts = [prompt for modality in Modality for prompt in prompts[modality][items]]
         layout = model.lay_out(chosen_prompts, [c for modality in Modality for c in completions[modality][items]])
         with pooler.pooling(layout.cu_seqlens, positions=layout.positions):
@@ -163,6 +170,7 @@ def _evaluate_slice(
             drawn = engine.generate(prompts[modality], numbers, sampling)
             accuracy = answer_rewards(drawn, questions).accuracy.view(len(questions), sampling.num_completions)
             sampled[modality] = accuracy.mean(1).numpy()
+    engine.release_memory()
     texts = {modality: tuple(completion.text for completion in completions[modality]) for modality in Modality}
     return Evaluation(
         speech_correct=rewards[Modality.SPEECH].accuracy.numpy(),

@@ -21,6 +21,12 @@ BLOCK_TOKENS = 32
 """Tokens of a block of the KV cache; vLLM's CPU build takes multiples of 32 only."""
 ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM allocates adapter buffers for."""
+_GRAPH_BYTES = int(0.6 * GB)
+"""Captured CUDA graphs and attention workspaces of the engine; an estimate."""
+EVALUATION_TOKENS = 16_384
+"""Tokens of one forward pass of the evaluation."""
+UPDATE_BYTES = 16
+"""A weight's share of what `StochasticAdamW` holds at once beside weights, gradients and moments."""
 _LOGIT_TOKENS, _PRODUCT_TOKENS = 512, 1024
 """Tokens whose logits and probabilities `tars_kernels.linear_policy_loss` holds at a time."""
 _PROMPT_TEXT_TOKENS = 150
@@ -56,7 +62,8 @@ def explain_out_of_memory(phase: str) -> Iterator[None]:
         told = str(error).lower()
         if isinstance(error, MemoryError) or any(words in told for words in _OUT_OF_MEMORY):
             raise TrainingError(
-                f"out of memory in phase {phase!r}; lower {SETTINGS_BY_PHASE[phase]}; --dry-run shows what each phase needs"
+                f"out of memory in phase {phase!r}; lower {SETTINGS_BY_PHASE[phase]}; "
+                "python -m tars_fast.plan shows what each phase needs"
             ) from error
         raise
 
@@ -98,8 +105,7 @@ class Workload:
         """float32 masters, and with vLLM their copies in the weights' dtype, at a rank that vLLM knows."""
         if not self.lora_rank:
             return 0
-        rank = next((rank for rank in ENGINE_LORA_RANKS if rank >= self.lora_rank), self.lora_rank)
-        buffers = self.architecture.num_lora_parameters(rank) * self.dtype_bytes
+        buffers = self.architecture.num_lora_parameters(engine_rank(self.lora_rank)) * self.dtype_bytes
         return 4 * self.num_trained + (buffers if self.engine == "vllm" else 0)
 
     @property
@@ -115,7 +121,8 @@ class Workload:
     def resident(self) -> dict[str, int]:
         """What no phase is without."""
         parts = {"weights": self.weights, "adapters": self.adapters, "optimiser": self.optimiser}
-        return parts | {"text embedder": self.embedder_bytes, "CUDA context": _CONTEXT_BYTES}
+        graphs = _GRAPH_BYTES if self.engine == "vllm" else 0
+        return parts | {"text embedder": self.embedder_bytes, "CUDA context": _CONTEXT_BYTES, "CUDA graphs": graphs}
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -123,8 +130,8 @@ class Workload:
 
     @property
     def sequence_bytes(self) -> int:
-        """KV cache of one longest prompt with one longest completion."""
-        return _blocks(self.longest_prompt + self.max_new_tokens) * self.kv_bytes_per_token
+        """KV cache of one longest prompt with one longest completion, and the block that vLLM keeps for itself."""
+        return (_blocks(self.longest_prompt + self.max_new_tokens) + BLOCK_TOKENS) * self.kv_bytes_per_token
 
     @property
     def kv_needed(self) -> int:
@@ -136,7 +143,7 @@ class Workload:
         tokens = num_prompts * _blocks(self.longest_prompt) + self.rollout_batch_size * (
             _blocks(self.max_new_tokens) + BLOCK_TOKENS
         )
-        return max(tokens * self.kv_bytes_per_token, self.sequence_bytes + BLOCK_TOKENS * self.kv_bytes_per_token)
+        return max((tokens + BLOCK_TOKENS) * self.kv_bytes_per_token, self.sequence_bytes)
 
     @property
     def rollout_workspace(self) -> int:
@@ -166,12 +173,25 @@ class Workload:
         return shape.num_layers * tokens * shape.hidden_size * self.dtype_bytes + layers * inside + masks
 
     @property
+    def evaluation_activations(self) -> int:
+        """Inside one layer, of spoken and written completions in one forward pass without gradient."""
+        shape = self.architecture
+        width = self.longest_prompt + self.max_new_tokens
+        tokens = max(EVALUATION_TOKENS, 2 * width)
+        return tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size + 2 * width) * self.dtype_bytes
+
+    @property
     def logits(self) -> int:
         """Of the fused loss, and the completion states with their gradient."""
         shape = self.architecture
         states = 2 * self.questions_per_micro_batch * self.group_size * self.max_new_tokens * shape.hidden_size
         chunk = _LOGIT_TOKENS * 4 + _PRODUCT_TOKENS * self.dtype_bytes
         return chunk * shape.vocabulary_size + states * self.dtype_bytes
+
+
+def engine_rank(rank: int) -> int:
+    """The smallest rank that vLLM has buffers for, beyond its largest the rank itself."""
+    return next((known for known in ENGINE_LORA_RANKS if known >= rank), rank)
 
 
 def _blocks(tokens: int) -> int:
@@ -221,12 +241,13 @@ def plan_memory(workload: Workload, device_bytes: int, kv_cache: int | None = No
     if kv_cache is None:
         kv_cache = max(0, min(workload.kv_needed, free))
     training = workload.resident | {"gradients": workload.gradients, "activations": workload.activations}
-    # What the optimiser computes in float32, one parameter at a time, the embedding being the largest.
+    # What `StochasticAdamW` computes in float32, one parameter at a time, the embedding being the largest.
     largest = workload.architecture.vocabulary_size * workload.architecture.hidden_size
-    step = {"update": 3 * 4 * largest if not workload.lora_rank else 4 * workload.num_trained}
+    step = {"update": 0 if workload.lora_rank or workload.dtype_bytes == 4 else UPDATE_BYTES * largest}
     phases = {
         "loading": workload.resident,
         "rollout": rollout | {"KV cache": kv_cache},
+        "evaluation": workload.resident | {"activations": workload.evaluation_activations},
         "forward and backward": training | {"logits": workload.logits},
         "optimiser": workload.resident | {"gradients": workload.gradients} | step,
     }

@@ -18,10 +18,11 @@ def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
         values: float32, any shape.
         generator: on the device of `values`.
     """
-    bits = values.view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    bits = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     # The lower half of a float32's bits is what bf16 drops; a carry out of it is rounding up. Masked, the cast is exact.
-    return ((bits + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+    # NaN and infinity get no noise, whose carry could make a number of them.
+    bits.masked_fill_(~values.isfinite(), 0).add_(values.view(torch.int32)).bitwise_and_(-(1 << 16))
+    return bits.view(torch.float32).bfloat16()
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -63,10 +64,13 @@ class StochasticAdamW(torch.optim.Optimizer):
                 gradient = parameter.grad.float()
                 state["exp_avg"].lerp_(gradient, 1 - beta1)
                 state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                step_size = group["lr"] / (1 - beta1 ** state["step"])
+                # Float32 temporaries are the step's peak memory; each goes before the next is made.
+                del gradient
                 deviation = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
+                step_size = group["lr"] / (1 - beta1 ** state["step"])
                 updated = parameter.float().mul_(1 - group["lr"] * group["weight_decay"])
                 updated.addcdiv_(state["exp_avg"], deviation, value=-step_size)
+                del deviation
                 parameter.copy_(stochastic_round(updated, generators[parameter.device]))
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -83,4 +87,6 @@ def make_optimizer(parameters: list[nn.Parameter], weight_decay: float, seed: in
     """AdamW for parameters of either dtype; the loop sets the learning rate of each step."""
     if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
         return StochasticAdamW(parameters, lr=0.0, weight_decay=weight_decay, seed=seed)
-    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)
+    # Fused needs no temporaries as large as all parameters; on a CPU there is no such kernel to gain from.
+    fused = all(parameter.is_cuda for parameter in parameters)
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=fused or None)

@@ -142,8 +142,11 @@ def base_of(source: str) -> str:
 
 
 def adapter_rank(source: str) -> int:
-    """Of a LoRA checkpoint; 0 for any other. Raises UserError where its description cannot be read."""
-    return _adapter_config(source).r if is_adapter(source) else 0
+    """Largest of a LoRA checkpoint; 0 for any other. Raises UserError where its description cannot be read."""
+    if not is_adapter(source):
+        return 0
+    config = _adapter_config(source)
+    return max([config.r, *config.rank_pattern.values()])
 
 
 def _adapter_config(source: str):

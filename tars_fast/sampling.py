@@ -36,8 +36,13 @@ class RolloutEngine(Protocol):
             questions: for each prompt, the question number its completions are to carry.
 
         Raises:
+            ValueError: a prompt that `refuses` gives a reason for.
             TrainingError: a log-probability was not finite.
         """
+        ...
+
+    def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
+        """Why `generate` would not take this prompt, or None."""
         ...
 
     def release_memory(self) -> None:
@@ -45,8 +50,15 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """End the engine; another may be started in this process then."""
+        """End the engine."""
         ...
+
+
+def too_long(prompt: Prompt, max_new_tokens: int, max_tokens: int) -> str | None:
+    """Why a completion would not fit behind the prompt, or None."""
+    if len(prompt.token_ids) + max_new_tokens <= max_tokens:
+        return None
+    return f"{len(prompt.token_ids)} tokens and {max_new_tokens} new ones are more than the engine's {max_tokens}"
 
 
 @dataclass(frozen=True)

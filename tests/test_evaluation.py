@@ -92,3 +92,30 @@ def test_a_failing_item_is_an_error_not_a_wrong_answer(model, questions):
             model, TransformersEngine(model, 16), HashedNgrams(), broken, max_new_tokens=40, num_samples=0, temperature=1.0,
             seed=0,
         )  # fmt: skip
+
+
+def test_the_engines_memory_is_free_while_states_are_compared(model, questions, monkeypatch):
+    """`layer_cosines` is a trainer's forward pass: the KV cache must be gone by then, whatever the size of the data."""
+    engine, order = TransformersEngine(model, 8), []
+    monkeypatch.setattr(engine, "release_memory", lambda: order.append("released"))
+    monkeypatch.setattr(model, "forward", lambda layout, forward=model.forward: order.append("forward") or forward(layout))
+    settings = {"max_new_tokens": 8, "num_samples": 1, "temperature": 1.0, "seed": 0}
+    evaluate(model, engine, HashedNgrams(), questions[:3], **settings)
+    assert order == ["released", "forward"]
+
+
+def test_a_forward_pass_of_the_evaluation_is_bounded(model, questions, monkeypatch):
+    """Few items at a time where prompts are long; the result is the same."""
+    engine = TransformersEngine(model, 8)
+    prompts = {modality: model.encode_prompts(questions, modality) for modality in Modality}
+    greedy = Sampling(num_completions=1, max_new_tokens=8, temperature=0.0, seed=0)
+    completions = {modality: engine.generate(prompts[modality], range(len(questions)), greedy) for modality in Modality}
+    expected = layer_cosines(model, prompts, completions)
+    sizes = []
+    monkeypatch.setattr("tars_fast.evaluation.EVALUATION_TOKENS", 400)
+    monkeypatch.setattr(
+        model, "forward", lambda layout, forward=model.forward: sizes.append(layout.token_ids.numel()) or forward(layout)
+    )
+    np.testing.assert_allclose(layer_cosines(model, prompts, completions), expected, atol=1e-5)
+    assert len(sizes) > 1
+    assert max(sizes) <= 400

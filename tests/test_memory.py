@@ -140,7 +140,7 @@ def run_plan(monkeypatch, capsys, *flags: str) -> tuple[int, str]:
 def test_plan_command_needs_no_network_and_says_whether_it_fits(monkeypatch, capsys):
     status, output = run_plan(monkeypatch, capsys, "--model", "qwen2-audio-7b", "--gpu-memory", "80")
     assert status == 0
-    assert re.search(r"^weights +16\.79 +16\.79 +16\.79 +16\.79$", output, re.MULTILINE)
+    assert re.search(r"^weights( +16\.79){5}$", output, re.MULTILINE)
     assert "64 of 64 completions in flight" in output
     status, output = run_plan(monkeypatch, capsys, "--lora-rank", "0", "--gpu-memory", "80")
     assert status == 1
@@ -159,6 +159,19 @@ def test_plan_reads_a_checkpoint_folder(monkeypatch, capsys, model, tmp_path):
     assert shown == pytest.approx(weights, rel=0.01)
 
 
+def test_plan_of_an_adapter_is_that_of_its_base(monkeypatch, capsys, make_model, tmp_path):
+    make_model(lora_rank=4).module.save_pretrained(tmp_path)
+    (tmp_path / "preset.json").write_text((Path(PRESETS["pocket"].source) / "preset.json").read_text())
+    status, output = run_plan(monkeypatch, capsys, "--model", str(tmp_path), "--lora-rank", "4", "--dtype", "float32")
+    assert status == 0
+    assert re.search(r"^weights +4\.7", output, re.MULTILINE)
+    adapter = json.loads((tmp_path / "adapter_config.json").read_text()) | {"base_model_name_or_path": "somebody/elses"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    status, output = run_plan(monkeypatch, capsys, "--model", str(tmp_path))
+    assert status == 2
+    assert "an adapter of somebody/elses" in output
+
+
 def test_dry_run_prints_the_plan_and_loads_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("tars_fast.train.load_policy", lambda *_: pytest.fail("loaded weights"))
     monkeypatch.setattr("sys.argv", ["train", "--model", "qwen2-audio-7b", "--dry-run", "--output-dir", str(tmp_path / "run")])
@@ -167,6 +180,9 @@ def test_dry_run_prints_the_plan_and_loads_nothing(monkeypatch, capsys, tmp_path
     assert "KV cache" in output
     assert "forward and backward" in output
     assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("sys.argv", [*train_command.sys.argv, "--kv-cache-gb", "3"])
+    assert train_command.main() == 0
+    assert "KV cache: 3.00 GB" in capsys.readouterr().out
 
 
 def test_a_checkpoints_preset_leaves_its_shape_to_the_config(tmp_path):

@@ -31,6 +31,12 @@ def test_what_bf16_holds_exactly_stays():
     assert torch.equal(stochastic_round(values, generator()).float(), values)
 
 
+def test_nan_stays_nan_whatever_its_bits():
+    """CUDA's own NaN has all bits set, where noise would carry into the sign."""
+    values = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1], dtype=torch.int32).view(torch.float32)
+    assert stochastic_round(values, generator()).isnan().all()
+
+
 @pytest.mark.parametrize("learning_rate", [1e-6, 1e-5])
 def test_realised_update_is_the_intended_one(learning_rate):
     """200 steps against the same steps in float64; plain rounding to the nearest, the control, loses nearly all of it."""
