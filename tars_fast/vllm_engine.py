@@ -209,7 +209,7 @@ class _AdapterBuffers:
     """The trainer's LoRA masters beside vLLM's buffers for them."""
 
     def __init__(self, module: nn.Module, internals: _Internals):
-        slot = internals.activate_empty_adapter()
+        internals.activate_empty_adapter()
         self._masters_a: list[Tensor] = []
         self._masters_b: list[Tensor] = []
         self._scalings: list[float] = []
@@ -220,22 +220,16 @@ class _AdapterBuffers:
                 continue
             (adapter,) = layer.lora_A
             place, stacked_before = engine_place(name, QWEN2_AUDIO)
-            wrapper = internals.module.get_submodule(place)
-            if (
-                not hasattr(wrapper, "lora_a_stacked")
-                or layer.use_dora.get(adapter, False)
-                or layer.lora_bias.get(adapter, False)
-            ):
-                raise UserError(
-                    f"--engine vllm: its adapters cannot do what this one does at {name}; use --engine transformers"
-                )
+            buffers = internals.adapter_buffers(place, len(stacked_before))
+            if buffers is None or layer.use_dora.get(adapter, False) or layer.lora_bias.get(adapter, False):
+                raise UserError(f"--engine vllm: it has no adapter of this kind at {name}; use --engine transformers")
             a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
             self._masters_a.append(a)
             self._masters_b.append(b)
             self._scalings.append(layer.scaling[adapter])
             # Buffers are sized for vLLM's next larger rank; the rest of them stays 0.
-            self._buffers_a.append(wrapper.lora_a_stacked[len(stacked_before)][slot, 0, : a.shape[0], : a.shape[1]])
-            self._buffers_b.append(wrapper.lora_b_stacked[len(stacked_before)][slot, 0, : b.shape[0], : b.shape[1]])
+            self._buffers_a.append(buffers[0][: a.shape[0], : a.shape[1]])
+            self._buffers_b.append(buffers[1][: b.shape[0], : b.shape[1]])
 
     @torch.no_grad()
     def write(self) -> None:
@@ -355,8 +349,8 @@ class _Internals:
         while core.scheduler.has_requests() or core.batch_queue:
             self.llm.llm_engine.step()
 
-    def activate_empty_adapter(self) -> int:
-        """Make vLLM believe in an adapter of zeros; returns the number of its slot in every layer's buffers."""
+    def activate_empty_adapter(self) -> None:
+        """Make vLLM believe in an adapter of zeros; it takes the only slot there is."""
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.lora_weights import LoRALayerWeights
 
@@ -367,7 +361,14 @@ class _Internals:
         weights = LoRALayerWeights(name, len(a), len(a), a.zero_(), b.zero_())
         manager.add_adapter(LoRAModel(_ADAPTER, len(a), {name: weights}))
         manager.activate_adapter(_ADAPTER)
-        return manager.lora_index_to_id.index(_ADAPTER)
+
+    def adapter_buffers(self, place: str, number: int) -> tuple[Tensor, Tensor] | None:
+        """([rank, inputs], [outputs, rank]) of the adapter of the `number`-th module fused at `place`, where vLLM has one."""
+        layer = self.module.get_submodule(place)
+        if not hasattr(layer, "lora_a_stacked"):
+            return None
+        # Leading dimensions: the slot, and one that vLLM keeps for its kernels.
+        return layer.lora_a_stacked[number][0, 0], layer.lora_b_stacked[number][0, 0]
 
     def release_kv_cache(self) -> None:
         if self._released:
