@@ -44,6 +44,7 @@ from tars_fast.rewards import answer_rewards
 from tars_fast.sampling import Sampling
 from tars_fast.train import Rollout, group_indices, update_policy
 from tars_fast.types import Modality, Prompt, Question
+from tars_fast.vllm_engine import VllmEngine, VllmSettings, unusable_because
 
 ARMS = ("shared", "shared_eager", "shared_no_adapter", "two_copies")
 QUESTION = Question(id="q", text="What is two plus three?", answer="five", choices=("four", "five"))
@@ -163,8 +164,6 @@ def run_shared(
     shape: Shape, source: str, device: torch.device, dtype: torch.dtype, num_steps: int, *, graphs: bool, lora_rank: int
 ) -> dict[str, object]:
     """Rollouts and, with an adapter, training steps of it."""
-    from tars_fast.vllm_engine import VllmEngine, VllmSettings
-
     prompts = load_prompt_format(PRESETS["pocket"], source)
     config = TrainConfig(
         lora_rank=8, max_new_tokens=shape.max_new_tokens, questions_per_micro_batch=1, rollout_batch_size=8,
@@ -172,7 +171,8 @@ def run_shared(
     ).resolve(PRESETS["pocket"])  # fmt: skip
     longest = shape.max_tokens - shape.max_new_tokens
     total = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 16 * GB
-    plan = plan_memory(config.workload(shape.architecture, "vllm", dtype.itemsize, longest_prompt=longest), total)
+    on_gpu = device.type == "cuda"
+    plan = plan_memory(config.workload(shape.architecture, "vllm", dtype.itemsize, longest, on_gpu=on_gpu), total)
     meter, seconds = MemoryMeter(), {}
     meter.start()
     with meter.watching("loading"), timed(seconds, "start"):
@@ -306,6 +306,10 @@ def main() -> None:
     if options.arm:
         print(json.dumps(run_arm(options.arm, SHAPES[options.shape], options.source, options.num_steps)))
         return
+    reason = unusable_because(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16, lora_rank=8)
+    if reason is not None:
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(2)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), options.shape)

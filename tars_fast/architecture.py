@@ -27,6 +27,8 @@ class Architecture:
     audio_intermediate_size: int
     audio_mel_bins: int
     audio_positions: int
+    max_tokens: int
+    """Longest prompt plus completion."""
 
     @classmethod
     def from_checkpoint(cls, folder: Path) -> Self:
@@ -52,6 +54,7 @@ class Architecture:
             audio_intermediate_size=audio.encoder_ffn_dim,
             audio_mel_bins=audio.num_mel_bins,
             audio_positions=audio.max_source_positions,
+            max_tokens=text.max_position_embeddings,
         )
 
     @property
@@ -108,4 +111,5 @@ QWEN2_AUDIO_7B = Architecture(
     audio_intermediate_size=5120,
     audio_mel_bins=128,
     audio_positions=1500,
+    max_tokens=8192,
 )

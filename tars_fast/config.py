@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from tars_fast.architecture import QWEN2_AUDIO_7B, Architecture
-from tars_fast.memory import Workload, assumed_longest_prompt
+from tars_fast.memory import ENGINE_LORA_RANKS, Workload, assumed_longest_prompt
 from tars_fast.types import UserError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -127,6 +127,9 @@ def find_preset(model: str) -> Preset:
             raise UserError(
                 f"--model {model}: its {PRESET_FILE} is not one of this version ({error}); remove the file"
             ) from error
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
+    if checkpoints:
+        raise UserError(f"--model {model}: the folder of a run; name one of its checkpoints, for example {checkpoints[-1]}")
     if (folder / "config.json").is_file():
         return dataclasses.replace(PRESETS["qwen2-audio-7b"], source=model, architecture=None)
     raise UserError(f"--model {model}: neither a preset ({', '.join(PRESETS)}) nor a folder that holds a checkpoint")
@@ -206,7 +209,7 @@ class TrainConfig:
     """What samples rollouts, on the weights being trained. auto: on CUDA vLLM where it is installed, else transformers."""
     kv_cache_gb: float | None = None
     """vLLM's KV cache in GB (1e9 bytes), there during rollouts only. None: what the completions in flight need, at most what
-    is free."""
+    is free; another size may draw other completions."""
     cuda_graphs: bool = True
     """vLLM replays captured graphs on CUDA, from 0.32 on; older versions could not give the KV cache back under them."""
     max_logprob_diff: float | None = None
@@ -263,9 +266,27 @@ class TrainConfig:
         return resolved
 
     def workload(
-        self, architecture: Architecture, engine: str, dtype_bytes: int, longest_prompt: int | None = None
+        self,
+        architecture: Architecture,
+        engine: str,
+        dtype_bytes: int,
+        longest_prompt: int | None = None,
+        *,
+        on_gpu: bool = True,
     ) -> Workload:
-        """What memory depends on, of resolved settings; `longest_prompt` (tokens) from the data where that is at hand."""
+        """What memory depends on, of resolved settings; `longest_prompt` (tokens) from the data where that is at hand.
+
+        Raises:
+            UserError: prompt and completion are longer than the model takes, or the engine has no such adapters.
+        """
+        longest_prompt = longest_prompt or assumed_longest_prompt(architecture)
+        if longest_prompt + self.max_new_tokens > architecture.max_tokens:
+            raise UserError(
+                f"--max-new-tokens {self.max_new_tokens}: with a prompt of {longest_prompt} tokens more than the model's "
+                f"{architecture.max_tokens}; lower it"
+            )
+        if engine == "vllm" and self.lora_rank > ENGINE_LORA_RANKS[-1]:
+            raise UserError(f"--lora-rank {self.lora_rank}: vLLM takes at most {ENGINE_LORA_RANKS[-1]}; lower it")
         return Workload(
             architecture=architecture,
             engine=engine,
@@ -273,11 +294,12 @@ class TrainConfig:
             lora_rank=self.lora_rank,
             group_size=self.group_size,
             max_new_tokens=self.max_new_tokens,
-            longest_prompt=longest_prompt or assumed_longest_prompt(architecture),
+            longest_prompt=longest_prompt,
             rollout_batch_size=self.rollout_batch_size,
             questions_per_micro_batch=self.questions_per_micro_batch,
             gradient_checkpointing=self.gradient_checkpointing,
             embedder_bytes=0 if self.behaviour_model == "hashed-ngrams" else _EMBEDDER_BYTES,
+            on_gpu=on_gpu,
         )
 
     def as_preset(self, preset: Preset) -> Preset:

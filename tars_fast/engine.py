@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from tars_fast.memory import GB, Workload, plan_memory
+from tars_fast.memory import GB, Workload, plan_memory, size
 from tars_fast.models import SpeechModel, load_module
 from tars_fast.prompts import PromptFormat, is_adapter
 from tars_fast.sampling import RolloutEngine
@@ -67,8 +67,8 @@ def load_policy(
     if plan.kv_cache < workload.sequence_bytes:
         given = "free for it here" if kv_cache is None else "given by --kv-cache-gb"
         raise UserError(
-            f"--engine vllm: {plan.kv_cache / GB:.2f} GB of KV cache are {given}, a single completion of "
-            f"{workload.longest_prompt + workload.max_new_tokens} tokens needs {workload.sequence_bytes / GB:.2f}; "
+            f"--engine vllm: {size(plan.kv_cache)} of KV cache are {given}, a single completion of "
+            f"{workload.longest_prompt + workload.max_new_tokens} tokens needs {size(workload.sequence_bytes)}; "
             "lower --max-new-tokens or raise --kv-cache-gb"
         )
     engine = VllmEngine(

@@ -88,6 +88,7 @@ def run_evaluation(config: EvaluateConfig) -> int:
         longest_prompt=longest_prompt,
         rollout_batch_size=config.rollout_batch_size or preset.rollout_batch_size,
         trains=False,
+        on_gpu=device.type == "cuda",
     )
     with explain_out_of_memory("loading the model"):
         model, engine = load_policy(

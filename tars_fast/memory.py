@@ -37,8 +37,8 @@ SETTINGS_BY_PHASE = {
     "encode": "--questions-per-step",
     "rollout": "--kv-cache-gb, --rollout-batch-size or --max-new-tokens",
     "reward": "--questions-per-step, or use --behaviour-model hashed-ngrams",
-    "forward": "--questions-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing",
-    "backward": "--questions-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing",
+    "forward": "--questions-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing True",
+    "backward": "--questions-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing True",
     "optimiser": "--lora-rank (0 is full fine-tuning, the largest of all)",
     "evaluation": "--rollout-batch-size or --max-new-tokens",
 }
@@ -88,6 +88,7 @@ class Workload:
     """Text embedder of R_beh, on the same device."""
     trains: bool = True
     """False: evaluation only, without optimiser."""
+    on_gpu: bool = True
 
     @property
     def weights(self) -> int:
@@ -121,8 +122,9 @@ class Workload:
     def resident(self) -> dict[str, int]:
         """What no phase is without."""
         parts = {"weights": self.weights, "adapters": self.adapters, "optimiser": self.optimiser}
-        graphs = _GRAPH_BYTES if self.engine == "vllm" else 0
-        return parts | {"text embedder": self.embedder_bytes, "CUDA context": _CONTEXT_BYTES, "CUDA graphs": graphs}
+        context = _CONTEXT_BYTES if self.on_gpu else 0
+        graphs = _GRAPH_BYTES if self.on_gpu and self.engine == "vllm" else 0
+        return parts | {"embedder of R_beh": self.embedder_bytes, "CUDA context": context, "CUDA graphs": graphs}
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -211,6 +213,8 @@ class MemoryPlan:
     workload: Workload
     device_bytes: int
     kv_cache: int
+    given_kv_cache: int | None
+    """As the user set it."""
     phases: dict[str, dict[str, int]]
 
     @property
@@ -225,8 +229,9 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        enough_kv = self.kv_cache >= min(self.workload.kv_needed, self.workload.sequence_bytes)
-        return enough_kv and max(self.peaks.values()) <= _USABLE * self.device_bytes
+        # vLLM lets completions wait for room in its cache; transformers runs a batch whole.
+        least = self.workload.sequence_bytes if self.workload.engine == "vllm" else self.workload.kv_needed
+        return self.kv_cache >= least and max(self.peaks.values()) <= _USABLE * self.device_bytes
 
 
 def plan_memory(workload: Workload, device_bytes: int, kv_cache: int | None = None) -> MemoryPlan:
@@ -234,47 +239,94 @@ def plan_memory(workload: Workload, device_bytes: int, kv_cache: int | None = No
 
     Args:
         device_bytes: memory of the GPU.
-        kv_cache: bytes of the KV cache; None: what the completions in flight need, at most what is free.
+        kv_cache: bytes of vLLM's KV cache; None: what the completions in flight need, at most what is free.
     """
+    given = kv_cache
     rollout = workload.resident | {"activations": workload.rollout_workspace}
     free = int(_USABLE * device_bytes) - sum(rollout.values())
-    if kv_cache is None:
+    if workload.engine != "vllm":
+        kv_cache = workload.kv_needed
+    elif kv_cache is None:
         kv_cache = max(0, min(workload.kv_needed, free))
     training = workload.resident | {"gradients": workload.gradients, "activations": workload.activations}
     # What `StochasticAdamW` computes in float32, one parameter at a time, the embedding being the largest.
     largest = workload.architecture.vocabulary_size * workload.architecture.hidden_size
-    step = {"update": 0 if workload.lora_rank or workload.dtype_bytes == 4 else UPDATE_BYTES * largest}
+    step = {"float32 update": 0 if workload.lora_rank or workload.dtype_bytes == 4 else UPDATE_BYTES * largest}
     phases = {
         "loading": workload.resident,
         "rollout": rollout | {"KV cache": kv_cache},
-        "evaluation": workload.resident | {"activations": workload.evaluation_activations},
+        "comparing states": workload.resident | {"activations": workload.evaluation_activations},
         "forward and backward": training | {"logits": workload.logits},
         "optimiser": workload.resident | {"gradients": workload.gradients} | step,
     }
-    return MemoryPlan(workload, device_bytes, kv_cache, phases)
+    return MemoryPlan(workload, device_bytes, kv_cache, given, phases)
 
 
 def remedies(plan: MemoryPlan) -> list[str]:
-    """Changes of one setting under which the run fits, or, where none alone does, what each brings; the mildest first."""
+    """What to change so that the run fits: single settings where one is enough, else the fewest that do together.
+
+    The mildest come first: those that change neither the method nor its rewards.
+    """
     workload = plan.workload
+    half = workload.max_new_tokens // 2
     changes = {
         "--questions-per-micro-batch 1": {"questions_per_micro_batch": 1},
-        "--gradient-checkpointing": {"gradient_checkpointing": True},
+        "--gradient-checkpointing True": {"gradient_checkpointing": True},
         f"--rollout-batch-size {workload.group_size // 2}": {"rollout_batch_size": workload.group_size // 2},
-        f"--max-new-tokens {workload.max_new_tokens // 2}": {"max_new_tokens": workload.max_new_tokens // 2},
-        "--behaviour-model hashed-ngrams": {"embedder_bytes": 0},
         "--dtype bfloat16": {"dtype_bytes": 2},
-        "--lora-rank 8": {"lora_rank": 8},
+        "--lora-rank 8": {"lora_rank": workload.lora_rank or 8},
+        "--behaviour-model hashed-ngrams": {"embedder_bytes": 0},
+        f"--max-new-tokens {half}": {"max_new_tokens": half},
+        f"--max-new-tokens {half // 2}": {"max_new_tokens": half // 2},
     }
-    lines = []
-    for flags, change in changes.items():
-        if all(getattr(workload, name) == value for name, value in change.items()) or (workload.lora_rank and "lora" in flags):
-            continue
-        changed = plan_memory(dataclasses.replace(workload, **change), plan.device_bytes)
-        peak, before = max(changed.peaks.values()), max(plan.peaks.values())
-        if changed.fits or peak < before or changed.kv_cache > plan.kv_cache:
-            lines.append(f"{flags}: peak {peak / GB:.1f} GB, {'fits' if changed.fits else 'still too much'}")
-    return sorted(lines, key=lambda line: "still" in line)
+    open_changes = {
+        flag: change
+        for flag, change in changes.items()
+        if any(getattr(workload, name) != value for name, value in change.items())
+    }
+
+    def with_changes(*applied: dict[str, object], kv_cache: int | None) -> MemoryPlan:
+        merged = {name: value for change in applied for name, value in change.items()}
+        return plan_memory(dataclasses.replace(workload, **merged), plan.device_bytes, kv_cache)
+
+    def told(flags: str, changed: MemoryPlan) -> str:
+        return f"{flags}: peak {size(max(changed.peaks.values()))}, fits"
+
+    found = []
+    if plan.given_kv_cache is not None and (sized := with_changes(kv_cache=None)).fits:
+        found.append(told(f"without --kv-cache-gb ({size(sized.kv_cache)} then)", sized))
+    for flag, change in open_changes.items():
+        changed = with_changes(change, kv_cache=plan.given_kv_cache)
+        if changed.fits:
+            found.append(told(flag, changed))
+    if found:
+        return found
+    applied: dict[str, dict[str, object]] = {}
+    for flag, change in open_changes.items():
+        applied[flag] = change
+        together = with_changes(*applied.values(), kv_cache=None)
+        if together.fits:
+            # Whatever turns out not to be needed goes again.
+            for name in list(applied)[:-1]:
+                fewer = {other: kept for other, kept in applied.items() if other != name}
+                if (smaller := with_changes(*fewer.values(), kv_cache=None)).fits:
+                    applied, together = fewer, smaller
+            flags = [flag for flag in applied if not any(_replaces(other, flag) for other in applied)]
+            return [told(" ".join(flags), together)]
+    least = with_changes(*open_changes.values(), kv_cache=None).workload
+    stays = f"{size(sum(least.resident.values()))} stay at the least, {size(least.weights)} of them weights"
+    return [f"no setting: {stays}, beside which each phase needs room of its own"]
+
+
+def _replaces(other: str, flag: str) -> bool:
+    """A later, lower value of the same setting."""
+    (name, value), (other_name, other_value) = flag.split(), other.split()
+    return name == other_name and value.isdigit() and int(other_value) < int(value)
+
+
+def size(num_bytes: int) -> str:
+    """With its unit, in powers of ten."""
+    return f"{num_bytes / GB:.2f} GB" if num_bytes >= GB else f"{num_bytes / 10**6:.2f} MB"
 
 
 def describe(plan: MemoryPlan) -> str:
@@ -299,11 +351,11 @@ def describe(plan: MemoryPlan) -> str:
     tokens = plan.kv_cache // workload.kv_bytes_per_token
     lines += [
         "",
-        f"KV cache: {plan.kv_cache / GB:.2f} GB, {tokens:,} tokens of {workload.kv_bytes_per_token / 1024:.0f} KiB; "
+        f"KV cache: {size(plan.kv_cache)}, {tokens:,} tokens of {workload.kv_bytes_per_token / 1024:.0f} KiB; "
         f"{plan.sequences_in_flight} of {workload.rollout_batch_size} completions in flight at full length",
     ]
     verdict = "fits in" if plan.fits else "does not fit in"
-    lines.append(f"{verdict} {plan.device_bytes / GB:.0f} GB, of which {_USABLE:.0%} are planned with")
+    lines.append(f"{verdict} {size(plan.device_bytes)}, of which {_USABLE:.0%} are planned with")
     if not plan.fits:
         lines += ["", "what would help:", *(f"  {line}" for line in remedies(plan))]
     return "\n".join(lines)

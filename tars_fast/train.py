@@ -36,7 +36,7 @@ from torch import Tensor
 from tars_fast.advantages import centred_advantages, disagreeing_groups, group_indices
 from tars_fast.architecture import Architecture
 from tars_fast.checkpoint import latest_checkpoint, list_checkpoints, load_trainer_state, save_checkpoint, write_atomically
-from tars_fast.cli import INTERRUPTED, run_command
+from tars_fast.cli import FAILED, INTERRUPTED, run_command
 from tars_fast.config import TrainConfig, find_preset
 from tars_fast.data import (
     HELD_OUT_DATA,
@@ -147,6 +147,10 @@ def collect_rollout(
     )
 
 
+class UnusableBatchError(TrainingError):
+    """A step has nothing to train on; model and optimiser are as sound as before."""
+
+
 def encode_batch(
     model: SpeechModel,
     engine: RolloutEngine,
@@ -157,7 +161,7 @@ def encode_batch(
     """(questions, spoken prompts, written prompts); an item that went bad since the start does not cost the batch.
 
     Raises:
-        TrainingError: every item did.
+        UnusableBatchError: every item did.
     """
     try:
         spoken: list[Prompt | None] = [*model.encode_prompts(questions, Modality.SPEECH)]
@@ -176,7 +180,10 @@ def encode_batch(
             warn(f"item {question.id!r} is left out of this step: {reason}")
     kept = [number for number, reason in enumerate(reasons) if reason is None]
     if not kept:
-        raise TrainingError("no recording of this step could be used; is the folder of --data still there?")
+        raise UnusableBatchError(
+            "no recording of this step could be used; is the folder of --data still there? The last step is saved: put the "
+            "recordings back and continue with --resume"
+        )
     questions = [questions[number] for number in kept]
     return questions, [spoken[number] for number in kept], model.encode_prompts(questions, Modality.TEXT)
 
@@ -335,9 +342,10 @@ def check_agreement(metrics: dict[str, float], config: TrainConfig, dtype: torch
     if metrics["logprob_diff_mean"] > limit:
         raise TrainingError(
             f"trainer and rollout engine differ by {metrics['logprob_diff_mean']:.3g} nats a token (mean; most "
-            f"{metrics['logprob_diff_max']:.3g}), more than --max-logprob-diff {limit}. Likely causes: one of "
-            "them has other weights (replaced parameters, a stale prefix cache), another dtype or temperature, audio at other "
-            "places, or a wrong kernel; --engine transformers and --kernels reference tell them apart"
+            f"{metrics['logprob_diff_max']:.3g}), more than --max-logprob-diff {limit}. Likely causes: one of them has other "
+            "weights (replaced parameters, a stale prefix cache), another dtype or temperature, audio at other places, or a "
+            "wrong kernel; --engine transformers and --kernels reference tell them apart. Only where all of that is ruled out "
+            "is it rounding, and the setting to be raised"
         )
 
 
@@ -399,29 +407,28 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question]]:
     return training, held_out
 
 
-def prepare_output(config: TrainConfig) -> None:
-    """Make the output folder and write config.json.
-
-    Raises:
-        UserError: the folder holds another run, or with --resume one whose settings differ.
-    """
-    path = config.output_dir / "config.json"
+def check_output(config: TrainConfig) -> None:
+    """Raises UserError where the folder holds another run, or with --resume one whose settings differ."""
     settings = config.to_json()
     movable = {"output_dir", "resume", "device", "save_every", "audio_cache_gb", "audio_cache_dir", "audio_cache_dir_gb"}
     if config.resume:
         latest_checkpoint(config.output_dir)
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = json.loads((config.output_dir / "config.json").read_text(encoding="utf-8"))
         changed = sorted(name for name in settings if name not in movable and earlier.get(name) != settings[name])
         if changed:
             listed = ", ".join(f"{name} {earlier.get(name)} -> {settings[name]}" for name in changed)
             raise UserError(f"--resume: the settings differ from those of the run ({listed}); give the same ones")
     elif list_checkpoints(config.output_dir):
         raise UserError(f"--output-dir {config.output_dir}: already holds a run; add --resume or name another folder")
+
+
+def prepare_output(config: TrainConfig) -> None:
+    """Make the output folder and write config.json. Raises UserError where it cannot be made."""
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {config.output_dir}: cannot be made ({error.strerror}); name another folder") from error
-    write_atomically(path, json.dumps(settings, indent=2) + "\n")
+    write_atomically(config.output_dir / "config.json", json.dumps(config.to_json(), indent=2) + "\n")
 
 
 def check_progress(log: RunLog, metrics: dict[str, float], history: list[dict[str, float]]) -> None:
@@ -464,17 +471,21 @@ def run_job(config: TrainConfig) -> int:
     engine_name = choose_engine(config.engine, device, dtype, config.lora_rank)
     if config.dry_run:
         total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else available_bytes(device)
-        workload = config.workload(preset.load_architecture(), engine_name, dtype.itemsize)
-        print(describe(plan_memory(workload, total, None if config.kv_cache_gb is None else int(config.kv_cache_gb * GB))))
-        return 0
+        workload = config.workload(preset.load_architecture(), engine_name, dtype.itemsize, on_gpu=device.type == "cuda")
+        plan = plan_memory(workload, total, None if config.kv_cache_gb is None else int(config.kv_cache_gb * GB))
+        print(describe(plan))
+        return 0 if plan.fits else FAILED
     training, held_out = load_data(config)
     adapter = latest_checkpoint(config.output_dir) if config.resume else None
     source = str(adapter) if adapter is not None and config.lora_rank == 0 else preset.source
     prompts = load_prompt_format(config.as_preset(preset), source)
     longest_prompt = prompts.check_questions([*training, *held_out], config.max_new_tokens)
+    check_output(config)
     settings = EngineSettings(
         engine_name,
-        config.workload(Architecture.from_config(prompts.config), engine_name, dtype.itemsize, longest_prompt),
+        config.workload(
+            Architecture.from_config(prompts.config), engine_name, dtype.itemsize, longest_prompt, on_gpu=device.type == "cuda"
+        ),
         kv_cache_gb=config.kv_cache_gb,
         cuda_graphs=config.cuda_graphs,
     )
@@ -577,7 +588,11 @@ def run_steps(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
 
-        rollout = collect_rollout(model, engine, text_similarity, questions, config, step, timer, log.warn)
+        try:
+            rollout = collect_rollout(model, engine, text_similarity, questions, config, step, timer, log.warn)
+        except UnusableBatchError:
+            save_checkpoint(config.output_dir, step, model, optimizer)
+            raise
         scored = None
         for _ in range(config.updates_per_rollout):
             scored, metrics = update_policy(model, optimizer, rollout, scored, config, timer)

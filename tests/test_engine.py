@@ -249,3 +249,32 @@ def test_a_run_goes_on_without_the_bad_item(own_data, tmp_path, monkeypatch, cap
     assert train(dataclasses.replace(config, questions_per_step=11)) == 0
     assert f"item {victim.id!r} is left out of this step" in " ".join(capsys.readouterr().out.split())
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_whose_recordings_are_gone_keeps_its_last_step(tmp_path, own_data, monkeypatch):
+    """All recordings vanish after the second step: that step is saved, and the run continues once they are back."""
+    evaluation = tmp_path / "evaluation"
+    shutil.copytree(own_data, evaluation)
+    lines = (own_data / "items.jsonl").read_text().splitlines()
+    (own_data / "items.jsonl").write_text("\n".join(lines[:8]) + "\n")
+    (evaluation / "items.jsonl").write_text("\n".join(lines[8:]) + "\n")
+    config = TrainConfig(
+        data=own_data, eval_data=evaluation, output_dir=tmp_path / "run", num_steps=4, questions_per_step=2,
+        eval_samples=0, device="cpu", audio_cache_gb=0.0,
+    )  # fmt: skip
+    original = train_command.encode_batch
+    calls = []
+
+    def vanishing(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            (own_data / "training").rename(own_data / "elsewhere")
+        return original(*arguments)
+
+    monkeypatch.setattr(train_command, "encode_batch", vanishing)
+    with pytest.raises(TrainingError, match=r"no recording of this step could be used.*--resume"):
+        train(config)
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    (own_data / "elsewhere").rename(own_data / "training")
+    assert train(dataclasses.replace(config, resume=True)) == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
