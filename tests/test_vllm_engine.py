@@ -166,6 +166,22 @@ def test_completions_carry_question_modality_and_truncation(engine, questions):
     assert all(completion.text.endswith("</answer>") for completion in finished)
 
 
+def test_every_stop_token_ends_a_completion(full_engine, questions):
+    bias = full_engine.model.suppressed_bias
+    before = bias.clone()
+    prompts = prompts_of(full_engine, questions[:1])
+    try:
+        for stop in full_engine.model.prompts.stop_token_ids:
+            bias.fill_(-1e4)
+            bias[stop] = 0.0
+            for completion in full_engine.generate(prompts, range(2), SAMPLED):
+                assert completion.token_ids == (stop,)
+                assert not completion.truncated
+                assert completion.text == ""
+    finally:
+        bias.copy_(before)
+
+
 def test_the_policy_cannot_say_the_audio_token(full_engine, questions):
     model = full_engine.model
     audio_token = model.prompts.audio_token_id
