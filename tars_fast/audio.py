@@ -34,7 +34,9 @@ def load_recording(path: Path, max_seconds: float) -> np.ndarray:
         wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, TypeError) as error:
         # TypeError: a headerless .raw file, whose rate nobody knows.
-        raise UserError(f"recording {path}: cannot be decoded ({error}); use wav, flac, ogg or mp3") from error
+        raise UserError(
+            f"recording {path}: cannot be decoded ({error}); use wav, flac, ogg or mp3, whole and undamaged"
+        ) from error
     wave = wave.mean(axis=1)
     if not np.isfinite(wave).all():
         raise UserError(f"recording {path}: holds NaN or infinite samples; write it again from its source")

@@ -33,10 +33,7 @@ class AudioCache:
         self._num_bytes = 0
         self._digests: dict[tuple[Path, int, int], str] = {}
         if folder is not None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"--audio-cache-dir {folder}: cannot be made ({error.strerror}); name another") from error
+            make_cache_folder(folder)
             self._folder_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
     def key(self, recording: Path) -> str:
@@ -61,13 +58,16 @@ class AudioCache:
             return self._held[key]
         if self._folder is None or not (path := self._path(key)).is_file():
             return None
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            embeddings = load_file(path)["embeddings"]
-        except (OSError, KeyError, SafetensorError):
+            with safe_open(path, framework="pt") as file:
+                embeddings = file.get_tensor("embeddings")
+                written = (file.metadata() or {}).get("sha256")
+        except (OSError, SafetensorError):
             # Half a file, or a foreign one: as good as none, and written again.
+            return None
+        if written != hashlib.sha256(_bytes(embeddings)).hexdigest():
             return None
         with suppress(FileNotFoundError):
             os.utime(path)
@@ -80,7 +80,9 @@ class AudioCache:
         self._hold(key, embeddings)
         if self._folder is not None:
             # A full disk, or a folder that went away, costs time, not the run.
-            with suppress(OSError):
+            from safetensors import SafetensorError
+
+            with suppress(OSError, SafetensorError):
                 self._write(key, embeddings)
 
     def _hold(self, key: str, embeddings: Tensor) -> None:
@@ -97,7 +99,8 @@ class AudioCache:
 
         path = self._path(key)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({"embeddings": embeddings.contiguous()}, partial)
+        checksum = hashlib.sha256(_bytes(embeddings)).hexdigest()
+        save_file({"embeddings": embeddings.contiguous()}, partial, metadata={"sha256": checksum})
         partial.replace(path)
         self._folder_bytes += path.stat().st_size
         if self._folder_bytes > self._max_folder_bytes:
@@ -114,11 +117,24 @@ class AudioCache:
         return self._folder / f"{self._fingerprint}-{key}.safetensors"
 
 
+def make_cache_folder(folder: Path) -> None:
+    """Raises UserError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--audio-cache-dir {folder}: cannot be made ({error.strerror}); name another") from error
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Of a tensor on the host, in any dtype."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def fingerprint(*modules: nn.Module) -> str:
     """Of weights, bit for bit, with their dtype and kind of device: what decides an embedding's every bit."""
     digest = hashlib.sha256()
     for module in modules:
         for name, parameter in module.named_parameters():
             digest.update(f"{name} {parameter.dtype} {parameter.device.type}".encode())
-            digest.update(parameter.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
+            digest.update(_bytes(parameter.detach().cpu()))
     return digest.hexdigest()[:16]

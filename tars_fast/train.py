@@ -35,6 +35,7 @@ from torch import Tensor
 
 from tars_fast.advantages import centred_advantages, disagreeing_groups, group_indices
 from tars_fast.architecture import Architecture
+from tars_fast.audio_cache import make_cache_folder
 from tars_fast.checkpoint import latest_checkpoint, list_checkpoints, load_trainer_state, save_checkpoint, write_atomically
 from tars_fast.cli import FAILED, INTERRUPTED, run_command
 from tars_fast.config import TrainConfig, find_preset
@@ -481,6 +482,8 @@ def run_job(config: TrainConfig) -> int:
     prompts = load_prompt_format(config.as_preset(preset), source)
     longest_prompt = prompts.check_questions([*training, *held_out], config.max_new_tokens)
     check_output(config)
+    if config.audio_cache_dir is not None:
+        make_cache_folder(config.audio_cache_dir)
     settings = EngineSettings(
         engine_name,
         config.workload(

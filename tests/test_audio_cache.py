@@ -100,17 +100,28 @@ def test_another_tower_hears_for_itself(make_model, questions, tmp_path):
     assert fingerprint(linear) != fingerprint(nn.Linear(4, 4).to(torch.bfloat16))
 
 
-def test_half_a_file_is_heard_again_and_replaced(make_model, questions, tmp_path):
+@pytest.mark.parametrize("damage", ["half", "one bit"])
+def test_a_damaged_file_is_heard_again_and_replaced(make_model, questions, tmp_path, damage):
     model = make_model()
     model.keep_audio(2**20, tmp_path, 2**30)
     expected = model._hear([questions[0].audio])[0]
     (path,) = tmp_path.glob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:50])
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(path.read_bytes()[:50] if damage == "half" else content)
     again = make_model()
     again.keep_audio(2**20, tmp_path, 2**30)
     assert torch.equal(again._hear([questions[0].audio])[0], expected)
     third = AudioCache(2**20, tmp_path, 2**30, path.name.split("-")[0])
     assert torch.equal(third.get(third.key(questions[0].audio)), expected)
+
+
+def test_a_folder_that_goes_away_costs_time_and_not_the_run(make_model, questions, tmp_path):
+    model = make_model()
+    model.keep_audio(0, tmp_path / "cache", 2**30)
+    shutil.rmtree(tmp_path / "cache")
+    expected = make_model()._hear([questions[0].audio])[0]
+    assert torch.equal(model._hear([questions[0].audio])[0], expected)
 
 
 def test_the_folder_is_bounded_too(tmp_path):
