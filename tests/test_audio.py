@@ -102,7 +102,7 @@ def test_refuses_what_is_not_audio(tmp_path, content):
     path.write_bytes(content)
     message = refusal(path)
     assert "cannot be decoded" in message
-    assert message.endswith("use wav, flac, ogg or mp3")
+    assert message.endswith("use wav, flac, ogg or mp3, whole and undamaged")
 
 
 @pytest.mark.parametrize("rate", [SAMPLE_RATE, 44_100])
