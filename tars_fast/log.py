@@ -46,17 +46,23 @@ class PhaseTimer:
         return taken
 
 
-_ROWS = (
-    ("accuracy", "accuracy/speech", "accuracy/text"),
-    ("format", "format/speech", "format/text"),
-    ("R_rep, R_beh", "reward/representation", "reward/behaviour"),
-    ("entropy (nats)", "entropy/speech", "entropy/text"),
-    ("length (tokens)", "length/speech", "length/text"),
-    ("cut off", "truncated/speech", "truncated/text"),
-    ("groups that disagree", "disagreeing/speech", "disagreeing/text"),
-    ("clipped low, high", "clip/low", "clip/high"),
-    ("gradient norm, rate", "grad_norm", "learning_rate"),
-    ("|trainer - rollout| mean, max", "logprob_diff_mean", "logprob_diff_max"),
+_BY_MODALITY = (
+    ("accuracy", "accuracy"),
+    ("format", "format"),
+    ("reward", "reward"),
+    ("entropy (nats)", "entropy"),
+    ("length (tokens)", "length"),
+    ("cut off", "truncated"),
+    ("groups that disagree", "disagreeing"),
+)
+_OF_THE_STEP = (
+    ("R_rep", "reward/representation"),
+    ("R_beh", "reward/behaviour"),
+    ("clipped below", "clip/low"),
+    ("clipped above", "clip/high"),
+    ("|trainer - rollout| (nats)", "logprob_diff_mean"),
+    ("gradient norm", "grad_norm"),
+    ("learning rate", "learning_rate"),
 )
 
 
@@ -104,7 +110,7 @@ class RunLog:
                 self._seconds[name.removeprefix("seconds/")].append(value)
         self._progress.update(self._task, completed=metrics["step"])
         if self.console.is_terminal:
-            self._live.update(Group(self._progress, self._table(metrics)))
+            self._live.update(Group(self._progress, *self._tables(metrics)))
         else:
             seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
             self.say(
@@ -123,17 +129,22 @@ class RunLog:
     def warn(self, message: str) -> None:
         self.say(f"[yellow]warning:[/yellow] {message}")
 
-    def _table(self, metrics: Mapping[str, float]) -> Table:
-        table = Table(box=None, pad_edge=False)
-        table.add_column("")
-        table.add_column("speech", justify="right")
-        table.add_column("text", justify="right")
-        for title, *names in _ROWS:
-            table.add_row(title, *(f"{metrics[name]:.4g}" for name in names))
+    def _tables(self, metrics: Mapping[str, float]) -> Iterator[Table]:
+        modalities = Table(box=None, pad_edge=False)
+        for title in ("", "speech", "text"):
+            modalities.add_column(title, justify="right" if title else "left", min_width=8)
+        for title, name in _BY_MODALITY:
+            modalities.add_row(title, *(f"{metrics[f'{name}/{modality}']:.4g}" for modality in ("speech", "text")))
+        yield modalities
+        rest = Table(box=None, pad_edge=False, show_header=False)
+        rest.add_column("")
+        rest.add_column("", justify="right")
+        for title, name in _OF_THE_STEP:
+            rest.add_row(title, f"{metrics[name]:.4g}")
         for name, value in metrics.items():
             if name.startswith("seconds/"):
-                table.add_row(f"{name.removeprefix('seconds/')} (s)", f"{value:.2f}", "")
-        return table
+                rest.add_row(f"{name.removeprefix('seconds/')} (s)", f"{value:.2f}")
+        yield rest
 
 
 def print_summary(log: RunLog, evaluation: Mapping[str, Mapping], output_dir: Path) -> None:

@@ -363,3 +363,20 @@ def test_evaluate_command_reads_a_checkpoint(finished, small_eval, tmp_path):
     assert report["speech_accuracy"] == after["speech_accuracy"]
     assert report["layer_cosine"] == pytest.approx(after["layer_cosine"], abs=1e-6)
     assert report["mrr"] == pytest.approx(200 * report["speech_accuracy"])
+
+
+def test_the_live_tables_put_every_figure_under_its_own_name(finished, tmp_path):
+    """Speech and text side by side; what belongs to the step as a whole stands below, with a name of its own."""
+    from rich.console import Console, Group
+
+    metrics = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(Group(*RunLog(tmp_path, 10, 0)._tables(metrics)))
+    rows = [line.split() for line in capture.get().splitlines() if line.strip()]
+    assert rows[0] == ["speech", "text"]
+    assert [f"{metrics[f'accuracy/{modality}']:.4g}" for modality in ("speech", "text")] == rows[1][1:]
+    shown = {" ".join(row[:-1]): row[-1] for row in rows}
+    for title, name in (("R_rep", "reward/representation"), ("R_beh", "reward/behaviour"), ("gradient norm", "grad_norm")):
+        assert shown[title] == f"{metrics[name]:.4g}"
+    assert shown["rollout (s)"] == f"{metrics['seconds/rollout']:.2f}"
