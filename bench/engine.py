@@ -26,7 +26,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,7 @@ from tars_fast.rewards import answer_rewards
 from tars_fast.sampling import Sampling
 from tars_fast.train import Rollout, group_indices, update_policy
 from tars_fast.types import Modality, Prompt, Question
-from tars_fast.vllm_engine import VllmEngine, VllmSettings, unusable_because
+from tars_fast.vllm_engine import VllmEngine, VllmSettings, as_request, unusable_because
 
 ARMS = ("shared", "shared_eager", "shared_no_adapter", "two_copies")
 QUESTION = Question(id="q", text="What is two plus three?", answer="five", choices=("four", "five"))
@@ -265,13 +264,7 @@ def run_two_copies(shape: Shape, source: str, device: torch.device, dtype: torch
             module = Qwen2AudioForConditionalGeneration._from_config(prompts.config, dtype=dtype, attn_implementation="sdpa")
     model = SpeechModel(module.eval(), prompts)
     distinct = make_prompts(model, shape.audio_seconds)
-    spoken, written = distinct
-    audio_token = prompts.audio_token_id
-    collapsed = [token for token, run in groupby(spoken.token_ids) for token in ([token] if token == audio_token else run)]
-    requests = [
-        {"prompt_token_ids": collapsed, "multi_modal_data": {"audio": [spoken.audio_embeddings.cpu()]}},
-        {"prompt_token_ids": list(written.token_ids)},
-    ]
+    requests = [as_request(number, prompt, prompts.audio_token_id) for number, prompt in enumerate(distinct)]
     for step in range(num_steps):
         params = SamplingParams(
             n=4, temperature=1.0, max_tokens=shape.max_new_tokens, logprobs=0, detokenize=False,

@@ -269,59 +269,48 @@ def remedies(plan: MemoryPlan) -> list[str]:
     """
     workload = plan.workload
     half = workload.max_new_tokens // 2
-    changes = {
-        "--questions-per-micro-batch 1": {"questions_per_micro_batch": 1},
-        "--gradient-checkpointing True": {"gradient_checkpointing": True},
-        f"--rollout-batch-size {workload.group_size // 2}": {"rollout_batch_size": workload.group_size // 2},
-        "--dtype bfloat16": {"dtype_bytes": 2},
-        "--lora-rank 8": {"lora_rank": workload.lora_rank or 8},
-        "--behaviour-model hashed-ngrams": {"embedder_bytes": 0},
-        f"--max-new-tokens {half}": {"max_new_tokens": half},
-        f"--max-new-tokens {half // 2}": {"max_new_tokens": half // 2},
-    }
-    open_changes = {
-        flag: change
-        for flag, change in changes.items()
-        if any(getattr(workload, name) != value for name, value in change.items())
-    }
+    changes: list[tuple[str, str, object]] = [
+        ("--questions-per-micro-batch 1", "questions_per_micro_batch", 1),
+        ("--gradient-checkpointing True", "gradient_checkpointing", True),
+        (f"--rollout-batch-size {workload.group_size // 2}", "rollout_batch_size", workload.group_size // 2),
+        ("--dtype bfloat16", "dtype_bytes", 2),
+        ("--lora-rank 8", "lora_rank", workload.lora_rank or 8),
+        ("--behaviour-model hashed-ngrams", "embedder_bytes", 0),
+        (f"--max-new-tokens {half}", "max_new_tokens", half),
+        (f"--max-new-tokens {half // 2}", "max_new_tokens", half // 2),
+    ]
+    changes = [(flag, name, value) for flag, name, value in changes if getattr(workload, name) != value]
 
-    def with_changes(*applied: dict[str, object], kv_cache: int | None) -> MemoryPlan:
-        merged = {name: value for change in applied for name, value in change.items()}
-        return plan_memory(dataclasses.replace(workload, **merged), plan.device_bytes, kv_cache)
+    def with_changes(values: dict[str, object], kv_cache: int | None) -> MemoryPlan:
+        return plan_memory(dataclasses.replace(workload, **values), plan.device_bytes, kv_cache)
 
     def told(flags: str, changed: MemoryPlan) -> str:
         return f"{flags}: peak {size(max(changed.peaks.values()))}, fits"
 
     found = []
-    if plan.given_kv_cache is not None and (sized := with_changes(kv_cache=None)).fits:
+    if plan.given_kv_cache is not None and (sized := with_changes({}, None)).fits:
         found.append(told(f"without --kv-cache-gb ({size(sized.kv_cache)} then)", sized))
-    for flag, change in open_changes.items():
-        changed = with_changes(change, kv_cache=plan.given_kv_cache)
+    for flag, name, value in changes:
+        changed = with_changes({name: value}, plan.given_kv_cache)
         if changed.fits:
             found.append(told(flag, changed))
     if found:
         return found
-    applied: dict[str, dict[str, object]] = {}
-    for flag, change in open_changes.items():
-        applied[flag] = change
-        together = with_changes(*applied.values(), kv_cache=None)
+    flags: dict[str, str] = {}
+    values: dict[str, object] = {}
+    for flag, name, value in changes:
+        flags[name], values[name] = flag, value
+        together = with_changes(values, None)
         if together.fits:
             # Whatever turns out not to be needed goes again.
-            for name in list(applied)[:-1]:
-                fewer = {other: kept for other, kept in applied.items() if other != name}
-                if (smaller := with_changes(*fewer.values(), kv_cache=None)).fits:
-                    applied, together = fewer, smaller
-            flags = [flag for flag in applied if not any(_replaces(other, flag) for other in applied)]
-            return [told(" ".join(flags), together)]
-    least = with_changes(*open_changes.values(), kv_cache=None).workload
+            for other in list(values)[:-1]:
+                fewer = {kept: values[kept] for kept in values if kept != other}
+                if (smaller := with_changes(fewer, None)).fits:
+                    values, together = fewer, smaller
+            return [told(" ".join(flags[name] for name in values), together)]
+    least = with_changes(values, None).workload
     stays = f"{size(sum(least.resident.values()))} stay at the least, {size(least.weights)} of them weights"
     return [f"no setting: {stays}, beside which each phase needs room of its own"]
-
-
-def _replaces(other: str, flag: str) -> bool:
-    """A later, lower value of the same setting."""
-    (name, value), (other_name, other_value) = flag.split(), other.split()
-    return name == other_name and value.isdigit() and int(other_value) < int(value)
 
 
 def size(num_bytes: int) -> str:

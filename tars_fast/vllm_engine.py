@@ -131,8 +131,8 @@ class VllmEngine:
         self._hand_over_adapter()
         self._internals.reset_caches()
         outputs = self._internals.generate(
-            [self._request(number, prompt) for number, prompt in enumerate(prompts)],
-            [self._sampling_params(number, sampling) for number in range(len(prompts))],
+            [as_request(number, prompt, self.model.prompts.audio_token_id) for number, prompt in enumerate(prompts)],
+            self._sampling_params(len(prompts), sampling),
             sampling.seed,
             use_adapter=self._adapter is not None,
         )
@@ -170,39 +170,42 @@ class VllmEngine:
             return "its audio embeddings are not finite"
         return None
 
-    def _request(self, number: int, prompt: Prompt) -> dict[str, object]:
-        if prompt.audio_embeddings is None:
-            return {"prompt_token_ids": list(prompt.token_ids)}
-        audio_token = self.model.prompts.audio_token_id
-        # vLLM expands the placeholder itself, so each run of them goes back to one.
-        token_ids = [token for token, run in groupby(prompt.token_ids) for token in ([token] if token == audio_token else run)]
-        return {
-            "prompt_token_ids": token_ids,
-            "multi_modal_data": {"audio": [prompt.audio_embeddings.cpu()]},
-            # Only has to differ within a call, since caches are reset before each; saves hashing the embeddings.
-            "multi_modal_uuids": {"audio": [f"prompt-{number}"]},
-        }
-
-    def _sampling_params(self, number: int, sampling: Sampling):
+    def _sampling_params(self, num_prompts: int, sampling: Sampling) -> list:
+        """One a prompt, each with a seed of its own."""
         from vllm import SamplingParams
 
         suppressed = self.model.suppressed_bias.nonzero()[:, 0].tolist()
-        return SamplingParams(
-            n=sampling.num_completions,
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_new_tokens,
-            stop_token_ids=self.model.prompts.stop_token_ids,
-            logit_bias=dict(zip(suppressed, self.model.suppressed_bias[suppressed].tolist(), strict=True)),
-            seed=random.Random(f"{sampling.seed} {number}").getrandbits(62),
-            logprobs=0,
-            detokenize=False,
-        )
+        common = {
+            "n": sampling.num_completions,
+            "temperature": sampling.temperature,
+            "max_tokens": sampling.max_new_tokens,
+            "stop_token_ids": self.model.prompts.stop_token_ids,
+            "logit_bias": dict(zip(suppressed, self.model.suppressed_bias[suppressed].tolist(), strict=True)),
+            "logprobs": 0,
+            "detokenize": False,
+        }
+        seeds = [random.Random(f"{sampling.seed} {number}").getrandbits(62) for number in range(num_prompts)]
+        return [SamplingParams(seed=seed, **common) for seed in seeds]
 
     def _hand_over_adapter(self) -> None:
         if self._adapter is None and any(".lora_" in name for name, _ in self.model.module.named_parameters()):
             self._adapter = _AdapterBuffers(self.model.module, self._internals)
         if self._adapter is not None:
             self._adapter.write()
+
+
+def as_request(number: int, prompt: Prompt, audio_token_id: int) -> dict[str, object]:
+    """The `number`-th prompt of a call as vLLM takes it, with the trainer's audio embeddings in the place of a recording."""
+    if prompt.audio_embeddings is None:
+        return {"prompt_token_ids": list(prompt.token_ids)}
+    # vLLM expands the placeholder itself, so each run of them goes back to one.
+    token_ids = [token for token, run in groupby(prompt.token_ids) for token in ([token] if token == audio_token_id else run)]
+    return {
+        "prompt_token_ids": token_ids,
+        "multi_modal_data": {"audio": [prompt.audio_embeddings.cpu()]},
+        # Only has to differ within a call, since caches are reset before each; saves hashing the embeddings.
+        "multi_modal_uuids": {"audio": [f"prompt-{number}"]},
+    }
 
 
 class _AdapterBuffers:
