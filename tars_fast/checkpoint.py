@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from tars_fast.config import list_checkpoints
 from tars_fast.models import SpeechModel
 from tars_fast.types import UserError
 
@@ -39,12 +40,6 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + _PARTIAL)
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """(completed steps, folder) of every whole checkpoint, oldest first."""
-    found = [(path.name.removeprefix("checkpoint-"), path) for path in output_dir.glob("checkpoint-*")]
-    return sorted((int(number), path) for number, path in found if number.isdecimal())
 
 
 def save_checkpoint(output_dir: Path, num_completed: int, model: SpeechModel, optimizer: torch.optim.Optimizer) -> Path:

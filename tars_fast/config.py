@@ -111,6 +111,12 @@ PRESETS = {
 }
 
 
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """(completed steps, folder) of every whole checkpoint, oldest first."""
+    found = [(path.name.removeprefix("checkpoint-"), path) for path in output_dir.glob("checkpoint-*")]
+    return sorted((int(number), path) for number, path in found if number.isdecimal())
+
+
 def find_preset(model: str) -> Preset:
     """The preset called `model`; for a checkpoint folder the preset it was trained from, else the paper's settings.
 
@@ -127,9 +133,10 @@ def find_preset(model: str) -> Preset:
             raise UserError(
                 f"--model {model}: its {PRESET_FILE} is not one of this version ({error}); remove the file"
             ) from error
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
+    checkpoints = list_checkpoints(folder)
     if checkpoints:
-        raise UserError(f"--model {model}: the folder of a run; name one of its checkpoints, for example {checkpoints[-1]}")
+        newest = checkpoints[-1][1]
+        raise UserError(f"--model {model}: the folder of a run; name one of its checkpoints, for example {newest}")
     if (folder / "config.json").is_file():
         return dataclasses.replace(PRESETS["qwen2-audio-7b"], source=model, architecture=None)
     raise UserError(f"--model {model}: neither a preset ({', '.join(PRESETS)}) nor a folder that holds a checkpoint")

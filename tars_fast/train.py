@@ -36,9 +36,9 @@ from torch import Tensor
 from tars_fast.advantages import centred_advantages, disagreeing_groups, group_indices
 from tars_fast.architecture import Architecture
 from tars_fast.audio_cache import make_cache_folder
-from tars_fast.checkpoint import latest_checkpoint, list_checkpoints, load_trainer_state, save_checkpoint, write_atomically
+from tars_fast.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint, write_atomically
 from tars_fast.cli import FAILED, INTERRUPTED, run_command
-from tars_fast.config import TrainConfig, find_preset
+from tars_fast.config import TrainConfig, find_preset, list_checkpoints
 from tars_fast.data import (
     HELD_OUT_DATA,
     TRAINING_DATA,

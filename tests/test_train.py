@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tars_fast.checkpoint import NUM_KEPT, list_checkpoints
+from tars_fast.checkpoint import NUM_KEPT
 from tars_fast.cli import INTERRUPTED
-from tars_fast.config import PRESETS, TrainConfig
+from tars_fast.config import PRESETS, TrainConfig, find_preset, list_checkpoints
 from tars_fast.data import TRAINING_DATA, VALIDATION_DATA
 from tars_fast.log import RunLog, print_summary
 from tars_fast.train import check_progress, train, update_policy
@@ -380,3 +380,12 @@ def test_the_live_tables_put_every_figure_under_its_own_name(finished, tmp_path)
     for title, name in (("R_rep", "reward/representation"), ("R_beh", "reward/behaviour"), ("gradient norm", "grad_norm")):
         assert shown[title] == f"{metrics[name]:.4g}"
     assert shown["rollout (s)"] == f"{metrics['seconds/rollout']:.2f}"
+
+
+def test_a_runs_folder_is_answered_with_its_newest_checkpoint(finished, tmp_path):
+    """By number, and never one that an interruption left half written."""
+    for name in ("checkpoint-4", "checkpoint-10", "checkpoint-12.partial"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"the folder of a run; .*checkpoint-10$"):
+        find_preset(str(tmp_path))
+    assert find_preset(str(finished / "checkpoint-4")).source == str(finished / "checkpoint-4")
