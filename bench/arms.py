@@ -17,18 +17,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
-
-from tars_fast.metrics import bootstrap_interval, mean_difference
-from tars_fast.results import evaluated, read_predictions
+from curves import FIGURES, compare, draw
 
 ARMS = {
     "tars": [],
     "grpo": ["--representation-weight", "0", "--behaviour-weight", "0"],
 }
-FIGURES = ("speech_accuracy", "text_accuracy", "speech_accuracy_sampled", "text_accuracy_sampled")
 
 
 def run_arm(arm: str, seed: int, folder: Path, threads: int, extra: list[str]) -> dict[str, object]:
@@ -57,58 +53,6 @@ def run_arm(arm: str, seed: int, folder: Path, threads: int, extra: list[str]) -
     return result
 
 
-def compare(folder: Path, seeds: list[int]) -> dict[str, object]:
-    """TARS minus GRPO after training, paired by item and averaged over seeds."""
-    after = {
-        (arm, seed): evaluated(read_predictions(folder / f"{arm}-{seed}" / "predictions_after.jsonl", "--folder"))
-        for arm in ARMS
-        for seed in seeds
-    }
-    difference: dict[str, object] = {}
-    for name in FIGURES:
-        modality, _, sampled = name.partition("_accuracy")
-        per_item = {
-            arm: np.mean(
-                [
-                    [
-                        answered.sampled_accuracy if sampled else answered.readings["strict"].correct
-                        for answered in (getattr(item, modality) for item in after[arm, seed])
-                    ]
-                    for seed in seeds
-                ],
-                axis=0,
-            )
-            for arm in ARMS
-        }
-        figure, interval = bootstrap_interval(mean_difference, per_item["tars"], per_item["grpo"])
-        difference[name], difference[f"{name}_ci95"] = figure, interval
-    return difference
-
-
-def draw(folder: Path, seeds: list[int], path: Path) -> None:
-    """Sampled accuracy on the training items by step, each seed thin and their mean thick, smoothed over 10 steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2), sharex=True)
-    for panel, modality in zip(panels, ("speech", "text"), strict=True):
-        for arm, colour in zip(ARMS, ("tab:blue", "tab:orange"), strict=True):
-            curves = []
-            for seed in seeds:
-                lines = (folder / f"{arm}-{seed}" / "metrics.jsonl").read_text().splitlines()
-                values = [json.loads(line)[f"accuracy/{modality}"] for line in lines]
-                curves.append(np.convolve(values, np.ones(10) / 10, mode="valid"))
-                panel.plot(curves[-1], color=colour, alpha=0.25, linewidth=1)
-            panel.plot(np.mean(curves, axis=0), color=colour, label=arm.upper())
-        panel.set(title=f"{modality}, sampled at temperature 1", xlabel="step", ylabel="accuracy in training")
-        panel.grid(alpha=0.3)
-    panels[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -120,6 +64,7 @@ def main() -> None:
     cases = [(arm, seed) for seed in arguments.seeds for arm in ARMS]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         runs = list(pool.map(lambda case: run_arm(*case, arguments.folder, arguments.threads, extra), cases))
+    runs_of = {arm.upper(): [arguments.folder / f"{arm}-{seed}" for seed in arguments.seeds] for arm in ARMS}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     report = {
         "commit": commit,
@@ -127,12 +72,12 @@ def main() -> None:
         "runs_side_by_side": arguments.jobs,
         "threads_per_run": arguments.threads,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-        "tars_minus_grpo_after": compare(arguments.folder, arguments.seeds),
+        "tars_minus_grpo_after": compare(runs_of["GRPO"], runs_of["TARS"]),
         "runs": runs,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-    draw(arguments.folder, arguments.seeds, arguments.output.with_suffix(".png"))
+    draw(runs_of, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from report import provenance
 
+from tars_fast.advantages import group_indices
 from tars_fast.architecture import Architecture
 from tars_fast.config import PRESETS, TrainConfig
 from tars_fast.families import QWEN2_AUDIO
@@ -40,10 +41,11 @@ from tars_fast.memory import GB, plan_memory
 from tars_fast.models import SpeechModel, make_trainable
 from tars_fast.optimizer import make_optimizer
 from tars_fast.prompts import PromptFormat, load_prompt_format
-from tars_fast.rewards import answer_rewards
+from tars_fast.rewards import AnswerRewards
+from tars_fast.rollout import Rollout, finished
 from tars_fast.sampling import Sampling
-from tars_fast.train import Rollout, group_indices, update_policy
 from tars_fast.types import Modality, Prompt, Question
+from tars_fast.update import update_policy
 from tars_fast.vllm_engine import VllmEngine, VllmSettings, as_request, unusable_because
 
 ARMS = ("shared", "shared_eager", "shared_no_adapter", "two_copies")
@@ -114,6 +116,16 @@ def timed(seconds: dict[str, list[float]], name: str) -> Iterator[None]:
     seconds.setdefault(name, []).append(time.perf_counter() - started)
 
 
+def resize_text(text_config, sizes: Architecture) -> None:
+    """Give the configuration of a Qwen2 decoder the shape of another, in place."""
+    text = {"hidden_size": sizes.hidden_size, "intermediate_size": sizes.intermediate_size}
+    text |= {"num_hidden_layers": sizes.num_layers, "num_attention_heads": sizes.num_heads}
+    text |= {"num_key_value_heads": sizes.num_key_value_heads, "vocab_size": sizes.vocabulary_size}
+    text |= {"max_position_embeddings": 8192, "layer_types": ["full_attention"] * sizes.num_layers}
+    for name, value in text.items():
+        setattr(text_config, name, value)
+
+
 def write_checkpoint(folder: Path, shape: str) -> None:
     """Configuration and processor of the shape, with the embedded model's tokenizer; no weights."""
     from transformers import AutoConfig, AutoProcessor, WhisperFeatureExtractor
@@ -121,16 +133,11 @@ def write_checkpoint(folder: Path, shape: str) -> None:
     pocket = PRESETS["pocket"].source
     config, processor = AutoConfig.from_pretrained(pocket), AutoProcessor.from_pretrained(pocket)
     if shape != "pocket":
-        sizes = SHAPES[shape].architecture
-        text = {"hidden_size": sizes.hidden_size, "intermediate_size": sizes.intermediate_size}
-        text |= {"num_hidden_layers": sizes.num_layers, "num_attention_heads": sizes.num_heads}
-        text |= {"num_key_value_heads": sizes.num_key_value_heads, "vocab_size": sizes.vocabulary_size}
-        text |= {"max_position_embeddings": 8192, "layer_types": ["full_attention"] * sizes.num_layers}
+        resize_text(config.text_config, SHAPES[shape].architecture)
         audio = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
         audio |= {"num_mel_bins": 128, "max_source_positions": 1500}
-        for part, values in ((config.text_config, text), (config.audio_config, audio)):
-            for name, value in values.items():
-                setattr(part, name, value)
+        for name, value in audio.items():
+            setattr(config.audio_config, name, value)
         processor.feature_extractor = WhisperFeatureExtractor(feature_size=128)
     config.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -140,7 +147,7 @@ def make_prompts(model: SpeechModel, audio_seconds: float) -> list[Prompt]:
     """One question, spoken (noise, which costs what speech costs) and written."""
     wave = (0.1 * np.random.default_rng(0).standard_normal(int(16000 * audio_seconds))).astype(np.float32)
     with torch.no_grad():
-        (clip,) = model.embed_waves([wave])
+        (clip,) = model.embed([model.prompts.features(wave)])
     spoken = model.prompts.token_ids(QUESTION, Modality.SPEECH, [len(clip)])
     return [
         Prompt(Modality.SPEECH, spoken, (clip,)),
@@ -165,7 +172,7 @@ def run_shared(
     """Rollouts and, with an adapter, training steps of it."""
     prompts = load_prompt_format(PRESETS["pocket"], source)
     config = TrainConfig(
-        lora_rank=8, max_new_tokens=shape.max_new_tokens, questions_per_micro_batch=1, rollout_batch_size=8,
+        lora_rank=8, max_new_tokens=shape.max_new_tokens, tokens_per_micro_batch=1024, rollout_batch_size=8,
         gradient_checkpointing=True, questions_per_step=1, max_logprob_diff=10.0,
     ).resolve(PRESETS["pocket"])  # fmt: skip
     longest = shape.max_tokens - shape.max_new_tokens
@@ -227,13 +234,13 @@ def measured(meter: MemoryMeter, seconds: dict[str, list[float]], tokens_per_sec
 def train_on(model: SpeechModel, optimizer, distinct, completions, config: TrainConfig) -> dict[str, float]:
     """One update on a rollout whose completions all count: random weights never stop, so all are cut off."""
     rollout = Rollout(
-        questions=[QUESTION],
         prompts=[prompt for prompt in distinct for _ in range(4)],
+        spoken=[],
         completions=[dataclasses.replace(one, truncated=False) for one in completions],
-        answers=answer_rewards(completions, [QUESTION]),
-        references=[None] * 8,
         # Random weights answer nothing; rewards that differ give the update something to do.
-        behaviour_N=torch.linspace(0, 1, 8),
+        answers=AnswerRewards(torch.tensor([0.0, 1.0] * 4), torch.zeros(8), torch.zeros(8)),
+        references=[5] * 4 + [None] * 4,
+        behaviour=finished(torch.linspace(0, 1, 8)),
         groups_N=group_indices([0] * 8, [one.modality for one in completions]),
     )
     for group in optimizer.param_groups:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that only a CUDA GPU can show: kernel tests, benchmarks beside the peers that are installed, the shared-weight engine
-# and a training step at Qwen2-Audio-7B's shape. One JSON a part, and a chart of the kernels.
+# Everything that only a CUDA GPU can show: kernel tests, benchmarks beside the peers that are installed, the training step beside
+# other trainers' structures and the shared-weight engine at Qwen2-Audio-7B's shape. One JSON a part, charts beside them.
 #   bench/gpu.sh [OUTPUT_FOLDER]     default: bench/results
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,6 +16,9 @@ python3 -m pytest bench/test_kernels.py --benchmark-only --benchmark-json="$raw"
 python3 bench/report.py "$raw" "$output/kernels_$card.json"
 vllm_usable='import sys, torch; from tars_fast.families import QWEN2_AUDIO; from tars_fast.vllm_engine import unusable_because
 sys.exit(unusable_because(QWEN2_AUDIO, torch.device("cuda"), torch.bfloat16, lora_rank=8))'
+python3 -m pytest tests/test_packed_attention.py
+python3 bench/train_step.py --shape qwen2-audio-7b --json "$output/train_step_$card.json"
+python3 bench/train_step.py --shape qwen2-audio-7b --cases 10s-512 --scaling --json "$output/train_step_scaling_$card.json"
 if python3 -c "$vllm_usable"; then
     python3 bench/engine.py --shape qwen2-audio-7b --output "$output/engine_$card.json"
 fi

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tars_kernels import LayerPooler, pool_sequences
@@ -11,10 +13,11 @@ from tars_fast.data import HELD_OUT_DATA, TRAINING_DATA, load_questions
 from tars_fast.log import PhaseTimer
 from tars_fast.models import SpeechModel, load_model, make_trainable
 from tars_fast.rewards import HashedNgrams
+from tars_fast.rollout import collect_rollout, prepare_batch
 from tars_fast.sampling import Sampling
-from tars_fast.train import collect_rollout, update_policy
 from tars_fast.transformers_engine import TransformersEngine
 from tars_fast.types import Modality
+from tars_fast.update import update_policy
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def model() -> SpeechModel:
 
 @pytest.fixture(scope="module")
 def config() -> TrainConfig:
-    return TrainConfig().resolve(PRESETS["pocket"])
+    return TrainConfig(tokens_per_micro_batch=4096).resolve(PRESETS["pocket"])
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,9 @@ def questions(config):
 
 def collect(model, config, questions):
     engine = TransformersEngine(model, config.rollout_batch_size)
-    return collect_rollout(model, engine, HashedNgrams(), questions, config, 0, PhaseTimer(model.device), print)
+    batch = prepare_batch(model, questions)
+    with ThreadPoolExecutor(2) as background:
+        return collect_rollout(model, engine, HashedNgrams(), batch, config, 0, PhaseTimer(model.device), background)[0]
 
 
 @pytest.mark.benchmark(group="step")
@@ -63,23 +68,21 @@ def test_pooling(benchmark, model, config, questions, how):
     """Pooling while the layers run, beside keeping every layer's states and pooling afterwards."""
     rollout = collect(model, config, questions[:4])
     layout = model.lay_out(rollout.prompts, rollout.completions)
-    inputs = {
-        "inputs_embeds": model.embed_tokens(layout.token_ids, layout.prompts, [0] * len(layout.prompts)),
-        "attention_mask": layout.attention_mask(torch.float32),
-        "position_ids": layout.position_ids,
-        "use_cache": False,
-    }
     pooler = LayerPooler(model.language_model.layers, model.language_model.norm)
 
     def with_hooks() -> torch.Tensor:
         with pooler.pooling(layout.cu_seqlens, positions=layout.positions):
-            model.language_model(**inputs)
+            model.forward(layout)
         return pooler.pooled
 
     def with_hidden_states() -> torch.Tensor:
-        output = model.language_model(**inputs, output_hidden_states=True)
-        states = [entry.flatten(0, 1)[layout.positions] for entry in output.hidden_states[1:]]
-        return torch.stack([pool_sequences(entry, layout.cu_seqlens) for entry in states])
+        kept: list[torch.Tensor] = []
+        modules = [*model.language_model.layers[:-1], model.language_model.norm]
+        hooks = [module.register_forward_hook(lambda _module, _inputs, output: kept.append(output)) for module in modules]
+        model.forward(layout)
+        for hook in hooks:
+            hook.remove()
+        return torch.stack([pool_sequences(states[0, layout.positions], layout.cu_seqlens) for states in kept])
 
     torch.testing.assert_close(with_hooks(), with_hidden_states())
     benchmark.pedantic(with_hooks if how == "hooks" else with_hidden_states, rounds=5, warmup_rounds=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ Clips = tuple[Tensor, ...]
 class AudioCache:
     """Least recently used out first, in host memory and, where a folder is given, on disk too, which runs may share.
 
+    Several threads may use it.
+
     Args:
         max_bytes: of embeddings kept in host memory.
         folder: where embeddings outlive the process; None keeps them in memory only.
@@ -35,6 +38,7 @@ class AudioCache:
         self._fingerprint = fingerprint
         self._held: OrderedDict[str, Clips] = OrderedDict()
         self._num_bytes = 0
+        self._lock = threading.Lock()
         self._digests: dict[tuple[Recording, tuple[int, int] | None], str] = {}
         if folder is not None:
             make_cache_folder(folder)
@@ -57,9 +61,10 @@ class AudioCache:
 
     def get(self, key: str) -> Clips | None:
         """On the host, or None."""
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
         if self._folder is None or not (path := self._path(key)).is_file():
             return None
         from safetensors import SafetensorError, safe_open
@@ -90,13 +95,14 @@ class AudioCache:
                 self._write(key, clips)
 
     def _hold(self, key: str, clips: Clips) -> None:
-        if key in self._held:
-            self._num_bytes -= _num_bytes(self._held.pop(key))
-        self._held[key] = clips
-        self._num_bytes += _num_bytes(clips)
-        while self._num_bytes > self._max_bytes:
-            _, oldest = self._held.popitem(last=False)
-            self._num_bytes -= _num_bytes(oldest)
+        with self._lock:
+            if key in self._held:
+                self._num_bytes -= _num_bytes(self._held.pop(key))
+            self._held[key] = clips
+            self._num_bytes += _num_bytes(clips)
+            while self._num_bytes > self._max_bytes:
+                _, oldest = self._held.popitem(last=False)
+                self._num_bytes -= _num_bytes(oldest)
 
     def _write(self, key: str, clips: Clips) -> None:
         from safetensors.torch import save_file

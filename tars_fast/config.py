@@ -49,7 +49,6 @@ class Preset:
     """0 = full fine-tuning."""
     behaviour_model: str
     """Text embedder of R_beh."""
-    questions_per_micro_batch: int
     gradient_checkpointing: bool
     rollout_batch_size: int
     """Completions in flight: bounded by the memory of their KV cache."""
@@ -101,7 +100,6 @@ _PAPER = Preset(
     num_steps=1000,
     lora_rank=8,
     behaviour_model="Qwen/Qwen3-Embedding-0.6B",
-    questions_per_micro_batch=1,
     gradient_checkpointing=True,
     rollout_batch_size=64,
 )
@@ -117,7 +115,6 @@ PRESETS = {
         num_steps=160,
         lora_rank=0,
         behaviour_model="hashed-ngrams",
-        questions_per_micro_batch=4,
         gradient_checkpointing=False,
         rollout_batch_size=128,
     ),
@@ -310,12 +307,17 @@ class TrainConfig:
     """LoRA updates are scaled by this over the rank."""
     freeze_audio: bool = True
     """Keep audio tower and projector as they are; the paper trains the language model only."""
-    questions_per_micro_batch: int | None = None
-    """Questions in one forward and backward pass; changes memory and speed, never the result. None: the preset's (4 / 1)."""
+    tokens_per_micro_batch: int | None = None
+    """Tokens in one forward and backward pass, each prompt counted once; questions stay whole, so one may be larger. Changes
+    memory and speed, never the result. None: what free memory holds, at most 16,384 (on a CPU 4,096)."""
     gradient_checkpointing: bool | None = None
     """Compute each layer again for the backward pass instead of keeping its activations. None: the preset's (off / on)."""
     rollout_batch_size: int | None = None
     """Completions in flight; another size draws other ones. None: the preset's (128 / 64)."""
+    rollout_ahead: Literal[0, 1] = 0
+    """1: the next batch is sampled while this one trains, from weights that are then --updates-per-rollout steps old;
+    importance weights, held below --importance-cap, correct for it. Needs memory for both at once; a resumed run begins with
+    a fresh batch. 0: one after the other."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """What samples rollouts, on the weights being trained. auto: on CUDA vLLM where it is installed, else transformers."""
     kv_cache_gb: float | None = None
@@ -324,7 +326,8 @@ class TrainConfig:
     cuda_graphs: bool = True
     """vLLM replays captured graphs on CUDA, from 0.32 on; older versions could not give the KV cache back under them."""
     max_logprob_diff: float | None = None
-    """Mean |trainer - rollout| log-probability, in nats a token, beyond which training stops. None: 0.01, in bfloat16 0.1."""
+    """Mean |trainer - rollout| log-probability, in nats a token, beyond which training stops; not asked of batches that
+    --rollout-ahead sampled with older weights. None: 0.01, in bfloat16 0.1."""
     audio_cache_gb: float = 1.0
     """Audio embeddings kept in host memory for later epochs, in GB (1e9 bytes)."""
     audio_cache_dir: Path | None = None
@@ -341,6 +344,9 @@ class TrainConfig:
     """Of everything drawn at random. Same seed, machine and settings: same metrics, bit for bit on a CPU."""
     resume: bool = False
     """Continue from the newest checkpoint in --output-dir."""
+    profile: bool = False
+    """Write a Chrome trace of three steps, the third to the fifth of this start (or the last ones, where fewer are left), to
+    trace.json.gz in --output-dir."""
     dry_run: bool = False
     """Print what memory each phase needs and stop; loads nothing."""
     kernels: Literal["auto", "reference"] = "auto"
@@ -353,7 +359,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive = ("kv_cache_gb", "max_logprob_diff", "audio_cache_dir_gb", "eval_items")
         positive += ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")
-        positive += ("max_grad_norm", "questions_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
+        positive += ("max_grad_norm", "tokens_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
         check_numbers(self, positive=(*positive, "lora_alpha"))
         not_negative = ("representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples")
         not_negative += ("audio_cache_gb",)
@@ -407,7 +413,8 @@ class TrainConfig:
             max_new_tokens=self.max_new_tokens,
             longest_prompt=longest_prompt,
             rollout_batch_size=self.rollout_batch_size,
-            questions_per_micro_batch=self.questions_per_micro_batch,
+            given_micro_batch=self.tokens_per_micro_batch,
+            rollout_ahead=bool(self.rollout_ahead),
             gradient_checkpointing=self.gradient_checkpointing,
             embedder_bytes=0 if self.behaviour_model == "hashed-ngrams" else _EMBEDDER_BYTES,
             on_gpu=on_gpu,

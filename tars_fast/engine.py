@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 import torch
@@ -56,7 +55,7 @@ def load_policy(
     """
     if workload.engine == "transformers":
         model = SpeechModel(load_module(prompts, source, device, dtype), prompts)
-        return model, TransformersEngine(model, workload.rollout_batch_size)
+        return model, TransformersEngine(model, workload.rollout_batch_size, apart=workload.rollout_ahead)
     plan = plan_memory(workload, available_bytes(device))
     if plan.kv_cache < workload.sequence_bytes:
         given = "free for it here" if workload.given_kv_cache is None else "given by --kv-cache-gb"
@@ -83,7 +82,9 @@ def load_policy(
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of the GPU, or of the host for a run on the CPU."""
+    """Free memory of the GPU, or what the host can give to a run on the CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    import psutil
+
+    return psutil.virtual_memory().available

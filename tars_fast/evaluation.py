@@ -11,7 +11,7 @@ import torch
 from tars_kernels import LayerPooler, pooled_similarity
 
 from tars_fast.memory import EVALUATION_TOKENS
-from tars_fast.models import SpeechModel
+from tars_fast.models import PreparedPrompt, SpeechModel
 from tars_fast.results import Answered, Evaluated, ItemResult, Transcribed
 from tars_fast.rewards import TextSimilarity, answer_rewards
 from tars_fast.sampling import RolloutEngine, Sampling
@@ -70,31 +70,42 @@ def layer_cosines(
     return np.concatenate(rows)
 
 
-def encode_speech(
-    model: SpeechModel,
-    engine: RolloutEngine,
-    questions: Sequence[Question],
-    max_new_tokens: int,
-    instruction: str | None = None,
-) -> tuple[list[Prompt | None], list[str | None]]:
-    """Spoken prompts, and for each that cannot be used the reason; one bad recording does not cost the others.
+def prepare_speech(
+    model: SpeechModel, questions: Sequence[Question], instruction: str | None = None
+) -> list[PreparedPrompt | UserError]:
+    """Spoken prompts before the tower hears them, or why a recording cannot be used.
 
     Args:
         instruction: see `PromptFormat.render`.
     """
-    try:
-        prompts: list[Prompt | None] = [*model.encode_prompts(questions, Modality.SPEECH, instruction)]
-        return prompts, [engine.refuses(prompt, max_new_tokens) for prompt in prompts]
-    except UserError:
-        prompts, reasons = [], []
-    for question in questions:
+
+    def prepare(question: Question) -> PreparedPrompt | UserError:
         try:
-            prompts += model.encode_prompts([question], Modality.SPEECH, instruction)
-            reasons.append(engine.refuses(prompts[-1], max_new_tokens))
+            return model.prepare(question, Modality.SPEECH, instruction)
         except UserError as error:
-            prompts.append(None)
-            reasons.append(str(error))
-    return prompts, reasons
+            return error
+
+    return [prepare(question) for question in questions]
+
+
+def encode_speech(
+    model: SpeechModel, engine: RolloutEngine, prepared: Sequence[PreparedPrompt | UserError], max_new_tokens: int
+) -> tuple[list[Prompt | None], list[str | None]]:
+    """Spoken prompts, and for each that cannot be used the reason; one bad recording does not cost the others."""
+    reasons = [str(one) if isinstance(one, UserError) else None for one in prepared]
+    usable = [number for number, reason in enumerate(reasons) if reason is None]
+    try:
+        encoded = dict(zip(usable, model.encode([prepared[number] for number in usable]), strict=True))
+    except UserError:
+        encoded = {}
+        for number in usable:
+            try:
+                (encoded[number],) = model.encode([prepared[number]])
+            except UserError as error:
+                reasons[number] = str(error)
+    for number, prompt in encoded.items():
+        reasons[number] = engine.refuses(prompt, max_new_tokens)
+    return [encoded.get(number) for number in range(len(prepared))], reasons
 
 
 Part = tuple[str, int, Sequence[Question]]
@@ -185,7 +196,7 @@ def evaluate_slice(
     failed = dict(refused or {})
     asked = [question for question in questions if question.id not in failed]
     with torch.no_grad():
-        spoken, reasons = encode_speech(model, engine, asked, settings.max_new_tokens)
+        spoken, reasons = encode_speech(model, engine, prepare_speech(model, asked), settings.max_new_tokens)
         failed |= {question.id: reason for question, reason in zip(asked, reasons, strict=True) if reason is not None}
         prompts = {Modality.SPEECH: [prompt for prompt, reason in zip(spoken, reasons, strict=True) if reason is None]}
         asked = [question for question in asked if question.id not in failed]

@@ -23,8 +23,20 @@ from tars_fast.memory import ENGINE_LORA_RANKS
 from tars_fast.types import UserError
 from tars_fast.weights import EngineNames, Part
 
-_SECONDS_PER_BATCH = 960.0
-"""Speech in one pass of an audio tower, whose activations grow with it: 32 windows of 30 s."""
+_FRAMES_PER_BATCH = 96_000
+"""Mel frames in one pass of an audio tower, whose activations grow with them: 32 windows of 30 s."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an audio tower takes of a clip, on the host."""
+
+    values: Tensor
+    """[M, F] log-mel spectrogram; of Phi-4-multimodal [F, M]."""
+    mask: Tensor
+    """[F] 1 where there is speech."""
+    num_tokens: int
+    """Audio tokens that the clip becomes."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +55,10 @@ class Family:
     """Stands in a prompt once for each audio token."""
     stop_tokens: tuple[str, ...]
     """End a completion, beside those that the checkpoint names."""
-    embed: Callable[[nn.Module, object, Sequence[np.ndarray]], list[Tensor]]
-    """(module, feature extractor, N recordings of [samples] at 16 kHz) to [A, D] each."""
+    features: Callable[[object, np.ndarray], Features]
+    """(feature extractor, clip of [samples] at 16 kHz); needs no weights."""
+    embed: Callable[[nn.Module, Sequence[Features]], list[Tensor]]
+    """(module, N clips) to [A, D] each."""
     num_audio_tokens: Callable[[object, int], int]
     """(feature extractor, samples) to A."""
     user_turn: Callable[[int, str], object]
@@ -57,14 +71,10 @@ class Family:
     """Parameters of `audio_parts` that are never trained."""
     unused: tuple[str, ...] = ()
     """Parts inside it that neither speech nor text goes through; no memory is spent on them."""
-    row_positions: Callable[[Tensor], Tensor] = lambda position_ids: position_ids
-    """Positions [1, S] of several sequences in one row, as the language model takes them."""
     nested_config: str = ""
     """Where the configuration of a checkpoint of the whole model has the one of `model_class`. Empty: it is that one."""
     published: tuple[tuple[str, str], ...] = ()
     """(beginning of a weight's name in `model_class`, that in published checkpoints), where they differ."""
-    attention: Callable[[str], object] = lambda implementation: implementation
-    """What transformers is told, by its name of an implementation for the language model."""
     without_the_rest: Mapping[str, object] = field(default_factory=dict)
     """Configuration of a whole model that has no other parts."""
     adapter_folder: str = ""
@@ -83,17 +93,16 @@ class Family:
 
         return getattr(transformers, self.model_class)
 
-    def on_meta(self, config, dtype: torch.dtype | None = None, attention: str = "sdpa") -> nn.Module:
+    def on_meta(self, config, dtype: torch.dtype | None = None) -> nn.Module:
         """The model without memory for its parameters; buffers, which are small, are real.
 
         Args:
             config: of `model_class`.
-            attention: implementation, by transformers' name.
         """
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
-            module = self.transformers_class()._from_config(config, attn_implementation=self.attention(attention), dtype=dtype)
+            module = self.transformers_class()._from_config(config, attn_implementation="sdpa", dtype=dtype)
         return self.without_unused(module)
 
     def published_name(self, name: str) -> str:
@@ -146,7 +155,9 @@ class Family:
         """
         text = config.get_text_config()
         # Beyond it Phi's rotary embedding changes to other factors, also for the tokens before.
-        return getattr(text, "original_max_position_embeddings", None) or text.max_position_embeddings
+        longest = getattr(text, "original_max_position_embeddings", None) or text.max_position_embeddings
+        # The trainer's attention has no window; up to its width there is no difference.
+        return min(longest, getattr(text, "sliding_window", None) or longest)
 
 
 def engine_refusal(family: Family, lora_rank: int, *, float32: bool, on_cuda: bool) -> str | None:
@@ -205,66 +216,83 @@ def embed_audio(module: nn.Module, features: Tensor, feature_mask: Tensor) -> tu
     return model.multi_modal_projector(states), token_lengths
 
 
-def _embed_qwen2_audio(module: nn.Module, feature_extractor, waves: Sequence[np.ndarray]) -> list[Tensor]:
+def _embed_qwen2_audio(module: nn.Module, clips: Sequence[Features]) -> list[Tensor]:
     embedded = []
-    for batch in _batches(waves, padded_samples=feature_extractor.n_samples):
-        features, mask = _whisper_features(module, feature_extractor, batch, feature_extractor.n_samples)
+    for batch in _batches(clips):
+        features, mask = _stacked(module, batch)
         states, lengths = embed_audio(module, features, mask)
         embedded += [state[:length].clone() for state, length in zip(states, lengths.tolist(), strict=True)]
     return embedded
 
 
-def _embed_qwen2_5_omni(module: nn.Module, feature_extractor, waves: Sequence[np.ndarray]) -> list[Tensor]:
+def _embed_qwen2_5_omni(module: nn.Module, clips: Sequence[Features]) -> list[Tensor]:
     embedded = []
-    for batch in _batches(waves):
-        # The checkpoint's own window is 300 s. A window of silence behind the longest gives the same spectrogram.
-        samples = max(map(len, batch)) + feature_extractor.n_fft
-        samples = -(-samples // feature_extractor.hop_length) * feature_extractor.hop_length
-        features, mask = _whisper_features(module, feature_extractor, batch, samples)
+    for batch in _batches(clips):
+        features, mask = _stacked(module, batch)
         states = module.get_audio_features(features, feature_attention_mask=mask).last_hidden_state
-        lengths = [_num_qwen_tokens(feature_extractor, len(wave)) for wave in batch]
-        embedded += [state.clone() for state in states.split(lengths)]
+        embedded += [state.clone() for state in states.split([clip.num_tokens for clip in batch])]
     return embedded
 
 
-def _embed_phi4_multimodal(module: nn.Module, feature_extractor, waves: Sequence[np.ndarray]) -> list[Tensor]:
+def _embed_phi4_multimodal(module: nn.Module, clips: Sequence[Features]) -> list[Tensor]:
     audio = module.model.embed_tokens_extend.audio_embed
     embedded = []
     # One at a time: its convolutions see the padding of a batch.
-    for wave in waves:
-        batch = feature_extractor([wave], sampling_rate=SAMPLE_RATE, return_tensors="pt")
-        length = _num_phi_tokens(feature_extractor, len(wave))
-        places = torch.full((1, length), module.config.audio_config.audio_token_id, device=module.device)
-        holes = torch.zeros(1, length, module.config.hidden_size, device=module.device, dtype=module.dtype)
-        features = batch.audio_input_features.to(module.device)
-        embedded.append(audio(places, holes, features, audio_embed_sizes=[length])[0])
+    for clip in clips:
+        places = torch.full((1, clip.num_tokens), module.config.audio_config.audio_token_id, device=module.device)
+        holes = torch.zeros(1, clip.num_tokens, module.config.hidden_size, device=module.device, dtype=module.dtype)
+        embedded.append(audio(places, holes, clip.values[None].to(module.device), audio_embed_sizes=[clip.num_tokens])[0])
     return embedded
 
 
-def _whisper_features(module: nn.Module, feature_extractor, waves: Sequence[np.ndarray], samples: int) -> tuple[Tensor, Tensor]:
-    """([N, M, F] log-mel spectrogram, [N, F] mask) of recordings padded to `samples`."""
+def _whisper_features(feature_extractor, wave: np.ndarray, samples: int) -> Features:
+    """The log-mel spectrogram of a recording padded to `samples`."""
     batch = feature_extractor(
-        list(waves),
+        wave,
         sampling_rate=SAMPLE_RATE,
         return_attention_mask=True,
         padding="max_length",
         max_length=samples,
         return_tensors="pt",
     )
-    return batch.input_features.to(module.device, module.dtype), batch.attention_mask.to(module.device)
+    return Features(batch.input_features[0], batch.attention_mask[0], _num_qwen_tokens(feature_extractor, len(wave)))
 
 
-def _batches(waves: Sequence[np.ndarray], padded_samples: int = 0) -> Iterator[list[np.ndarray]]:
-    """Recordings in order, as many at a time as a tower takes."""
-    batch: list[np.ndarray] = []
-    samples = 0
-    for wave in waves:
-        cost = max(len(wave), padded_samples)
-        if batch and samples + cost > _SECONDS_PER_BATCH * SAMPLE_RATE:
+def _qwen2_audio_features(feature_extractor, wave: np.ndarray) -> Features:
+    return _whisper_features(feature_extractor, wave, feature_extractor.n_samples)
+
+
+def _omni_features(feature_extractor, wave: np.ndarray) -> Features:
+    # The checkpoint's own window is 300 s. A window of silence behind the recording gives the same spectrogram.
+    samples = len(wave) + feature_extractor.n_fft
+    return _whisper_features(
+        feature_extractor, wave, -(-samples // feature_extractor.hop_length) * feature_extractor.hop_length
+    )
+
+
+def _phi_features(feature_extractor, wave: np.ndarray) -> Features:
+    values = feature_extractor([wave], sampling_rate=SAMPLE_RATE, return_tensors="pt").audio_input_features[0]
+    return Features(values, torch.ones(len(values)), _num_phi_tokens(feature_extractor, len(wave)))
+
+
+def _stacked(module: nn.Module, clips: Sequence[Features]) -> tuple[Tensor, Tensor]:
+    """([N, M, F] spectrograms, [N, F] mask) as wide as the longest."""
+    width = max(len(clip.mask) for clip in clips)
+    values = torch.stack([nn.functional.pad(clip.values, (0, width - len(clip.mask))) for clip in clips])
+    masks = torch.stack([nn.functional.pad(clip.mask, (0, width - len(clip.mask))) for clip in clips])
+    return values.to(module.device, module.dtype), masks.to(module.device)
+
+
+def _batches(clips: Sequence[Features]) -> Iterator[list[Features]]:
+    """Clips in order, as many at a time as a tower takes."""
+    batch: list[Features] = []
+    frames = 0
+    for clip in clips:
+        if batch and frames + len(clip.mask) > _FRAMES_PER_BATCH:
             yield batch
-            batch, samples = [], 0
-        batch.append(wave)
-        samples += cost
+            batch, frames = [], 0
+        batch.append(clip)
+        frames += len(clip.mask)
     if batch:
         yield batch
 
@@ -302,6 +330,7 @@ QWEN2_AUDIO = Family(
     audio_parts=("model.audio_tower", "model.multi_modal_projector"),
     audio_token="<|AUDIO|>",
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
+    features=_qwen2_audio_features,
     embed=_embed_qwen2_audio,
     num_audio_tokens=_num_qwen_tokens,
     user_turn=_qwen_turn,
@@ -327,12 +356,11 @@ QWEN2_5_OMNI = Family(
     audio_parts=("audio_tower",),
     audio_token="<|AUDIO|>",
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
+    features=_omni_features,
     embed=_embed_qwen2_5_omni,
     num_audio_tokens=_num_qwen_tokens,
     user_turn=_qwen_turn,
     unused=("visual",),
-    # Those of text, which tell sequences apart, then time, height and width.
-    row_positions=lambda position_ids: position_ids.expand(4, 1, -1),
     nested_config="thinker_config",
     published=(("", "thinker."),),
     without_the_rest={"enable_audio_output": False},
@@ -350,14 +378,13 @@ PHI4_MULTIMODAL = Family(
     audio_parts=("model.embed_tokens_extend.audio_embed",),
     audio_token="<|audio|>",
     stop_tokens=("<|end|>", "<|endoftext|>"),
+    features=_phi_features,
     embed=_embed_phi4_multimodal,
     num_audio_tokens=_num_phi_tokens,
     # Its template joins strings; lists of parts are only understood by later revisions.
     user_turn=lambda num_recordings, instruction: "<|audio|>" * num_recordings + instruction,
     # At 12.5 tokens a second, what leaves room for prompt and completion below the 4,096 where its positions change meaning.
     max_audio_seconds=200.0,
-    # The audio tower's attention has a bias of its own, which flash-attn does not take.
-    attention=lambda implementation: {"": implementation, "audio_config": "sdpa", "vision_config": "sdpa"},
     unused=("model.embed_tokens_extend.image_embed",),
     adapter_folder="speech-lora",
     engine_refusal="vLLM knows only the remote-code variant of Phi-4-multimodal, transformers' native one has other names",

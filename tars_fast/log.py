@@ -30,7 +30,7 @@ def open_console() -> Console:
 
 
 class PhaseTimer:
-    """Wall-clock seconds by phase of a step; on CUDA a phase ends when the device is done with it.
+    """Wall-clock seconds by phase of a step; on CUDA a phase ends when the device is done with what this thread gave it.
 
     A phase that runs out of memory raises TrainingError, which names it and what to lower.
     """
@@ -42,10 +42,10 @@ class PhaseTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        with explain_out_of_memory(name):
+        with explain_out_of_memory(name), torch.profiler.record_function(name):
             yield
             if self._on_cuda:
-                torch.cuda.synchronize()
+                torch.cuda.current_stream().synchronize()
         self._seconds[name] += time.perf_counter() - started
 
     def take(self) -> dict[str, float]:
@@ -128,11 +128,10 @@ class RunLog:
         if self.console.is_terminal:
             self._live.update(Group(self._progress, *self._tables(metrics)))
         else:
-            seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
             self.say(
                 f"step {metrics['step']}/{self._num_steps}  accuracy speech {metrics['accuracy/speech']:.3f} text "
                 f"{metrics['accuracy/text']:.3f}  R_rep {metrics['reward/representation']:.3f} R_beh "
-                f"{metrics['reward/behaviour']:.3f}  entropy {metrics['entropy/speech']:.3f}  {seconds:.1f} s"
+                f"{metrics['reward/behaviour']:.3f}  entropy {metrics['entropy/speech']:.3f}  {metrics['seconds/step']:.1f} s"
             )
 
     def median_seconds(self) -> dict[str, float]:

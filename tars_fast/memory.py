@@ -29,6 +29,9 @@ UPDATE_BYTES = 16
 """A weight's share of what `StochasticAdamW` holds at once beside weights, gradients and moments."""
 _LOGIT_TOKENS, _PRODUCT_TOKENS = 512, 1024
 """Tokens whose logits and probabilities `tars_kernels.linear_policy_loss` holds at a time."""
+_MOST_TOKENS = {True: 16_384, False: 4096}
+"""Of a micro-batch on a GPU or a CPU; more make neither busier."""
+_FEWEST_TOKENS = 1024
 _ASSUMED_PROMPT_TOKENS = 900
 """Where no data says better: 30 s of speech at 25 tokens a second, inside the paper's instructions."""
 
@@ -37,8 +40,9 @@ SETTINGS_BY_PHASE = {
     "encode": "--questions-per-step",
     "rollout": "--kv-cache-gb, --rollout-batch-size or --max-new-tokens",
     "reward": "--questions-per-step, or use --behaviour-model hashed-ngrams",
-    "forward": "--questions-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing True",
-    "backward": "--questions-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing True",
+    "forward": "--tokens-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing True",
+    "backward": "--tokens-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing True",
+    "hand-over": "--kv-cache-gb or --rollout-batch-size",
     "optimiser": "--lora-rank (0 is full fine-tuning, the largest of all)",
     "evaluation": "--rollout-batch-size or --max-new-tokens",
 }
@@ -82,12 +86,15 @@ class Workload:
     longest_prompt: int
     rollout_batch_size: int
     """Completions in flight."""
-    questions_per_micro_batch: int = 1
+    given_micro_batch: int | None = None
+    """Tokens of a micro-batch; None: what is free allows, at most what keeps the device busy."""
     gradient_checkpointing: bool = False
     embedder_bytes: int = 0
     """Text embedder of R_beh, on the same device."""
     given_kv_cache: int | None = None
     """Bytes of vLLM's KV cache; None: what the completions in flight need, at most what is free."""
+    rollout_ahead: bool = False
+    """Whether sampling and training go on at the same time."""
     trains: bool = True
     """False: evaluation only, without optimiser."""
     on_gpu: bool = True
@@ -158,23 +165,31 @@ class Workload:
         return prefill + self.rollout_batch_size * shape.vocabulary_size * (self.dtype_bytes + 12)
 
     @property
-    def row_tokens(self) -> int:
-        """Of one prompt and the completions behind it."""
-        return self.longest_prompt + self.group_size // 2 * self.max_new_tokens
+    def question_tokens(self) -> int:
+        """The longest a question can get: both prompts, all completions."""
+        return 2 * self.longest_prompt + self.group_size * self.max_new_tokens
 
-    @property
-    def activations(self) -> int:
-        """Kept for the backward pass: every layer's input, and inside one layer (all layers without checkpointing) the rest."""
+    def activations(self, tokens: int) -> int:
+        """Kept for the backward pass: every layer's input, and inside one layer (all layers without checkpointing) the rest.
+
+        Args:
+            tokens: of a micro-batch; whole questions, so at least one.
+        """
         shape = self.architecture
-        rows = 2 * self.questions_per_micro_batch
-        tokens = rows * self.row_tokens
+        tokens = max(tokens, self.question_tokens)
         inside = tokens * (5 * shape.intermediate_size + 10 * shape.hidden_size) * self.dtype_bytes
         if self.lora_rank:
             # Adapters see their input in float32.
             inside += tokens * (6 * shape.hidden_size + shape.intermediate_size) * 4
-        masks = 2 * rows * self.row_tokens**2 * self.dtype_bytes
         layers = 1 if self.gradient_checkpointing else shape.num_layers
-        return shape.num_layers * tokens * shape.hidden_size * self.dtype_bytes + layers * inside + masks
+        return shape.num_layers * tokens * shape.hidden_size * self.dtype_bytes + layers * inside + self.masks(tokens)
+
+    def masks(self, tokens: int) -> int:
+        """What masked attention needs in the place of FlashAttention, which takes half precision on a GPU only."""
+        if self.on_gpu and self.dtype_bytes == 2:
+            return 0
+        group = self.group_size // 2 * self.max_new_tokens
+        return 2 * -(-tokens // self.question_tokens) * group * (self.longest_prompt + group) * self.dtype_bytes
 
     @property
     def evaluation_activations(self) -> int:
@@ -182,15 +197,13 @@ class Workload:
         shape = self.architecture
         width = self.longest_prompt + self.max_new_tokens
         tokens = max(EVALUATION_TOKENS, 2 * width)
-        return tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size + 2 * width) * self.dtype_bytes
+        return tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size) * self.dtype_bytes
 
-    @property
-    def logits(self) -> int:
+    def logits(self, tokens: int) -> int:
         """Of the fused loss, and the completion states with their gradient."""
         shape = self.architecture
-        states = 2 * self.questions_per_micro_batch * self.group_size * self.max_new_tokens * shape.hidden_size
         chunk = _LOGIT_TOKENS * 4 + _PRODUCT_TOKENS * self.dtype_bytes
-        return chunk * shape.vocabulary_size + states * self.dtype_bytes
+        return chunk * shape.vocabulary_size + 2 * max(tokens, self.question_tokens) * shape.hidden_size * self.dtype_bytes
 
 
 def engine_rank(rank: int) -> int:
@@ -215,7 +228,8 @@ class MemoryPlan:
     workload: Workload
     device_bytes: int
     kv_cache: int
-    """As the user set it."""
+    micro_batch: int
+    """Tokens."""
     phases: dict[str, dict[str, int]]
 
     @property
@@ -243,23 +257,41 @@ def plan_memory(workload: Workload, device_bytes: int) -> MemoryPlan:
     """
     kv_cache = workload.given_kv_cache
     rollout = workload.resident | {"activations": workload.rollout_workspace}
-    free = int(_USABLE * device_bytes) - sum(rollout.values())
+    usable = int(_USABLE * device_bytes)
+    training = workload.resident | {"gradients": workload.gradients}
+    # What `StochasticAdamW` computes in float32, one parameter at a time, the embedding being the largest.
+    largest = workload.architecture.vocabulary_size * workload.architecture.hidden_size
+    update = 0 if workload.lora_rank or workload.dtype_bytes == 4 else UPDATE_BYTES * largest
+    stepping = training | {"float32 update": update}
+    free = usable - sum(rollout.values())
+    if workload.rollout_ahead:
+        training |= {"activations of sampling": workload.rollout_workspace}
+        least = workload.activations(_FEWEST_TOKENS) + workload.logits(_FEWEST_TOKENS)
+        free = min(free, usable - sum(training.values()) - least, usable - sum(stepping.values()))
     if workload.engine != "vllm":
         kv_cache = workload.kv_needed
     elif kv_cache is None:
         kv_cache = max(0, min(workload.kv_needed, free))
-    training = workload.resident | {"gradients": workload.gradients, "activations": workload.activations}
-    # What `StochasticAdamW` computes in float32, one parameter at a time, the embedding being the largest.
-    largest = workload.architecture.vocabulary_size * workload.architecture.hidden_size
-    step = {"float32 update": 0 if workload.lora_rank or workload.dtype_bytes == 4 else UPDATE_BYTES * largest}
+    if workload.rollout_ahead:
+        training |= {"KV cache": kv_cache}
+        stepping |= {"KV cache": kv_cache}
+    micro_batch = workload.given_micro_batch or _MOST_TOKENS[workload.on_gpu]
+    free = usable - sum(training.values())
+    while (
+        workload.given_micro_batch is None
+        and micro_batch > _FEWEST_TOKENS
+        and workload.activations(micro_batch) + workload.logits(micro_batch) > free
+    ):
+        micro_batch //= 2
+    training |= {"activations": workload.activations(micro_batch), "logits": workload.logits(micro_batch)}
     phases = {
         "loading": workload.resident,
         "rollout": rollout | {"KV cache": kv_cache},
         "comparing states": workload.resident | {"activations": workload.evaluation_activations},
-        "forward and backward": training | {"logits": workload.logits},
-        "optimiser": workload.resident | {"gradients": workload.gradients} | step,
+        "forward and backward": training,
+        "optimiser": stepping,
     }
-    return MemoryPlan(workload, device_bytes, kv_cache, phases)
+    return MemoryPlan(workload, device_bytes, kv_cache, micro_batch, phases)
 
 
 def remedies(plan: MemoryPlan) -> list[str]:
@@ -270,7 +302,8 @@ def remedies(plan: MemoryPlan) -> list[str]:
     workload = plan.workload
     half = workload.max_new_tokens // 2
     changes: list[tuple[str, str, object]] = [
-        ("--questions-per-micro-batch 1", "questions_per_micro_batch", 1),
+        ("--rollout-ahead 0", "rollout_ahead", False),
+        (f"--tokens-per-micro-batch {_FEWEST_TOKENS}", "given_micro_batch", _FEWEST_TOKENS),
         ("--gradient-checkpointing True", "gradient_checkpointing", True),
         (f"--rollout-batch-size {workload.group_size // 2}", "rollout_batch_size", workload.group_size // 2),
         ("--dtype bfloat16", "dtype_bytes", 2),
@@ -280,6 +313,9 @@ def remedies(plan: MemoryPlan) -> list[str]:
         (f"--max-new-tokens {half // 2}", "max_new_tokens", half // 2),
     ]
     changes = [(flag, name, value) for flag, name, value in changes if getattr(workload, name) != value]
+    if workload.given_micro_batch is None:
+        # As small as it gets already.
+        changes = [change for change in changes if change[1] != "given_micro_batch"]
 
     def with_changes(values: dict[str, object]) -> MemoryPlan:
         return plan_memory(dataclasses.replace(workload, **values), plan.device_bytes)
@@ -326,8 +362,8 @@ def describe(plan: MemoryPlan) -> str:
     unit, name_of_unit = (GB, "GB (1e9 bytes)") if max(plan.peaks.values()) >= 10 * GB else (GB // 1000, "MB (1e6 bytes)")
     lines = [
         f"{trained}, rollouts by {workload.engine}, {workload.dtype_bytes} bytes a weight; prompts of up to "
-        f"{workload.longest_prompt} tokens, {workload.max_new_tokens} new ones; {workload.questions_per_micro_batch} x "
-        f"{workload.group_size} completions a micro-batch, gradient checkpointing "
+        f"{workload.longest_prompt} tokens, {workload.max_new_tokens} new ones; micro-batches of {plan.micro_batch:,} tokens "
+        f"or one question of up to {workload.question_tokens:,}, gradient checkpointing "
         f"{'on' if workload.gradient_checkpointing else 'off'}",
         "",
         f"{name_of_unit:<24}" + "".join(f"{phase:>22}" for phase in plan.phases),

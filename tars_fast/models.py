@@ -1,32 +1,54 @@
 """Speech LLMs behind one small surface: prompts, audio embeddings, and the forward pass over completions.
 
-Shapes: N completions, R rows, S row width, T packed completion tokens, A audio tokens, D hidden size, V vocabulary.
+Shapes: N completions, R groups (a prompt with its completions), P prompt tokens, T completion tokens, S = P + T, A audio
+tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, groupby
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tars_fast.audio_cache import AudioCache, Clips, fingerprint
 from tars_fast.config import Preset
+from tars_fast.families import Features
 from tars_fast.hub import adapter_config, base_of, cannot_be_loaded, checkpoint_folder
+from tars_fast.packed_attention import PackedGroups, use_packed_attention, uses_flash
 from tars_fast.prompts import PromptFormat, load_prompt_format
 from tars_fast.types import Completion, Modality, Prompt, Question, Recording, UserError
 
-_RECORDINGS_PER_BATCH = 64
-"""Recordings decoded and held as waves at a time."""
 _AUDIO_CACHE_BYTES = 10**9
 """Audio embeddings kept between epochs: all of the embedded data, or some 160 recordings of 30 s at 7B's width."""
-_PADDING, _PROMPT = -1, 0
-"""Segment numbers of a row; its completions count from 1."""
+
+
+@dataclass(frozen=True)
+class LoadedAudio:
+    """A recording on the host, ready for the tower, or what the tower made of it before."""
+
+    recording: Recording
+    key: str
+    """See `AudioCache.key`."""
+    num_tokens: list[int]
+    """Audio tokens of each clip."""
+    features: Sequence[Features] = ()
+    embeddings: Clips | None = None
+
+
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """A prompt that only lacks what the tower hears."""
+
+    modality: Modality
+    token_ids: tuple[int, ...]
+    audio: LoadedAudio | None
 
 
 class SpeechModel:
@@ -36,7 +58,7 @@ class SpeechModel:
         self.module = module
         self.prompts = prompts
         self.family = prompts.family
-        self.packs = module.config._attn_implementation == "flash_attention_2"
+        use_packed_attention(self.language_model)
         self.audio_is_trained = False
         self.gradient_checkpointing = False
         self._audio_cache = AudioCache(_AUDIO_CACHE_BYTES)
@@ -63,6 +85,12 @@ class SpeechModel:
         """Tower and projector."""
         return [self.module.get_submodule(part) for part in self.family.audio_parts]
 
+    @property
+    def attention(self) -> str:
+        """How the trainer's forward pass attends."""
+        head_size = self.language_model.layers[0].self_attn.head_dim
+        return "FlashAttention" if uses_flash(self.device, self.module.dtype, head_size) else "masked attention"
+
     def keep_audio(self, max_bytes: int, folder: Path | None, max_folder_bytes: int) -> None:
         """Bound the embeddings kept for later epochs, and keep them in `folder` too, where later runs find them.
 
@@ -71,6 +99,11 @@ class SpeechModel:
         """
         heard = "" if folder is None else f"{fingerprint(*self.audio_parts)}-{self.prompts.long_audio}"
         self._audio_cache = AudioCache(max_bytes, folder, max_folder_bytes, heard)
+
+    def twin(self) -> SpeechModel:
+        """The same weights in modules of their own, which hooks and flags of this one's forward pass do not reach."""
+        weights = {id(weight): weight for weight in (*self.module.parameters(), *self.module.buffers())}
+        return SpeechModel(copy.deepcopy(self.module, memo=weights), self.prompts)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -84,46 +117,70 @@ class SpeechModel:
         Raises:
             UserError: a recording that the model cannot take.
         """
-        if modality is Modality.TEXT:
-            return [Prompt(modality, self.prompts.token_ids(question, modality)) for question in questions]
-        heard = self.hear([question.audio for question in questions])
-        return [
-            Prompt(modality, self.prompts.token_ids(question, modality, [len(clip) for clip in clips], instruction), clips)
-            for question, clips in zip(questions, heard, strict=True)
-        ]
+        return self.encode([self.prepare(question, modality, instruction) for question in questions])
 
-    def hear(self, recordings: Sequence[Recording]) -> list[Clips]:
-        """Embeddings of each recording; what a frozen tower heard before comes from the cache.
+    def prepare(self, question: Question, modality: Modality, instruction: str | None = None) -> PreparedPrompt:
+        """All of a prompt that needs no weights; another thread may do it while the device works.
+
+        Args:
+            instruction: see `PromptFormat.render`.
 
         Raises:
-            UserError: a recording that cannot be read, or that makes the tower's output NaN or infinite.
+            UserError: a recording that cannot be read.
         """
-        keys = {recording: self._audio_cache.key(recording) for recording in dict.fromkeys(recordings)}
-        known: dict[Recording, Clips] = {}
-        if not self.audio_is_trained:
-            held = {recording: self._audio_cache.get(key) for recording, key in keys.items()}
-            known = {
-                recording: tuple(clip.to(self.device) for clip in clips)
-                for recording, clips in held.items()
-                if clips is not None
-            }
-        new = [recording for recording in keys if recording not in known]
-        for start in range(0, len(new), _RECORDINGS_PER_BATCH):
-            batch = new[start : start + _RECORDINGS_PER_BATCH]
-            waves = [self.prompts.load_clips(recording)[0] for recording in batch]
-            embedded = iter(self.embed_waves([clip for clips in waves for clip in clips]))
-            for recording, clips in zip(batch, waves, strict=True):
-                heard = tuple(next(embedded) for _ in clips)
-                if not all(clip.isfinite().all() for clip in heard):
-                    raise UserError(f"{recording}: the audio tower makes NaN or infinity of it; remove the item")
-                known[recording] = heard
-                if not self.audio_is_trained:
-                    self._audio_cache.put(keys[recording], heard)
-        return [known[recording] for recording in recordings]
+        if modality is Modality.TEXT:
+            return PreparedPrompt(modality, self.prompts.token_ids(question, modality), None)
+        audio = self.load_audio(question.audio)
+        return PreparedPrompt(modality, self.prompts.token_ids(question, modality, audio.num_tokens, instruction), audio)
 
-    def embed_waves(self, waves: Sequence[np.ndarray]) -> list[Tensor]:
-        """[A, D] for each clip of [samples] at 16 kHz."""
-        return self.family.embed(self.module, self.prompts.feature_extractor, waves)
+    def encode(self, prepared: Sequence[PreparedPrompt]) -> list[Prompt]:
+        """Prompts with what the tower makes of their recordings.
+
+        Raises:
+            UserError: see `hear`.
+        """
+        heard = iter(self.hear([prompt.audio for prompt in prepared if prompt.audio is not None]))
+        return [Prompt(one.modality, one.token_ids, () if one.audio is None else next(heard)) for one in prepared]
+
+    def load_audio(self, recording: Recording) -> LoadedAudio:
+        """What the cache holds of a recording, else the tower's features of it.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        key = self._audio_cache.key(recording)
+        if not self.audio_is_trained and (held := self._audio_cache.get(key)) is not None:
+            return LoadedAudio(recording, key, [len(clip) for clip in held], embeddings=held)
+        waves = self.prompts.load_clips(recording)[0]
+        features = [self.prompts.features(wave) for wave in waves]
+        return LoadedAudio(recording, key, [clip.num_tokens for clip in features], features=features)
+
+    def hear(self, recordings: Sequence[LoadedAudio]) -> list[Clips]:
+        """Embeddings of each recording; each different one goes through the tower once.
+
+        Raises:
+            UserError: a recording that makes the tower's output NaN or infinite.
+        """
+        different = {audio.recording: audio for audio in recordings}
+        new = [audio for audio in different.values() if audio.embeddings is None]
+        known = {
+            audio.recording: tuple(clip.to(self.device) for clip in audio.embeddings)
+            for audio in different.values()
+            if audio.embeddings is not None
+        }
+        embedded = iter(self.embed([clip for audio in new for clip in audio.features]))
+        for audio in new:
+            heard = tuple(next(embedded) for _ in audio.features)
+            if not all(clip.isfinite().all() for clip in heard):
+                raise UserError(f"{audio.recording}: the audio tower makes NaN or infinity of it; remove the item")
+            known[audio.recording] = heard
+            if not self.audio_is_trained:
+                self._audio_cache.put(audio.key, heard)
+        return [known[audio.recording] for audio in recordings]
+
+    def embed(self, clips: Sequence[Features]) -> list[Tensor]:
+        """[A, D] for each clip."""
+        return self.family.embed(self.module, clips)
 
     def embed_tokens(self, token_ids: Tensor, prompts: Sequence[Prompt], starts: Sequence[int]) -> Tensor:
         """Input embeddings with audio at prompt positions only, never at a token that the policy sampled.
@@ -151,111 +208,92 @@ class SpeechModel:
         return flat.view_as(embeddings)
 
     def lay_out(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Layout:
-        """Where everything stands: a row for each prompt with its completions behind it, or all in one row.
-
-        flash-attn knows no mask that lets completions share a prompt; there each one stands behind a copy of its own, without
-        padding.
+        """One row without padding: each prompt once, then all completions.
 
         Args:
-            prompts: [N] the prompt of each completion; neighbours with the same (identical) prompt share a row.
+            prompts: [N] the prompt of each completion; neighbours with the same (identical) prompt share it.
             completions: [N]
         """
         pairs = list(zip(prompts, completions, strict=True))
-        rows = (
-            [[pair] for pair in pairs] if self.packs else [list(row) for _, row in groupby(pairs, key=lambda pair: id(pair[0]))]
+        rows = [list(row) for _, row in groupby(pairs, key=lambda pair: id(pair[0]))]
+        groups = PackedGroups(
+            prompt_lengths=tuple(len(row[0][0].token_ids) for row in rows),
+            completion_lengths=tuple(tuple(len(completion.token_ids) for _, completion in row) for row in rows),
+            device=self.device,
         )
-        lengths = [len(row[0][0].token_ids) + sum(len(completion.token_ids) for _, completion in row) for row in rows]
-        width = sum(lengths) if self.packs else max(lengths)
-        row_starts = list(accumulate(lengths[:-1], initial=0) if self.packs else range(0, width * len(rows), width))
-        shape = (1, width) if self.packs else (len(rows), width)
-        token_ids = torch.full(shape, self.prompts.pad_token_id).flatten()
-        position_ids = torch.zeros_like(token_ids)
-        segments = torch.full_like(token_ids, _PADDING)
-        positions: list[Tensor] = []
-        predictors: list[Tensor] = []
-        for start, row in zip(row_starts, rows, strict=True):
-            prompt = row[0][0]
-            prompt_length = len(prompt.token_ids)
-            end = start + prompt_length
-            token_ids[start:end] = torch.tensor(prompt.token_ids)
-            position_ids[start:end] = torch.arange(prompt_length)
-            segments[start:end] = _PROMPT
-            last_of_prompt = torch.tensor([end - 1])
-            for number, (_, completion) in enumerate(row, start=_PROMPT + 1):
-                length = len(completion.token_ids)
-                places = torch.arange(end, end + length)
-                token_ids[places] = torch.tensor(completion.token_ids)
-                position_ids[places] = torch.arange(prompt_length, prompt_length + length)
-                segments[places] = number
-                positions.append(places)
-                predictors.append(torch.cat([last_of_prompt, places[:-1]]))
-                end += length
-        ends = torch.tensor([0, *(len(completion.token_ids) for completion in completions)]).cumsum(0)
+        prompt_ends = list(accumulate(groups.prompt_lengths))
+        lengths = [length for group in groups.completion_lengths for length in group]
+        ends = torch.tensor([0, *accumulate(lengths)])
+        # A completion's first token is predicted by its prompt's last, the others by the one before.
+        predictors = torch.arange(prompt_ends[-1] - 1, prompt_ends[-1] - 1 + sum(lengths))
+        last_of_prompt = [end - 1 for end, row in zip(prompt_ends, rows, strict=True) for _ in row]
+        predictors[ends[:-1]] = torch.tensor(last_of_prompt)
+        # Each continues from its prompt's end, as if it stood there alone.
+        positions = [torch.arange(length) for length in groups.prompt_lengths]
+        positions += [
+            torch.arange(start, start + length)
+            for start, group in zip(groups.prompt_lengths, groups.completion_lengths, strict=True)
+            for length in group
+        ]
+        token_ids = [token for row in rows for token in row[0][0].token_ids]
+        token_ids += [token for completion in completions for token in completion.token_ids]
         layout = Layout(
             prompts=[row[0][0] for row in rows],
-            starts=row_starts,
-            token_ids=token_ids.view(shape),
-            position_ids=position_ids.view(shape),
-            segments=None if self.packs else segments.view(shape),
-            positions=torch.cat(positions),
-            predictors=torch.cat(predictors),
+            groups=groups,
+            token_ids=torch.tensor(token_ids),
+            position_ids=torch.cat(positions),
+            predictors=predictors,
             cu_seqlens=ends,
         )
         return layout.to(self.device)
 
     def forward(self, layout: Layout) -> Tensor:
         """[T, D] the states that predict the completions' tokens, ready for the head."""
-        inputs = self.embed_tokens(layout.token_ids, layout.prompts, layout.starts)
+        starts = accumulate(layout.groups.prompt_lengths[:-1], initial=0)
+        inputs = self.embed_tokens(layout.token_ids[None], layout.prompts, list(starts))
         # Layers recompute only where their own flag says training. Their parts keep eval mode, so that nothing drops out, and
         # the flag falls again afterwards, because `generate` would lose its cache to it.
         for layer in self.language_model.layers:
             layer.training = self.gradient_checkpointing and torch.is_grad_enabled()
         states = self.language_model(
             inputs_embeds=inputs,
-            attention_mask=layout.attention_mask(inputs.dtype),
-            # Several sequences in a row are told apart by their positions.
-            position_ids=self.family.row_positions(layout.position_ids) if self.packs else layout.position_ids,
+            # Of four dimensions, so that transformers makes none of its own; packed attention reads none.
+            attention_mask=inputs.new_zeros(1, 1, 1, 1),
+            position_ids=layout.position_ids[None],
             use_cache=False,
+            groups=layout.groups,
         ).last_hidden_state
         for layer in self.language_model.layers:
             layer.training = False
-        return states.flatten(0, 1)[layout.predictors]
+        return states[0, layout.predictors]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A micro-batch as R rows of width S: a prompt once, its completions behind it, padding only after all of them. Packed, one
-    row of prompts with one completion each."""
+    """A micro-batch as one row: P prompt tokens, T completion tokens, no padding."""
 
     prompts: list[Prompt]
-    """[R], packed [N]"""
-    starts: list[int]
-    """Where each of them begins in the flattened R * S."""
+    """[R]"""
+    groups: PackedGroups
+    """What attends to what."""
     token_ids: Tensor
-    """[R, S] int64."""
+    """[S] int64."""
     position_ids: Tensor
-    """[R, S] int64; every completion continues from the prompt's end, as if it stood there alone."""
-    segments: Tensor | None
-    """[R, S] int64 number of the completion, 0 for the prompt, -1 for padding. None: packed."""
-    positions: Tensor
-    """[T] places of completion tokens in the flattened R * S."""
+    """[S] int64; every completion continues from its prompt's end."""
     predictors: Tensor
-    """[T] places of the states that predict them: the token before, for a completion's first token the prompt's last."""
+    """[T] places of the states that predict each completion token."""
     cu_seqlens: Tensor
-    """[N + 1] int64 boundaries of completions among the T packed tokens."""
+    """[N + 1] int64 boundaries of completions among the T tokens."""
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[T] places of completion tokens."""
+        return torch.arange(self.groups.num_prompt_tokens, len(self.token_ids), device=self.token_ids.device)
 
     @property
     def targets(self) -> Tensor:
         """[T] int64 completion tokens."""
-        return self.token_ids.flatten()[self.positions]
-
-    def attention_mask(self, dtype: torch.dtype) -> Tensor | None:
-        """[R, 1, S, S] additive: every token sees, up to itself, the prompt and its own completion. None: packed."""
-        if self.segments is None:
-            return None
-        query, key = self.segments[:, :, None], self.segments[:, None, :]
-        seen = ((key == _PROMPT) | (key == query)).tril()
-        return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        return self.token_ids[self.groups.num_prompt_tokens :]
 
     def to(self, device: torch.device) -> Layout:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -276,14 +314,6 @@ def choose_device(device: str, dtype: str, *, uses_lora: bool) -> tuple[torch.de
     return chosen, getattr(torch, dtype)
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """Transformers' name of the attention to use: flash-attn where it is installed and can be used, else PyTorch's own."""
-    from transformers.utils import is_flash_attn_2_available
-
-    usable = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available()
-    return "flash_attention_2" if usable else "sdpa"
-
-
 def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Load a checkpoint, or an adapter on top of the base it names, with plain transformers.
 
@@ -299,7 +329,7 @@ def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype:
         module, found = family.transformers_class().from_pretrained(
             folder,
             dtype=torch.float32 if adapted else dtype,
-            attn_implementation=family.attention(choose_attention(device, dtype)),
+            attn_implementation="sdpa",
             output_loading_info=True,
         )
         if found["missing_keys"]:
@@ -407,5 +437,6 @@ def make_trainable(
             module.get_submodule(constant).requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing = True
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+        # Nothing is drawn inside a layer; and to restore torch's generator would make a sampler beside it repeat its draws.
+        module.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     module.eval()

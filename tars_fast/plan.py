@@ -39,19 +39,21 @@ class PlanConfig:
     """Longest completion, in tokens."""
     rollout_batch_size: int | None = None
     """Completions in flight."""
-    questions_per_micro_batch: int | None = None
-    """Questions in one forward and backward pass."""
+    tokens_per_micro_batch: int | None = None
+    """Tokens in one forward and backward pass. None: what free memory holds, at most 16,384."""
+    rollout_ahead: Literal[0, 1] = 0
+    """1: sampling and training at the same time."""
     gradient_checkpointing: bool | None = None
     """Compute each layer again for the backward pass."""
     behaviour_model: str = "auto"
     """Text embedder of R_beh."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, positive=("gpu_memory", "longest_prompt", "kv_cache_gb"))
+        check_numbers(self, positive=("gpu_memory", "longest_prompt", "kv_cache_gb", "tokens_per_micro_batch"))
 
 
-_SHARED = ("lora_rank", "group_size", "max_new_tokens", "rollout_batch_size", "questions_per_micro_batch")
-_SHARED += ("gradient_checkpointing", "behaviour_model", "model", "dtype", "engine", "kv_cache_gb")
+_SHARED = ("lora_rank", "group_size", "max_new_tokens", "rollout_batch_size", "tokens_per_micro_batch")
+_SHARED += ("rollout_ahead", "gradient_checkpointing", "behaviour_model", "model", "dtype", "engine", "kv_cache_gb")
 
 
 def plan(config: PlanConfig) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tars_fast.audio import LongRecordingError, load_clips
 from tars_fast.config import Preset
-from tars_fast.families import Family, find_family
+from tars_fast.families import Family, Features, find_family
 from tars_fast.hub import base_of, cannot_be_loaded, checkpoint_folder, model_type
 from tars_fast.types import LongAudio, Modality, Question, Recording, UserError
 
@@ -75,6 +75,10 @@ class PromptFormat:
     def load_clips(self, recording: Recording) -> tuple[list[np.ndarray], float]:
         """(what the model hears of a recording, seconds of the whole), see `tars_fast.audio.load_clips`."""
         return load_clips(recording, self.max_audio_seconds, self.long_audio)
+
+    def features(self, clip: np.ndarray) -> Features:
+        """What the tower takes of a clip of [samples] at 16 kHz."""
+        return self.family.features(self.feature_extractor, clip)
 
     def render(self, question: Question, modality: Modality, num_clips: int = 1, instruction: str | None = None) -> str:
         """The chat template's own text, one placeholder a clip.

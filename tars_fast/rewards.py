@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,12 @@ class AnswerRewards:
     def base(self) -> Tensor:
         """[N] `R_base = R_acc + 0.5 R_fmt`."""
         return self.accuracy + FORMAT_WEIGHT * self.format
+
+    @classmethod
+    def joined(cls, parts: Sequence[AnswerRewards]) -> AnswerRewards:
+        """Those of several sets of completions, one after the other."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def answer_rewards(completions: Sequence[Completion], questions: Sequence[Question]) -> AnswerRewards:
@@ -114,11 +121,14 @@ class SentenceEmbedder:
         from sentence_transformers import SentenceTransformer
 
         self._model = SentenceTransformer(name, device=str(device))
+        # It works beside the trainer, which it must not wait for.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def similarity(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
         texts, left_indices, right_indices = _numbered(left, right)
-        vectors = self._model.encode(texts, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
-        return (vectors[left_indices] * vectors[right_indices]).sum(-1).float().cpu()
+        with torch.cuda.stream(self._stream):
+            vectors = self._model.encode(texts, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
+            return (vectors[left_indices] * vectors[right_indices]).sum(-1).float().cpu()
 
 
 HASHED_NGRAMS = "hashed-ngrams"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from tars_fast.prompts import PromptFormat
 from tars_fast.types import Completion, Prompt, TrainingError
@@ -23,44 +23,6 @@ class Sampling:
     seed: int
 
 
-class RolloutEngine(Protocol):
-    """A source of completions from the policy that is being trained, with the weights it has at that moment."""
-
-    name: str
-
-    def generate(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
-        """`sampling.num_completions` completions of each prompt, in prompt order.
-
-        Args:
-            prompts: spoken and written ones alike.
-            questions: for each prompt, the question number its completions are to carry.
-
-        Raises:
-            ValueError: a prompt that `refuses` gives a reason for.
-            TrainingError: a log-probability was not finite.
-        """
-        ...
-
-    def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
-        """Why `generate` would not take this prompt, or None."""
-        ...
-
-    def release_memory(self) -> None:
-        """Give back what only `generate` needs (the KV cache) for the time of training; `generate` takes it again."""
-        ...
-
-    def close(self) -> None:
-        """End the engine."""
-        ...
-
-
-def too_long(prompt: Prompt, max_new_tokens: int, max_tokens: int) -> str | None:
-    """Why a completion would not fit behind the prompt, or None."""
-    if len(prompt.token_ids) + max_new_tokens <= max_tokens:
-        return None
-    return f"{len(prompt.token_ids)} tokens and {max_new_tokens} new ones are more than the engine's {max_tokens}"
-
-
 @dataclass(frozen=True)
 class Drawn:
     """One continuation as an engine hands it back."""
@@ -71,13 +33,79 @@ class Drawn:
     truncated: bool
 
 
-def as_completions(
-    prompt_format: PromptFormat, prompts: Sequence[Prompt], questions: Sequence[int], drawn: Sequence[Drawn]
-) -> list[Completion]:
-    """Give each continuation its text, question and modality.
+class RolloutEngine(ABC):
+    """A source of completions from the policy that is being trained."""
 
-    Args:
-        drawn: equally many for each prompt, in prompt order.
+    name: str
+    prompt_format: PromptFormat
+    _stopped = False
+
+    @abstractmethod
+    def wake_up(self) -> None:
+        """Take the weights as they are now, and the memory that sampling needs."""
+
+    @abstractmethod
+    def draw(self, prompts: Sequence[Prompt], sampling: Sampling, on_drawn: Callable[[int, list[Drawn]], None]) -> None:
+        """Sample `sampling.num_completions` continuations of each prompt, after a `wake_up` of its own.
+
+        Args:
+            prompts: spoken and written ones alike.
+            on_drawn: told a prompt's number and its continuations as soon as they are there, while others still run.
+
+        Raises:
+            ValueError: a prompt that `refuses` gives a reason for.
+        """
+
+    def generate(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
+        """`sampling.num_completions` completions of each prompt, in prompt order, from the weights as they are now.
+
+        Args:
+            questions: for each prompt, the question number its completions are to carry.
+
+        Raises:
+            ValueError: see `draw`.
+            TrainingError: a log-probability was not finite.
+        """
+        self.wake_up()
+        drawn: dict[int, list[Drawn]] = {}
+        self.draw(prompts, sampling, drawn.__setitem__)
+        return [
+            completion
+            for number, prompt in enumerate(prompts)
+            for completion in as_completions(self.prompt_format, prompt, questions[number], drawn[number])
+        ]
+
+    @abstractmethod
+    def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
+        """Why `draw` would not take this prompt, or None."""
+
+    @abstractmethod
+    def release_memory(self) -> None:
+        """Give back what only sampling needs (the KV cache) until the next `wake_up`."""
+
+    def stop(self) -> None:
+        """Have a `draw` in another thread end at its next token, for good. It raises TrainingError there."""
+        self._stopped = True
+
+    def check_stopped(self) -> None:
+        """Raises TrainingError after `stop`."""
+        if self._stopped:
+            raise TrainingError("sampling was stopped")
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the engine."""
+
+
+def too_long(prompt: Prompt, max_new_tokens: int, max_tokens: int) -> str | None:
+    """Why a completion would not fit behind the prompt, or None."""
+    if len(prompt.token_ids) + max_new_tokens <= max_tokens:
+        return None
+    return f"{len(prompt.token_ids)} tokens and {max_new_tokens} new ones are more than the engine's {max_tokens}"
+
+
+def as_completions(prompt_format: PromptFormat, prompt: Prompt, question: int, drawn: Sequence[Drawn]) -> list[Completion]:
+    """Give the continuations of a prompt their text.
 
     Raises:
         TrainingError: a log-probability is NaN or infinite.
@@ -90,15 +118,14 @@ def as_completions(
     texts = prompt_format.tokenizer.batch_decode(
         [list(one.token_ids if one.truncated else one.token_ids[:-1]) for one in drawn], skip_special_tokens=False
     )
-    per_prompt = len(drawn) // max(1, len(prompts))
     return [
         Completion(
-            question=questions[row // per_prompt],
-            modality=prompts[row // per_prompt].modality,
+            question=question,
+            modality=prompt.modality,
             token_ids=tuple(one.token_ids),
             rollout_logprobs=tuple(one.logprobs),
             text=text,
             truncated=one.truncated,
         )
-        for row, (one, text) in enumerate(zip(drawn, texts, strict=True))
+        for one, text in zip(drawn, texts, strict=True)
     ]

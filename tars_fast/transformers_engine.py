@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from tars_fast.models import SpeechModel
-from tars_fast.sampling import Drawn, Sampling, as_completions, too_long
-from tars_fast.types import Completion, Prompt
+from tars_fast.sampling import Drawn, RolloutEngine, Sampling, too_long
+from tars_fast.types import Prompt
 
 
 class _SampledLogprobs:
@@ -46,30 +46,41 @@ class _SampledLogprobs:
         return logprobs.where(self._all_finite, torch.nan)
 
 
-class TransformersEngine:
-    """Batched `generate`; each distinct prompt is prefilled once."""
+class TransformersEngine(RolloutEngine):
+    """Batched `generate`; each distinct prompt is prefilled once.
+
+    Args:
+        max_batch_size: completions in flight.
+        apart: run modules of its own around the same weights, so that it can sample while the model trains.
+    """
 
     name = "transformers"
 
-    def __init__(self, model: SpeechModel, max_batch_size: int):
+    def __init__(self, model: SpeechModel, max_batch_size: int, *, apart: bool = False):
+        self.prompt_format = model.prompts
         self._model = model
         self._max_batch_size = max_batch_size
+        self._apart = apart
+
+    def wake_up(self) -> None:
+        """The weights are those of the model at any moment."""
+        if self._apart:
+            # Not earlier, because adapters come after the engine.
+            self._model, self._apart = self._model.twin(), False
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
+    def draw(self, prompts: Sequence[Prompt], sampling: Sampling, on_drawn: Callable[[int, list[Drawn]], None]) -> None:
         torch.manual_seed(sampling.seed)
         prompts_per_batch = max(1, self._max_batch_size // sampling.num_completions)
         # Prompts of like length share a batch: less padding to attend over.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].token_ids))
-        completions: dict[int, list[Completion]] = {}
         for start in range(0, len(order), prompts_per_batch):
             chosen = order[start : start + prompts_per_batch]
-            sampled = self._generate_batch([prompts[i] for i in chosen], [questions[i] for i in chosen], sampling)
+            drawn = self._draw_batch([prompts[index] for index in chosen], sampling)
             for place, index in enumerate(chosen):
-                completions[index] = sampled[place * sampling.num_completions : (place + 1) * sampling.num_completions]
-        return [completion for index in range(len(prompts)) for completion in completions[index]]
+                on_drawn(index, drawn[place * sampling.num_completions : (place + 1) * sampling.num_completions])
 
-    def _generate_batch(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
+    def _draw_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Drawn]:
         from transformers import DynamicCache, LogitsProcessorList
 
         model = self._model
@@ -96,6 +107,7 @@ class TransformersEngine:
         recorder = _SampledLogprobs(model.suppressed_bias, sampling.temperature or 1.0)
         with _bare_generation_config(model, sampling):
             output = model.module.generate(
+                stopping_criteria=[self._continue],
                 input_ids=token_ids.repeat_interleave(sampling.num_completions, 0),
                 attention_mask=attention_mask.repeat_interleave(sampling.num_completions, 0),
                 position_ids=position_ids.repeat_interleave(sampling.num_completions, 0),
@@ -108,11 +120,15 @@ class TransformersEngine:
         stops = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, generated.shape[1]).tolist()
         finished = is_stop.any(1).tolist()
         rows = zip(generated.tolist(), logprobs.tolist(), stops, finished, strict=True)
-        drawn = [Drawn(tokens[:stop], row_logprobs[:stop], truncated=not done) for tokens, row_logprobs, stop, done in rows]
-        return as_completions(model.prompts, prompts, questions, drawn)
+        return [Drawn(tokens[:stop], row_logprobs[:stop], truncated=not done) for tokens, row_logprobs, stop, done in rows]
+
+    def _continue(self, input_ids: Tensor, _scores: object, **_settings: object) -> Tensor:
+        """Asked by `generate` after every token whether to end a sequence."""
+        self.check_stopped()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
-        """Why `generate` would not take a prompt."""
+        """Why `draw` would not take a prompt."""
         return too_long(prompt, max_new_tokens, self._model.prompts.max_tokens)
 
     def release_memory(self) -> None:

@@ -16,7 +16,7 @@ import importlib.metadata
 import os
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from tars_fast.families import QWEN2_AUDIO, Family, engine_refusal
 from tars_fast.hub import base_of, cannot_be_loaded, checkpoint_folder
 from tars_fast.memory import BLOCK_TOKENS, PREFILL_TOKENS, engine_rank
-from tars_fast.models import SpeechModel, choose_attention
+from tars_fast.models import SpeechModel
 from tars_fast.prompts import PromptFormat
-from tars_fast.sampling import Drawn, Sampling, as_completions, too_long
-from tars_fast.types import Completion, Prompt, UserError
+from tars_fast.sampling import Drawn, RolloutEngine, Sampling, too_long
+from tars_fast.types import Prompt, UserError
 from tars_fast.weights import EngineNames, SharingError, assert_shared, engine_place, move_buffers, share_weights
 
 OLDEST, NEWEST = (0, 26), (0, 32)
@@ -83,7 +83,7 @@ class VllmSettings:
     """Random weights in the place of the checkpoint's, for benchmarks."""
 
 
-class VllmEngine:
+class VllmEngine(RolloutEngine):
     """vLLM and, as `model`, the trainer's view of its weights.
 
     Raises:
@@ -103,10 +103,12 @@ class VllmEngine:
         reason = unusable_because(prompts.family, device, dtype, settings.lora_rank)
         if reason is not None:
             raise UserError(f"--engine vllm: {reason}")
+        self.prompt_format = prompts
         self._settings = settings
         self._names = prompts.family.engine_names
+        self._has_current_weights = False
         self._internals = _Internals(prompts, base_of(source), device, dtype, settings)
-        module = prompts.family.on_meta(prompts.config, dtype, choose_attention(device, dtype))
+        module = prompts.family.on_meta(prompts.config, dtype)
         module.generation_config = prompts.generation_config
         module.tie_weights()
         is_tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
@@ -123,38 +125,49 @@ class VllmEngine:
         assert_shared(self.model.module, self._internals.module, self._names)
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
-        """See `RolloutEngine.generate`; on CUDA, draws do not depend on how requests are batched.
-
-        Raises:
-            ValueError: a prompt that the engine could not take; nothing has been submitted then.
-            SharingError: the weights are no longer shared.
-            TrainingError: a log-probability was not finite.
-        """
-        for number, prompt in enumerate(prompts):
-            reason = self.refuses(prompt, sampling.max_new_tokens)
-            if reason is not None:
-                raise ValueError(f"prompt {number}: {reason}")
+    def wake_up(self) -> None:
+        """See `RolloutEngine.wake_up`. Raises SharingError where the weights are no longer shared."""
         self._internals.restore_kv_cache()
         # Both cost milliseconds, so that no rollout can ever see other weights than the trainer's.
         self.assert_shared()
         self._hand_over_adapter()
         self._internals.reset_caches()
-        outputs = self._internals.generate(
-            [as_request(number, prompt, self.model.prompts.audio_token_id) for number, prompt in enumerate(prompts)],
-            self._sampling_params(len(prompts), sampling),
-            sampling.seed,
-            use_adapter=self._adapter is not None,
-        )
-        drawn = []
-        for prompt, output in zip(prompts, outputs, strict=True):
-            if tuple(output.prompt_token_ids) != prompt.token_ids:
+        self._has_current_weights = True
+
+    @torch.inference_mode()
+    def draw(self, prompts: Sequence[Prompt], sampling: Sampling, on_drawn: Callable[[int, list[Drawn]], None]) -> None:
+        """See `RolloutEngine.draw`; on CUDA, draws do not depend on how requests are batched.
+
+        Raises:
+            ValueError: a prompt that the engine could not take; nothing has been submitted then.
+            RuntimeError: no `wake_up` since the last call, whose weights may be old.
+        """
+        for number, prompt in enumerate(prompts):
+            reason = self.refuses(prompt, sampling.max_new_tokens)
+            if reason is not None:
+                raise ValueError(f"prompt {number}: {reason}")
+        if not self._has_current_weights:
+            raise RuntimeError("wake_up() before every draw(): the weights may have changed")
+        self._has_current_weights = False
+
+        def take(number: int, output) -> None:
+            if tuple(output.prompt_token_ids) != prompts[number].token_ids:
                 raise SharingError("vLLM expanded a prompt otherwise than the trainer did; audio placeholders differ")
+            drawn = []
             for completion in output.outputs:
                 tokens = list(completion.token_ids)
                 logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
                 drawn.append(Drawn(tokens, logprobs, truncated=completion.finish_reason == "length"))
-        return as_completions(self.model.prompts, prompts, questions, drawn)
+            on_drawn(number, drawn)
+
+        self._internals.generate(
+            [as_request(number, prompt, self.model.prompts.audio_token_id) for number, prompt in enumerate(prompts)],
+            self._sampling_params(len(prompts), sampling),
+            sampling.seed,
+            take,
+            self.check_stopped,
+            use_adapter=self._adapter is not None,
+        )
 
     def release_memory(self) -> None:
         """Give the KV cache's memory back; weights and, on CUDA, captured graphs stay where they are."""
@@ -165,7 +178,7 @@ class VllmEngine:
         self._internals.shutdown()
 
     def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
-        """Why `generate` would not take a prompt: what vLLM takes in silence, or fails the whole batch for."""
+        """Why `draw` would not take a prompt: what vLLM takes in silence, or fails the whole batch for."""
         vocabulary_size = len(self.model.suppressed_bias)
         if not prompt.token_ids or not all(0 <= token < vocabulary_size for token in prompt.token_ids):
             return f"empty, or holds a token outside the vocabulary of {vocabulary_size}"
@@ -314,8 +327,22 @@ class _Internals:
         with torch.compiler.set_stance("force_eager") if self._on_cpu else nullcontext():
             yield
 
-    def generate(self, requests: list[dict], params: list, seed: int, *, use_adapter: bool) -> list:
-        """`LLM.generate`, after which no request is left behind, however it ended."""
+    def generate(
+        self,
+        requests: list[dict],
+        params: list,
+        seed: int,
+        on_finished: Callable[[int, object], None],
+        before_token: Callable[[], None],
+        *,
+        use_adapter: bool,
+    ) -> None:
+        """`LLM.generate`, after which no request is left behind, however it ended.
+
+        Args:
+            on_finished: told a request's number and its `RequestOutput` as soon as all its continuations are there.
+            before_token: called before every step of the engine.
+        """
         from vllm.lora.request import LoRARequest
 
         # The path is never opened: the adapter is registered already.
@@ -326,13 +353,29 @@ class _Internals:
             torch.manual_seed(seed)
             for one in params:
                 one.seed = None
+        first = self.llm.request_counter.counter
+        step, replaced = engine.step, vars(engine).get("step")
+
+        def observed_step() -> list:
+            before_token()
+            outputs = step()
+            for output in outputs:
+                if output.finished:
+                    on_finished(int(output.request_id) - first, output)
+            return outputs
+
         try:
+            engine.step = observed_step
             with self._eager_on_cpu():
-                return self.llm.generate(requests, params, use_tqdm=False, lora_request=adapter)
+                self.llm.generate(requests, params, use_tqdm=False, lora_request=adapter)
         except BaseException:
             # What an exception or Ctrl-C leaves would be served, and returned, with the next call.
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
+        finally:
+            del engine.step
+            if replaced is not None:
+                engine.step = replaced
 
     def reset_caches(self) -> None:
         """Forget what was computed with earlier weights, or from another call's audio.

@@ -50,12 +50,10 @@ class Workers:
         return gathered
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace the gradient of every parameter by the sum of all processes' ones, of which some may have none."""
+        """Replace the gradient of every parameter by the sum of all processes' ones."""
         if self.size == 1:
             return
         for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)
 
     def check_same(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -48,7 +48,9 @@ def questions():
 
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
-    return TrainConfig(output_dir=tmp_path, questions_per_step=4, num_steps=4).resolve(PRESETS["pocket"])
+    return TrainConfig(output_dir=tmp_path, questions_per_step=4, num_steps=4, tokens_per_micro_batch=4096).resolve(
+        PRESETS["pocket"]
+    )
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ import shutil
 
 import pytest
 import torch
+from steps import rollout_of
 
+from tars_fast import rollout
 from tars_fast import train as train_command
 from tars_fast.config import TrainConfig
 from tars_fast.data import TRAINING_DATA, load_questions
@@ -17,8 +19,8 @@ from tars_fast.engine import choose_engine
 from tars_fast.families import QWEN2_AUDIO
 from tars_fast.log import PhaseTimer
 from tars_fast.memory import SETTINGS_BY_PHASE, explain_out_of_memory
-from tars_fast.rewards import HashedNgrams
-from tars_fast.train import collect_rollout, encode_batch, train
+from tars_fast.rollout import encode_batch, prepare_batch
+from tars_fast.train import train
 from tars_fast.transformers_engine import TransformersEngine
 from tars_fast.types import Modality, TrainingError, UserError
 
@@ -122,33 +124,32 @@ def test_other_errors_pass():
 def test_every_phase_of_a_step_has_a_remedy(model, questions, config):
     timer = PhaseTimer(CPU)
     engine = TransformersEngine(model, config.rollout_batch_size)
-    rollout = collect_rollout(model, engine, HashedNgrams(), questions[:2], config, 0, timer, pytest.fail)
+    sampled = rollout_of(model, questions[:2], config, engine=engine, timer=timer)
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.0)
-    train_command.update_policy(model, optimizer, rollout, None, config, timer)
+    train_command.update_policy(model, optimizer, sampled, None, config, timer)
     assert {name.removeprefix("seconds/") for name in timer.take()} <= SETTINGS_BY_PHASE.keys()
 
 
 class OtherPolicy(TransformersEngine):
     """An engine whose log-probabilities are a tenth of a nat off, as stale weights make them."""
 
-    def generate(self, *arguments):
-        completions = super().generate(*arguments)
-        return [
-            dataclasses.replace(one, rollout_logprobs=tuple(logprob - 0.1 for logprob in one.rollout_logprobs))
-            for one in completions
-        ]
+    def draw(self, prompts, sampling, on_drawn):
+        def stale(number, drawn):
+            on_drawn(number, [dataclasses.replace(one, logprobs=[value - 0.1 for value in one.logprobs]) for one in drawn])
+
+        super().draw(prompts, sampling, stale)
 
 
 @pytest.mark.parametrize("limit", [None, 0.05, 0.2])
 def test_an_engine_with_another_policy_stops_the_run_before_an_update(model, questions, config, limit):
     config = dataclasses.replace(config, max_logprob_diff=limit)
     engine = OtherPolicy(model, config.rollout_batch_size)
-    rollout = collect_rollout(model, engine, HashedNgrams(), questions[:2], config, 0, PhaseTimer(CPU), pytest.fail)
+    sampled = rollout_of(model, questions[:2], config, engine=engine)
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=1.0)
     before = model.head.weight.detach().clone()
 
     def update() -> dict[str, float]:
-        return train_command.update_policy(model, optimizer, rollout, None, config, PhaseTimer(CPU))[1]
+        return train_command.update_policy(model, optimizer, sampled, None, config, PhaseTimer(CPU))[1]
 
     if limit == 0.2:
         assert update()["logprob_diff_mean"] == pytest.approx(0.1, abs=1e-4)
@@ -180,10 +181,9 @@ def test_an_item_that_goes_bad_later_does_not_cost_the_batch(model, own_data, ho
         spoiled.unlink()
     else:
         spoiled.write_bytes(b"" if how == "cut short" else b"not audio" * 100)
-    told = []
-    kept, spoken, written = encode_batch(model, TransformersEngine(model, 8), questions, 40, told.append)
-    assert kept == [questions[0], *questions[2:]]
-    assert [len(prompts) for prompts in (kept, spoken, written)] == [3, 3, 3]
+    kept, prompts, told = encode_batch(model, TransformersEngine(model, 8), prepare_batch(model, questions), 40)
+    assert kept == [0, 2, 3]
+    assert [prompt.modality for prompt in prompts] == [Modality.SPEECH, Modality.TEXT] * 3
     assert len(told) == 1
     assert told[0].startswith(f"item {questions[1].id!r} is left out of this step: ")
 
@@ -198,32 +198,30 @@ def test_a_recording_that_grew_too_long_costs_that_item_only(model, own_data, mo
         return "too long" if same and torch.equal(prompt.audio_clips[0], longer.audio_clips[0]) else None
 
     monkeypatch.setattr(engine, "refuses", refuses)
-    told = []
-    kept, spoken, _ = encode_batch(model, engine, questions, 40, told.append)
-    assert kept == questions[:2]
-    assert len(spoken) == 2
+    kept, prompts, told = encode_batch(model, engine, prepare_batch(model, questions), 40)
+    assert kept == [0, 1]
+    assert len(prompts) == 4
     assert told == [f"item {questions[2].id!r} is left out of this step: too long"]
     assert "1000 new ones are more than the engine's 1024" in TransformersEngine(model, 8).refuses(longer, 1000)
 
 
 def test_a_tower_that_makes_nan_of_a_recording_costs_that_item_only(model, own_data, monkeypatch):
     questions = load_questions(own_data)[:3]
-    embed = model.embed_waves
+    embed = model.embed
 
     def ruin(when) -> None:
         monkeypatch.setattr(
-            model, "embed_waves", lambda waves: [state * torch.nan if when(waves) else state for state in embed(waves)]
+            model, "embed", lambda clips: [state * torch.nan if when(clips) else state for state in embed(clips)]
         )
 
-    ruin(lambda waves: len(waves) > 1)
-    told = []
-    kept, _, _ = encode_batch(model, TransformersEngine(model, 8), questions, 40, told.append)
-    assert kept == questions, "in a batch of one each is fine again"
-    ruin(lambda waves: True)
+    ruin(lambda clips: len(clips) > 1)
+    engine = TransformersEngine(model, 8)
+    kept, _, _ = encode_batch(model, engine, prepare_batch(model, questions), 40)
+    assert kept == [0, 1, 2], "in a batch of one each is fine again"
+    ruin(lambda clips: True)
     model.keep_audio(0, None, 0)
-    with pytest.raises(TrainingError, match="no recording of this step could be used"):
-        encode_batch(model, TransformersEngine(model, 8), questions, 40, told.append)
-    assert all("NaN or infinity" in line for line in told)
+    with pytest.raises(TrainingError, match=r"no recording of this step could be used.*NaN or infinity"):
+        encode_batch(model, engine, prepare_batch(model, questions), 40)
 
 
 def test_a_run_goes_on_without_the_bad_item(own_data, tmp_path, monkeypatch, capsys):
@@ -263,7 +261,7 @@ def test_a_run_whose_recordings_are_gone_keeps_its_last_step(tmp_path, own_data,
         data=own_data, eval_data=evaluation, output_dir=tmp_path / "run", num_steps=4, questions_per_step=2,
         eval_samples=0, device="cpu", audio_cache_gb=0.0,
     )  # fmt: skip
-    original = train_command.encode_batch
+    original = rollout.prepare_batch
     calls = []
 
     def vanishing(*arguments):
@@ -272,7 +270,7 @@ def test_a_run_whose_recordings_are_gone_keeps_its_last_step(tmp_path, own_data,
             (own_data / "training").rename(own_data / "elsewhere")
         return original(*arguments)
 
-    monkeypatch.setattr(train_command, "encode_batch", vanishing)
+    monkeypatch.setattr(rollout, "prepare_batch", vanishing)
     with pytest.raises(TrainingError, match=r"no recording of this step could be used.*--resume"):
         train(config)
     assert (tmp_path / "run" / "checkpoint-2").is_dir()

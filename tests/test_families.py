@@ -73,6 +73,10 @@ def items(tmp_path) -> list[Question]:
     return items
 
 
+def embed(model: SpeechModel, waves: list[np.ndarray]) -> list[torch.Tensor]:
+    return model.embed([model.prompts.features(one) for one in waves])
+
+
 def encode(model: SpeechModel, items: list[Question]) -> list:
     with torch.no_grad():
         return [prompt for modality in Modality for prompt in model.encode_prompts(items, modality)]
@@ -145,7 +149,7 @@ def test_audio_tokens_are_counted_as_the_tower_makes_them(name, speech_model):
     lengths = SECONDS_TO_TOKENS[name]
     waves = [wave(seconds) for seconds in lengths]
     with torch.no_grad():
-        embedded = speech_model.embed_waves(waves)
+        embedded = embed(speech_model, waves)
     assert [speech_model.prompts.num_audio_tokens(one) for one in waves] == list(lengths.values())
     assert [len(clip) for clip in embedded] == list(lengths.values())
 
@@ -155,7 +159,7 @@ def test_audio_embeddings_are_those_of_the_models_own_forward_pass(name, folder,
     model, recording = speech_model, wave(2.35)
     prompts, module = model.prompts, model.module
     with torch.no_grad():
-        (clip,) = model.embed_waves([recording])
+        (clip,) = embed(model, [recording])
     ids = torch.tensor([[5, *[prompts.audio_token_id] * len(clip), 7, 9]])
     features = prompts.feature_extractor([recording], sampling_rate=SAMPLE_RATE, return_tensors="pt", **EXTRACTION[name])
     if name == "phi-4-multimodal":
@@ -180,23 +184,13 @@ EXTRACTION = {
 """As the processors call it."""
 
 
-def test_only_the_language_model_is_told_which_attention_to_use(checkpoints):
-    """Phi's audio tower adds a bias of its own to its attention, which flash-attn would take for a padding mask."""
-    dtype = torch.float32
-    for name, audio in (("phi-4-multimodal", "sdpa"), ("qwen2-audio", "eager"), ("qwen2.5-omni", "eager")):
-        prompts = load_prompt_format(find_preset(str(checkpoints[name])), str(checkpoints[name]))
-        module = prompts.family.on_meta(prompts.config, dtype, attention="eager")
-        assert module.config.get_text_config()._attn_implementation == "eager"
-        assert module.config.audio_config._attn_implementation == audio
-
-
 def test_phi_hears_longer_than_its_towers_window(checkpoints):
     """Beyond 40 s its tower works in windows; the model's own forward pass says what comes of it."""
     from transformers import Phi4MultimodalForCausalLM
 
     model, recording = load(checkpoints["phi-4-multimodal"]), wave(73.0)
     with torch.no_grad():
-        (clip,) = model.embed_waves([recording])
+        (clip,) = embed(model, [recording])
         features = model.prompts.feature_extractor([recording], sampling_rate=SAMPLE_RATE, return_tensors="pt")
         ids = torch.full((1, len(clip)), model.prompts.audio_token_id)
         whole = Phi4MultimodalForCausalLM.from_pretrained(checkpoints["phi-4-multimodal"]).eval()
@@ -209,9 +203,9 @@ def test_phi_hears_longer_than_its_towers_window(checkpoints):
 def test_a_batch_hears_what_each_recording_alone_says(speech_model):
     waves = [wave(seconds, seed) for seed, seconds in enumerate((0.4, 3.0, 1.7))]
     with torch.no_grad():
-        together = speech_model.embed_waves(waves)
+        together = embed(speech_model, waves)
         for one, clip in zip(waves, together, strict=True):
-            torch.testing.assert_close(speech_model.embed_waves([one])[0], clip, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(embed(speech_model, [one])[0], clip, rtol=1e-4, atol=1e-5)
 
 
 def test_long_recordings_become_clips_of_one_prompt(name, folder, tmp_path):
@@ -238,22 +232,15 @@ def test_long_recordings_become_clips_of_one_prompt(name, folder, tmp_path):
 
 
 def test_rollout_and_trainer_agree(speech_model, items):
-    """Greedy tokens with a cache, their log-probabilities in one forward pass over rows with shared prompts, and packed."""
+    """Greedy tokens with a cache, their log-probabilities in one packed forward pass."""
     completions = greedy(speech_model, items)
     assert len({completion.token_ids for completion in completions}) > 3, "different prompts are answered differently"
-    prompts = encode(speech_model, items)
+    layout = speech_model.lay_out(encode(speech_model, items), completions)
+    with torch.no_grad():
+        logits = speech_model.head(speech_model.forward(layout)) + speech_model.suppressed_bias
+    logprobs = logits.log_softmax(-1).gather(-1, layout.targets[:, None])[:, 0]
     rollout = torch.tensor([value for completion in completions for value in completion.rollout_logprobs])
-    states = {}
-    for packs in (False, True):
-        speech_model.packs = packs
-        layout = speech_model.lay_out(prompts, completions)
-        assert (layout.attention_mask(torch.float32) is None) == packs
-        with torch.no_grad():
-            states[packs] = speech_model.forward(layout)
-        logits = speech_model.head(states[packs]) + speech_model.suppressed_bias
-        logprobs = logits.log_softmax(-1).gather(-1, layout.targets[:, None])[:, 0]
-        torch.testing.assert_close(logprobs, rollout, rtol=0, atol=1e-4)
-    torch.testing.assert_close(states[True], states[False], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logprobs, rollout, rtol=0, atol=1e-4)
 
 
 def test_every_stop_token_ends_a_completion(speech_model):
@@ -445,7 +432,7 @@ def test_training_runs_on_every_family(folder, tmp_path):
     command += ["--max-new-tokens", "8", "--behaviour-model", "hashed-ngrams", "--eval-samples", "0"]
     done = subprocess.run([*command, "--num-steps", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
-    assert "attention by sdpa" in done.stdout
+    assert "masked attention" in done.stdout
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
     assert max(step["logprob_diff_max"] for step in steps) < 1e-3

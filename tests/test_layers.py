@@ -12,13 +12,15 @@ LAYERS = [
     {"types", "files", "progress"},
     {"architecture", "answers", "advantages", "metrics", "cli", "audio", "audio_cache", "optimizer", "hub", "weights"}
     | {"figure", "sources", "transcription", "workers"},
-    {"memory", "scorers", "recognition"},
+    {"memory", "scorers", "recognition", "packed_attention"},
     {"families", "results"},
     {"config", "log"},
     {"data", "rewards", "prompts", "synthesis"},
     {"models", "sampling", "quality"},
     {"checkpoint", "transformers_engine", "vllm_engine"},
     {"engine", "evaluation"},
+    {"rollout"},
+    {"update"},
     {"train", "evaluate", "export", "plan", "pocket", "prepare"},
 ]
 """From the bottom up; a module imports from layers below its own only. The last are commands."""

@@ -97,7 +97,7 @@ def test_phases_hold_what_they_hold():
     ("change", "grows"),
     [
         ({"max_new_tokens": 2048}, ("rollout", "forward and backward")),
-        ({"questions_per_micro_batch": 2}, ("forward and backward",)),
+        ({"given_micro_batch": 32_768}, ("forward and backward",)),
         ({"gradient_checkpointing": False}, ("forward and backward",)),
         ({"rollout_batch_size": 128}, ("rollout",)),
         ({"lora_rank": 0}, ("loading", "forward and backward", "optimiser")),
@@ -108,7 +108,7 @@ def test_what_makes_a_phase_grow(change, grows):
     huge = 10_000 * GB
     before, after = plan_memory(PAPER, huge).peaks, plan_memory(dataclasses.replace(PAPER, **change), huge).peaks
     assert all(after[phase] > before[phase] for phase in grows)
-    if change.keys() <= {"questions_per_micro_batch", "gradient_checkpointing", "rollout_batch_size"}:
+    if change.keys() <= {"given_micro_batch", "gradient_checkpointing", "rollout_batch_size"}:
         assert all(after[phase] == before[phase] for phase in after if phase not in grows)
 
 
@@ -130,7 +130,7 @@ def test_what_does_not_fit_comes_with_what_would():
     assert advice[0].startswith("--lora-rank 8:")
     assert advice[0].endswith("fits")
     assert all(line.endswith("fits") for line in advice)
-    wasteful = dataclasses.replace(PAPER, gradient_checkpointing=False, questions_per_micro_batch=4)
+    wasteful = dataclasses.replace(PAPER, gradient_checkpointing=False, given_micro_batch=40_000)
     fitting = [line for line in remedies(plan_memory(wasteful, 80 * GB)) if line.endswith("fits")]
     assert any(line.startswith("--gradient-checkpointing") for line in fitting)
     assert "does not fit in 80.00 GB" in describe(plan)
@@ -138,9 +138,9 @@ def test_what_does_not_fit_comes_with_what_would():
 
 def test_settings_that_help_together_are_named_together():
     """24 GB with a large micro-batch: no single change is enough, and none of those named could stay away."""
-    workload = dataclasses.replace(PAPER, questions_per_micro_batch=4, gradient_checkpointing=False)
+    workload = dataclasses.replace(PAPER, given_micro_batch=40_000, gradient_checkpointing=False)
     (line,) = remedies(plan_memory(workload, 24 * GB))
-    for flags in ("--questions-per-micro-batch 1", "--gradient-checkpointing True", "--max-new-tokens 256"):
+    for flags in ("--tokens-per-micro-batch 1024", "--gradient-checkpointing True", "--max-new-tokens 256"):
         assert flags in line
     assert line.endswith("fits")
     assert "--rollout-batch-size" not in line
@@ -249,3 +249,30 @@ def test_dry_run_prints_the_plan_and_loads_nothing(monkeypatch, capsys, tmp_path
 def test_a_checkpoints_preset_leaves_its_shape_to_the_config(tmp_path):
     PRESETS["qwen2-audio-7b"].save(tmp_path)
     assert "architecture" not in json.loads((tmp_path / "preset.json").read_text())
+
+
+def test_a_micro_batch_takes_what_is_free():
+    """Never more than keeps a GPU busy; what is given stays."""
+    roomy, tight = (
+        plan_memory(PAPER, 80 * GB),
+        plan_memory(dataclasses.replace(PAPER, longest_prompt=300, max_new_tokens=200), 24 * GB),
+    )
+    assert roomy.micro_batch == 16_384
+    assert 1024 < tight.micro_batch < 16_384
+    assert tight.fits
+    assert plan_memory(dataclasses.replace(PAPER, given_micro_batch=3000), 80 * GB).micro_batch == 3000
+    assert plan_memory(dataclasses.replace(PAPER, on_gpu=False), 800 * GB).micro_batch == 4096
+    assert "micro-batches of 16,384 tokens or one question of up to 9,992" in describe(roomy)
+
+
+def test_sampling_ahead_needs_both_at_once():
+    ahead = dataclasses.replace(PAPER, rollout_ahead=True)
+    plan, usual = plan_memory(ahead, 80 * GB), plan_memory(PAPER, 80 * GB)
+    assert plan.fits
+    both = plan.phases["forward and backward"]
+    assert both["KV cache"] == plan.kv_cache == usual.kv_cache
+    assert sum(both.values()) > usual.peaks["forward and backward"] + plan.kv_cache
+    smaller = plan_memory(ahead, 48 * GB)
+    assert smaller.fits, "fewer completions in flight leave room for training"
+    assert smaller.kv_cache < plan_memory(PAPER, 48 * GB).kv_cache
+    assert remedies(plan_memory(ahead, 29 * GB))[0].startswith("--rollout-ahead 0")

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from steps import gradients, rollout_of, update
 from tars_kernels import LayerPooler
 
 from tars_fast.advantages import centred_advantages, group_indices
 from tars_fast.log import PhaseTimer
 from tars_fast.models import SpeechModel
-from tars_fast.rewards import HashedNgrams, behaviour_rewards, choose_references, representation_rewards
+from tars_fast.rewards import AnswerRewards, HashedNgrams, behaviour_rewards, choose_references, representation_rewards
+from tars_fast.rollout import Rollout, collect_rollout, finished, prepare_batch
 from tars_fast.sampling import Sampling
-from tars_fast.train import Rollout, collect_rollout, rollout_metrics, update_policy
 from tars_fast.transformers_engine import TransformersEngine
 from tars_fast.types import Completion, Modality, TrainingError
-
-
-def rollout_of(model: SpeechModel, questions, config, step: int = 0) -> Rollout:
-    engine = TransformersEngine(model, config.rollout_batch_size)
-    return collect_rollout(model, engine, HashedNgrams(), questions, config, step, PhaseTimer(model.device), pytest.fail)
-
-
-def update(model: SpeechModel, rollout: Rollout, config, scored=None, learning_rate: float = 0.0):
-    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=learning_rate)
-    return update_policy(model, optimizer, rollout, scored, config, PhaseTimer(model.device))
-
-
-def gradients(model: SpeechModel) -> torch.Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in model.trainable_parameters()])
+from tars_fast.update import micro_batches, rollout_metrics, score_rollout
 
 
 def alone(model: SpeechModel, prompt, completion) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,11 +101,11 @@ def test_truncated_completions_earn_no_alignment_and_poison_nothing(model, quest
         rollout.completions[index] = dataclasses.replace(rollout.completions[index], truncated=True, text="<think>five")
     rebuilt = choose_references(rollout.completions, rollout.answers.accuracy, random.Random(0))
     rollout = dataclasses.replace(
-        rollout, references=rebuilt, behaviour_N=behaviour_rewards(rollout.completions, rebuilt, HashedNgrams())
+        rollout, references=rebuilt, behaviour=finished(behaviour_rewards(rollout.completions, rebuilt, HashedNgrams()))
     )
     scored, _ = update(model, rollout, config)
     assert torch.isfinite(scored.rewards_N).all()
-    assert scored.representation_N[cut].tolist() == [0.0, 0.0] == rollout.behaviour_N[cut].tolist()
+    assert scored.representation_N[cut].tolist() == [0.0, 0.0] == scored.behaviour_N[cut].tolist()
     group = rollout.groups_N == rollout.groups_N[cut[0]]
     assert scored.advantages_N[group].sum().item() == pytest.approx(0.0, abs=1e-5)
     assert scored.advantages_N[cut[0]] != 0
@@ -149,12 +138,12 @@ def test_only_speech_earns_alignment(model, questions, config):
     scored, _ = update(model, rollout, config)
     is_text = torch.tensor([completion.modality is Modality.TEXT for completion in rollout.completions])
     assert scored.representation_N[is_text].abs().max() == 0
-    assert rollout.behaviour_N[is_text].abs().max() == 0
+    assert scored.behaviour_N[is_text].abs().max() == 0
     torch.testing.assert_close(scored.rewards_N[is_text], rollout.answers.base[is_text])
     has_reference = torch.tensor([reference is not None for reference in rollout.references])
     assert has_reference.any()
     assert (scored.representation_N[has_reference] > 0.3).all()
-    expected = rollout.answers.base + scored.representation_N + rollout.behaviour_N
+    expected = rollout.answers.base + scored.representation_N + scored.behaviour_N
     torch.testing.assert_close(scored.rewards_N, expected)
 
 
@@ -191,16 +180,92 @@ def test_policy_is_one_and_the_same_in_rollout_reward_and_loss(lora_model, quest
     assert not any(module.training for module in lora_model.module.modules())
 
 
-def test_one_forward_a_micro_batch_and_no_kept_hidden_states(model, questions, config):
-    """Defect 10."""
-    config = dataclasses.replace(config, questions_per_micro_batch=2)
-    rollout = rollout_of(model, questions[:4], config)
-    calls = []
+def passes_of(model: SpeechModel) -> list[tuple[bool, int, object]]:
+    """(gradient, tokens, kept hidden states) of each forward pass from here on."""
+    passes = []
     model.language_model.register_forward_hook(
-        lambda _module, _args, kwargs, output: calls.append((torch.is_grad_enabled(), output.hidden_states)), with_kwargs=True
+        lambda _module, _args, kwargs, output: passes.append(
+            (torch.is_grad_enabled(), kwargs["inputs_embeds"].shape[1], output.hidden_states)
+        ),
+        with_kwargs=True,
     )
-    update(model, rollout, config)
-    assert calls == [(True, None)] * 2
+    return passes
+
+
+def num_row_tokens(rollout: Rollout) -> int:
+    """Every prompt once, every completion."""
+    prompts = {id(prompt): len(prompt.token_ids) for prompt in rollout.prompts}
+    return sum(prompts.values()) + sum(len(completion.token_ids) for completion in rollout.completions)
+
+
+def test_every_token_goes_through_one_forward_pass(model, questions, config):
+    """Defect 10: one pass, in which groups that cannot have an advantage carry no gradient; no padding, no kept states."""
+    rollout = rollout_of(model, questions[:4], config)
+    passes = passes_of(model)
+    scored, _ = update(model, rollout, config)
+    assert [gradient for gradient, _, _ in passes] == [False, True]
+    assert sum(tokens for _, tokens, _ in passes) == num_row_tokens(rollout)
+    assert all(states is None for _, _, states in passes)
+    assert 0 < scored.trained_N.sum() < len(rollout.completions)
+
+
+def test_groups_without_an_advantage_have_no_backward_pass(model, questions, config):
+    """Skipping them changes no gradient, and they are counted."""
+    config = dataclasses.replace(config, max_grad_norm=1e9)
+    rollout = rollout_of(model, questions, config)
+    scored, metrics = update(model, rollout, config)
+    got = gradients(model).clone()
+    silent = ~scored.trained_N
+    assert scored.advantages_N[silent].abs().max() == 0
+    assert all(rollout.completions[index].modality is Modality.TEXT for index in silent.nonzero()[:, 0].tolist())
+    counted = rollout_metrics([(rollout, scored)])
+    assert counted["without_backward/text"] == pytest.approx(silent.sum().item() / 4 / len(questions))
+    assert counted["without_backward/speech"] == 0.0
+    # The same loss with every group in the graph.
+    expected = torch.zeros(())
+    for prompt, completion, advantage in zip(rollout.prompts, rollout.completions, scored.advantages_N, strict=True):
+        if not completion.truncated:
+            expected = expected - advantage * alone(model, prompt, completion)[0].sum() / rollout.num_tokens
+    model.module.zero_grad()
+    expected.backward()
+    torch.testing.assert_close(got, gradients(model), atol=1e-6, rtol=1e-3)
+    tokens = torch.tensor([0 if one.truncated else len(one.token_ids) for one in rollout.completions])
+    assert metrics["loss"] == pytest.approx(-(scored.advantages_N @ tokens.float()).item() / rollout.num_tokens, abs=1e-5)
+
+
+def test_a_step_without_any_advantage_moves_nothing(model, questions, config):
+    """Plain GRPO where all earn the same: no backward pass at all, figures all the same."""
+    config = dataclasses.replace(config, representation_weight=0.0, behaviour_weight=0.0)
+    rollout = rollout_of(model, questions[:2], config)
+    rewards = {name: torch.ones(16) for name in ("accuracy", "format", "unparsed")}
+    rollout = dataclasses.replace(rollout, answers=AnswerRewards(**rewards))
+    before = gradients(model)
+    passes = passes_of(model)
+    scored, metrics = update(model, rollout, config, learning_rate=1.0)
+    assert [gradient for gradient, _, _ in passes] == [False]
+    assert torch.equal(gradients(model), before)
+    assert all(parameter.grad is not None for parameter in model.trainable_parameters()), "momentum goes on, as with zeros"
+    assert metrics["grad_norm"] == metrics["loss"] == 0.0
+    assert metrics["entropy/speech"] > 0
+    assert metrics["logprob_diff_max"] < 1e-4
+    assert rollout_metrics([(rollout, scored)])["without_backward/speech"] == 1.0
+
+
+def test_a_group_cut_off_throughout_has_no_backward_pass(model, questions, config):
+    rollout = rollout_of(model, questions[:2], config)
+    cut = (rollout.groups_N == 0).nonzero()[:, 0].tolist()
+    completions = list(rollout.completions)
+    for index in cut:
+        completions[index] = dataclasses.replace(completions[index], truncated=True)
+    accuracy = rollout.answers.accuracy.clone()
+    accuracy[cut] = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    references = choose_references(completions, accuracy, random.Random(0))
+    answers = dataclasses.replace(rollout.answers, accuracy=accuracy)
+    rollout = dataclasses.replace(rollout, completions=completions, answers=answers, references=references)
+    scored, _ = update(model, rollout, config)
+    assert scored.advantages_N[cut].abs().min() > 0
+    assert not scored.trained_N[cut].any()
+    assert scored.trained_N.any()
 
 
 def test_each_recording_goes_through_the_tower_once_a_step(model, questions, config):
@@ -263,30 +328,82 @@ def test_audio_stands_at_prompt_positions_only(model, questions):
     torch.testing.assert_close(logprobs, alone(model, prompt, completion)[0], atol=2e-5, rtol=0)
 
 
-def test_result_does_not_depend_on_micro_batches(model, questions, config):
-    """The normaliser is global: one micro-batch or four give the same gradient."""
-    rollout = rollout_of(model, questions[:4], config)
+def test_result_does_not_depend_on_packing(model, questions, config):
+    """The normaliser is global: a micro-batch a question, some, or one for all give the same loss and gradient."""
+    rollout = rollout_of(model, questions, config)
     seen = []
-    for size in (1, 4):
-        config = dataclasses.replace(config, questions_per_micro_batch=size)
+    passes = passes_of(model)
+    for tokens in (1, 700, 10**6):
+        config = dataclasses.replace(config, tokens_per_micro_batch=tokens)
+        passes.clear()
         scored, metrics = update(model, rollout, config)
-        seen.append((gradients(model).clone(), scored.rewards_N, metrics["loss"]))
-    torch.testing.assert_close(seen[0][0], seen[1][0], atol=1e-6, rtol=1e-3)
-    torch.testing.assert_close(seen[0][1], seen[1][1], atol=1e-5, rtol=0)
-    assert seen[0][2] == pytest.approx(seen[1][2], abs=1e-6)
+        seen.append((gradients(model).clone(), scored, metrics, sum(gradient for gradient, _, _ in passes)))
+    assert [number for *_, number in seen] == [6, seen[1][3], 1]
+    assert 1 < seen[1][3] < 6
+    for got, scored, metrics, _ in seen[:-1]:
+        torch.testing.assert_close(got, seen[-1][0], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(scored.rewards_N, seen[-1][1].rewards_N, atol=1e-5, rtol=0)
+        assert metrics == pytest.approx(seen[-1][2], abs=1e-5)
 
 
-def test_second_update_uses_the_first_ones_rewards_and_clips(model, questions, config):
-    """Several updates per rollout: rewards and old log-probabilities stay, ratios move away from 1 until the clip holds."""
+def test_questions_are_packed_whole_and_longest_first(model, questions, config):
+    rollout = rollout_of(model, questions, config)
+    sizes = {}
+    for number in range(len(questions)):
+        rows = [index for index, completion in enumerate(rollout.completions) if completion.question == number]
+        sizes[number] = num_row_tokens(
+            dataclasses.replace(
+                rollout, **{name: [getattr(rollout, name)[row] for row in rows] for name in ("prompts", "completions")}
+            )
+        )
+    budget = 2 * max(sizes.values())
+    packed = micro_batches(rollout, budget)
+    assert sorted(row for rows in packed for row in rows) == list(range(len(rollout.completions)))
+    asked = [list(dict.fromkeys(rollout.completions[row].question for row in rows)) for rows in packed]
+    assert sorted(question for questions in asked for question in questions) == list(range(len(questions)))
+    assert all(sum(sizes[question] for question in questions) <= budget for questions in asked)
+    assert sizes[asked[0][0]] == max(sizes.values())
+    alone = micro_batches(rollout, 1)
+    lengths = [sizes[rollout.completions[rows[0]].question] for rows in alone]
+    assert lengths == sorted(sizes.values(), reverse=True)
+
+
+def test_several_updates_are_scored_once_before_all_of_them(model, questions, config):
+    """One pass without gradients, whose log-probabilities are the old ones; then only what has an advantage."""
     rollout = rollout_of(model, questions[:4], config)
-    scored, first = update(model, rollout, config, learning_rate=0.05)
-    again, second = update(model, rollout, config, scored=scored, learning_rate=0.05)
+    passes = passes_of(model)
+    scored = score_rollout(model, rollout, config, PhaseTimer(model.device))
+    assert [(gradient, tokens) for gradient, tokens, _ in passes] == [(False, num_row_tokens(rollout))]
+    old = [logprobs.clone() for logprobs in scored.logprobs]
+    again, first = update(model, rollout, config, scored=scored, learning_rate=0.05)
     assert again is scored
+    (one,) = passes[1:]
+    assert one[0]
+    assert one[1] < num_row_tokens(rollout)
     assert first["clip/high"] == first["clip/low"] == 0.0
+    _, expected = update(model, rollout, config)
+    assert first.keys() == expected.keys()
+    trained = scored.trained_N.clone()
+    assert 0 < trained.sum() < len(trained)
+    scored.trained_N.fill_(True)
+    _, second = update(model, rollout, config, scored=scored, learning_rate=0.05)
+    assert torch.equal(scored.trained_N, trained), "of the last update"
     for _ in range(4):
         _, last = update(model, rollout, config, scored=scored, learning_rate=0.5)
     assert last["clip/high"] + last["clip/low"] > 0.0
     assert second["importance_ratio"] == pytest.approx(first["importance_ratio"], abs=1e-6)
+    assert all(torch.equal(one, two) for one, two in zip(old, scored.logprobs, strict=True))
+
+
+def test_scoring_first_or_on_the_way_gives_the_same_update(model, questions, config):
+    rollout = rollout_of(model, questions[:4], config)
+    seen = []
+    for scored in (None, score_rollout(model, rollout, config, PhaseTimer(model.device))):
+        scored, metrics = update(model, rollout, config, scored=scored)
+        seen.append((gradients(model).clone(), metrics, scored))
+    torch.testing.assert_close(seen[0][0], seen[1][0], atol=1e-6, rtol=1e-4)
+    assert seen[0][1] == pytest.approx(seen[1][1], abs=1e-5)
+    torch.testing.assert_close(seen[0][2].advantages_N, seen[1][2].advantages_N, atol=1e-5, rtol=0)
 
 
 def test_plain_grpo_ignores_alignment(model, questions, config):
@@ -316,11 +433,45 @@ def test_metrics_by_modality(model, questions, config):
     assert metrics["length/speech"] == pytest.approx(sum(len(c.token_ids) for c in speech) / len(speech))
 
 
-def test_trained_audio_tower_gets_a_gradient(make_model, questions, config):
+def test_trained_audio_tower_gets_its_gradient(make_model, questions, config, tmp_path):
+    """Against each completion alone; a question whose recording fails does not lend its sound to another."""
     model = make_model(freeze_audio=False)
-    rollout = rollout_of(model, questions[:4], config)
-    update(model, rollout, config)
+    config = dataclasses.replace(config, max_grad_norm=1e9)
+    broken = dataclasses.replace(questions[1], audio=tmp_path / "missing.wav")
+    batch = prepare_batch(model, [questions[0], broken, *questions[2:4]])
+    engine = TransformersEngine(model, config.rollout_batch_size)
+    with ThreadPoolExecutor(2) as background:
+        rollout, left_out = collect_rollout(
+            model, engine, HashedNgrams(), batch, config, 0, PhaseTimer(model.device), background
+        )
+    assert len(left_out) == 1
+    scored, _ = update(model, rollout, config)
+    got = gradients(model).clone()
+    model.module.zero_grad()
+    heard = model.encode_prompts([questions[0], *questions[2:4]], Modality.SPEECH)
+    expected = torch.zeros(())
+    for prompt, completion, advantage in zip(rollout.prompts, rollout.completions, scored.advantages_N, strict=True):
+        if not completion.truncated:
+            own = heard[completion.question] if completion.modality is Modality.SPEECH else prompt
+            expected = expected - advantage * alone(model, own, completion)[0].sum() / rollout.num_tokens
+    expected.backward()
     assert model.module.model.audio_tower.conv1.weight.grad.abs().max() > 0
+    torch.testing.assert_close(got, gradients(model), atol=1e-6, rtol=1e-3)
+
+
+def test_a_stale_tower_hears_again_before_scoring(make_model, questions, config):
+    """Old log-probabilities are those of one policy, tower included, also where the tower has been trained since sampling."""
+    model = make_model(freeze_audio=False)
+    rollout = dataclasses.replace(rollout_of(model, questions[:2], config), staleness=1)
+    with torch.no_grad():
+        for parameter in model.module.model.audio_tower.parameters():
+            parameter.mul_(1.1)
+    scored = score_rollout(model, rollout, config, PhaseTimer(model.device))
+    with torch.no_grad():
+        heard = model.encode_prompts(questions[:2], Modality.SPEECH)
+        for prompt, completion, logprobs in zip(rollout.prompts, rollout.completions, scored.logprobs, strict=True):
+            own = heard[completion.question] if completion.modality is Modality.SPEECH else prompt
+            torch.testing.assert_close(logprobs, alone(model, own, completion)[0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -334,23 +485,12 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make_model, questions
     runs = []
     recomputing.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     got, _ = update(recomputing, rollout, config)
-    assert len(runs) == 2, "each layer runs once forward and once more for the backward pass"
+    assert len(runs) == 3, (
+        "each layer runs once for what has no gradient, once for the rest and once more for its backward pass"
+    )
     assert torch.equal(got.representation_N, expected.representation_N)
     torch.testing.assert_close(gradients(recomputing), gradients(plain), atol=1e-7, rtol=1e-5)
     assert not any(module.training for module in recomputing.module.modules())
-
-
-@torch.no_grad()
-def test_completions_of_a_row_do_not_see_each_other(model, questions):
-    """Changing one completion's tokens leaves every other one's states bit for bit."""
-    (prompt,) = model.encode_prompts(questions[:1], Modality.SPEECH)
-    first, second, third = (
-        Completion(0, Modality.SPEECH, tuple(range(k, k + 9)), (0.0,) * 9, "", False) for k in (50, 90, 130)
-    )
-    states = [model.forward(model.lay_out([prompt] * 3, row)) for row in ([first, second, third], [first, third, third])]
-    assert torch.equal(states[0][:9], states[1][:9])
-    assert not torch.equal(states[0][9:18], states[1][9:18])
-    assert torch.equal(states[0][18:], states[1][18:])
 
 
 def test_representation_reward_without_reference_is_zero():

@@ -21,8 +21,9 @@ from tars_fast.config import PRESETS, TrainConfig, find_preset, list_checkpoints
 from tars_fast.data import TRAINING_DATA, VALIDATION_DATA, load_questions
 from tars_fast.log import RunLog, print_summary
 from tars_fast.results import data_fingerprint, read_predictions
-from tars_fast.train import check_progress, run_steps, train, update_policy
+from tars_fast.train import check_progress, run_steps, train
 from tars_fast.types import TrainingError, UserError
+from tars_fast.update import update_policy
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +42,7 @@ def small_config(output_dir: Path, small_eval: Path, **changes) -> TrainConfig:
         eval_data=small_eval,
         num_steps=4,
         questions_per_step=2,
-        questions_per_micro_batch=1,
+        tokens_per_micro_batch=1,
         save_every=2,
         eval_samples=1,
         device="cpu",
@@ -283,8 +284,8 @@ def test_non_finite_weights_never_become_a_checkpoint(small_eval, tmp_path, monk
     """An update that ruins the weights after two good steps: the good checkpoint stays the last one."""
     calls = []
 
-    def ruinous(model, *arguments):
-        result = update_policy(model, *arguments)
+    def ruinous(model, *arguments, **settings):
+        result = update_policy(model, *arguments, **settings)
         calls.append(result)
         if len(calls) == 3:
             model.head.weight.data[0, 0] = torch.nan

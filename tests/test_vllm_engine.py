@@ -10,15 +10,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import MAKERS
 from safetensors.torch import load_file
+from steps import gradients, rollout_of, update
 
 from tars_fast.checkpoint import save_model
-from tars_fast.config import PRESETS
+from tars_fast.config import PRESETS, TrainConfig
 from tars_fast.data import HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA, load_questions
 from tars_fast.engine import SharingError
 from tars_fast.hub import copy_processor
@@ -210,18 +212,71 @@ def test_a_group_shares_its_prompts_cache_and_an_update_never_meets_an_old_one(f
     cached: list[int] = []
     generate = full_engine._internals.generate
 
-    def spy(*arguments, **settings):
-        outputs = generate(*arguments, **settings)
-        cached.extend(output.num_cached_tokens for output in outputs)
-        return outputs
+    def spy(requests, params, seed, on_finished, *others, **settings):
+        found = {}
+
+        def look(number, output):
+            found[number] = output.num_cached_tokens
+            on_finished(number, output)
+
+        generate(requests, params, seed, look, *others, **settings)
+        cached.append([found[number] for number in range(len(requests))])
 
     monkeypatch.setattr(full_engine._internals, "generate", spy)
     prompts = prompts_of(full_engine, questions[:1])
     full_engine.generate(prompts, range(2), SAMPLED)
     full_engine.generate(prompts, range(2), GREEDY)
-    for prompt, of_group, alone in zip(prompts, cached[:2], cached[2:], strict=True):
+    for prompt, of_group, alone in zip(prompts, *cached, strict=True):
         assert of_group == (len(prompt.token_ids) - 1) // 32 * 32, "whole blocks of the prompt, from its first completion"
         assert alone == 0, "a new call may follow an update"
+
+
+def test_a_draw_needs_a_hand_over_of_its_own(full_engine, questions):
+    prompts = prompts_of(full_engine, questions[:1])
+    full_engine.wake_up()
+    full_engine.draw(prompts, GREEDY, lambda *_: None)
+    with pytest.raises(RuntimeError, match="the weights may have changed"):
+        full_engine.draw(prompts, GREEDY, lambda *_: None)
+
+
+def test_continuations_are_told_as_soon_as_they_are_there(full_engine, questions):
+    """Short answers are handed over while longer ones still run."""
+    prompts = prompts_of(full_engine, questions)
+    unfinished = []
+    full_engine.wake_up()
+    engine = full_engine._internals.llm.llm_engine
+    full_engine.draw(prompts, SAMPLED, lambda _number, _drawn: unfinished.append(engine.get_num_unfinished_requests()))
+    assert len(unfinished) == 12
+    assert unfinished[0] > 0 == unfinished[-1]
+
+
+def test_sampling_beside_training_changes_neither(engine, questions):
+    """In a thread of its own, on the weights that are being trained: completions, rewards and gradients stay the same."""
+    config = TrainConfig(max_grad_norm=1e9, tokens_per_micro_batch=700).resolve(PRESETS["pocket"])
+    rollout = rollout_of(engine.model, questions, config, engine=engine)
+    scored, metrics = update(engine.model, rollout, config)
+    expected = gradients(engine.model).clone()
+    prompts = prompts_of(engine, questions)
+    completions = engine.generate(prompts, range(12), SAMPLED)
+    with ThreadPoolExecutor(1) as sampler:
+        beside = sampler.submit(engine.generate, prompts, range(12), SAMPLED)
+        for _ in range(3):
+            again, metrics_again = update(engine.model, rollout, config)
+            assert torch.equal(again.rewards_N, scored.rewards_N)
+            assert metrics_again == metrics
+            assert torch.equal(gradients(engine.model), expected)
+        assert beside.result() == completions
+
+
+def test_stopping_ends_a_draw_at_its_next_token(engine, questions):
+    prompts = prompts_of(engine, questions)
+    expected = engine.generate(prompts, range(12), GREEDY)
+    engine.wake_up()
+    engine.stop()
+    with pytest.raises(TrainingError, match="sampling was stopped"):
+        engine.draw(prompts, SAMPLED, lambda *_: pytest.fail("a whole answer"))
+    engine._stopped = False
+    assert engine.generate(prompts, range(12), GREEDY) == expected
 
 
 def test_audio_goes_through_the_tower_once_and_never_in_the_engine(full_engine, questions):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -14,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from steps import rollout_of
 
 from tars_fast.data import VALIDATION_DATA
 from tars_fast.log import PhaseTimer
-from tars_fast.rewards import HashedNgrams
-from tars_fast.train import collect_rollout, rollout_metrics, update_policy
-from tars_fast.transformers_engine import TransformersEngine
+from tars_fast.rewards import AnswerRewards
+from tars_fast.rollout import finished
+from tars_fast.update import rollout_metrics, update_policy
 from tars_fast.workers import Workers
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -29,7 +31,7 @@ import pickle, sys, torch
 sys.path[:0] = {path!r}
 from conftest import new_model
 from tars_fast.log import PhaseTimer
-from tars_fast.train import rollout_metrics, update_policy
+from tars_fast.update import rollout_metrics, update_policy
 from tars_fast.workers import join_workers
 
 with join_workers() as workers:
@@ -53,28 +55,29 @@ with join_workers() as workers:
 """
 
 
-def collect(model, questions, config, workers):
-    engine = TransformersEngine(model, config.rollout_batch_size)
-    return collect_rollout(model, engine, HashedNgrams(), questions, config, 0, PhaseTimer(model.device), pytest.fail, workers)
-
-
 @pytest.mark.parametrize("second_is_usable", [True, False])
 def test_gradient_and_metrics_of_two_processes_are_those_of_one(make_model, questions, config, tmp_path, second_is_usable):
     """Shares of different sizes, whose token counts differ, so that means of means would be wrong; or one of them empty."""
     model = make_model()
-    rollouts = [collect(model, part, config, Workers(rank, 2)) for rank, part in enumerate((questions[:4], questions[4:6]))]
+    shares = (questions[:4], questions[4:6])
+    rollouts = [rollout_of(model, part, config, workers=Workers(rank, 2)) for rank, part in enumerate(shares)]
     assert rollouts[0].num_tokens != rollouts[1].num_tokens
     first, second = rollouts
     shift = len(first.completions)
-    whole = collect(model, questions, config, Workers())
-    whole.prompts, whole.completions = first.prompts + second.prompts, first.completions + second.completions
+    whole = rollout_of(model, questions, config)
+    whole.prompts = first.prompts + second.prompts
+    whole.completions = first.completions + [dataclasses.replace(one, question=one.question + 4) for one in second.completions]
     whole.references = first.references + [None if r is None else r + shift for r in second.references]
-    whole.behaviour_N = torch.cat([first.behaviour_N, second.behaviour_N])
+    whole.behaviour = finished(torch.cat([one.behaviour.result() for one in rollouts]))
     whole.groups_N = torch.cat([first.groups_N, second.groups_N + first.groups_N.max() + 1])
-    whole.answers = type(first.answers)(
-        **{name: torch.cat([getattr(first.answers, name), getattr(second.answers, name)]) for name in vars(first.answers)}
-    )
+    whole.answers = AnswerRewards.joined([first.answers, second.answers])
     if not second_is_usable:
+        # Of older weights too, whose difference from the trainer's no process may take for an error.
+        completions = [
+            dataclasses.replace(one, rollout_logprobs=tuple(value - 0.1 for value in one.rollout_logprobs))
+            for one in first.completions
+        ]
+        first = dataclasses.replace(first, completions=completions, staleness=1)
         rollouts, whole = [first, None], first
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.0)
     scored, metrics = update_policy(model, optimizer, whole, None, config, PhaseTimer(model.device))
