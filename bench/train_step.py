@@ -529,43 +529,19 @@ def at_our_size(contenders: dict[str, dict]) -> tuple[int, float]:
 
 
 def run_scaling(shape: str, sizes: Sequence[int], repeats: int) -> dict[str, list[dict[str, object]]]:
-    """For each thing that is varied, the values with seconds, memory and positions of the contenders.
-
-    Seconds are those of each one's fastest micro-batch; memory is that of one question a micro-batch, for all of them.
-    """
+    """For each thing that is varied, the values with seconds, memory and positions of the contenders."""
     lines: dict[str, list[dict[str, object]]] = {}
     for varied, workloads in scaling_of(shape).items():
         for value, workload in workloads.items():
-            case = run_case(workload, COMPARED, sizes, repeats, memory=False)
-            peaks = measure_memory(workload, workload.group_size)
+            case = run_case(workload, COMPARED, sizes, repeats)
             tokens = case["completion_tokens"] + case["prompt_tokens"]
             point: dict[str, object] = {"value": value, "tokens": tokens}
             for name, result in case["contenders"].items():
-                kept = ("median_seconds", "forward_positions", "completions_per_micro_batch")
-                point[name] = {key: result[key] for key in kept} | {"peak_bytes_one_question": peaks[name]}
+                kept = ("median_seconds", "peak_bytes", "forward_positions", "completions_per_micro_batch")
+                point[name] = {key: result[key] for key in kept}
             print(f"{varied} {value}: " + ", ".join(f"{n} {point[n]['median_seconds']:.3f} s" for n in COMPARED), flush=True)
             lines.setdefault(varied, []).append(point)
     return lines
-
-
-def measure_memory(workload: Workload, size: int) -> dict[str, int]:
-    """Peak bytes of a step of each contender."""
-    model = make_model(workload)
-    bench = Bench(workload, model, make_rollout(model, workload))
-    if model.device.type == "cpu":
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save((workload, bench.rollout, None), Path(folder) / "rollout.pt")
-            return {name: measure_in_process(name, size, Path(folder) / "rollout.pt") for name in COMPARED}
-    peaks: dict[str, int] = {}
-    for name in COMPARED:
-        found: dict[str, int] = {}
-        bench.step(name, size)
-        bench.optimizer.zero_grad(set_to_none=True)
-        with peak_memory(found):
-            bench.step(name, size)
-        bench.optimizer.zero_grad(set_to_none=True)
-        peaks[name] = found["peak_bytes"]
-    return peaks
 
 
 def draw_scaling(report: dict[str, object], path: Path) -> None:
@@ -578,8 +554,7 @@ def draw_scaling(report: dict[str, object], path: Path) -> None:
     lines = report["scaling"]
     figure, axes = plt.subplots(2, len(lines), figsize=(3.8 * len(lines), 6), squeeze=False)
     for column, (varied, points) in enumerate(lines.items()):
-        shown = (("median_seconds", "seconds", 1), ("peak_bytes_one_question", "MiB, one question a micro-batch", 2**20))
-        for row, (key, label, unit) in enumerate(shown):
+        for row, (key, label, unit) in enumerate((("median_seconds", "seconds", 1), ("peak_bytes", "MiB above before", 2**20))):
             axis = axes[row, column]
             for name in COMPARED:
                 places = [one["tokens" if varied == "tokens per step" else "value"] for one in points]
