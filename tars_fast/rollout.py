@@ -10,6 +10,7 @@ Shapes: N completions of a batch, ordered by question.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
@@ -173,6 +174,28 @@ def collect_rollout(
     return rollout, left_out
 
 
+def background_threads(number: int) -> ThreadPoolExecutor:
+    """Threads whose torch operations take one core each.
+
+    Each would else have a team of OpenMP threads of its own, which wait by spinning, on the cores that the trainer needs.
+    """
+    num_cores = torch.get_num_threads()
+    started = threading.Barrier(number + 1)
+
+    def take_one_core() -> None:
+        # A thread takes torch's setting over when it first asks for it; later it changes its own.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        started.wait()
+
+    executor = ThreadPoolExecutor(number, "background")
+    for _ in range(number):
+        executor.submit(take_one_core)
+    started.wait()
+    torch.set_num_threads(num_cores)
+    return executor
+
+
 @dataclass
 class Taken:
     """What a step gets to train on."""
@@ -212,7 +235,7 @@ class RolloutSource(AbstractContextManager):
         # One for the whole run: what a stream has allocated serves that stream only.
         self._stream = torch.cuda.Stream() if config.rollout_ahead and model.device.type == "cuda" else None
         self._threads = ExitStack()
-        self._background = self._threads.enter_context(ThreadPoolExecutor(2, "background"))
+        self._background = self._threads.enter_context(background_threads(2))
         self._sampler = self._threads.enter_context(ThreadPoolExecutor(1, "sampler"))
 
     def __exit__(self, *_exception: object) -> None:
