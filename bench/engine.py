@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import provenance
 
 from tars_fast.advantages import group_indices
 from tars_fast.architecture import Architecture
@@ -41,6 +40,7 @@ from tars_fast.memory import GB, plan_memory
 from tars_fast.models import SpeechModel, make_trainable
 from tars_fast.optimizer import make_optimizer
 from tars_fast.prompts import PromptFormat, load_prompt_format
+from tars_fast.provenance import provenance
 from tars_fast.rewards import AnswerRewards
 from tars_fast.rollout import Rollout, finished
 from tars_fast.sampling import Sampling

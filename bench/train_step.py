@@ -38,7 +38,6 @@ from pathlib import Path
 import torch
 from baselines import StepTimer, completion_logprobs, released_step, run_layers, split_rollout, trl_step
 from engine import randomise, resize_text
-from report import provenance
 from torch import Tensor
 
 from tars_fast.advantages import group_indices
@@ -49,6 +48,7 @@ from tars_fast.log import PhaseTimer
 from tars_fast.models import SpeechModel, load_model, make_trainable
 from tars_fast.optimizer import make_optimizer
 from tars_fast.prompts import load_prompt_format
+from tars_fast.provenance import provenance
 from tars_fast.rewards import AnswerRewards, HashedNgrams, choose_references
 from tars_fast.rollout import Rollout, collect_rollout, finished, prepare_batch
 from tars_fast.transformers_engine import TransformersEngine

@@ -29,6 +29,8 @@ THINK_PROMPT = (
 PRESET_FILE = "preset.json"
 _EMBEDDER_BYTES = int(1.2e9)
 """Qwen3-Embedding-0.6B in bfloat16, planned with for any text embedder that is a model."""
+LAYER_PARTS = ("shallow", "middle", "deep", "last")
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 MAX_SEED = 2**32 - 1
 """Leaves room in torch's 64-bit seeds for one of every step."""
 
@@ -254,10 +256,10 @@ class TrainConfig:
     hub (owner/name, owner/name@revision) with a checkpoint of one of these architectures."""
     data: str | None = None
     """Training items: a jsonl file or folder with recordings, parquet, a saved dataset, or one on the hub
-    (owner/name[:configuration][@split]). None: embedded spoken arithmetic."""
+    (owner/name[:configuration][@split]). None, or pocket: embedded spoken arithmetic."""
     eval_data: str | None = None
-    """Evaluation items, from the same kinds of places. None: the embedded held-out items, or with --data a tenth of its items,
-    chosen by id hash."""
+    """Evaluation items, from the same kinds of places; pocket: the embedded held-out ones. None: these too, or with --data of
+    one's own a tenth of its items, chosen by id hash."""
     disjoint_from: tuple[str, ...] = ()
     """Data that must not be trained on, from the same kinds of places or mmsu, obqa: items of --data with the id of one of
     theirs, or that ask what one of them asks, are left out, and their number is said."""
@@ -288,6 +290,9 @@ class TrainConfig:
     """Longest completion, in tokens; longer ones are cut off and left out of the loss. None: the preset's (40 / 1024)."""
     representation_weight: float = 1.0
     """Weight of R_rep, agreement of hidden states (the paper's alpha). 0 together with the next is plain GRPO."""
+    representation_layers: str = "all"
+    """Layers that R_rep is averaged over: all; one or a range of them, counted from 1 (11-20); or the paper's parts (Fig. 3):
+    last are the last two, shallow, middle and deep the thirds of those before."""
     behaviour_weight: float = 1.0
     """Weight of R_beh, agreement of answers (the paper's beta)."""
     behaviour_model: str = "auto"
@@ -368,6 +373,11 @@ class TrainConfig:
             raise UserError("--resume: needs the --output-dir of the run to continue")
         if self.group_size < 4 or self.group_size % 2:
             raise UserError(f"--group-size {self.group_size}: must be even and at least 4, two completions of each modality")
+        if self.representation_layers not in ("all", *LAYER_PARTS) and _RANGE.fullmatch(self.representation_layers) is None:
+            raise UserError(
+                f"--representation-layers {self.representation_layers}: all, {', '.join(LAYER_PARTS)}, a layer, or a range of "
+                "them such as 11-20"
+            )
         if not 0 <= self.clip_low < 1:
             raise UserError(f"--clip-low {self.clip_low}: must be at least 0 and below 1; the ratio is held above 1 - clip_low")
         if not 0 <= self.warmup_fraction <= 1:
@@ -437,6 +447,31 @@ class TrainConfig:
         rising = (step + 1) / (warmup_steps + 1)
         falling = (self.num_steps - step) / max(1, self.num_steps - warmup_steps)
         return self.learning_rate * min(1.0, rising, falling)
+
+
+def find_layers(given: str, num_layers: int) -> range | None:
+    """Numbers, from 0, of the layers that `--representation-layers` names; None: all of them.
+
+    Of 32 layers shallow are 1 to 10, middle 11 to 20, deep 21 to 30, last 31 and 32 (paper, Fig. 3).
+
+    Raises:
+        UserError: the model does not have them.
+    """
+    if given == "all":
+        return None
+    if given in LAYER_PARTS:
+        if num_layers < len(LAYER_PARTS):
+            raise UserError(f"--representation-layers {given}: a model of {num_layers} layers has no such parts; give numbers")
+        # A model of four layers has one for each part.
+        num_before = num_layers - (2 if num_layers > len(LAYER_PARTS) else 1)
+        ends = [round(num_before * third / 3) for third in range(4)] + [num_layers]
+        part = LAYER_PARTS.index(given)
+        return range(ends[part], ends[part + 1])
+    first, last = _RANGE.fullmatch(given).groups()
+    layers = range(int(first) - 1, int(last or first))
+    if not layers or not 0 <= layers[0] <= layers[-1] < num_layers:
+        raise UserError(f"--representation-layers {given}: the model has layers 1 to {num_layers}")
+    return layers
 
 
 def _settings_of_presets() -> set[str]:

@@ -20,6 +20,13 @@ ASSETS = Path(__file__).parent / "assets" / "spoken-arithmetic"
 TRAINING_DATA = ASSETS / "training.jsonl"
 VALIDATION_DATA = ASSETS / "validation.jsonl"
 HELD_OUT_DATA = ASSETS / "held_out.jsonl"
+EMBEDDED = "pocket"
+"""What commands call the embedded data, like the embedded model: to train on the training items, else the held-out ones."""
+
+
+def or_embedded(source: str | None, embedded: Path) -> str:
+    """`source`, or where it is None or `EMBEDDED` the embedded items."""
+    return str(embedded) if source in (None, EMBEDDED) else source
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from rich.console import Console
 from tars_fast.audio import LongRecordingError
 from tars_fast.cli import FAILED, INTERRUPTED, run_command
 from tars_fast.config import check_numbers, find_preset
-from tars_fast.data import HELD_OUT_DATA, load_questions
+from tars_fast.data import HELD_OUT_DATA, load_questions, or_embedded
 from tars_fast.engine import choose_engine, load_policy
 from tars_fast.evaluation import TRANSCRIBE, EvaluationSettings, Part, evaluate_rounds, slices
-from tars_fast.figure import FIGURE, draw_accuracies
+from tars_fast.figure import FIGURE, accuracy_figure, can_draw, write_png
 from tars_fast.files import write_atomically
 from tars_fast.hub import adapter_rank, weights_fingerprint
 from tars_fast.log import open_console, print_evaluation, say
@@ -36,7 +36,9 @@ from tars_fast.memory import GB, Workload, explain_out_of_memory
 from tars_fast.models import choose_device
 from tars_fast.progress import item_progress
 from tars_fast.prompts import PromptFormat, PromptSize, load_prompt_format
+from tars_fast.report import Compared, write_report
 from tars_fast.results import (
+    OVERALL,
     PREDICTIONS,
     ItemResult,
     Reference,
@@ -56,7 +58,6 @@ from tars_fast.transcription import normalised
 from tars_fast.types import LongAudio, Modality, Question, UserError
 from tars_fast.workers import Workers, join_workers
 
-OVERALL = "overall"
 _CONTENTS = {
     "weights": "the model's weights have changed",
     "data_fingerprint": "the items' ids, texts or answers have changed",
@@ -72,8 +73,8 @@ class EvaluateConfig:
     model: str = "pocket"
     """A preset, or a checkpoint folder."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=SOURCE or SOURCE, once for each data set; without a name it is called like the file or folder. Without any: the
-    embedded held-out items."""
+    """NAME=SOURCE or SOURCE, once for each data set; without a name it is called like the file or folder. pocket, or without
+    any: the embedded held-out items."""
     output_dir: Path | None = None
     """Where evaluation.json, predictions.jsonl, accuracy.png and config.json go; what is there of the same evaluation is
     continued. None: a new folder runs/evaluate-<model>-<date>-<time>."""
@@ -129,7 +130,7 @@ class EvaluateConfig:
                 raise UserError(f"--data {given}: give NAME=SOURCE, NAME not {OVERALL!r}")
             if name in sources:
                 raise UserError(f"--data {given}: {name!r} is there twice; tell them apart by NAME=SOURCE")
-            sources[name] = source
+            sources[name] = or_embedded(source, HELD_OUT_DATA)
         return sources
 
 
@@ -304,10 +305,12 @@ def evaluate_data(config: EvaluateConfig, workers: Workers) -> int:
         done = {result.key: result for result in read_predictions(config.output_dir, "--output-dir")}
     results = [done[name, question.id] for name, questions in data.items() for question in questions]
     write_predictions(config.output_dir / PREDICTIONS, results)
-    evaluation = make_report(results, text_reference(results) if reference is None else reference, compared)
-    evaluation_text = json.dumps(evaluation, indent=2) + "\n"
-    write_atomically(config.output_dir / "evaluation.json", evaluation_text)
-    draw(config.output_dir / FIGURE, evaluation, compared)
+    reference = text_reference(results) if reference is None else reference
+    evaluation = make_report(results, reference, compared)
+    write_atomically(config.output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
+    earlier = None if compared is None else make_report(compared, reference, None)
+    draw(config.output_dir / FIGURE, evaluation, earlier)
+    write_report(config.output_dir, data, None if compared is None else Compared(compared, earlier))
     print_evaluation(console, evaluation)
     written = ", ".join(sorted(path.name for path in config.output_dir.iterdir()))
     say(console, f"written to {config.output_dir}: {written}")
@@ -420,16 +423,14 @@ def make_report(
     return evaluation
 
 
-def draw(path: Path, evaluation: Mapping[str, Mapping], compared: Sequence[ItemResult] | None) -> None:
+def draw(path: Path, evaluation: Mapping[str, Mapping], earlier: Mapping[str, Mapping] | None) -> None:
     """Accuracy by modality of every data set, beside that of the compared evaluation where there is one."""
-    before = {} if compared is None else by_data(compared)
     panels = {}
     for name, figures in evaluation.items():
         if name != OVERALL:
-            earlier = {"before": report(before[name], 1.0)} if name in before else {}
-            panels[name] = {**earlier, "after" if earlier else "this model": figures}
-    if all(figures["num_items"] for panel in panels.values() for figures in panel.values()):
-        draw_accuracies(path, panels)
+            panels[name] = {"this model": figures} if earlier is None else {"before": earlier[name], "after": figures}
+    if can_draw() and all(figures["num_items"] for panel in panels.values() for figures in panel.values()):
+        write_png(path, accuracy_figure(panels))
 
 
 def main() -> int:

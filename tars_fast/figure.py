@@ -1,32 +1,115 @@
-"""Accuracy by modality as a picture."""
+"""Pictures of what a run found: accuracies, curves, heat maps; each a matplotlib `Figure`, written as PNG or SVG.
+
+Nothing here may be called where `can_draw` says no.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FIGURE = "accuracy.png"
+DRIFT_FIGURE = "drift.png"
+CKA_FIGURE = "cka.png"
 _COLOURS = {"speech": "#c06030", "text": "#4878a8"}
+_MORE_COLOURS = ("#c06030", "#4878a8", "#5a8f4a", "#8a5a9f", "#7a7a7a", "#b8912b")
+_UNKNOWN_COLOUR = "#dddddd"
+_PHONE_WIDTH = 4.4
+"""Inches: at this width a 9 point label is still legible on a phone, which shows the picture at about its own size."""
+_MOST_COLUMNS = 3
+_STYLE = {
+    # Names of data are the user's: a dollar sign in one is no formula.
+    "text.parse_math": False,
+    # Letters stay letters: smaller, and drawn in a font of the reader's.
+    "svg.fonttype": "none",
+    # Names inside the file, which are random otherwise: the same run gives the same bytes.
+    "svg.hashsalt": "tars_fast",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+_MOST_POINTS = 150
+"""Of a curve; beyond it neighbours are averaged."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def draw_accuracies(path: Path, panels: Mapping[str, Mapping[str, Mapping]]) -> bool:
+def can_draw() -> bool:
+    """Whether matplotlib is installed; without it there are no pictures, and nothing else changes."""
+    return find_spec("matplotlib") is not None
+
+
+def _styled(function: Callable[P, T]) -> Callable[P, T]:
+    """Some of `_STYLE` counts when a figure is made, some when it is written."""
+
+    @wraps(function)
+    def inside(*arguments: P.args, **named: P.kwargs) -> T:
+        from matplotlib import rc_context
+
+        with rc_context(_STYLE):
+            return function(*arguments, **named)
+
+    return inside
+
+
+@_styled
+def write_png(path: Path, figure: Figure) -> None:
+    figure.savefig(path, format="png", dpi=120)
+
+
+@_styled
+def as_svg(figure: Figure) -> bytes:
+    """The same bytes for the same figure."""
+    file = BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line; None or nan where nothing is known."""
+
+    x: Sequence[float]
+    y: Sequence[float | None]
+    low: Sequence[float | None] | None = None
+    """Lower end of an interval around `y`."""
+    high: Sequence[float | None] | None = None
+
+    def thinned(self) -> Curve:
+        """At most `_MOST_POINTS`, each the mean of what is known of its neighbours."""
+        size = max(1, -(-len(self.x) // _MOST_POINTS))
+        starts = range(0, len(self.x), size)
+        columns = (self.x, self.y, self.low, self.high)
+        return Curve(*(None if c is None else [_mean(c[start : start + size]) for start in starts] for c in columns))
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+@_styled
+def accuracy_figure(panels: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     """A panel for each data set, in it a pair of bars, speech and text, for each evaluation, with 95 % intervals.
 
     Args:
-        path: png file to write.
         panels: data set -> evaluation ("before", "after") -> its report.
-
-    Returns:
-        Whether it was drawn; without matplotlib nothing happens.
     """
-    if find_spec("matplotlib") is None:
-        return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.5 + 2.5 * len(panels), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (name, reports) in zip(axes, panels.items(), strict=True):
+    figure, axes = _panels(panels, height=3.4, y_label="accuracy, %, with 95 % interval")
+    for axis, reports in zip(axes, panels.values(), strict=True):
         for shift, (modality, colour) in zip((-0.2, 0.2), _COLOURS.items(), strict=True):
             for place, report in enumerate(reports.values()):
                 height = 100 * report[f"{modality}_accuracy"]
@@ -35,9 +118,88 @@ def draw_accuracies(path: Path, panels: Mapping[str, Mapping[str, Mapping]]) -> 
                 # Rounding can put an end of the interval on the wrong side of the figure.
                 reach = [[max(0, height - low)], [max(0, high - height)]]
                 axis.errorbar(place + shift, height, reach, color="black", capsize=3)
-        axis.set(title=name, ylim=(0, 105), xticks=range(len(reports)), xticklabels=list(reports))
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("accuracy, %, with 95 % interval")
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=120)
-    return True
+        axis.set(ylim=(0, 105), xticks=range(len(reports)), xticklabels=list(reports))
+    _legend(figure, axes, columns=2)
+    return figure
+
+
+@_styled
+def curves_figure(panels: Mapping[str, Mapping[str, Curve]], x_label: str, y_label: str, order: Sequence[str] = ()) -> Figure:
+    """Lines, their intervals as bands; one legend for all panels, in which a name stands for the same line everywhere.
+
+    Args:
+        panels: title -> name -> curve.
+        order: names that have the first colours, be they here or in other pictures beside this one.
+    """
+    figure, axes = _panels(panels, height=3.0, y_label=y_label, x_label=x_label)
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    places = list(dict.fromkeys([*order, *names]))
+    for axis, curves in zip(axes, panels.values(), strict=True):
+        for name, curve in curves.items():
+            number = places.index(name)
+            colour = _MORE_COLOURS[number % len(_MORE_COLOURS)]
+            # Also told apart without colours.
+            style = ("-", "--", ":", "-.")[number % 4]
+            drawn = curve.thinned()
+            marker = "." if len(drawn.x) <= 40 else None
+            axis.plot(drawn.x, drawn.y, style, color=colour, label=name, marker=marker, linewidth=1.3)
+            if drawn.low is not None:
+                axis.fill_between(drawn.x, drawn.low, drawn.high, color=colour, alpha=0.2, linewidth=0)
+        _whole_numbers(axis.xaxis)
+        axis.grid(alpha=0.3)
+    _legend(figure, axes, columns=2 if len(names) == 4 or max(map(len, names)) > 15 else min(len(names), 3))
+    return figure
+
+
+@_styled
+def heat_map_figure(
+    panels: Mapping[str, Sequence[Sequence[float | None]]], x_label: str, y_label: str, colour_label: str
+) -> Figure:
+    """Values from 0 to 1, grey where nothing is known, the first row at the bottom; rows and columns count from 1.
+
+    Args:
+        panels: title -> matrix.
+    """
+    from matplotlib import colormaps
+
+    figure, axes = _panels(panels, height=3.6, y_label=y_label, x_label=x_label)
+    colours = colormaps["viridis"].with_extremes(bad=_UNKNOWN_COLOUR)
+    for axis, matrix in zip(axes, panels.values(), strict=True):
+        values = np.ma.masked_invalid(np.array(matrix, dtype=np.float64))
+        num_rows, num_columns = values.shape
+        extent = (0.5, num_columns + 0.5, 0.5, num_rows + 0.5)
+        shown = axis.imshow(values, origin="lower", extent=extent, vmin=0, vmax=1, cmap=colours, interpolation="nearest")
+        _whole_numbers(axis.xaxis)
+        _whole_numbers(axis.yaxis)
+    figure.colorbar(shown, ax=axes, label=colour_label)
+    return figure
+
+
+def _panels(titles: Collection[str], height: float, y_label: str, x_label: str = "") -> tuple[Figure, list[Axes]]:
+    """A figure and the axes of each title, as wide as a phone shows each, their y axes the same."""
+    from matplotlib.figure import Figure
+
+    columns = min(len(titles), _MOST_COLUMNS)
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(_PHONE_WIDTH * columns, height * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    axes = list(grid.flat)
+    for axis in axes[len(titles) :]:
+        axis.remove()
+    axes = axes[: len(titles)]
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel=x_label)
+    for row in grid:
+        row[0].set_ylabel(y_label)
+    return figure, axes
+
+
+def _legend(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
+    lines = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), frameon=False, loc="outside lower center", ncols=columns)
+
+
+def _whole_numbers(axis: object) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -189,21 +190,41 @@ def figure_table(title: str, reports: Mapping[str, Mapping], differences: Collec
     table = Table(box=box.SIMPLE_HEAD, title=title)
     for column in ("", *reports):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for row, name, scale in _FIGURES:
-        known = [report[name] for report in reports.values() if report.get(name) is not None]
-        if any(known) or (known and "truncated" not in name):
-            table.add_row(row, *(_shown(report, name, scale, column in differences) for column, report in reports.items()))
+    for row in figure_rows(reports, differences):
+        table.add_row(*row)
     return table
 
 
+def figure_rows(reports: Mapping[str, Mapping], differences: Collection[str] = ()) -> list[tuple[str, ...]]:
+    """The rows of `figure_table`, each with what it is in front."""
+    rows = []
+    for row, name, scale in _FIGURES:
+        known = [report[name] for report in reports.values() if report.get(name) is not None]
+        if any(known) or (known and "truncated" not in name):
+            rows.append((row, *(_shown(report, name, scale, column in differences) for column, report in reports.items())))
+    return rows
+
+
 def _shown(report: Mapping, name: str, scale: float, is_difference: bool) -> str:
-    if report.get(name) is None:
-        return "-"
     sign, decimals = ("+", 1) if is_difference else ("", 0)
-    figure = f"{scale * report[name]:{sign}.1f}"
-    if report[f"{name}_ci95"] is None:
+    return shown(report.get(name), report.get(f"{name}_ci95"), f"{sign}.1f", f"{sign}.{decimals}f", scale)
+
+
+def shown(
+    value: float | None, ends: Sequence[float | None] | None, spec: str, ends_spec: str | None = None, scale: float = 1
+) -> str:
+    """A figure and the ends of its interval in brackets; what is None or nan is not known, and a dash or left out.
+
+    Args:
+        spec: format of the figure.
+        ends_spec: of the ends. None: the same.
+    """
+    if value is None or math.isnan(value):
+        return "-"
+    figure = f"{scale * value:{spec}}"
+    if ends is None or any(end is None or math.isnan(end) for end in ends):
         return figure
-    low, high = (f"{scale * end:{sign}.{decimals}f}" for end in report[f"{name}_ci95"])
+    low, high = (f"{scale * end:{ends_spec or spec}}" for end in ends)
     return f"{figure} [{low}, {high}]"
 
 
@@ -242,6 +263,77 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Mapping]) -> Non
             cosines = ", ".join(f"{cosine:.3f}" for cosine in report["layer_cosine"])
             say(console, f"{name}, layer cosine, speech to text: {cosines}")
         print_failures(console, name, report)
+
+
+def best_layer_cells(layers: Mapping[str, Sequence], number: int) -> tuple[str, str, str]:
+    """Of a speech layer, from 0: its best text layer, the CKA of both, and how far that lies above another item's text.
+
+    Args:
+        layers: `debiased` of analysis.json's alignment.
+    """
+    best = layers["best_text_layer"][number]
+    if not best:
+        return "-", "-", "-"
+    above = [layers.get(f"above_mismatched{end}") for end in ("", "_ci95")]
+    return (
+        shown(best, layers["best_text_layer_ci95"][number], ".0f"),
+        shown(layers["matrix"][number][best - 1], None, ".3f"),
+        "-" if above[0] is None else shown(*(part[number][best - 1] for part in above), "+.3f"),
+    )
+
+
+def print_analysis(console: Console, analysis: Mapping[str, Mapping]) -> None:
+    """analysis.json on one screen: drift and alignment by layer, behaviour, probes, cost."""
+    drift, alignment, chain = analysis["drift"], analysis["alignment"], analysis["chain"]
+    columns = [(kind, what) for kind in ("own", "forced") for what in ("pooled", "tokens")]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{analysis['settings']['model']}: cosine of speech to text by layer, 95 % intervals in brackets",
+    )
+    headings = [f"{kind}, {what}" for kind, what in columns]
+    for heading in ("layer", *headings, "best text layer", "its CKA, debiased", "above another text's"):
+        table.add_column(heading, justify="right")
+    layers = alignment["debiased"]
+    for number in range(len(layers["matrix"])):
+        cells = []
+        for kind, what in columns:
+            cells.append(shown(drift[kind][what][number], drift[kind][f"{what}_ci95"][number], ".3f"))
+        table.add_row(str(number + 1), *cells, *best_layer_cells(layers, number))
+    console.print(table)
+    labels = {
+        "speech_accuracy": "speech right",
+        "text_accuracy": "text right",
+        "same_answer": "same answer",
+        "same_completion": "same completion",
+        "first_divergence_share": "completions that differ are alike up to",
+    }
+    say(
+        console,
+        ", ".join(
+            f"{label} {shown(chain[name], chain[f'{name}_ci95'], '.1f', '.0f', 100)} %" for name, label in labels.items()
+        ),
+    )
+    correlations = {layer: one["debiased"]["correlation"] for layer, one in alignment["base_layers"].items()}
+    width = shown(layers["mean_band_width"], layers["mean_band_width_ci95"], ".1f")
+    shift = shown(layers["mean_shift"], None, "+.1f")
+    say(
+        console,
+        f"debiased CKA, tokens paired at layer {alignment['base_layer']}: band of {width} layers, best text layer less speech "
+        f"layer {shift} in the mean; correlation with that of tokens paired at "
+        + ", ".join(f"layer {layer} {shown(r, None, '.3f')}" for layer, r in correlations.items()),
+    )
+    if "probes" in analysis:
+        console.print(_accuracy_table("Probes, accuracy %", "probe", analysis["probes"]))
+        changes = {name: one["change"] for name, one in analysis["probes"].items() if "change" in one}
+        console.print(figure_table("Change by the probe, paired by item", changes, differences=changes))
+    if "change" in analysis:
+        for name, what in (("own_pooled", "own completions"), ("forced_pooled", "forced")):
+            pairs = zip(analysis["change"][name], analysis["change"][f"{name}_ci95"], strict=True)
+            listed = ", ".join(shown(value, ends, "+.3f") for value, ends in pairs)
+            say(console, f"change of cosine by layer, {what}: {listed}")
+    cost = {name: value for name, value in analysis["cost"].items() if name.endswith("_per_item")}
+    parts = ", ".join(f"{name.partition('_')[0]} {value:.3f}" for name, value in cost.items())
+    say(console, f"seconds an item: {parts}; at most {analysis['cost']['peak_memory_bytes'] / 1e9:.2f} GB of memory")
 
 
 def _accuracy_table(title: str, kind: str, reports: Mapping[str, Mapping], unparsed: Mapping[str, str] | None = None) -> Table:

@@ -54,6 +54,53 @@ def mean_over_parts(
     return float(averaged(figure)), [float(low), float(high)]
 
 
+class CrossedBootstrap:
+    """Resamples of seeds and items that every seed was evaluated on (Owen 2007), the same ones for every matrix of that shape.
+
+    Of S seeds S - 1 are drawn: with few of them the spread of the mean is too small by sqrt((S - 1) / S) otherwise (Rao & Wu
+    1988). A single seed leaves items alone.
+
+    Args:
+        num_resamples: 0 leaves the figure itself only.
+    """
+
+    def __init__(self, num_seeds: int, num_items: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0):
+        generator = np.random.default_rng(seed)
+        # Items first, so that they are the same ones however many seeds there are.
+        items = generator.multinomial(num_items, np.full(num_items, 1 / num_items), num_resamples) / num_items
+        drawn = max(1, num_seeds - 1)
+        seeds = generator.multinomial(drawn, np.full(num_seeds, 1 / num_seeds), num_resamples) / drawn
+        self._items = np.concatenate([np.full((1, num_items), 1 / num_items), items])
+        self._seeds = np.concatenate([np.full((1, num_seeds), 1 / num_seeds), seeds])
+
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """[1 + R] means of values [S, I]: of all of them, then of every resample."""
+        return ((self._seeds @ values) * self._items).sum(axis=-1)
+
+
+def paired_t_test(differences: Sequence[float]) -> float | None:
+    """Two-sided p-value of Student's t-test that paired differences have mean 0.
+
+    None for one difference, where one is nan, or where they do not differ.
+    """
+    from scipy import stats
+
+    # Equal differences of accuracies differ in the last bit, which would make p as small as can be.
+    if len(differences) < 2 or not np.ptp(differences) > 1e-12 * np.max(np.abs(differences)):
+        return None
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of several tests, corrected so that a share of at most alpha finds anything by chance (Holm 1979)."""
+    order = np.argsort(p_values)
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
+
+
 def mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact p-value of McNemar's test: items that changed go either way with probability 1/2 (McNemar 1947).
 

@@ -31,6 +31,8 @@ from tars_fast.transcription import normalised
 from tars_fast.types import Modality, Question, UserError
 
 PREDICTIONS = "predictions.jsonl"
+OVERALL = "overall"
+"""What the mean over several data sets is called, which no data set may be."""
 
 
 @dataclass(frozen=True)

@@ -31,20 +31,22 @@ from tars_kernels import use_reference
 from tars_fast.audio_cache import make_cache_folder
 from tars_fast.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint
 from tars_fast.cli import FAILED, INTERRUPTED, run_command
-from tars_fast.config import TrainConfig, find_preset, list_checkpoints
+from tars_fast.config import TrainConfig, find_layers, find_preset, list_checkpoints
 from tars_fast.data import (
+    EMBEDDED,
     HELD_OUT_DATA,
     TRAINING_DATA,
     check_leaks,
     choose_by_id,
     load_questions,
+    or_embedded,
     read_usable,
     split_by_id,
     without_leaks,
 )
 from tars_fast.engine import available_bytes, choose_engine, load_policy
 from tars_fast.evaluation import EvaluationSettings, evaluate
-from tars_fast.figure import FIGURE, draw_accuracies
+from tars_fast.figure import FIGURE, accuracy_figure, can_draw, write_png
 from tars_fast.files import write_atomically
 from tars_fast.log import PhaseTimer, RunLog, print_summary
 from tars_fast.memory import GB, MemoryPlan, describe, explain_out_of_memory, plan_memory, remedies, size
@@ -52,6 +54,7 @@ from tars_fast.models import SpeechModel, choose_device, make_trainable
 from tars_fast.optimizer import make_optimizer
 from tars_fast.progress import item_progress
 from tars_fast.prompts import PromptFormat, PromptSize, load_prompt_format
+from tars_fast.report import write_report
 from tars_fast.results import ItemResult, change_since, data_fingerprint, read_predictions, report, text_reference
 from tars_fast.rewards import TextSimilarity, load_text_similarity
 from tars_fast.rollout import RolloutSource
@@ -94,7 +97,7 @@ class Interrupt:
 
 def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list[str]]:
     """(training items, evaluation items, what to say of items left out), checked not to overlap."""
-    items, unusable = read_usable(config.data or TRAINING_DATA)
+    items, unusable = read_usable(or_embedded(config.data, TRAINING_DATA))
     questions = [item.question for item in items]
     notes = [] if unusable is None else [unusable]
     if config.disjoint_from:
@@ -105,10 +108,10 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
             raise UserError(f"--disjoint-from {listed}: has all {len(questions)} items of --data; name other data to train on")
         notes.append(f"{len(questions) - len(training)} of {len(questions)} items left out, which are in {listed} too")
         questions = training
-    if config.data is not None and config.eval_data is None:
+    if config.data not in (None, EMBEDDED) and config.eval_data is None:
         training, held_out = split_by_id(questions, held_out_fraction=0.1)
     else:
-        training, held_out = questions, load_questions(config.eval_data or HELD_OUT_DATA)
+        training, held_out = questions, load_questions(or_embedded(config.eval_data, HELD_OUT_DATA))
     check_leaks(training, held_out)
     return training, choose_by_id(held_out, config.eval_items), notes
 
@@ -240,6 +243,7 @@ def prepare_and_train(config: TrainConfig, workers: Workers) -> int:
             "fewer"
         )
     device, dtype = choose_device(config.device, config.dtype, uses_lora=config.lora_rank > 0)
+    find_layers(config.representation_layers, preset.load_architecture().num_layers)
     if config.dry_run:
         engine_name = choose_engine(config.engine, preset.load_family(), device, dtype, config.lora_rank)
         total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else available_bytes(device)
@@ -317,12 +321,15 @@ def train_policy(
         f"{len(training)} training and {len(held_out)} evaluation items; writing to {config.output_dir}"
     )
 
+    eval_name = Path(or_embedded(config.eval_data or config.data, HELD_OUT_DATA)).stem
+
     def evaluate_now(when: str) -> list[ItemResult]:
         log.say(f"evaluating {when} training")
         settings = EvaluationSettings(config.max_new_tokens, config.eval_samples, config.temperature, config.seed)
-        name = Path(str(config.eval_data or config.data or HELD_OUT_DATA)).stem
         with explain_out_of_memory("evaluation"), item_progress(log.console, len(held_out)) as advance:
-            results = evaluate(model, engine, text_similarity, held_out, settings, data=name, advance=advance, workers=workers)
+            results = evaluate(
+                model, engine, text_similarity, held_out, settings, data=eval_name, advance=advance, workers=workers
+            )
         if workers.is_first:
             write_atomically(config.output_dir / f"predictions_{when}.jsonl", "".join(result.to_line() for result in results))
         return results
@@ -354,8 +361,9 @@ def train_policy(
     }
     write_atomically(config.output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
     parts = {part: evaluation[part] for part in ("before", "after")}
-    if all(part["num_items"] for part in parts.values()):
-        draw_accuracies(config.output_dir / FIGURE, {"held-out items": parts})
+    if can_draw() and all(part["num_items"] for part in parts.values()):
+        write_png(config.output_dir / FIGURE, accuracy_figure({"held-out items": parts}))
+    write_report(config.output_dir, {eval_name: held_out})
     print_summary(log, evaluation, config.output_dir)
     return FAILED if any(part["num_failed"] for part in parts.values()) else 0
 

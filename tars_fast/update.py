@@ -5,7 +5,7 @@ Only with several updates a rollout does a pass without gradients come first, wh
 Groups that cannot have an advantage (written answers that all earn the same, most of them) are known before the pass: they go
 through it without gradients, and have no backward pass.
 
-Shapes: N completions of a batch or micro-batch, T completion tokens, L layers, D hidden size.
+Shapes: N completions of a batch or micro-batch, T completion tokens, L layers that R_rep looks at, D hidden size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tars_kernels import LayerPooler, PolicyLoss, linear_logprob, linear_policy_
 from torch import Tensor
 
 from tars_fast.advantages import centred_advantages, disagreeing_groups, group_means
-from tars_fast.config import TrainConfig
+from tars_fast.config import TrainConfig, find_layers
 from tars_fast.log import PhaseTimer
 from tars_fast.models import Layout, SpeechModel
 from tars_fast.rewards import representation_rewards
@@ -110,10 +110,16 @@ def known_without_gradient(rollout: Rollout, config: TrainConfig) -> list[bool]:
     return [group not in finished or (group not in undecided and not disagreeing[group]) for group in groups]
 
 
+def reward_pooler(model: SpeechModel, config: TrainConfig) -> LayerPooler:
+    """Of the layers that R_rep looks at."""
+    layers = model.language_model.layers
+    return LayerPooler(layers, model.language_model.norm, layers=find_layers(config.representation_layers, len(layers)))
+
+
 @torch.no_grad()
 def score_rollout(model: SpeechModel, rollout: Rollout, config: TrainConfig, timer: PhaseTimer) -> Scored:
     """Rewards, advantages and old log-probabilities without gradients, for several updates on the same rollout."""
-    pooler = LayerPooler(model.language_model.layers, model.language_model.norm)
+    pooler = reward_pooler(model, config)
     scored: Scored | None = None
     for rows in micro_batches(rollout, config.tokens_per_micro_batch):
         one = run_forward(model, rollout, rows, timer, pooler)
@@ -146,7 +152,7 @@ def update_policy(
     first = scored is None
     losses: list[tuple[PolicyLoss, int]] = []
     optimizer.zero_grad(set_to_none=True)
-    pooler = LayerPooler(model.language_model.layers, model.language_model.norm) if first else None
+    pooler = reward_pooler(model, config) if first else None
     shares = workers.gather((0, 0) if rollout is None else (rollout.num_tokens, rollout.staleness))
     num_tokens, is_fresh = sum(tokens for tokens, _ in shares), not any(staleness for _, staleness in shares)
     without_gradient = [] if rollout is None else known_without_gradient(rollout, config)

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from pages import CHROMIUM
 
 from tars_fast.config import PRESETS, TrainConfig
 from tars_fast.data import TRAINING_DATA, load_questions
@@ -57,3 +58,20 @@ def config(tmp_path) -> TrainConfig:
 def make_model():
     """`new_model`, for tests that need a model prepared in their own way."""
     return new_model
+
+
+@pytest.fixture
+def browser():
+    """A headless Chromium. Without one the test is skipped, or fails where BROWSER_TESTS is "required"."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        sync_playwright = None
+    if sync_playwright is None or CHROMIUM is None:
+        lacking = "pip install playwright, apt-get install chromium-headless-shell, or name a Chromium in the variable CHROMIUM"
+        (pytest.fail if os.environ.get("BROWSER_TESTS") == "required" else pytest.skip)(f"no browser: {lacking}")
+    with sync_playwright() as playwright:
+        # Chromium's own sandbox does not work for root, which builds usually are.
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()

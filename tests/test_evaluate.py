@@ -29,7 +29,7 @@ from tars_fast.sources import read_rows, stamp
 from tars_fast.types import UserError
 
 ITEMS_AT_ONCE = 4
-FILES = {"accuracy.png", "config.json", "evaluation.json", "predictions.jsonl"}
+FILES = {"accuracy.png", "config.json", "evaluation.json", "predictions.jsonl", "report.html"}
 
 
 @pytest.fixture
@@ -394,5 +394,6 @@ def test_without_arguments_it_evaluates_the_embedded_held_out_items():
     from tars_fast.data import HELD_OUT_DATA
 
     assert EvaluateConfig().sources() == {"held_out": str(HELD_OUT_DATA)}
+    assert EvaluateConfig(data=("pocket",)).sources() == {"pocket": str(HELD_OUT_DATA)}
     assert len(load_questions(HELD_OUT_DATA)) == 400
     assert EvaluateConfig(data=("a=x", "b=y/c=d", "/e=f/g.jsonl")).sources() == {"a": "x", "b": "y/c=d", "g": "/e=f/g.jsonl"}

@@ -11,19 +11,20 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"types", "files", "progress"},
     {"architecture", "answers", "advantages", "metrics", "cli", "audio", "audio_cache", "optimizer", "hub", "weights"}
-    | {"figure", "sources", "transcription", "workers"},
+    | {"alignment", "figure", "page", "provenance", "sources", "transcription", "workers"},
     {"memory", "scorers", "recognition", "packed_attention"},
     {"families", "results"},
     {"config", "log"},
-    {"data", "rewards", "prompts", "synthesis"},
-    {"models", "sampling", "quality"},
-    {"checkpoint", "transformers_engine", "vllm_engine"},
+    {"ablation", "data", "rewards", "prompts", "synthesis", "report"},
+    {"ablation_page", "analysis_page", "models", "sampling", "quality"},
+    {"checkpoint", "probes", "transformers_engine", "vllm_engine"},
     {"engine", "evaluation"},
-    {"rollout"},
+    {"analysis", "rollout"},
     {"update"},
-    {"train", "evaluate", "export", "plan", "pocket", "prepare"},
+    {"train", "evaluate", "analyse", "export", "plan", "pocket", "prepare"},
+    {"ablate"},
 ]
-"""From the bottom up; a module imports from layers below its own only. The last are commands."""
+"""From the bottom up; a module imports from layers below its own only. The last two are commands."""
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from tars_fast.advantages import centred_advantages, disagreeing_groups, group_indices, group_means
-from tars_fast.metrics import bootstrap_interval, mcnemar, mean, mean_difference, mean_over_parts, modality_recovery_rate, total
+from tars_fast.metrics import (
+    CrossedBootstrap,
+    bootstrap_interval,
+    holm,
+    mcnemar,
+    mean,
+    mean_difference,
+    mean_over_parts,
+    modality_recovery_rate,
+    paired_t_test,
+    total,
+)
 from tars_fast.types import Modality
 
 SPEECH, TEXT = Modality.SPEECH, Modality.TEXT
@@ -164,3 +175,51 @@ def test_order_of_completions_changes_nothing():
         order = rng.sample(range(40), 40)
         shuffled = group_indices([questions[i] for i in order], [modalities[i] for i in order])
         torch.testing.assert_close(centred_advantages(rewards[order], shuffled), advantages[order])
+
+
+def test_resamples_of_seeds_spread_as_the_mean_of_seeds_does():
+    """Where items do not matter the spread is s / sqrt(S) with the unbiased s, also for few seeds."""
+    for values in ([0.1, 0.5, 0.2, 0.9, 0.4], [0.3, 0.8]):
+        rows = CrossedBootstrap(len(values), 50, num_resamples=20_000).means(np.repeat(np.array(values)[:, None], 50, axis=1))
+        assert rows[0] == pytest.approx(np.mean(values))
+        assert rows[1:].std() == pytest.approx(np.std(values, ddof=1) / np.sqrt(len(values)), rel=0.03)
+
+
+def test_resamples_of_items_spread_as_the_mean_of_items_does():
+    values = np.random.default_rng(3).normal(size=200)
+    one, five = (CrossedBootstrap(seeds, 200, num_resamples=20_000).means(np.tile(values, (seeds, 1))) for seeds in (1, 5))
+    assert one == pytest.approx(five), "the same items are drawn however many seeds there are"
+    assert one[1:].std() == pytest.approx(values.std() / np.sqrt(200), rel=0.03)
+
+
+def test_crossed_intervals_hold_the_truth_as_often_as_they_say():
+    """5 seeds and 60 items, each with an effect of its own and noise: items alone would hold the truth far more rarely."""
+    rng = np.random.default_rng(4)
+    held, held_by_items = 0, 0
+    for _ in range(300):
+        values = rng.normal(0, 0.1, (5, 1)) + rng.normal(0, 0.3, (1, 60)) + rng.normal(0, 0.3, (5, 60))
+        low, high = np.percentile(CrossedBootstrap(5, 60, num_resamples=400).means(values)[1:], [2.5, 97.5])
+        held += low <= 0 <= high
+        low, high = np.percentile(
+            CrossedBootstrap(1, 60, num_resamples=400).means(values.mean(0, keepdims=True))[1:], [2.5, 97.5]
+        )
+        held_by_items += low <= 0 <= high
+    assert 0.85 < held / 300 < 0.99
+    assert held_by_items < held - 15
+
+
+def test_paired_t_test_is_that_of_the_textbook():
+    """Student's data on sleep: t = -4.0621 with 9 degrees of freedom."""
+    first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    assert paired_t_test([a - b for a, b in zip(first, second, strict=True)]) == pytest.approx(0.002833, abs=1e-6)
+    assert paired_t_test([0.1]) is None
+    assert paired_t_test([0.1, 0.1]) is None
+    assert paired_t_test([0.75 - 0.55, 0.7 - 0.5, 0.8 - 0.6]) is None, "rounding alone tells them apart"
+    assert paired_t_test([0.1, 0.2, float("nan")]) is None
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []

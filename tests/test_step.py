@@ -155,8 +155,12 @@ def test_representation_reward_is_the_mean_over_layers_of_cosines(model, questio
     with torch.no_grad():
         _, speech = alone(model, rollout.prompts[index], rollout.completions[index])
         _, text = alone(model, rollout.prompts[reference], rollout.completions[reference])
-    expected = F.cosine_similarity(speech.double(), text.double(), dim=-1).mean()
-    assert scored.representation_N[index].item() == pytest.approx(expected.item(), abs=1e-5)
+    cosines = F.cosine_similarity(speech.double(), text.double(), dim=-1)
+    assert scored.representation_N[index].item() == pytest.approx(cosines.mean().item(), abs=1e-5)
+    # Of some layers only (Fig. 3).
+    for layers, chosen in (("2", slice(1, 2)), ("2-3", slice(1, 3)), ("last", slice(3, 4))):
+        scored, _ = update(model, rollout, dataclasses.replace(config, representation_layers=layers))
+        assert scored.representation_N[index].item() == pytest.approx(cosines[chosen].mean().item(), abs=1e-5)
 
 
 def test_modality_is_a_field_not_a_place():

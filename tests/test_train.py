@@ -21,7 +21,7 @@ from tars_fast.config import PRESETS, TrainConfig, find_preset, list_checkpoints
 from tars_fast.data import TRAINING_DATA, VALIDATION_DATA, load_questions
 from tars_fast.log import RunLog, print_summary
 from tars_fast.results import data_fingerprint, read_predictions
-from tars_fast.train import check_progress, run_steps, train
+from tars_fast.train import check_progress, load_data, run_steps, train
 from tars_fast.types import TrainingError, UserError
 from tars_fast.update import update_policy
 
@@ -108,9 +108,17 @@ def test_writes_what_the_readme_promises(finished):
         correct = [result.evaluated.speech.readings["strict"].correct for result in results]
         assert evaluation[part]["speech_accuracy"] == sum(correct) / 8
     assert (finished / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "report.html").read_text().startswith("<!DOCTYPE html>")
     fingerprint = json.loads((finished / "config.json").read_text())["data_fingerprint"]
     assert fingerprint["training"] == data_fingerprint(load_questions(TRAINING_DATA))
     assert [step for step, _ in list_checkpoints(finished)] == [2, 4]
+
+
+def test_pocket_names_the_embedded_data():
+    (training, held_out, _), named = (load_data(TrainConfig(data=data)) for data in (None, "pocket"))
+    assert named == (training, held_out, [])
+    assert load_data(TrainConfig(eval_data="pocket"))[1] == held_out
+    assert [question.id for question in training] == [question.id for question in load_questions(TRAINING_DATA)]
 
 
 def test_checkpoint_loads_in_plain_transformers_and_has_learned(finished, model):
