@@ -373,7 +373,7 @@ def test_evaluate_command_reads_a_checkpoint(finished, small_eval, tmp_path):
     command += ["--output-dir", str(tmp_path), "--reference", "0.5", "--device", "cpu"]
     command += ["--compare", str(finished / "predictions_after.jsonl")]
     subprocess.run(command, check=True, capture_output=True)
-    report = json.loads((tmp_path / "evaluation.json").read_text())["eval0"]
+    report = json.loads((tmp_path / "evaluation.json").read_text())[small_eval.name]
     after = json.loads((finished / "evaluation.json").read_text())["after"]
     assert report["speech_accuracy"] == after["speech_accuracy"]
     assert report["layer_cosine"] == pytest.approx(after["layer_cosine"], abs=1e-6)
