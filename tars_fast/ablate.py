@@ -31,7 +31,7 @@ from rich.markup import escape
 from tars_fast.ablation import START, Arms, FinishedRun, check_runs
 from tars_fast.ablation_page import print_ablation, write_ablation_page, write_tables
 from tars_fast.cli import FAILED, INTERRUPTED, run_command
-from tars_fast.config import TrainConfig, check_numbers, find_layers, find_preset, list_checkpoints
+from tars_fast.config import LAYER_PARTS, TrainConfig, check_numbers, find_layers, find_preset, list_checkpoints
 from tars_fast.files import write_atomically
 from tars_fast.log import open_console, say
 from tars_fast.progress import item_progress
@@ -47,25 +47,14 @@ ARMS: dict[str, dict[str, str]] = {
     "rep": {"behaviour_weight": "0"},
     "beh": {"representation_weight": "0"},
     "tars": {},
-    **{
-        f"rep-{part}": {"behaviour_weight": "0", "representation_layers": part}
-        for part in ("shallow", "middle", "deep", "last")
-    },
+    **{f"rep-{part}": {"behaviour_weight": "0", "representation_layers": part} for part in LAYER_PARTS},
 }
 """The paper's arms, those of its Fig. 3 last: settings that differ from the defaults of `tars_fast.train`."""
-_OF_EVERY_ARM = {
-    "model",
-    "data",
-    "eval_data",
-    "disjoint_from",
-    "skip_unusable",
-    "long_audio",
-    "eval_items",
-    "num_steps",
-    "questions_per_step",
-}
-"""Arms that differ in these would not be trained on the same, from the same."""
-_OF_THE_COMMAND = {"model", "num_steps", "data", "eval_data", "seed", "output_dir", "resume", "dry_run"}
+_NAMED = ("model", "data", "eval_data", "num_steps")
+"""Settings of `tars_fast.train` that the command has by the same name."""
+_OF_THE_COMMAND = {*_NAMED, "seed", "output_dir", "resume", "dry_run"}
+_OF_EVERY_ARM = {"disjoint_from", "skip_unusable", "long_audio", "eval_items", "questions_per_step"}
+"""Arms that differ in these would not be trained on the same, from the same; nor in what is the command's."""
 _LOG = "log.txt"
 _SETTINGS = "ablation_settings.json"
 _SECONDS_BETWEEN_LOOKS = 2.0
@@ -145,7 +134,7 @@ def parse_settings(flag: str, given: Sequence[str], refused: set[str]) -> dict[s
             raise UserError(f"{flag} {one}: give SETTING=VALUE, SETTING one of those of python -m tars_fast.train --help")
         if name in refused:
             remedies = {"seed": "use --seeds"} | dict.fromkeys(("output_dir", "resume", "dry_run"), "that is for ablate to say")
-            remedies |= {own: f"use --{own.replace('_', '-')}" for own in ("model", "num_steps", "data", "eval_data")}
+            remedies |= {own: f"use --{own.replace('_', '-')}" for own in _NAMED}
             raise UserError(f"{flag} {one}: must be the same in all arms; {remedies.get(name, f'use --setting {one}')}")
         if name in settings:
             raise UserError(f"{flag} {one}: {name} is there twice")
@@ -212,11 +201,17 @@ def parse_training(flag: str, arguments: Sequence[str]) -> TrainConfig:
         raise UserError(f"{flag}: no value that python -m tars_fast.train takes; see its --help") from error
 
 
-def plan_runs(config: AblateConfig, arms: Mapping[str, Mapping[str, str]]) -> list[Run]:
-    """Seed by seed, so that whatever is there when time is over compares. Raises UserError for settings that cannot be."""
-    shared = parse_settings("--setting", config.setting, _OF_THE_COMMAND)
-    given = {name: getattr(config, name) for name in ("model", "data", "eval_data", "num_steps")}
-    shared |= {name: str(value) for name, value in given.items() if value is not None}
+def plan_runs(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], shared: Mapping[str, str]) -> list[Run]:
+    """Seed by seed, so that whatever is there when time is over compares.
+
+    Args:
+        shared: settings of all arms besides those that the command has by the same name.
+
+    Raises:
+        UserError: settings that cannot be.
+    """
+    given = {name: getattr(config, name) for name in _NAMED}
+    shared = {**shared, **{name: str(value) for name, value in given.items() if value is not None}}
     preset = find_preset(config.model)
     commands = {}
     for arm, settings in arms.items():
@@ -235,15 +230,14 @@ def plan_runs(config: AblateConfig, arms: Mapping[str, Mapping[str, str]]) -> li
     return runs
 
 
-def open_output(config: AblateConfig, arms: Mapping[str, Mapping[str, str]]) -> None:
-    """Make the folder and write down what is compared in it.
+def open_output(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], shared: Mapping[str, str]) -> dict[str, object]:
+    """Make the folder and write down what is compared in it, which is returned; for `shared` see `plan_runs`.
 
     Raises:
         UserError: it cannot be written to, or holds runs with other settings.
     """
     path = config.output_dir / _SETTINGS
-    shared = parse_settings("--setting", config.setting, _OF_THE_COMMAND)
-    settings = {name: getattr(config, name) for name in ("model", "data", "eval_data", "num_steps")} | {"setting": shared}
+    settings = {name: getattr(config, name) for name in _NAMED} | {"setting": dict(shared)}
     earlier = {}
     if path.exists():
         try:
@@ -265,6 +259,7 @@ def open_output(config: AblateConfig, arms: Mapping[str, Mapping[str, str]]) -> 
         raise UserError(
             f"--output-dir {config.output_dir}: cannot be written to ({error.strerror}); name another folder"
         ) from error
+    return settings
 
 
 def list_gpus() -> list[str]:
@@ -294,24 +289,25 @@ class Runner:
             self._slots.put(slot)
         self._num_jobs, self._gpus = num_jobs, gpus
 
-    def run(self, runs: Sequence[Run], advance: Callable[[int], None] = lambda steps: None) -> dict[str, str]:
+    def run(self, runs: Sequence[Run], advance: Callable[[int], None] | None = None) -> dict[str, str]:
         """Run them all, or, interrupted, those that have begun.
 
         Args:
-            advance: told every other second how many training steps have been done since.
+            advance: told every other second how many training steps have been done since. None: nobody counts them.
 
         Returns:
             The reason of each that failed, by name.
         """
         failed: dict[str, str] = {}
-        told = sum(run.num_steps_done for run in runs)
+        told = sum(run.num_steps_done for run in runs) if advance else 0
         with ThreadPoolExecutor(self._num_jobs) as pool, self._forwarding_signals():
             pending: dict[Future[str | None], Run] = {pool.submit(self._run_one, run): run for run in runs}
             while pending:
                 done = wait(pending, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED).done
-                now = sum(run.num_steps_done for run in runs)
-                advance(now - told)
-                told = now
+                if advance is not None:
+                    now = sum(run.num_steps_done for run in runs)
+                    advance(now - told)
+                    told = now
                 for future in done:
                     run, reason = pending.pop(future), future.result()
                     if reason is not None:
@@ -414,13 +410,14 @@ def run_ablation(config: AblateConfig) -> int:
     """Run what is missing, then compare what there is."""
     arms = choose_arms(config)
     baseline = choose_baseline(config, arms)
-    runs = plan_runs(config, arms)
+    shared = parse_settings("--setting", config.setting, _OF_THE_COMMAND)
+    runs = plan_runs(config, arms, shared)
     training = parse_training("--setting", runs[0].command[3:])
     num_steps = training.resolve(find_preset(config.model)).num_steps
     _, held_out, _ = load_data(training)
-    open_output(config, arms)
+    settings = open_output(config, arms, shared)
     # What does not match is told before anything else trains.
-    read_finished(runs)
+    finished = read_finished(runs)
     gpus = list_gpus()
     console = open_console()
     missing = [run for run in runs if not run.is_finished]
@@ -436,9 +433,10 @@ def run_ablation(config: AblateConfig) -> int:
             failed = runner.run(missing, advance)
     else:
         failed = runner.run(missing)
-    finished = read_finished(runs)
+    if missing:
+        finished = read_finished(runs)
     if finished:
-        compare(config, baseline, finished, failed, held_out, console)
+        compare(config, baseline, settings, finished, failed, held_out, console)
     if runner.stopped:
         print("stopped; the same command continues", file=sys.stderr)
         return INTERRUPTED
@@ -455,6 +453,7 @@ def read_finished(runs: Sequence[Run]) -> list[FinishedRun]:
 def compare(
     config: AblateConfig,
     baseline: str,
+    settings: Mapping[str, object],
     finished: Sequence[FinishedRun],
     failed: Mapping[str, str],
     held_out: Sequence[Question],
@@ -462,7 +461,6 @@ def compare(
 ) -> None:
     """Write and print what the finished runs show."""
     arms = Arms(finished, baseline)
-    settings = json.loads((config.output_dir / _SETTINGS).read_text(encoding="utf-8"))
     made = arms.report() | {"failed": dict(failed), "settings": settings, "provenance": provenance()}
     write_atomically(config.output_dir / "ablation.json", json.dumps(made, indent=1) + "\n")
     write_tables(config.output_dir, made)

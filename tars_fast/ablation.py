@@ -167,6 +167,11 @@ class Arms:
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(text > 0, 100 * means("speech_accuracy") / text, np.nan)
 
+    def _by_seed(self, arm: str, name: str, seeds: Sequence[int]) -> list[float]:
+        """A figure of each of these seeds alone, over all items."""
+        alone = CrossedBootstrap(1, len(self.items), num_resamples=0)
+        return [self._rows(arm, name, alone, [seed])[0] for seed in seeds]
+
     def _known(self, arm: str) -> list[str]:
         return [name for name in FIGURES if name.startswith("mrr") or name in self._values[arm]]
 
@@ -177,8 +182,7 @@ class Arms:
         made: dict[str, object] = {"seeds": seeds}
         for name in self._known(arm):
             made |= _figure(name, self._rows(arm, name, resamples, seeds))
-            one = CrossedBootstrap(1, len(self.items), num_resamples=0)
-            made[f"{name}_by_seed"] = [_plain(self._rows(arm, name, one, [seed])[0]) for seed in seeds]
+            made[f"{name}_by_seed"] = [_plain(value) for value in self._by_seed(arm, name, seeds)]
         layers = [self._rows(arm, f"layer/{number}", resamples, seeds) for number in range(1, self.num_layers + 1)]
         made["layer_cosine"] = [float(rows[0]) for rows in layers]
         made["layer_cosine_ci95"] = [_interval(rows) for rows in layers]
@@ -191,11 +195,11 @@ class Arms:
         if not seeds:
             return made
         resamples = CrossedBootstrap(len(seeds), len(self.items))
-        one = CrossedBootstrap(1, len(self.items), num_resamples=0)
         for name in (name for name in self._known(arm) if name in self._known(self.baseline)):
             pairs = [self._rows(which, name, resamples, seeds) for which in (arm, self.baseline)]
             made |= _figure(name, pairs[0] - pairs[1])
-            by_seed = [self._rows(arm, name, one, [s])[0] - self._rows(self.baseline, name, one, [s])[0] for s in seeds]
+            sides = [self._by_seed(which, name, seeds) for which in (arm, self.baseline)]
+            by_seed = [own - other for own, other in zip(*sides, strict=True)]
             made[f"{name}_by_seed"] = [_plain(value) for value in by_seed]
             made[f"{name}_p"] = paired_t_test(by_seed)
         return made

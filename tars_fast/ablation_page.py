@@ -140,6 +140,7 @@ def write_ablation_page(
     told = f"Cosine of completion states, speech to text: {', '.join(states)}"
     drift = curves_picture(states, "layer", "cosine", told, order=order)
     by_seed = Table(("arm", "seed", *(FIGURES[name].title for name in _TESTED)), _rows_by_seed(report))
+    differences = difference_table(report)
     sections = [
         Section("Arms", describe(report), [headline_table(report)]),
         Section(
@@ -147,7 +148,7 @@ def write_ablation_page(
         ),
         Section("Training", [f"Means over {SMOOTHED} steps and over seeds, with 95 % intervals over seeds."], (), training),
         Section("All figures", tables=[figure_table(report)]),
-        *([Section(f"Minus {report['baseline']}", tables=[difference_table(report)])] if difference_table(report).rows else []),
+        *([Section(f"Minus {report['baseline']}", tables=[differences])] if differences.rows else []),
         Section("Every run", ["After training."], [by_seed]),
         settings_section(report["settings"]),
     ]

@@ -27,10 +27,10 @@ from rich.console import Console
 
 from tars_fast.analysis import Analysis, AnalysisSettings, change_since
 from tars_fast.analysis_page import Analysed, draw_analysis, item_results, write_analysis
-from tars_fast.cli import FAILED, run_command
+from tars_fast.cli import FAILED, make_output_folder, run_command
 from tars_fast.config import Preset, check_numbers, find_preset
 from tars_fast.data import EMBEDDED, HELD_OUT_DATA, choose_by_id, load_questions, or_embedded
-from tars_fast.evaluation import EvaluationSettings, evaluate_rounds, slices
+from tars_fast.evaluation import EvaluationSettings, evaluate, slices
 from tars_fast.files import write_atomically
 from tars_fast.hub import weights_fingerprint
 from tars_fast.log import open_console, print_analysis, print_failures, say
@@ -45,7 +45,6 @@ from tars_fast.rewards import HashedNgrams
 from tars_fast.sampling import RolloutEngine
 from tars_fast.transformers_engine import TransformersEngine
 from tars_fast.types import LongAudio, Question, UserError
-from tars_fast.workers import ALONE
 
 ANALYSIS = "analysis.json"
 ITEMS = "items.jsonl"
@@ -181,14 +180,9 @@ def answer(
     how = EvaluationSettings(settings.max_new_tokens, num_samples=0, temperature=1.0, seed=settings.seed)
     sizes = model.prompts.try_questions(questions, settings.max_new_tokens)
     refused = {q.id: str(size) for q, size in zip(questions, sizes, strict=True) if isinstance(size, UserError)}
-    results = []
     with item_progress(console, len(questions), what=f"items, {what}") as advance:
-        parts = slices("", questions)
         # Only accuracies are looked at; how alike words are is for `evaluate` to say.
-        for done in evaluate_rounds(model, engine, HashedNgrams(), parts, how, workers=ALONE, refused={"": refused}):
-            results += done
-            advance(len(done))
-    return results
+        return evaluate(model, engine, HashedNgrams(), questions, how, data="", advance=advance, refused=refused)
 
 
 def run_probes(
@@ -363,10 +357,7 @@ def make_folder(output_dir: Path) -> None:
     """Raises UserError where it cannot be made, or holds an analysis."""
     if (output_dir / ANALYSIS).exists():
         raise UserError(f"--output-dir {output_dir}: holds an analysis already; name another folder")
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: cannot be made ({error.strerror}); name another folder") from error
+    make_output_folder(output_dir)
 
 
 def as_json(value: object) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tars_fast.types import TrainingError, UserError
@@ -36,6 +37,14 @@ def run_command(command: Callable[[Config], int], config_class: type[Config], pr
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def make_output_folder(output_dir: Path) -> None:
+    """Raises UserError where it cannot be made."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir}: cannot be made ({error.strerror}); name another folder") from error
 
 
 def load_function(flag: str, name: str) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ import tyro
 from rich.console import Console
 
 from tars_fast.audio import LongRecordingError
-from tars_fast.cli import FAILED, INTERRUPTED, run_command
+from tars_fast.cli import FAILED, INTERRUPTED, make_output_folder, run_command
 from tars_fast.config import check_numbers, find_preset
 from tars_fast.data import HELD_OUT_DATA, load_questions, or_embedded
 from tars_fast.engine import choose_engine, load_policy
@@ -220,14 +220,6 @@ def _in_words(value: object) -> str:
     return ", ".join(f"{name}={source}" for name, source in value.items()) if isinstance(value, dict) else str(value)
 
 
-def make_folder(output_dir: Path) -> None:
-    """Raises UserError where it cannot be made."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: cannot be made ({error.strerror}); name another folder") from error
-
-
 def write_predictions(path: Path, results: Sequence[ItemResult]) -> None:
     """The whole file in one go."""
     write_atomically(path, "".join(result.to_line() for result in results))
@@ -284,7 +276,7 @@ def evaluate_data(config: EvaluateConfig, workers: Workers) -> int:
     }
     console = open_console() if workers.is_first else Console(quiet=True)
     done = open_output(config.output_dir, settings, parts)
-    make_folder(config.output_dir)
+    make_output_folder(config.output_dir)
     pending = find_pending(parts, done)
     # Every process has read what is there before the first one changes it.
     workers.gather(None)

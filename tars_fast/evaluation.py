@@ -132,14 +132,17 @@ def evaluate(
     data: str,
     advance: Callable[[int], None],
     workers: Workers = ALONE,
+    refused: Mapping[str, str] | None = None,
 ) -> list[ItemResult]:
     """`evaluate_rounds` of all items of one data set.
 
     Args:
         advance: told how many items are done, by all processes together, each time that some are.
+        refused: see `evaluate_slice`.
     """
     results: list[ItemResult] = []
-    for done in evaluate_rounds(model, engine, text_similarity, slices(data, questions), settings, workers=workers):
+    parts, known = slices(data, questions), {data: refused or {}}
+    for done in evaluate_rounds(model, engine, text_similarity, parts, settings, workers=workers, refused=known):
         results += done
         advance(len(done))
     return results

@@ -30,7 +30,7 @@ from tars_kernels import use_reference
 
 from tars_fast.audio_cache import make_cache_folder
 from tars_fast.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint
-from tars_fast.cli import FAILED, INTERRUPTED, run_command
+from tars_fast.cli import FAILED, INTERRUPTED, make_output_folder, run_command
 from tars_fast.config import TrainConfig, find_layers, find_preset, list_checkpoints
 from tars_fast.data import (
     EMBEDDED,
@@ -172,10 +172,7 @@ def check_output(config: TrainConfig, settings: dict[str, object]) -> None:
 
 def prepare_output(config: TrainConfig, settings: dict[str, object]) -> None:
     """Make the output folder and write config.json. Raises UserError where it cannot be made."""
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {config.output_dir}: cannot be made ({error.strerror}); name another folder") from error
+    make_output_folder(config.output_dir)
     write_atomically(config.output_dir / "config.json", json.dumps(settings, indent=2) + "\n")
 
 

@@ -27,6 +27,7 @@ from tars_fast.ablate import (
     choose_baseline,
     list_gpus,
     open_output,
+    parse_settings,
     parse_training,
     plan_runs,
     run_ablation,
@@ -129,26 +130,23 @@ def test_arms_of_ones_own():
         "half": {"representation_weight": "0.5", "freeze_audio": "false"},
         "grpo": {"representation_weight": "0", "behaviour_weight": "0"},
     }
-    half, _ = plan_runs(dataclasses.replace(config, seeds=1, num_steps=3), choose_arms(config))
+    half, _ = plan_runs(dataclasses.replace(config, seeds=1, num_steps=3), choose_arms(config), {})
     assert half.command[3:9] == ("--model", "pocket", "--num-steps", "3", "--representation-weight", "0.5")
     assert "--no-freeze-audio" in half.command
     assert half.command[-4:] == ("--seed", "0", "--output-dir", "runs/ablation/half/seed-0")
-    runs = plan_runs(dataclasses.replace(config, seeds=2), choose_arms(config))
+    runs = plan_runs(dataclasses.replace(config, seeds=2), choose_arms(config), {})
     assert [run.name for run in runs] == ["half, seed 0", "grpo, seed 0", "half, seed 1", "grpo, seed 1"], "seed by seed"
-    shared = dataclasses.replace(config, setting=("representation_weight=3", "temperature=0.7"))
-    half = parse_training("half", plan_runs(shared, choose_arms(config))[0].command[3:])
+    shared = parse_settings("--setting", ("representation_weight=3", "temperature=0.7"), set())
+    half = parse_training("half", plan_runs(config, choose_arms(config), shared)[0].command[3:])
     assert (half.representation_weight, half.temperature) == (0.5, 0.7), "the arm's own settings come first"
     assert choose_baseline(config, choose_arms(config)) == "grpo"
     assert choose_baseline(AblateConfig(), ["a", "b"]) == "a"
 
 
 def test_values_reach_the_runs_as_they_were_given():
-    config = AblateConfig(
-        arms="tars",
-        data="my folder/items.jsonl",
-        setting=("disjoint_from=mmsu obqa", "behaviour_model=/my models/a=b", "gradient_checkpointing=true"),
-    )
-    command = plan_runs(config, choose_arms(config))[0].command[3:]
+    config = AblateConfig(arms="tars", data="my folder/items.jsonl")
+    given = ("disjoint_from=mmsu obqa", "behaviour_model=/my models/a=b", "gradient_checkpointing=true")
+    command = plan_runs(config, choose_arms(config), parse_settings("--setting", given, set()))[0].command[3:]
     parsed = parse_training("--setting", command)
     assert parsed.data == "my folder/items.jsonl"
     assert parsed.disjoint_from == ("mmsu", "obqa")
@@ -298,11 +296,11 @@ def test_a_run_that_was_cut_off_is_told_before_others_train(ablation, small_eval
 
 def test_arms_of_earlier_commands_stay_what_they_were(tmp_path):
     config = AblateConfig(output_dir=tmp_path)
-    open_output(config, {"mine": {"clip_low": "0.1"}})
-    open_output(config, {"grpo": {}})
-    open_output(config, {"mine": {"clip_low": "0.1"}})
+    open_output(config, {"mine": {"clip_low": "0.1"}}, {})
+    open_output(config, {"grpo": {}}, {})
+    open_output(config, {"mine": {"clip_low": "0.1"}}, {})
     with pytest.raises(UserError, match=r"other settings \(arm mine\)"):
-        open_output(config, {"mine": {"clip_low": "0.3"}})
+        open_output(config, {"mine": {"clip_low": "0.3"}}, {})
 
 
 def test_a_folder_that_cannot_be_written_to(small_eval, tmp_path):
