@@ -30,7 +30,7 @@ from rich.markup import escape
 
 from tars_fast.ablation import START, Arms, FinishedRun, check_runs
 from tars_fast.ablation_page import print_ablation, write_ablation_page, write_tables
-from tars_fast.cli import FAILED, INTERRUPTED, run_command
+from tars_fast.cli import FAILED, INTERRUPTED, require_extra, run_command
 from tars_fast.config import LAYER_PARTS, TrainConfig, check_numbers, find_layers, find_preset, list_checkpoints
 from tars_fast.files import write_atomically
 from tars_fast.log import open_console, say
@@ -408,6 +408,7 @@ def describe_failure(log: Path, status: int, begins_at: int) -> str:
 
 def run_ablation(config: AblateConfig) -> int:
     """Run what is missing, then compare what there is."""
+    require_extra("analysis")
     arms = choose_arms(config)
     baseline = choose_baseline(config, arms)
     shared = parse_settings("--setting", config.setting, _OF_THE_COMMAND)

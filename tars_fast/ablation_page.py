@@ -10,7 +10,6 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as ConsoleTable
-from tabulate import tabulate
 
 from tars_fast.ablation import FIGURES, SMOOTHED, START, Arms
 from tars_fast.figure import can_draw, curves_figure, write_png
@@ -87,6 +86,8 @@ def describe(report: Mapping[str, Mapping]) -> list[str]:
 
 def write_tables(output_dir: Path, report: Mapping[str, Mapping]) -> None:
     """ablation.md with all figures, and ablation.tex (with booktabs) with the headline."""
+    from tabulate import tabulate
+
     whole = [table for table in (figure_table(report), difference_table(report)) if table.rows]
     for name, tables, table_format, mark in (
         ("ablation.md", whole, "github", ""),

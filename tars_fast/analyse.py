@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 from zipfile import BadZipFile
@@ -27,7 +26,7 @@ from rich.console import Console
 
 from tars_fast.analysis import Analysis, AnalysisSettings, change_since
 from tars_fast.analysis_page import Analysed, draw_analysis, item_results, write_analysis
-from tars_fast.cli import FAILED, make_output_folder, run_command
+from tars_fast.cli import FAILED, make_output_folder, require_extra, run_command
 from tars_fast.config import Preset, check_numbers, find_preset
 from tars_fast.data import EMBEDDED, HELD_OUT_DATA, choose_by_id, load_questions, or_embedded
 from tars_fast.evaluation import EvaluationSettings, evaluate, slices
@@ -99,8 +98,7 @@ class AnalyseConfig:
         for times in self.repeat:
             if times < 2:
                 raise UserError(f"--repeat {times}: must be at least 2")
-        if find_spec("dtaidistance") is None:
-            raise UserError("alignment needs `pip install dtaidistance`")
+        require_extra("analysis")
 
 
 def choose_layers(config: AnalyseConfig, num_layers: int) -> tuple[int, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tars_fast.adapters import has_adapter, save_adapter
 from tars_fast.config import list_checkpoints
 from tars_fast.files import PARTIAL, make_readable
 from tars_fast.hub import checkpoint_folder, copy_processor, read_weights
@@ -43,8 +44,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def save_model(model: SpeechModel, folder: Path) -> None:
     """Write what plain transformers and vLLM load: the weights, or the adapter alone where there is one, with its processor."""
     module, prompts = model.module, model.prompts
-    if getattr(module, "_hf_peft_config_loaded", False):
-        module.save_pretrained(folder)
+    if has_adapter(module):
+        save_adapter(module, folder)
     else:
         _save_weights(module, prompts, folder)
     copy_processor(prompts.source, folder)
@@ -58,15 +59,15 @@ def _save_weights(module: nn.Module, prompts: PromptFormat, folder: Path) -> Non
     family = prompts.family
     written = json.loads((checkpoint_folder(prompts.source, weights=False) / "config.json").read_text("utf-8"))
     is_nested = bool(family.nested_config) and family.nested_config in written
-    name_of = family.published_name if is_nested or not family.nested_config else str
     weights: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, value in module.state_dict().items():
         # What is tied stands there once; slices of an engine's fused weights each become a tensor of their own, on the host.
         if (value.data_ptr(), value.shape) not in seen:
             seen.add((value.data_ptr(), value.shape))
-            weights[name_of(name)] = value.detach().to("cpu", copy=True)
-    weights |= read_weights(prompts.source, tuple(name_of(f"{part}.") for part in family.unused))
+            weights[family.published_name(name, nested=is_nested)] = value.detach().to("cpu", copy=True)
+    unused = tuple(family.published_name(f"{part}.", nested=is_nested) for part in family.unused)
+    weights |= read_weights(prompts.source, unused)
     save_torch_state_dict(weights, folder)
     module.config.architectures = [family.model_class]
     module.config.save_pretrained(folder)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tars_fast.requirements import missing
 from tars_fast.types import TrainingError, UserError
 
 Config = TypeVar("Config")
@@ -45,6 +46,13 @@ def make_output_folder(output_dir: Path) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {output_dir}: cannot be made ({error.strerror}); name another folder") from error
+
+
+def require_extra(extra: str) -> None:
+    """Raises UserError where a package that an extra brings is not installed."""
+    problem = missing(extra)
+    if problem is not None:
+        raise UserError(problem)
 
 
 def load_function(flag: str, name: str) -> Callable[..., Any]:

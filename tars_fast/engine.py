@@ -6,9 +6,10 @@ from typing import Literal
 
 import torch
 
+from tars_fast.adapters import load_adapter
 from tars_fast.families import Family
 from tars_fast.memory import Workload, plan_memory, size
-from tars_fast.models import SpeechModel, load_adapter, load_module
+from tars_fast.models import SpeechModel, load_module
 from tars_fast.prompts import PromptFormat
 from tars_fast.sampling import RolloutEngine
 from tars_fast.transformers_engine import TransformersEngine
@@ -77,7 +78,7 @@ def load_policy(
             cuda_graphs=cuda_graphs,
         ),
     )
-    load_adapter(engine.model.module, source)
+    load_adapter(engine.model.module, prompts.family, source)
     return engine.model, engine
 
 

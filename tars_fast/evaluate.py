@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +22,7 @@ import tyro
 from rich.console import Console
 
 from tars_fast.audio import LongRecordingError
-from tars_fast.cli import FAILED, INTERRUPTED, make_output_folder, run_command
+from tars_fast.cli import FAILED, INTERRUPTED, make_output_folder, require_extra, run_command
 from tars_fast.config import check_numbers, find_preset
 from tars_fast.data import HELD_OUT_DATA, load_questions, or_embedded
 from tars_fast.engine import choose_engine, load_policy
@@ -115,8 +114,8 @@ class EvaluateConfig:
             positive=("temperature", "rollout_batch_size", "max_new_tokens", "kv_cache_gb"),
             not_negative=("samples", "seed"),
         )
-        if self.transcribe and find_spec("jiwer") is None:
-            raise UserError("--transcribe: needs `pip install jiwer`")
+        if self.transcribe:
+            require_extra("analysis")
 
     def sources(self) -> dict[str, str]:
         """What to read for each name. Raises UserError where a name is missing, reserved or used twice."""

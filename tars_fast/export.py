@@ -18,15 +18,15 @@ from typing import Literal
 import torch
 from torch import nn
 
+from tars_fast.adapters import ADAPTER_WEIGHTS, merge_adapter
 from tars_fast.checkpoint import atomic_folder, save_model
 from tars_fast.cli import run_command
 from tars_fast.config import PRESETS, find_preset
 from tars_fast.hub import adapter_config, base_of, cannot_be_loaded, checkpoint_folder, copy_processor
-from tars_fast.models import SpeechModel, load_module, merge_adapter
+from tars_fast.models import SpeechModel, load_module
 from tars_fast.prompts import PromptFormat, load_prompt_format
 from tars_fast.types import UserError
 
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OF_THE_MACHINE = {"output_dir", "resume", "dry_run", "device", "audio_cache_gb", "audio_cache_dir", "audio_cache_dir_gb"}
 """Settings that say nothing about the model."""
 
@@ -68,7 +68,7 @@ def merged_module(prompts: PromptFormat, source: str) -> nn.Module:
     if adapter_config(source) is None:
         return module
     try:
-        return merge_adapter(module, checkpoint_folder(source, weights=True))
+        return merge_adapter(module, prompts.family, checkpoint_folder(source, weights=True))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise cannot_be_loaded(source, error) from error
 
@@ -183,8 +183,8 @@ def export(config: ExportConfig) -> int:
     is_adapter = adapter_config(source) is not None
     if config.adapter and not is_adapter:
         raise UserError(f"--adapter: {config.model} is a full checkpoint; leave it out")
-    if is_adapter and not (checkpoint_folder(source, weights=True) / _ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"--model {config.model}: holds no {_ADAPTER_WEIGHTS}; name a whole checkpoint")
+    if is_adapter and not (checkpoint_folder(source, weights=True) / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"--model {config.model}: holds no {ADAPTER_WEIGHTS}; name a whole checkpoint")
     run = run_of(source)
     evaluation = find_evaluation(config, run)
     prompts = load_prompt_format(preset, source)
@@ -209,7 +209,7 @@ def export(config: ExportConfig) -> int:
 def write_weights(source: str, module: nn.Module | None, prompts: PromptFormat, folder: Path) -> None:
     """The model, or where there is no module the adapter as it is, with all that is needed to use it."""
     if module is None:
-        for name in ("adapter_config.json", _ADAPTER_WEIGHTS):
+        for name in ("adapter_config.json", ADAPTER_WEIGHTS):
             shutil.copyfile(checkpoint_folder(source, weights=True) / name, folder / name)
         prompts.generation_config.save_pretrained(folder)
         copy_processor(prompts.source, folder)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tars_fast.architecture import Architecture
 from tars_fast.audio import SAMPLE_RATE
 from tars_fast.memory import ENGINE_LORA_RANKS
+from tars_fast.requirements import is_at_least
 from tars_fast.types import UserError
 from tars_fast.weights import EngineNames, Part
 
@@ -49,6 +50,8 @@ class Family:
     """Of transformers, with a head and `generate`."""
     language_model: str
     """The decoder stack inside it: its `layers` are pooled and adapted, its `norm` ends the last."""
+    decoder_names: tuple[str, ...]
+    """What other releases of transformers, published checkpoints and peft's shortened names call `language_model`."""
     audio_parts: tuple[str, ...]
     """Tower and projector inside it."""
     audio_token: str
@@ -75,6 +78,8 @@ class Family:
     """Where the configuration of a checkpoint of the whole model has the one of `model_class`. Empty: it is that one."""
     published: tuple[tuple[str, str], ...] = ()
     """(beginning of a weight's name in `model_class`, that in published checkpoints), where they differ."""
+    nested_prefix: str = ""
+    """What a checkpoint of the whole model has before these."""
     without_the_rest: Mapping[str, object] = field(default_factory=dict)
     """Configuration of a whole model that has no other parts."""
     adapter_folder: str = ""
@@ -105,11 +110,23 @@ class Family:
             module = self.transformers_class()._from_config(config, attn_implementation="sdpa", dtype=dtype)
         return self.without_unused(module)
 
-    def published_name(self, name: str) -> str:
-        """Of a weight, as checkpoints have it and other programs expect it."""
+    def published_name(self, name: str, *, nested: bool = True) -> str:
+        """Of a weight, as checkpoints have it and other programs expect it.
+
+        Args:
+            nested: in a checkpoint of the whole model, where that is another.
+        """
+        prefix = self.nested_prefix if nested else ""
         for own, published in self.published:
             if name.startswith(own):
-                return published + name.removeprefix(own)
+                return prefix + published + name.removeprefix(own)
+        return prefix + name
+
+    def decoder_name(self, name: str) -> str:
+        """A module or weight of an adapter, as the transformers that is installed calls it."""
+        for decoder in self.decoder_names:
+            if name.startswith(f"{decoder}.layers."):
+                return self.language_model + name.removeprefix(decoder)
         return name
 
     def without_unused(self, module: nn.Module) -> nn.Module:
@@ -327,6 +344,7 @@ QWEN2_AUDIO = Family(
     model_types=("qwen2_audio",),
     model_class="Qwen2AudioForConditionalGeneration",
     language_model="model.language_model",
+    decoder_names=("language_model", "language_model.model"),
     audio_parts=("model.audio_tower", "model.multi_modal_projector"),
     audio_token="<|AUDIO|>",
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
@@ -349,25 +367,30 @@ QWEN2_AUDIO = Family(
     ),
 )
 
+# From 5.21 on transformers has decoder and towers inside a `model` of their own.
+_OMNI, _OMNI_DECODER = ("model.", "model.language_model") if is_at_least("transformers", "5.21") else ("", "model")
+
 QWEN2_5_OMNI = Family(
     model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
     model_class="Qwen2_5OmniThinkerForConditionalGeneration",
-    language_model="model",
-    audio_parts=("audio_tower",),
+    language_model=_OMNI_DECODER,
+    decoder_names=("model", "model.language_model", "language_model", "thinker.model", "thinker.model.language_model"),
+    audio_parts=(f"{_OMNI}audio_tower",),
     audio_token="<|AUDIO|>",
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     features=_omni_features,
     embed=_embed_qwen2_5_omni,
     num_audio_tokens=_num_qwen_tokens,
     user_turn=_qwen_turn,
-    unused=("visual",),
+    unused=(f"{_OMNI}visual",),
     nested_config="thinker_config",
-    published=(("", "thinker."),),
+    published=((f"{_OMNI_DECODER}.", "model."), (_OMNI, "")),
+    nested_prefix="thinker.",
     without_the_rest={"enable_audio_output": False},
     engine_names=(
-        Part("model.", "language_model.model.", fused=_QWEN2_FUSED),
+        Part(f"{_OMNI_DECODER}.", "language_model.model.", fused=_QWEN2_FUSED),
         Part("lm_head", "language_model.lm_head"),
-        Part("audio_tower.", "audio_tower."),
+        Part(f"{_OMNI}audio_tower.", "audio_tower."),
     ),
 )
 
@@ -375,6 +398,7 @@ PHI4_MULTIMODAL = Family(
     model_types=("phi4_multimodal",),
     model_class="Phi4MultimodalForCausalLM",
     language_model="model",
+    decoder_names=(),
     audio_parts=("model.embed_tokens_extend.audio_embed",),
     audio_token="<|audio|>",
     stop_tokens=("<|end|>", "<|endoftext|>"),

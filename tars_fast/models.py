@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tars_fast.adapters import add_adapter, has_adapter, load_adapter, load_adapter_weights, merge_adapter
 from tars_fast.audio_cache import AudioCache, Clips, fingerprint
 from tars_fast.config import Preset
 from tars_fast.families import Features
-from tars_fast.hub import adapter_config, base_of, cannot_be_loaded, checkpoint_folder
+from tars_fast.hub import base_of, cannot_be_loaded, checkpoint_folder
 from tars_fast.packed_attention import PackedGroups, use_packed_attention, uses_flash
 from tars_fast.prompts import PromptFormat, load_prompt_format
 from tars_fast.types import Completion, Modality, Prompt, Question, Recording, UserError
@@ -336,40 +337,12 @@ def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype:
             raise ValueError(f"{len(found['missing_keys'])} weights are not in it, {min(found['missing_keys'])} the first")
         if adapted:
             # Merged once, in float32: without it the base is deaf, and one policy answers speech and text alike.
-            module = merge_adapter(module, folder / family.adapter_folder).to(dtype)
+            module = merge_adapter(module, family, folder / family.adapter_folder).to(dtype)
     except (OSError, ValueError, SafetensorError) as error:
         raise cannot_be_loaded(source, error) from error
     module = family.without_unused(module).requires_grad_(False).to(device).eval()
-    load_adapter(module, source)
+    load_adapter(module, family, source)
     return module
-
-
-def load_adapter(module: nn.Module, source: str) -> None:
-    """Put the LoRA weights of `source` on top of its base; nothing where it has weights of its own."""
-    if adapter_config(source) is not None:
-        module.load_adapter(str(checkpoint_folder(source, weights=True)))
-        module.requires_grad_(False)
-
-
-def merge_adapter(module: nn.Module, folder: Path) -> nn.Module:
-    """Add LoRA weights to those of `module`, in the dtype it has.
-
-    Args:
-        folder: an adapter as peft writes it.
-
-    Raises:
-        ValueError: it does not fit the module, or none of its weights got there.
-    """
-    from peft import PeftConfig, PeftModel
-
-    config = PeftConfig.from_pretrained(folder)
-    if isinstance(config.target_modules, str):
-        # Written for the decoder alone, which here stands inside another module.
-        config.target_modules = rf"(.*\.)?({config.target_modules})"
-    adapted = PeftModel.from_pretrained(module, folder, config=config)
-    if not any(parameter.any() for name, parameter in adapted.named_parameters() if ".lora_B." in name):
-        raise ValueError(f"the adapter {folder} changes nothing: its weights have other names, or were never trained")
-    return adapted.merge_and_unload()
 
 
 def load_model(preset: Preset, source: str, device: torch.device, dtype: torch.dtype) -> SpeechModel:
@@ -402,7 +375,7 @@ def make_trainable(
         UserError: the model already carries an adapter.
     """
     module = model.module
-    if getattr(module, "_hf_peft_config_loaded", False):
+    if has_adapter(module):
         raise UserError(
             f"--model {model.prompts.preset.source}: is an adapter; merge it into its base before training on top of it"
         )
@@ -413,22 +386,18 @@ def make_trainable(
             # Some architectures keep it inside the decoder.
             part.requires_grad_(False)
     else:
-        from peft import LoraConfig, set_peft_model_state_dict
-        from safetensors.torch import load_file
+        from peft import LoraConfig
 
         # By full name: the tower has layers of the same last names.
         layers = f"{model.family.language_model}.layers."
         targets = [name for name, layer in module.named_modules() if name.startswith(layers) and isinstance(layer, nn.Linear)]
         base, _, revision = model.prompts.source.partition("@")
-        module.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets, lora_dropout=0.0))
+        config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets, lora_dropout=0.0)
         # What was loaded may be a folder of the hub's cache, which means nothing elsewhere.
-        module.peft_config["default"].base_model_name_or_path = base
-        module.peft_config["default"].revision = revision or None
-        for parameter in model.trainable_parameters():
-            # bf16 cannot hold a step of lr 2e-5; adapters are small, so their masters are fp32.
-            parameter.data = parameter.data.float()
+        config.base_model_name_or_path, config.revision = base, revision or None
+        add_adapter(module, config)
         if adapter is not None:
-            set_peft_model_state_dict(module, load_file(adapter / "adapter_model.safetensors"))
+            load_adapter_weights(module, model.family, adapter)
     if not freeze_audio:
         model.audio_is_trained = True
         for part in model.audio_parts:

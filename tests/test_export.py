@@ -10,6 +10,7 @@ import torch
 from checkpoints import MAKERS
 from safetensors.torch import load_file, save_file
 
+from tars_fast.adapters import has_adapter
 from tars_fast.checkpoint import save_checkpoint
 from tars_fast.config import find_preset
 from tars_fast.data import HELD_OUT_DATA, load_questions
@@ -75,7 +76,7 @@ def exported(checkpoint: Path, output_dir: Path, **changes) -> Path:
 def test_merged_adapter_is_base_plus_adapter(adapter, questions, tmp_path):
     folder = exported(adapter, tmp_path / "merged")
     merged, apart = loaded(folder), loaded(adapter)
-    assert not getattr(merged.module, "_hf_peft_config_loaded", False)
+    assert not has_adapter(merged.module)
     base_model = loaded(Path(find_preset("pocket").source))
     expected, base = logits(apart, questions), logits(base_model, questions)
     assert (expected - base).abs().max() > 0.1, "the adapter does something"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import soundfile
 import torch
 from checkpoints import ADAPTER_RANK, MAKERS
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tars_fast.audio import SAMPLE_RATE
@@ -307,7 +309,8 @@ def test_gradient_checkpointing_changes_nothing(folder, items):
 
 
 def test_phi_listens_through_its_speech_adapter(checkpoints, tmp_path):
-    """Merged once, in float32: the same logits as transformers' own adapter on its own base, its pattern spelt out."""
+    """Merged once, in float32: the same logits as peft's own adapter on its own base, its pattern spelt out."""
+    from peft import PeftModel
     from transformers import Phi4MultimodalForCausalLM
 
     folder = checkpoints["phi-4-multimodal"]
@@ -320,9 +323,9 @@ def test_phi_listens_through_its_speech_adapter(checkpoints, tmp_path):
         described["target_modules"] = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
         described["exclude_modules"] = r".*(audio_embed|image_embed).*"
         (adapter / "adapter_config.json").write_text(json.dumps(described))
-        base.load_adapter(str(adapter))
-        assert base.peft_config["default"].r == ADAPTER_RANK
-        theirs = base(ids).logits
+        theirs = PeftModel.from_pretrained(base, adapter)
+        assert theirs.peft_config["default"].r == ADAPTER_RANK
+        theirs = theirs(ids).logits
         ours = load(folder).module(ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert (ours - deaf).abs().max() > 0.1
@@ -370,8 +373,6 @@ def test_adapter_names_base_and_revision(checkpoints, tmp_path):
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(checkpoints, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     folder = shutil.copytree(checkpoints["qwen2-audio"], tmp_path / "copy")
     weights = load_file(folder / "model.safetensors")
     del weights[next(name for name in weights if "layers.1.mlp.up_proj" in name)]
@@ -437,3 +438,76 @@ def test_training_runs_on_every_family(folder, tmp_path):
     assert [step["step"] for step in steps] == [1, 2]
     assert max(step["logprob_diff_max"] for step in steps) < 1e-3
     assert (run / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+
+def test_adapters_are_those_of_peft(name, folder, items, tmp_path):
+    """Saved ones are read by peft on plain transformers, and ours are read as peft reads them."""
+    import transformers
+    from peft import PeftModel
+
+    model = load(folder)
+    train_lora(model)
+    save_model(model, tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    # Phi's base is what its speech adapter has been merged into.
+    plain = load(folder).module if name == "phi-4-multimodal" else None
+    if plain is None:
+        plain = getattr(transformers, model.family.model_class).from_pretrained(folder).eval()
+    with torch.no_grad():
+        before = plain(ids).logits
+        theirs = PeftModel.from_pretrained(plain, tmp_path).eval()(ids).logits
+        ours = load(tmp_path).module(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (ours - before).abs().max() > 0.01, "the adapter does something"
+
+
+def test_adapters_of_other_releases_of_transformers_load(name, folder, items, tmp_path):
+    """Releases differ in where the decoder stands; an adapter names the layers as the release did that trained it."""
+    model = load(folder)
+    train_lora(model)
+    save_model(model, tmp_path / "here")
+    expected = greedy(model, items)
+    decoder = model.family.language_model
+    weights = load_file(tmp_path / "here" / "adapter_model.safetensors")
+    for number, other in enumerate(model.family.decoder_names):
+        there = shutil.copytree(tmp_path / "here", tmp_path / str(number))
+        renamed = {
+            key.replace(f"base_model.model.{decoder}.", f"base_model.model.{other}."): value for key, value in weights.items()
+        }
+        save_file(renamed, there / "adapter_model.safetensors", metadata={"format": "pt"})
+        described = json.loads((there / "adapter_config.json").read_text())
+        described["target_modules"] = [
+            f"{other}.layers.{layer}.{part}" for layer in range(3) for part in sorted(linear_layers(model))
+        ]
+        (there / "adapter_config.json").write_text(json.dumps(described))
+        assert greedy(load(there), items) == expected
+        resumed = load(folder)
+        settings = {"lora_rank": 4, "lora_alpha": 8.0, "freeze_audio": True, "gradient_checkpointing": False}
+        make_trainable(resumed, **settings, adapter=there)
+        assert greedy(resumed, items) == expected
+    assert expected != greedy(load(folder), items)
+
+
+def linear_layers(model: SpeechModel) -> set[str]:
+    """What is adapted inside a decoder layer."""
+    first = model.language_model.layers[0]
+    return {path for path, layer in first.named_modules() if hasattr(layer, "lora_A")}
+
+
+def test_an_adapter_that_does_not_fit_is_refused(folder, tmp_path):
+    model = load(folder)
+    train_lora(model)
+    save_model(model, tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    (first, *_), prefix = (
+        sorted(weights),
+        re.escape(f"--model {tmp_path}: cannot be loaded (the adapter {tmp_path} does not fit: "),
+    )
+    save_file({key: value for key, value in weights.items() if key != first}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=prefix + "the model finds nothing for 1 weights, first "):
+        load(tmp_path)
+    save_file(
+        weights | {"base_model.model.elsewhere.lora_A.weight": weights[first].clone()}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(UserError, match=prefix + "the model has no place for 1 weights, first elsewhere"):
+        load(tmp_path)

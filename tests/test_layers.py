@@ -9,12 +9,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"types", "files", "progress"},
+    {"types", "files", "progress", "requirements"},
     {"architecture", "answers", "advantages", "metrics", "cli", "audio", "audio_cache", "optimizer", "hub", "weights"}
     | {"alignment", "figure", "page", "provenance", "sources", "transcription", "workers"},
     {"memory", "scorers", "recognition", "packed_attention"},
     {"families", "results"},
-    {"config", "log"},
+    {"adapters", "config", "log"},
     {"ablation", "data", "rewards", "prompts", "synthesis", "report"},
     {"ablation_page", "analysis_page", "models", "sampling", "quality"},
     {"checkpoint", "probes", "transformers_engine", "vllm_engine"},

@@ -19,13 +19,14 @@ from checkpoints import MAKERS
 from safetensors.torch import load_file
 from steps import gradients, rollout_of, update
 
+from tars_fast.adapters import load_adapter
 from tars_fast.checkpoint import save_model
 from tars_fast.config import PRESETS, TrainConfig
 from tars_fast.data import HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA, load_questions
 from tars_fast.engine import SharingError
 from tars_fast.hub import copy_processor
 from tars_fast.memory import Workload
-from tars_fast.models import SpeechModel, load_adapter, load_module, make_trainable
+from tars_fast.models import SpeechModel, load_module, make_trainable
 from tars_fast.prompts import load_prompt_format
 from tars_fast.sampling import Sampling
 from tars_fast.transformers_engine import TransformersEngine
@@ -51,7 +52,7 @@ def start(
     prompts = load_prompt_format(PRESETS["pocket"], source)
     engine = VllmEngine(prompts, source, torch.device("cpu"), dtype, dataclasses.replace(settings, **changes))
     if adapted:
-        load_adapter(engine.model.module, source)
+        load_adapter(engine.model.module, prompts.family, source)
     else:
         make_trainable(
             engine.model, lora_rank=lora_rank, lora_alpha=32.0, freeze_audio=True, gradient_checkpointing=False, adapter=None
