@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 
+# More threads than one gain nothing at this width, and sums then do not depend on the machine's cores; libraries read it once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from pages import CHROMIUM
@@ -15,8 +18,6 @@ from tars_fast.models import SpeechModel, load_model, make_trainable
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some are about.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# More threads than one gain nothing at this width, and sums then do not depend on the machine's cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 # Nothing here needs the hub; without it a name that is not a folder fails at once instead of after a minute of retries.
 os.environ["HF_HUB_OFFLINE"] = "1"

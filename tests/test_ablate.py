@@ -646,6 +646,7 @@ def test_the_page_shows_all_arms_and_their_items(ablation):
     assert any("accuracy in training, speech" in one for one in alternatives)
 
 
+@pytest.mark.browser
 def test_the_page_in_a_browser(ablation, browser):
     with on_a_phone(browser, ablation / "report.html") as page:
         assert page.inner_text("#count") == "4 of 4 items shown"

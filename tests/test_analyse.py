@@ -567,6 +567,7 @@ def test_figures_that_are_not_known_show_as_such(folders, analysed_items, tmp_pa
     assert "similarity of states" not in elements.words
 
 
+@pytest.mark.browser
 def test_nothing_foreign_runs_in_the_page_of_an_analysis(folders, analysed_items, tmp_path, browser):
     analysed = analyse.read_analysis(folders[0])
     questions = [dataclasses.replace(analysed_items[0], text=HOSTILE, category=HOSTILE, answer=HOSTILE)]
@@ -583,6 +584,7 @@ def test_nothing_foreign_runs_in_the_page_of_an_analysis(folders, analysed_items
         assert page.inner_text("#count") == "2 of 2 items shown"
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("which", [0, 1])
 def test_the_page_of_an_analysis_in_a_browser(which, folders, browser):
     with on_a_phone(browser, folders[which] / REPORT) as page:

@@ -262,9 +262,9 @@ def test_an_interrupted_export_leaves_no_folder(adapter, tmp_path, monkeypatch):
     exported(adapter, tmp_path / "out")
 
 
+@pytest.mark.vllm
 def test_vllm_serves_the_export(adapter, tmp_path):
     """The project's own engine loads the merged folder and answers as transformers does."""
-    pytest.importorskip("vllm", reason="vLLM is not installed: README, Installing vLLM")
     from tars_fast.prompts import load_prompt_format
     from tars_fast.vllm_engine import VllmEngine, VllmSettings
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,10 @@ import pytest
 FILES = sorted((Path(__file__).parents[1] / "kernels" / "tests").glob("test_*.py"))
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[dict[Path, subprocess.Popen]]:
-    """All of them at once: the interpreter uses one core."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = {path: subprocess.Popen([*command, path], **options) for path in FILES}
-    yield started
-    for process in started.values():
-        process.kill()
-
-
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_kernels(processes, path):
-    output, _ = processes[path].communicate()
-    assert processes[path].returncode == 0, output[-8000:]
+def test_kernels(path, pytestconfig):
+    """All of them with --all, else their fast tier."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
+    command += ["--all"] if pytestconfig.option.all_tiers else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-8000:]

@@ -266,10 +266,7 @@ def test_the_path_for_cuda_computes_the_same(checkpoints, items, name, gradient_
         assert_close(got, expected, what)
 
 
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch's FlashAttention needs a CUDA GPU")
-
-
-@on_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 4, 64), (8, 2, 128), (6, 2, 96)])
 def test_flash_attention_in_whole(dtype, heads, key_heads, size, monkeypatch):
@@ -295,7 +292,7 @@ def test_flash_attention_in_whole(dtype, heads, key_heads, size, monkeypatch):
         assert (one - two).norm() < 0.02 * two.norm()
 
 
-@on_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 4, 64), (8, 2, 128), (6, 2, 96)])
 def test_flash_attention_itself(dtype, heads, key_heads, size):

@@ -231,6 +231,7 @@ def test_first_divergence(one, other, place):
     assert first_divergence(other, one) == place
 
 
+@pytest.mark.browser
 def test_in_a_browser(run, spoken, browser):
     """On a phone: no errors, nothing fetched, a recording plays to its end, filters filter."""
     written(run, spoken)
@@ -251,6 +252,7 @@ def test_in_a_browser(run, spoken, browser):
         assert items.nth(0).locator("mark").first.is_visible()
 
 
+@pytest.mark.browser
 def test_what_was_misheard_can_be_chosen_in_a_browser(tmp_path, spoken, browser):
     heard = [Transcribed("what is it", "what is it", float(number % 4 == 0)) for number in range(len(spoken))]
     results = [result(question, True, heard=one) for question, one in zip(spoken, heard, strict=True)]
@@ -262,6 +264,7 @@ def test_what_was_misheard_can_be_chosen_in_a_browser(tmp_path, spoken, browser)
         assert [item.locator("summary .tag").nth(1).inner_text() for item in items.all()] == ["misheard"] * 3
 
 
+@pytest.mark.browser
 def test_hostile_text_does_nothing_in_a_browser(tmp_path, browser):
     question = Question(HOSTILE, HOSTILE, HOSTILE, (HOSTILE,), category=HOSTILE)
     one = result(question, False, HOSTILE)

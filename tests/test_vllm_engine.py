@@ -33,7 +33,7 @@ from tars_fast.transformers_engine import TransformersEngine
 from tars_fast.types import Modality, Prompt, TrainingError, UserError
 from tars_fast.vllm_engine import VllmEngine, VllmSettings
 
-pytest.importorskip("vllm", reason="vLLM is not installed: README, Installing vLLM")
+pytestmark = pytest.mark.vllm
 
 GREEDY = Sampling(num_completions=1, max_new_tokens=40, temperature=0.0, seed=0)
 SAMPLED = Sampling(num_completions=4, max_new_tokens=40, temperature=1.0, seed=5)

@@ -113,10 +113,8 @@ def command(items: Path, run: Path, *flags: object) -> list[str]:
     return ["-m", "tars_fast.train", "--questions-per-step", "4", *map(str, settings)]
 
 
-@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
 def test_two_processes_make_one_run_which_resumes(items, tmp_path, engine):
-    if engine == "vllm":
-        pytest.importorskip("vllm", reason="vLLM is not installed: README, Installing vLLM")
     run = tmp_path / "run"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for num_steps, more in ((4, []), (4, ["--resume"])):

@@ -616,8 +616,9 @@ def test_fp16_gradients_survive_a_loss_scale(device):
     assert (error <= 2e-3 * exact.grad.abs().max(-1).values).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 10 GB of GPU memory")
+@pytest.mark.gpu
 def test_more_than_two_billion_logits(device):
+    """In 10 GB of GPU memory."""
     vocabulary, num_tokens = 156032, 14000
     logits = torch.randn(num_tokens, vocabulary, device=device, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(0, vocabulary, (num_tokens,), device=device)
@@ -633,7 +634,7 @@ def test_more_than_two_billion_logits(device):
     assert torch.equal(logits.grad[last], alone.grad)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA has a host to stop")
+@pytest.mark.gpu
 def test_nothing_stops_the_host(device):
     hidden, weight, targets = (x.to(device) for x in sample(77, 128, 1100))
     options = moved(policy_inputs(tars_kernels.linear_logprob(hidden, weight, targets).cpu()), device, torch.float32)
