@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tars_fast.advantages import centred_advantages
-from tars_fast.config import TrainConfig
+from tars_fast.config import RunConfig
 from tars_fast.models import SpeechModel
 from tars_fast.rewards import representation_rewards
 from tars_fast.rollout import Rollout
@@ -176,7 +176,7 @@ def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
     return torch.stack([row.log_softmax(-1).gather(-1, targets[:, None])[:, 0] for row, targets in rows])
 
 
-def rewards_and_advantages(rollout: Rollout, pooled_LND: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
+def rewards_and_advantages(rollout: Rollout, pooled_LND: Tensor, config: RunConfig) -> tuple[Tensor, Tensor]:
     """([N] rewards, [N] advantages) on the host (METHOD steps 2 and 3)."""
     representation_N = representation_rewards(pooled_LND, rollout.references).cpu()
     rewards_N = rollout.answers.base + config.representation_weight * representation_N
@@ -185,7 +185,7 @@ def rewards_and_advantages(rollout: Rollout, pooled_LND: Tensor, config: TrainCo
 
 
 def dapo_loss(
-    logprobs: Tensor, old_logprobs: Tensor, batch: PaddedBatch, advantages_B: Tensor, num_tokens: int, config: TrainConfig
+    logprobs: Tensor, old_logprobs: Tensor, batch: PaddedBatch, advantages_B: Tensor, num_tokens: int, config: RunConfig
 ) -> Tensor:
     """[] what these tokens, [B, C], contribute to the loss of the whole batch."""
     importance = torch.exp((old_logprobs - batch.rollout_logprobs) * batch.mask).clamp(max=config.importance_cap)
@@ -195,7 +195,7 @@ def dapo_loss(
     return (per_token * batch.mask).sum() / num_tokens
 
 
-def apply_gradient(model: SpeechModel, optimizer: torch.optim.Optimizer, losses: list[Tensor], config: TrainConfig) -> float:
+def apply_gradient(model: SpeechModel, optimizer: torch.optim.Optimizer, losses: list[Tensor], config: RunConfig) -> float:
     torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), config.max_grad_norm)
     optimizer.step()
     return torch.stack(losses).sum().item()
@@ -205,7 +205,7 @@ def released_step(
     model: SpeechModel,
     optimizer: torch.optim.Optimizer,
     rollout: Rollout,
-    config: TrainConfig,
+    config: RunConfig,
     timer: StepTimer,
     size: int,
 ) -> tuple[Tensor, Tensor]:
@@ -239,7 +239,7 @@ def trl_step(
     model: SpeechModel,
     optimizer: torch.optim.Optimizer,
     rollout: Rollout,
-    config: TrainConfig,
+    config: RunConfig,
     timer: StepTimer,
     size: int,
     *,

@@ -33,7 +33,7 @@ import torch
 
 from tars_fast.advantages import group_indices
 from tars_fast.architecture import Architecture
-from tars_fast.config import PRESETS, TrainConfig
+from tars_fast.config import PRESETS, RunConfig, TrainConfig
 from tars_fast.families import QWEN2_AUDIO
 from tars_fast.log import PhaseTimer
 from tars_fast.memory import GB, plan_memory
@@ -171,14 +171,16 @@ def run_shared(
 ) -> dict[str, object]:
     """Rollouts and, with an adapter, training steps of it."""
     prompts = load_prompt_format(PRESETS["pocket"], source)
-    config = TrainConfig(
+    given = TrainConfig(
         lora_rank=8, max_new_tokens=shape.max_new_tokens, tokens_per_micro_batch=1024, rollout_batch_size=8,
         gradient_checkpointing=True, questions_per_step=1, max_logprob_diff=10.0,
-    ).resolve(PRESETS["pocket"])  # fmt: skip
+    )  # fmt: skip
+    preset = given.as_preset(PRESETS["pocket"])
+    config = given.resolve(preset, output_dir=Path(source), tokens_per_micro_batch=1024)
     longest = shape.max_tokens - shape.max_new_tokens
     total = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 16 * GB
     on_gpu = device.type == "cuda"
-    plan = plan_memory(config.workload(shape.architecture, "vllm", dtype.itemsize, longest, on_gpu=on_gpu), total)
+    plan = plan_memory(given.workload(preset, shape.architecture, "vllm", dtype.itemsize, longest, on_gpu=on_gpu), total)
     meter, seconds = MemoryMeter(), {}
     meter.start()
     with meter.watching("loading"), timed(seconds, "start"):
@@ -231,7 +233,7 @@ def measured(meter: MemoryMeter, seconds: dict[str, list[float]], tokens_per_sec
     }
 
 
-def train_on(model: SpeechModel, optimizer, distinct, completions, config: TrainConfig) -> dict[str, float]:
+def train_on(model: SpeechModel, optimizer, distinct, completions, config: RunConfig) -> dict[str, float]:
     """One update on a rollout whose completions all count: random weights never stop, so all are cut off."""
     rollout = Rollout(
         prompts=[prompt for prompt in distinct for _ in range(4)],

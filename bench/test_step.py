@@ -8,7 +8,7 @@ import pytest
 import torch
 from tars_kernels import LayerPooler, pool_sequences
 
-from tars_fast.config import PRESETS, TrainConfig
+from tars_fast.config import PRESETS, RunConfig, TrainConfig
 from tars_fast.data import HELD_OUT_DATA, TRAINING_DATA, load_questions
 from tars_fast.log import PhaseTimer
 from tars_fast.models import SpeechModel, load_model, make_trainable
@@ -30,8 +30,8 @@ def model() -> SpeechModel:
 
 
 @pytest.fixture(scope="module")
-def config() -> TrainConfig:
-    return TrainConfig(tokens_per_micro_batch=4096).resolve(PRESETS["pocket"])
+def config(tmp_path_factory) -> RunConfig:
+    return TrainConfig().resolve(PRESETS["pocket"], output_dir=tmp_path_factory.mktemp("run"), tokens_per_micro_batch=4096)
 
 
 @pytest.fixture(scope="module")

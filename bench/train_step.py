@@ -42,7 +42,7 @@ from torch import Tensor
 
 from tars_fast.advantages import group_indices
 from tars_fast.architecture import Architecture
-from tars_fast.config import PRESETS, TrainConfig
+from tars_fast.config import PRESETS, RunConfig, TrainConfig
 from tars_fast.data import TRAINING_DATA, load_questions
 from tars_fast.log import PhaseTimer
 from tars_fast.models import SpeechModel, load_model, make_trainable
@@ -84,12 +84,14 @@ class Workload:
     gradient_checkpointing: bool = False
     dtype: str = "float32"
 
-    def config(self) -> TrainConfig:
+    def config(self) -> RunConfig:
         """Lengths are fixed and weights stay as they are (learning rate 0), so that every repeat does the same work."""
         settings = {"questions_per_step": self.num_questions, "group_size": self.group_size, "lora_rank": self.lora_rank}
         settings |= {"gradient_checkpointing": self.gradient_checkpointing, "max_new_tokens": self.max_new_tokens or None}
         # Clipping would hide a wrong normaliser; made-up log-probabilities differ from the trainer's on purpose.
-        return TrainConfig(**settings, max_grad_norm=1e9, max_logprob_diff=1.0).resolve(PRESETS["pocket"])
+        given = TrainConfig(**settings, max_grad_norm=1e9, max_logprob_diff=1.0)
+        # Nothing is written, and every contender sets its own micro-batch.
+        return given.resolve(PRESETS["pocket"], output_dir=Path(), tokens_per_micro_batch=1)
 
 
 POCKET = PRESETS["pocket"].load_architecture()
@@ -261,7 +263,7 @@ def tokens_of(rollout: Rollout, num_questions: int) -> int:
 
 
 def our_step(
-    model: SpeechModel, optimizer: torch.optim.Optimizer, rollout: Rollout, config: TrainConfig, timer: StepTimer, size: int
+    model: SpeechModel, optimizer: torch.optim.Optimizer, rollout: Rollout, config: RunConfig, timer: StepTimer, size: int
 ) -> tuple[Tensor, Tensor]:
     """([N] rewards, [N] advantages); about `size` completions a micro-batch, in whole questions."""
     config = dataclasses.replace(config, tokens_per_micro_batch=tokens_of(rollout, max(1, size // config.group_size)))
@@ -295,7 +297,7 @@ class Bench:
     advantages_N: Tensor | None = None
     """Ours, for the contender that has none of its own."""
     optimizer: torch.optim.Optimizer = field(init=False)
-    config: TrainConfig = field(init=False)
+    config: RunConfig = field(init=False)
 
     def __post_init__(self) -> None:
         self.config = self.workload.config()

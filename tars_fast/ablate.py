@@ -218,7 +218,8 @@ def plan_runs(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], share
         commands[arm] = as_arguments(shared | settings)
         parsed = parse_training(f"--arms {arm}", commands[arm])
         try:
-            find_layers(parsed.resolve(preset).representation_layers, preset.load_architecture().num_layers)
+            parsed.as_preset(preset)
+            find_layers(parsed.representation_layers, preset.load_architecture().num_layers)
         except UserError as error:
             raise UserError(f"--arms {arm}: {error}") from error
     runs = []
@@ -414,7 +415,7 @@ def run_ablation(config: AblateConfig) -> int:
     shared = parse_settings("--setting", config.setting, _OF_THE_COMMAND)
     runs = plan_runs(config, arms, shared)
     training = parse_training("--setting", runs[0].command[3:])
-    num_steps = training.resolve(find_preset(config.model)).num_steps
+    num_steps = training.as_preset(find_preset(config.model)).num_steps
     _, held_out, _ = load_data(training)
     settings = open_output(config, arms, shared)
     # What does not match is told before anything else trains.

@@ -12,7 +12,6 @@ import json
 import math
 import resource
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from rich.console import Console
 
 from tars_fast.analysis import Analysis, AnalysisSettings, change_since
 from tars_fast.analysis_page import Analysed, draw_analysis, item_results, write_analysis
-from tars_fast.cli import FAILED, make_output_folder, require_extra, run_command
+from tars_fast.cli import FAILED, make_output_folder, new_output_folder, require_extra, run_command
 from tars_fast.config import Preset, check_numbers, find_preset
 from tars_fast.data import EMBEDDED, HELD_OUT_DATA, choose_by_id, load_questions, or_embedded
 from tars_fast.evaluation import EvaluationSettings, evaluate, slices
@@ -127,10 +126,8 @@ class Compared:
     resamples: Mapping[str, np.ndarray]
 
 
-def read_compared(path: Path | None) -> Compared | None:
+def read_compared(path: Path) -> Compared:
     """Raises UserError where there is none."""
-    if path is None:
-        return None
     try:
         with np.load(path / RESAMPLES) as rows:
             return Compared(read_analysis(path), dict(rows))
@@ -216,8 +213,9 @@ class Prepared:
     """An analysis that can be done, as far as can be told without weights."""
 
     config: AnalyseConfig
-    """With its output folder."""
+    output_dir: Path
     preset: Preset
+    """With the settings that the user gave."""
     prompts: PromptFormat
     source: str
     """Of the data."""
@@ -232,17 +230,15 @@ class Prepared:
 
 def prepare(config: AnalyseConfig) -> Prepared:
     """Raises UserError for data, layers or lengths that cannot be."""
-    preset = find_preset(config.model)
-    if config.output_dir is None:
-        name = f"analyse-{config.model.strip('/').rpartition('/')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
-        config = dataclasses.replace(config, output_dir=Path("runs") / name)
+    preset = find_preset(config.model).with_settings(config)
+    output_dir = config.output_dir or new_output_folder(config.model, "analyse-")
     device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
     source = or_embedded(config.data, HELD_OUT_DATA)
     questions = choose_by_id(load_questions(source), config.items)
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     num_layers = prompts.family.architecture(prompts.config).num_layers
     base_layer, others = choose_layers(config, num_layers)
-    settings = AnalysisSettings(config.max_new_tokens or preset.max_new_tokens, base_layer, others, config.seed)
+    settings = AnalysisSettings(preset.max_new_tokens, base_layer, others, config.seed)
     written = dataclasses.asdict(settings) | {
         "model": config.model,
         "weights": weights_fingerprint(preset.source),
@@ -255,37 +251,37 @@ def prepare(config: AnalyseConfig) -> Prepared:
         "dtype": str(dtype).removeprefix("torch."),
     }
     sizes = prompts.check_questions(questions, settings.max_new_tokens)
-    return Prepared(config, preset, prompts, source, questions, sizes, settings, device, dtype, written)
+    return Prepared(config, output_dir, preset, prompts, source, questions, sizes, settings, device, dtype, written)
 
 
 def run_analysis(config: AnalyseConfig) -> int:
     """Analyse the model, and before it the one that it is compared with, where that has not been done."""
     job = prepare(config)
-    folder = None if config.compare is None else Path(config.compare)
-    if folder is not None and not (folder / ANALYSIS).exists():
-        folder = analyse_compared(job)
+    if config.compare is None:
+        return analyse(job, None)
+    folder = Path(config.compare)
+    if not (folder / ANALYSIS).exists():
+        folder = analyse_compared(job, config.compare)
     compared = read_compared(folder)
-    if compared is not None:
-        check_compared(config.compare, compared.analysed, job.written, job.questions)
+    check_compared(config.compare, compared.analysed, job.written, job.questions)
     return analyse(job, compared)
 
 
-def analyse_compared(job: Prepared) -> Path:
+def analyse_compared(job: Prepared, compare: str) -> Path:
     """The folder of the analysis of the model that `--compare` names, which is done here where it has not been.
 
     Raises:
         UserError: it names none, or one whose analysis would not compare.
     """
-    config = job.config
-    folder = config.output_dir / "compared"
-    own = {"model": config.compare, "compare": None, "output_dir": folder, "calibrate": (), "repeat": ()}
+    folder = job.output_dir / "compared"
+    own = {"model": compare, "compare": None, "output_dir": folder, "calibrate": (), "repeat": ()}
     try:
-        other = prepare(dataclasses.replace(config, **own))
+        other = prepare(dataclasses.replace(job.config, **own))
     except UserError as error:
-        raise UserError(f"--compare {config.compare}: neither an analysis nor a model to analyse ({error})") from error
-    check_settings(config.compare, other.written, job.written)
+        raise UserError(f"--compare {compare}: neither an analysis nor a model to analyse ({error})") from error
+    check_settings(compare, other.written, job.written)
     # Before hours of work that would be for nothing.
-    make_folder(config.output_dir)
+    make_folder(job.output_dir)
     if (folder / ANALYSIS).exists() and read_compared(folder).analysed.figures["settings"] == as_json(other.written):
         return folder
     analyse(other, None)
@@ -297,7 +293,7 @@ def analyse_compared(job: Prepared) -> Path:
 def analyse(job: Prepared, compared: Compared | None) -> int:
     """Load the model, look at every item, write down what was found."""
     config, settings, questions, device = job.config, job.settings, job.questions, job.device
-    output_dir = config.output_dir
+    output_dir = job.output_dir
     make_folder(output_dir)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -308,7 +304,7 @@ def analyse(job: Prepared, compared: Compared | None) -> int:
     if long := job.prompts.tell_long(job.sizes):
         say(console, long)
     calibrations = [Calibration(layer) for layer in config.calibrate]
-    engine = TransformersEngine(model, config.rollout_batch_size or job.preset.rollout_batch_size)
+    engine = TransformersEngine(model, job.preset.rollout_batch_size)
     analysis = Analysis(model, engine, settings, calibrations)
     with closing(engine), explain_out_of_memory("the analysis"):
         with item_progress(console, len(questions)) as advance, (output_dir / ITEMS).open("w", encoding="utf-8") as items:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,11 @@ def run_command(command: Callable[[Config], int], config_class: type[Config], pr
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def new_output_folder(model: str, prefix: str = "") -> Path:
+    """What `--output-dir None` stands for: runs/<prefix><model>-<date>-<time>, which is not made yet."""
+    return Path("runs") / f"{prefix}{model.strip('/').rpartition('/')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def make_output_folder(output_dir: Path) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from tars_fast.architecture import Architecture
 from tars_fast.families import PHI4_MULTIMODAL, QWEN2_5_OMNI, QWEN2_AUDIO, Family, find_family
@@ -84,6 +84,11 @@ class Preset:
 
         family = self.load_family()
         return family.architecture(family.config_of(AutoConfig.from_pretrained(checkpoint_folder(base, weights=False))))
+
+    def with_settings(self, config: object) -> Preset:
+        """The same with what the user gave a command in the place of its own; `None` and `auto` mean that nothing was given."""
+        given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: value for name, value in given.items() if value not in (None, "auto")})
 
     def save(self, folder: Path) -> None:
         """Leave a note beside a checkpoint, from which `find_preset` makes the same preset for it."""
@@ -383,19 +388,33 @@ class TrainConfig:
         if not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"--warmup-fraction {self.warmup_fraction}: must lie between 0 and 1")
 
-    def resolve(self, preset: Preset) -> Self:
-        """The same settings with every `None` that means "the preset's" filled in."""
-        behaviour_model = preset.behaviour_model if self.behaviour_model == "auto" else self.behaviour_model
-        filled = {name: getattr(preset, name) for name in _settings_of_presets() if getattr(self, name) is None}
-        resolved = dataclasses.replace(self, behaviour_model=behaviour_model, **filled)
-        if resolved.lora_rank and not resolved.freeze_audio:
+    def as_preset(self, preset: Preset) -> Preset:
+        """`preset` with this run's settings in the place of its own, for the run and for the checkpoints that come of it.
+
+        Raises:
+            UserError: settings that contradict each other.
+        """
+        preset = preset.with_settings(self)
+        if preset.lora_rank and not self.freeze_audio:
             raise UserError("--no-freeze-audio: a LoRA checkpoint holds adapters only; add --lora-rank 0")
-        if resolved.audio_cache_dir is not None and not resolved.freeze_audio:
+        if self.audio_cache_dir is not None and not self.freeze_audio:
             raise UserError(f"--audio-cache-dir {self.audio_cache_dir}: a tower in training hears anew each step; leave it out")
-        return resolved
+        return preset
+
+    def resolve(self, preset: Preset, *, output_dir: Path, tokens_per_micro_batch: int) -> RunConfig:
+        """The settings of the run, in which every `None` that means "the preset's" is filled in.
+
+        Raises:
+            UserError: see `as_preset`.
+        """
+        filled = self.as_preset(preset)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
+        values |= {name: getattr(filled, name) for name in values.keys() & {field.name for field in dataclasses.fields(Preset)}}
+        return RunConfig(**values | {"output_dir": output_dir, "tokens_per_micro_batch": tokens_per_micro_batch})
 
     def workload(
         self,
+        preset: Preset,
         architecture: Architecture,
         engine: str,
         dtype_bytes: int,
@@ -403,43 +422,59 @@ class TrainConfig:
         *,
         on_gpu: bool = True,
     ) -> Workload:
-        """What memory depends on, of resolved settings; `longest_prompt` (tokens) from the data where that is at hand.
+        """What memory depends on.
+
+        Args:
+            preset: see `as_preset`.
+            longest_prompt: tokens, from the data where that is at hand.
 
         Raises:
             UserError: prompt and completion are longer than the model takes.
         """
         longest_prompt = longest_prompt or assumed_longest_prompt(architecture)
-        if longest_prompt + self.max_new_tokens > architecture.max_tokens:
+        if longest_prompt + preset.max_new_tokens > architecture.max_tokens:
             raise UserError(
-                f"--max-new-tokens {self.max_new_tokens}: with a prompt of {longest_prompt} tokens more than the model's "
+                f"--max-new-tokens {preset.max_new_tokens}: with a prompt of {longest_prompt} tokens more than the model's "
                 f"{architecture.max_tokens}; lower it"
             )
         return Workload(
             architecture=architecture,
             engine=engine,
             dtype_bytes=dtype_bytes,
-            lora_rank=self.lora_rank,
+            lora_rank=preset.lora_rank,
             group_size=self.group_size,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=preset.max_new_tokens,
             longest_prompt=longest_prompt,
-            rollout_batch_size=self.rollout_batch_size,
+            rollout_batch_size=preset.rollout_batch_size,
             given_micro_batch=self.tokens_per_micro_batch,
             rollout_ahead=bool(self.rollout_ahead),
-            gradient_checkpointing=self.gradient_checkpointing,
-            embedder_bytes=0 if self.behaviour_model == "hashed-ngrams" else _EMBEDDER_BYTES,
+            gradient_checkpointing=preset.gradient_checkpointing,
+            embedder_bytes=0 if preset.behaviour_model == "hashed-ngrams" else _EMBEDDER_BYTES,
             on_gpu=on_gpu,
             given_kv_cache=None if self.kv_cache_gb is None else int(self.kv_cache_gb * GB),
         )
-
-    def as_preset(self, preset: Preset) -> Preset:
-        """`preset` with this run's settings in the place of its own, for the checkpoints that come of it."""
-        return dataclasses.replace(preset, **{name: getattr(self, name) for name in _settings_of_presets()})
 
     def to_json(self) -> dict[str, object]:
         values = dataclasses.asdict(self)
         # As JSON has them, so that they equal what is read again.
         values |= {name: str(value) for name, value in values.items() if isinstance(value, Path)}
         return values | {"disjoint_from": list(self.disjoint_from)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(TrainConfig):
+    """Settings of a run: those of `TrainConfig`, none of which the run needs is left open. `TrainConfig.resolve` makes them."""
+
+    # Without `field()` they would inherit the default `None`.
+    output_dir: Path = dataclasses.field()
+    num_steps: int = dataclasses.field()
+    questions_per_step: int = dataclasses.field()
+    learning_rate: float = dataclasses.field()
+    max_new_tokens: int = dataclasses.field()
+    lora_rank: int = dataclasses.field()
+    tokens_per_micro_batch: int = dataclasses.field()
+    gradient_checkpointing: bool = dataclasses.field()
+    rollout_batch_size: int = dataclasses.field()
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then linear decay to 0 after the last step (METHOD step 5); a pure function, so nothing to save."""
@@ -467,14 +502,8 @@ def find_layers(given: str, num_layers: int) -> range | None:
         ends = [round(num_before * third / 3) for third in range(4)] + [num_layers]
         part = LAYER_PARTS.index(given)
         return range(ends[part], ends[part + 1])
-    first, last = _RANGE.fullmatch(given).groups()
+    first, _, last = given.partition("-")
     layers = range(int(first) - 1, int(last or first))
     if not layers or not 0 <= layers[0] <= layers[-1] < num_layers:
         raise UserError(f"--representation-layers {given}: the model has layers 1 to {num_layers}")
     return layers
-
-
-def _settings_of_presets() -> set[str]:
-    """Names of the settings whose default is the preset's."""
-    names = [{field.name for field in dataclasses.fields(kind)} for kind in (Preset, TrainConfig)]
-    return names[0] & names[1]

@@ -6,23 +6,21 @@ predictions.jsonl, and the same command continues there.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
 
 from tars_fast.audio import LongRecordingError
-from tars_fast.cli import FAILED, INTERRUPTED, make_output_folder, require_extra, run_command
+from tars_fast.cli import FAILED, INTERRUPTED, make_output_folder, new_output_folder, require_extra, run_command
 from tars_fast.config import check_numbers, find_preset
 from tars_fast.data import HELD_OUT_DATA, load_questions, or_embedded
 from tars_fast.engine import choose_engine, load_policy
@@ -175,7 +173,7 @@ def find_pending(parts: Sequence[Part], done: Mapping[tuple[str, str], ItemResul
     return [part for part in parts if any((r := done.get((part[0], q.id))) is None or r.failed for q in part[2])]
 
 
-def open_output(output_dir: Path, settings: Mapping[str, object], parts: Sequence[Part]) -> dict[tuple[str, str], ItemResult]:
+def open_output(output_dir: Path, settings: Mapping[str, Any], parts: Sequence[Part]) -> dict[tuple[str, str], ItemResult]:
     """Read what an evaluation of the same has left in the folder.
 
     Args:
@@ -232,6 +230,21 @@ def append(path: Path, results: Sequence[ItemResult]) -> None:
         os.fsync(file.fileno())
 
 
+@dataclass(frozen=True)
+class Job:
+    """An evaluation whose settings are known."""
+
+    config: EvaluateConfig
+    output_dir: Path
+    prompts: PromptFormat
+    """Its preset has the settings that `None` and `auto` left to the preset."""
+    data: Mapping[str, Sequence[Question]]
+    settings: Mapping[str, Any]
+    """What config.json says of it."""
+    device: torch.device
+    dtype: torch.dtype
+
+
 def run_evaluation(config: EvaluateConfig) -> int:
     """Evaluate alone, or as one of the processes that torchrun started."""
     with join_workers() as workers:
@@ -240,7 +253,7 @@ def run_evaluation(config: EvaluateConfig) -> int:
 
 def evaluate_data(config: EvaluateConfig, workers: Workers) -> int:
     """Find what is left to do, do it, report."""
-    preset = find_preset(config.model)
+    preset = find_preset(config.model).with_settings(config)
     device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
     sources = config.sources()
     data = {name: load_questions(source) for name, source in sources.items()}
@@ -250,9 +263,7 @@ def evaluate_data(config: EvaluateConfig, workers: Workers) -> int:
     compared = read_compared(config.compare, data)
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, adapter_rank(preset.source))
-    if config.output_dir is None:
-        name = f"evaluate-{config.model.strip('/').rpartition('/')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
-        config = dataclasses.replace(config, output_dir=workers.gather(Path("runs") / name)[0])
+    output_dir = config.output_dir or workers.gather(new_output_folder(config.model, "evaluate-"))[0]
     parts = [part for name, questions in data.items() for part in slices(name, questions)]
     settings = {
         "model": config.model,
@@ -260,22 +271,23 @@ def evaluate_data(config: EvaluateConfig, workers: Workers) -> int:
         "data": sources,
         "data_fingerprint": {name: data_fingerprint(questions) for name, questions in data.items()},
         "recordings": [recordings_fingerprint(questions) for _, _, questions in parts],
-        "max_new_tokens": config.max_new_tokens or preset.max_new_tokens,
+        "max_new_tokens": preset.max_new_tokens,
         "samples": config.samples,
         "temperature": config.temperature,
         "seed": config.seed,
         "transcribe": config.transcribe,
         "long_audio": config.long_audio,
-        "behaviour_model": preset.behaviour_model if config.behaviour_model == "auto" else config.behaviour_model,
-        "rollout_batch_size": config.rollout_batch_size or preset.rollout_batch_size,
+        "behaviour_model": preset.behaviour_model,
+        "rollout_batch_size": preset.rollout_batch_size,
         "engine": engine_name,
         "kv_cache_gb": config.kv_cache_gb,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    job = Job(config, output_dir, prompts, data, settings, device, dtype)
     console = open_console() if workers.is_first else Console(quiet=True)
-    done = open_output(config.output_dir, settings, parts)
-    make_output_folder(config.output_dir)
+    done = open_output(output_dir, settings, parts)
+    make_output_folder(output_dir)
     pending = find_pending(parts, done)
     # Every process has read what is there before the first one changes it.
     workers.gather(None)
@@ -284,27 +296,27 @@ def evaluate_data(config: EvaluateConfig, workers: Workers) -> int:
             done.pop((name, question.id), None)
     if pending:
         try:
-            evaluate_parts(console, config, prompts, settings, data, pending, list(done.values()), device, dtype, workers)
+            evaluate_parts(job, pending, list(done.values()), console, workers)
         except KeyboardInterrupt:
             if workers.is_first:
-                print(f"stopped; continue with the same command and --output-dir {config.output_dir}", file=sys.stderr)
+                print(f"stopped; continue with the same command and --output-dir {output_dir}", file=sys.stderr)
             return INTERRUPTED
     if not workers.is_first:
         # How it went is for the first to say: torchrun would end it in the middle of its report, were another to fail earlier.
         return 0
     if pending:
-        done = {result.key: result for result in read_predictions(config.output_dir, "--output-dir")}
+        done = {result.key: result for result in read_predictions(output_dir, "--output-dir")}
     results = [done[name, question.id] for name, questions in data.items() for question in questions]
-    write_predictions(config.output_dir / PREDICTIONS, results)
+    write_predictions(output_dir / PREDICTIONS, results)
     reference = text_reference(results) if reference is None else reference
     evaluation = make_report(results, reference, compared)
-    write_atomically(config.output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
+    write_atomically(output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
     earlier = None if compared is None else make_report(compared, reference, None)
-    draw(config.output_dir / FIGURE, evaluation, earlier)
-    write_report(config.output_dir, data, None if compared is None else Compared(compared, earlier))
+    draw(output_dir / FIGURE, evaluation, earlier)
+    write_report(output_dir, data, None if compared is None else Compared(compared, earlier))
     print_evaluation(console, evaluation)
-    written = ", ".join(sorted(path.name for path in config.output_dir.iterdir()))
-    say(console, f"written to {config.output_dir}: {written}")
+    written = ", ".join(sorted(path.name for path in output_dir.iterdir()))
+    say(console, f"written to {output_dir}: {written}")
     return FAILED if evaluation[OVERALL]["num_failed"] else 0
 
 
@@ -329,27 +341,16 @@ def check_sizes(
             )
 
 
-def evaluate_parts(
-    console: Console,
-    config: EvaluateConfig,
-    prompts: PromptFormat,
-    settings: Mapping[str, object],
-    data: Mapping[str, Sequence[Question]],
-    pending: Sequence[Part],
-    done: Sequence[ItemResult],
-    device: torch.device,
-    dtype: torch.dtype,
-    workers: Workers,
-) -> None:
+def evaluate_parts(job: Job, pending: Sequence[Part], done: Sequence[ItemResult], console: Console, workers: Workers) -> None:
     """Load the model and append what it makes of the pending parts to predictions.jsonl, round by round, behind what is done.
 
     Raises:
         UserError: the model cannot be loaded, or takes no item of one data set.
     """
-    source, max_new_tokens = prompts.preset.source, settings["max_new_tokens"]
+    config, prompts, data, preset = job.config, job.prompts, job.data, job.prompts.preset
     # All items, not only the pending ones: the engine's settings, and with them rounding, must not depend on what is left.
     sizes = {
-        name: workers.spread(lambda share: prompts.try_questions(share, max_new_tokens), questions)
+        name: workers.spread(lambda share: prompts.try_questions(share, preset.max_new_tokens), questions)
         for name, questions in data.items()
     }
     check_sizes(sizes, data, prompts)
@@ -360,43 +361,43 @@ def evaluate_parts(
         longest_prompt += max(0, lengths[0] - lengths[1])
     workload = Workload(
         architecture=prompts.family.architecture(prompts.config),
-        engine=settings["engine"],
-        dtype_bytes=dtype.itemsize,
-        lora_rank=adapter_rank(source),
+        engine=job.settings["engine"],
+        dtype_bytes=job.dtype.itemsize,
+        lora_rank=adapter_rank(preset.source),
         group_size=2 * max(1, config.samples),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=preset.max_new_tokens,
         longest_prompt=longest_prompt,
-        rollout_batch_size=settings["rollout_batch_size"],
+        rollout_batch_size=preset.rollout_batch_size,
         trains=False,
         given_kv_cache=None if config.kv_cache_gb is None else int(config.kv_cache_gb * GB),
-        on_gpu=device.type == "cuda",
+        on_gpu=job.device.type == "cuda",
     )
     with explain_out_of_memory("loading the model"):
-        model, engine = load_policy(prompts, source, device, dtype, workload)
+        model, engine = load_policy(prompts, preset.source, job.device, job.dtype, workload)
     total, left = sum(map(len, data.values())), sum(len(questions) for _, _, questions in pending)
     long = prompts.tell_long([size for part in sizes.values() for size in part if isinstance(size, PromptSize)])
     if long is not None:
         say(console, long)
-    where = f"{device}" if workers.size == 1 else f"{device} in {workers.size} processes"
+    where = f"{job.device}" if workers.size == 1 else f"{job.device} in {workers.size} processes"
     say(
         console,
         f"{config.model} on {where}, {model.module.dtype}, by {engine.name}; {left} of {total} items to evaluate; writing to "
-        f"{config.output_dir}",
+        f"{job.output_dir}",
     )
-    text_similarity = load_text_similarity(settings["behaviour_model"], device)
+    text_similarity = load_text_similarity(preset.behaviour_model, job.device)
     refused = {
         name: {q.id: str(size) for q, size in zip(data[name], part, strict=True) if isinstance(size, UserError)}
         for name, part in sizes.items()
     }
     # Not before: a folder is bound to its settings only once they have proved good.
     if workers.is_first:
-        write_atomically(config.output_dir / "config.json", json.dumps({"evaluation": settings}, indent=2) + "\n")
-        write_predictions(config.output_dir / PREDICTIONS, done)
-    how = EvaluationSettings(max_new_tokens, config.samples, config.temperature, config.seed, config.transcribe)
+        write_atomically(job.output_dir / "config.json", json.dumps({"evaluation": job.settings}, indent=2) + "\n")
+        write_predictions(job.output_dir / PREDICTIONS, done)
+    how = EvaluationSettings(preset.max_new_tokens, config.samples, config.temperature, config.seed, config.transcribe)
     with closing(engine), explain_out_of_memory("evaluation"), item_progress(console, total, total - left) as advance:
         for results in evaluate_rounds(model, engine, text_similarity, pending, how, workers=workers, refused=refused):
             if workers.is_first:
-                append(config.output_dir / PREDICTIONS, results)
+                append(job.output_dir / PREDICTIONS, results)
             advance(len(results))
 
 

@@ -58,14 +58,14 @@ _SHARED += ("rollout_ahead", "gradient_checkpointing", "behaviour_model", "model
 
 def plan(config: PlanConfig) -> int:
     """Print the plan; 0 where the run fits, 1 where it does not."""
-    preset = find_preset(config.model)
-    training = TrainConfig(**{name: getattr(config, name) for name in _SHARED}).resolve(preset)
-    refusal = engine_refusal(preset.load_family(), training.lora_rank, float32=config.dtype == "float32", on_cuda=True)
+    training = TrainConfig(**{name: getattr(config, name) for name in _SHARED})
+    preset = training.as_preset(find_preset(config.model))
+    refusal = engine_refusal(preset.load_family(), preset.lora_rank, float32=config.dtype == "float32", on_cuda=True)
     if config.engine == "vllm" and refusal is not None:
         raise UserError(f"--engine vllm: {refusal}")
     engine = "vllm" if config.engine != "transformers" and refusal is None else "transformers"
     workload = training.workload(
-        preset.load_architecture(), engine, _DTYPE_BYTES[config.dtype], longest_prompt=config.longest_prompt
+        preset, preset.load_architecture(), engine, _DTYPE_BYTES[config.dtype], longest_prompt=config.longest_prompt
     )
     result = plan_memory(workload, int(config.gpu_memory * GB))
     print(f"{config.model} on a GPU of {config.gpu_memory:g} GB")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tars_fast.advantages import group_indices
-from tars_fast.config import TrainConfig
+from tars_fast.config import RunConfig
 from tars_fast.data import batch_of_step
 from tars_fast.evaluation import encode_speech, prepare_speech
 from tars_fast.log import PhaseTimer
@@ -118,7 +118,7 @@ def collect_rollout(
     engine: RolloutEngine,
     text_similarity: TextSimilarity,
     batch: PreparedBatch,
-    config: TrainConfig,
+    config: RunConfig,
     step: int,
     timer: PhaseTimer,
     background: ThreadPoolExecutor,
@@ -221,7 +221,7 @@ class RolloutSource(AbstractContextManager):
         engine: RolloutEngine,
         text_similarity: TextSimilarity,
         training: Sequence[Question],
-        config: TrainConfig,
+        config: RunConfig,
         workers: Workers,
     ):
         self._model = model

@@ -24,14 +24,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tars_kernels import use_reference
 
 from tars_fast.audio_cache import make_cache_folder
 from tars_fast.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint
-from tars_fast.cli import FAILED, INTERRUPTED, make_output_folder, run_command
-from tars_fast.config import TrainConfig, find_layers, find_preset, list_checkpoints
+from tars_fast.cli import FAILED, INTERRUPTED, make_output_folder, new_output_folder, run_command
+from tars_fast.config import RunConfig, TrainConfig, find_layers, find_preset, list_checkpoints
 from tars_fast.data import (
     EMBEDDED,
     HELD_OUT_DATA,
@@ -116,8 +117,8 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
     return training, choose_by_id(held_out, config.eval_items), notes
 
 
-def choose_micro_batch(config: TrainConfig, plan: MemoryPlan, workers: Workers) -> TrainConfig:
-    """Fill in what the plan leaves room for, the same in all processes; a resumed run goes on with what it had.
+def choose_micro_batch(config: TrainConfig, output_dir: Path, plan: MemoryPlan, workers: Workers) -> int:
+    """Tokens that the plan leaves room for, the same in all processes; a resumed run goes on with what it had.
 
     Raises:
         UserError: `--rollout-ahead` does not fit.
@@ -129,23 +130,23 @@ def choose_micro_batch(config: TrainConfig, plan: MemoryPlan, workers: Workers) 
         )
     tokens = config.tokens_per_micro_batch
     if tokens is None and config.resume:
-        latest_checkpoint(config.output_dir)
-        tokens = read_settings(config.output_dir).get("tokens_per_micro_batch")
-    return dataclasses.replace(config, tokens_per_micro_batch=tokens or min(workers.gather(plan.micro_batch)))
+        latest_checkpoint(output_dir)
+        tokens = read_settings(output_dir).get("tokens_per_micro_batch")
+    return tokens or min(workers.gather(plan.micro_batch))
 
 
-def read_settings(output_dir: Path) -> dict[str, object]:
+def read_settings(output_dir: Path) -> dict[str, Any]:
     """What `settings_of_run` said when the run began."""
     return json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
 
 
-def settings_of_run(config: TrainConfig, training: Sequence[Question], held_out: Sequence[Question]) -> dict[str, object]:
+def settings_of_run(config: RunConfig, training: Sequence[Question], held_out: Sequence[Question]) -> dict[str, object]:
     """What config.json holds: the settings, and fingerprints of the data."""
     fingerprint = {"training": data_fingerprint(training), "evaluation": data_fingerprint(held_out)}
     return config.to_json() | {"data_fingerprint": fingerprint}
 
 
-def check_output(config: TrainConfig, settings: dict[str, object]) -> None:
+def check_output(config: RunConfig, settings: dict[str, object]) -> None:
     """Raises UserError where the folder holds another run, or with --resume one whose settings differ."""
     movable = {
         "output_dir",
@@ -170,7 +171,7 @@ def check_output(config: TrainConfig, settings: dict[str, object]) -> None:
         raise UserError(f"--output-dir {config.output_dir}: already holds a run; add --resume or name another folder")
 
 
-def prepare_output(config: TrainConfig, settings: dict[str, object]) -> None:
+def prepare_output(config: RunConfig, settings: dict[str, object]) -> None:
     """Make the output folder and write config.json. Raises UserError where it cannot be made."""
     make_output_folder(config.output_dir)
     write_atomically(config.output_dir / "config.json", json.dumps(settings, indent=2) + "\n")
@@ -206,16 +207,16 @@ def train(config: TrainConfig) -> int:
 
 
 def check_items(
-    prompts: PromptFormat, questions: Sequence[Question], config: TrainConfig, workers: Workers
+    prompts: PromptFormat, questions: Sequence[Question], max_new_tokens: int, skip_unusable: bool, workers: Workers
 ) -> tuple[dict[str, PromptSize], str | None]:
     """(sizes by id of the items that can be used, what was left out); each process looks at its share of the recordings.
 
     Raises:
         UserError: see `PromptFormat.check_questions`; with `--skip-unusable` only where nothing is left.
     """
-    sizes = workers.spread(lambda share: prompts.try_questions(share, config.max_new_tokens), questions)
+    sizes = workers.spread(lambda share: prompts.try_questions(share, max_new_tokens), questions)
     usable = {q.id: size for q, size in zip(questions, sizes, strict=True) if isinstance(size, PromptSize)}
-    if not config.skip_unusable or not usable:
+    if not skip_unusable or not usable:
         prompts.refuse(questions, sizes)
     refused = [f"item {q.id!r}: {size}" for q, size in zip(questions, sizes, strict=True) if not isinstance(size, PromptSize)]
     return usable, f"{len(refused)} of {len(questions)} items left out; the first: {refused[0]}" if refused else None
@@ -229,44 +230,44 @@ def run_job(config: TrainConfig) -> int:
 
 def prepare_and_train(config: TrainConfig, workers: Workers) -> int:
     """Check the data, load the policy, train it."""
-    preset = find_preset(config.model)
-    if config.output_dir is None:
-        name = f"{config.model.strip('/').rpartition('/')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
-        config = dataclasses.replace(config, output_dir=workers.gather(Path("runs") / name)[0])
-    config = config.resolve(preset)
-    if config.questions_per_step < workers.size:
+    preset = config.as_preset(find_preset(config.model))
+    output_dir = config.output_dir or workers.gather(new_output_folder(config.model))[0]
+    if preset.questions_per_step < workers.size:
         raise UserError(
-            f"--questions-per-step {config.questions_per_step}: fewer than the {workers.size} processes; raise it, or start "
+            f"--questions-per-step {preset.questions_per_step}: fewer than the {workers.size} processes; raise it, or start "
             "fewer"
         )
-    device, dtype = choose_device(config.device, config.dtype, uses_lora=config.lora_rank > 0)
+    device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
     find_layers(config.representation_layers, preset.load_architecture().num_layers)
     if config.dry_run:
-        engine_name = choose_engine(config.engine, preset.load_family(), device, dtype, config.lora_rank)
+        engine_name = choose_engine(config.engine, preset.load_family(), device, dtype, preset.lora_rank)
         total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else available_bytes(device)
-        workload = config.workload(preset.load_architecture(), engine_name, dtype.itemsize, on_gpu=device.type == "cuda")
+        architecture = preset.load_architecture()
+        workload = config.workload(preset, architecture, engine_name, dtype.itemsize, on_gpu=device.type == "cuda")
         plan = plan_memory(workload, total)
         print(describe(plan))
         return 0 if plan.fits else FAILED
     training, held_out, notes = load_data(config)
-    adapter = latest_checkpoint(config.output_dir) if config.resume else None
-    source = str(adapter) if adapter is not None and config.lora_rank == 0 else preset.source
-    prompts = load_prompt_format(config.as_preset(preset), source, config.long_audio)
-    engine_name = choose_engine(config.engine, prompts.family, device, dtype, config.lora_rank)
-    sizes, left_out = check_items(prompts, [*training, *held_out], config, workers)
+    adapter = latest_checkpoint(output_dir) if config.resume else None
+    source = str(adapter) if adapter is not None and preset.lora_rank == 0 else preset.source
+    prompts = load_prompt_format(preset, source, config.long_audio)
+    engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
+    sizes, left_out = check_items(prompts, [*training, *held_out], preset.max_new_tokens, config.skip_unusable, workers)
     training, held_out = ([question for question in part if question.id in sizes] for part in (training, held_out))
     if not training or not held_out:
         raise UserError(f"--skip-unusable: {left_out}; nothing is left to train or to evaluate on")
     workload = config.workload(
+        preset,
         prompts.family.architecture(prompts.config),
         engine_name,
         dtype.itemsize,
         max(size.num_tokens for size in sizes.values()),
         on_gpu=device.type == "cuda",
     )
-    config = choose_micro_batch(config, plan_memory(workload, available_bytes(device)), workers)
-    settings = settings_of_run(config, training, held_out)
-    check_output(config, settings)
+    tokens = choose_micro_batch(config, output_dir, plan_memory(workload, available_bytes(device)), workers)
+    run = config.resolve(preset, output_dir=output_dir, tokens_per_micro_batch=tokens)
+    settings = settings_of_run(run, training, held_out)
+    check_output(run, settings)
     for note in (*notes, left_out, prompts.tell_long(list(sizes.values()))):
         if note is not None and workers.is_first:
             print(note, flush=True)
@@ -275,11 +276,11 @@ def prepare_and_train(config: TrainConfig, workers: Workers) -> int:
     with explain_out_of_memory("loading the model"):
         model, engine = load_policy(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
     with closing(engine):
-        return train_policy(config, settings, model, engine, training, held_out, adapter, workers)
+        return train_policy(run, settings, model, engine, training, held_out, adapter, workers)
 
 
 def train_policy(
-    config: TrainConfig,
+    config: RunConfig,
     settings: dict[str, object],
     model: SpeechModel,
     engine: RolloutEngine,
@@ -366,7 +367,7 @@ def train_policy(
 
 
 def run_steps(
-    config: TrainConfig,
+    config: RunConfig,
     model: SpeechModel,
     engine: RolloutEngine,
     text_similarity: TextSimilarity,
@@ -427,7 +428,7 @@ def run_steps(
 
 
 @contextmanager
-def profiled(config: TrainConfig, num_steps: int, device: torch.device, workers: Workers) -> Iterator[Callable[[], None]]:
+def profiled(config: RunConfig, num_steps: int, device: torch.device, workers: Workers) -> Iterator[Callable[[], None]]:
     """With `--profile` a Chrome trace of a few of the steps that are left; yields what is to be called after each."""
     if not config.profile or not workers.is_first:
         yield lambda: None
@@ -448,7 +449,7 @@ def profiled(config: TrainConfig, num_steps: int, device: torch.device, workers:
 
 
 def save_step(
-    config: TrainConfig, num_completed: int, model: SpeechModel, optimizer: torch.optim.Optimizer, workers: Workers
+    config: RunConfig, num_completed: int, model: SpeechModel, optimizer: torch.optim.Optimizer, workers: Workers
 ) -> None:
     """One checkpoint for all processes, which must agree on what is in it."""
     workers.check_same(model.trainable_parameters())

@@ -21,7 +21,7 @@ from tars_kernels import LayerPooler, PolicyLoss, linear_logprob, linear_policy_
 from torch import Tensor
 
 from tars_fast.advantages import centred_advantages, disagreeing_groups, group_means
-from tars_fast.config import TrainConfig, find_layers
+from tars_fast.config import RunConfig, find_layers
 from tars_fast.log import PhaseTimer
 from tars_fast.models import Layout, SpeechModel
 from tars_fast.rewards import representation_rewards
@@ -94,7 +94,7 @@ def micro_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:
     return packed
 
 
-def known_without_gradient(rollout: Rollout, config: TrainConfig) -> list[bool]:
+def known_without_gradient(rollout: Rollout, config: RunConfig) -> list[bool]:
     """[N] whether a completion's group can be seen not to have a gradient before R_rep and R_beh are known.
 
     Either is 0 without a reference; where all rewards of a group then agree, so do its advantages, and a completion that was
@@ -110,14 +110,14 @@ def known_without_gradient(rollout: Rollout, config: TrainConfig) -> list[bool]:
     return [group not in finished or (group not in undecided and not disagreeing[group]) for group in groups]
 
 
-def reward_pooler(model: SpeechModel, config: TrainConfig) -> LayerPooler:
+def reward_pooler(model: SpeechModel, config: RunConfig) -> LayerPooler:
     """Of the layers that R_rep looks at."""
     layers = model.language_model.layers
     return LayerPooler(layers, model.language_model.norm, layers=find_layers(config.representation_layers, len(layers)))
 
 
 @torch.no_grad()
-def score_rollout(model: SpeechModel, rollout: Rollout, config: TrainConfig, timer: PhaseTimer) -> Scored:
+def score_rollout(model: SpeechModel, rollout: Rollout, config: RunConfig, timer: PhaseTimer) -> Scored:
     """Rewards, advantages and old log-probabilities without gradients, for several updates on the same rollout."""
     pooler = reward_pooler(model, config)
     scored: Scored | None = None
@@ -133,7 +133,7 @@ def update_policy(
     optimizer: torch.optim.Optimizer,
     rollout: Rollout | None,
     scored: Scored | None,
-    config: TrainConfig,
+    config: RunConfig,
     timer: PhaseTimer,
     workers: Workers = ALONE,
     before_step: Callable[[], None] = lambda: None,
@@ -196,7 +196,7 @@ def score_and_descend(
     silent: list[int],
     live: list[int],
     scored: Scored | None,
-    config: TrainConfig,
+    config: RunConfig,
     timer: PhaseTimer,
     num_tokens: int,
     pooler: LayerPooler,
@@ -225,7 +225,7 @@ def descend_again(
     rollout: Rollout,
     rows: list[int],
     scored: Scored,
-    config: TrainConfig,
+    config: RunConfig,
     timer: PhaseTimer,
     num_tokens: int,
 ) -> tuple[PolicyLoss, int] | None:
@@ -275,7 +275,7 @@ def reencode_audio(model: SpeechModel, rollout: Rollout, rows: Sequence[int]) ->
     ]
 
 
-def score(rollout: Rollout, passes: Sequence[_Pass], scored: Scored | None, config: TrainConfig, timer: PhaseTimer) -> Scored:
+def score(rollout: Rollout, passes: Sequence[_Pass], scored: Scored | None, config: RunConfig, timer: PhaseTimer) -> Scored:
     """Add R_rep, rewards and advantages of a micro-batch's completions (METHOD steps 2 and 3)."""
     with timer.phase("reward"):
         scored = scored or Scored.empty(rollout.behaviour.result())
@@ -296,7 +296,7 @@ def score(rollout: Rollout, passes: Sequence[_Pass], scored: Scored | None, conf
 
 
 @torch.no_grad()
-def measure(model: SpeechModel, one: _Pass, scored: Scored, config: TrainConfig, timer: PhaseTimer) -> None:
+def measure(model: SpeechModel, one: _Pass, scored: Scored, config: RunConfig, timer: PhaseTimer) -> None:
     """Add log-probabilities and entropies of a pass that has no loss."""
     with timer.phase("forward"):
         logprobs, entropies = linear_logprob(
@@ -322,7 +322,7 @@ def descend(
     rollout: Rollout,
     one: _Pass,
     scored: Scored,
-    config: TrainConfig,
+    config: RunConfig,
     timer: PhaseTimer,
     num_tokens: int,
     *,
@@ -403,7 +403,7 @@ def token_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     return {"loss": total["loss"], **metrics, "logprob_diff_max": max(part["logprob_diff_max"] for part in parts)}
 
 
-def check_agreement(metrics: dict[str, float], config: TrainConfig, dtype: torch.dtype) -> None:
+def check_agreement(metrics: dict[str, float], config: RunConfig, dtype: torch.dtype) -> None:
     """Raises TrainingError where trainer and rollout engine compute two different policies."""
     limit = config.max_logprob_diff or MAX_LOGPROB_DIFF[dtype]
     if metrics["logprob_diff_mean"] > limit:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pages import CHROMIUM
 
-from tars_fast.config import PRESETS, TrainConfig
+from tars_fast.config import PRESETS, RunConfig, TrainConfig
 from tars_fast.data import TRAINING_DATA, load_questions
 from tars_fast.models import SpeechModel, load_model, make_trainable
 
@@ -49,9 +49,9 @@ def questions():
 
 
 @pytest.fixture
-def config(tmp_path) -> TrainConfig:
-    return TrainConfig(output_dir=tmp_path, questions_per_step=4, num_steps=4, tokens_per_micro_batch=4096).resolve(
-        PRESETS["pocket"]
+def config(tmp_path) -> RunConfig:
+    return TrainConfig(questions_per_step=4, num_steps=4).resolve(
+        PRESETS["pocket"], output_dir=tmp_path, tokens_per_micro_batch=4096
     )
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from tars_fast.config import TrainConfig
+from tars_fast.config import RunConfig
 from tars_fast.log import PhaseTimer
 from tars_fast.models import SpeechModel
 from tars_fast.rewards import HashedNgrams
@@ -22,7 +22,7 @@ from tars_fast.workers import ALONE, Workers
 def rollout_of(
     model: SpeechModel,
     questions: Sequence[Question],
-    config: TrainConfig,
+    config: RunConfig,
     step: int = 0,
     *,
     engine: RolloutEngine | None = None,
@@ -40,7 +40,7 @@ def rollout_of(
 
 
 def update(
-    model: SpeechModel, rollout: Rollout, config: TrainConfig, scored: Scored | None = None, learning_rate: float = 0.0
+    model: SpeechModel, rollout: Rollout, config: RunConfig, scored: Scored | None = None, learning_rate: float = 0.0
 ) -> tuple[Scored, dict[str, float]]:
     """One update by plain gradient descent, which leaves the gradients where they are."""
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=learning_rate)

@@ -18,11 +18,7 @@ from tars_fast.config import PRESETS, TrainConfig
 from tars_fast.families import QWEN2_AUDIO
 from tars_fast.memory import GB, describe, plan_memory, remedies
 
-PAPER = (
-    TrainConfig(model="qwen2-audio-7b")
-    .resolve(PRESETS["qwen2-audio-7b"])
-    .workload(PRESETS["qwen2-audio-7b"].architecture, "vllm", 2)
-)
+PAPER = TrainConfig().workload(PRESETS["qwen2-audio-7b"], PRESETS["qwen2-audio-7b"].architecture, "vllm", 2)
 
 
 def count(module: torch.nn.Module) -> int:
@@ -61,8 +57,9 @@ def test_lora_and_optimiser_are_counted_exactly(make_model):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name.startswith("exp_avg")]
-    config = TrainConfig(lora_rank=4).resolve(PRESETS["pocket"])
-    workload = config.workload(PRESETS["pocket"].load_architecture(), "transformers", 4)
+    config = TrainConfig(lora_rank=4)
+    preset = config.as_preset(PRESETS["pocket"])
+    workload = config.workload(preset, preset.load_architecture(), "transformers", 4)
     assert workload.num_trained == sum(parameter.numel() for parameter in model.trainable_parameters())
     assert workload.adapters == sum(parameter.nbytes for parameter in model.trainable_parameters())
     assert workload.optimiser == sum(value.nbytes for value in moments)

@@ -17,7 +17,7 @@ from test_step import alone
 
 from tars_fast import rollout as rollout_module
 from tars_fast import train as train_command
-from tars_fast.config import TrainConfig
+from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data import batch_of_step
 from tars_fast.log import PhaseTimer
 from tars_fast.memory import SETTINGS_BY_PHASE
@@ -32,18 +32,18 @@ from tars_fast.workers import ALONE
 CPU = torch.device("cpu")
 
 
-def source_of(model: SpeechModel, questions, config: TrainConfig, *, engine=None, text_similarity=None) -> RolloutSource:
+def source_of(model: SpeechModel, questions, config: RunConfig, *, engine=None, text_similarity=None) -> RolloutSource:
     engine = engine or TransformersEngine(model, config.rollout_batch_size, apart=bool(config.rollout_ahead))
     return RolloutSource(model, engine, text_similarity or HashedNgrams(), questions, config, ALONE)
 
 
 @pytest.fixture
-def config(config) -> TrainConfig:
+def config(config) -> RunConfig:
     return dataclasses.replace(config, questions_per_step=2)
 
 
 @pytest.fixture
-def ahead(config) -> TrainConfig:
+def ahead(config) -> RunConfig:
     return dataclasses.replace(config, rollout_ahead=1)
 
 

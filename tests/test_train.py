@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 from tars_fast.checkpoint import NUM_KEPT
 from tars_fast.cli import FAILED, INTERRUPTED
-from tars_fast.config import PRESETS, TrainConfig, find_preset, list_checkpoints
+from tars_fast.config import PRESETS, RunConfig, TrainConfig, find_preset, list_checkpoints
 from tars_fast.data import TRAINING_DATA, VALIDATION_DATA, load_questions
 from tars_fast.log import RunLog, print_summary
 from tars_fast.results import data_fingerprint, read_predictions
@@ -321,6 +322,20 @@ def test_numbers_out_of_range(wrong):
     (name,) = wrong
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')}"):
         TrainConfig(**wrong)
+
+
+def test_settings_of_a_run_leave_nothing_open(tmp_path):
+    """Whatever the presets know is filled in, what the user gave stays, and config.json has the settings in the same order."""
+    assert [field.name for field in dataclasses.fields(RunConfig)] == [field.name for field in dataclasses.fields(TrainConfig)]
+    given = TrainConfig(num_steps=3, lora_rank=4, seed=7)
+    run = given.resolve(PRESETS["qwen2-audio-7b"], output_dir=tmp_path, tokens_per_micro_batch=100)
+    assert (run.num_steps, run.lora_rank, run.seed, run.tokens_per_micro_batch) == (3, 4, 7, 100)
+    assert (run.learning_rate, run.behaviour_model) == (2e-5, "Qwen/Qwen3-Embedding-0.6B")
+    open_fields = {name for name, kind in get_type_hints(RunConfig).items() if type(None) in get_args(kind)}
+    assert open_fields == {"data", "eval_data", "kv_cache_gb", "max_logprob_diff", "audio_cache_dir", "eval_items"}
+    assert {name for name, value in vars(run).items() if value is None} <= open_fields
+    with pytest.raises(TypeError, match="output_dir"):
+        RunConfig()
 
 
 def test_output_folder_that_cannot_be_made(small_eval, tmp_path):

@@ -21,7 +21,7 @@ from steps import gradients, rollout_of, update
 
 from tars_fast.adapters import load_adapter
 from tars_fast.checkpoint import save_model
-from tars_fast.config import PRESETS, TrainConfig
+from tars_fast.config import PRESETS
 from tars_fast.data import HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA, load_questions
 from tars_fast.engine import SharingError
 from tars_fast.hub import copy_processor
@@ -251,9 +251,9 @@ def test_continuations_are_told_as_soon_as_they_are_there(full_engine, questions
     assert unfinished[0] > 0 == unfinished[-1]
 
 
-def test_sampling_beside_training_changes_neither(engine, questions):
+def test_sampling_beside_training_changes_neither(engine, questions, config):
     """In a thread of its own, on the weights that are being trained: completions, rewards and gradients stay the same."""
-    config = TrainConfig(max_grad_norm=1e9, tokens_per_micro_batch=700).resolve(PRESETS["pocket"])
+    config = dataclasses.replace(config, max_grad_norm=1e9, tokens_per_micro_batch=700)
     rollout = rollout_of(engine.model, questions, config, engine=engine)
     scored, metrics = update(engine.model, rollout, config)
     expected = gradients(engine.model).clone()
