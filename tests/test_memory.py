@@ -14,6 +14,7 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from tars_fast import plan as plan_command
 from tars_fast import train as train_command
+from tars_fast.adapters import save_adapter
 from tars_fast.config import PRESETS, TrainConfig
 from tars_fast.families import QWEN2_AUDIO
 from tars_fast.memory import GB, describe, plan_memory, remedies
@@ -213,7 +214,7 @@ def test_plan_reads_a_checkpoint_folder(monkeypatch, capsys, model, tmp_path):
 
 
 def test_plan_of_an_adapter_is_that_of_its_base(monkeypatch, capsys, make_model, tmp_path):
-    make_model(lora_rank=4).module.save_pretrained(tmp_path)
+    save_adapter(make_model(lora_rank=4).module, tmp_path)
     (tmp_path / "preset.json").write_text((Path(PRESETS["pocket"].source) / "preset.json").read_text())
     status, output = run_plan(monkeypatch, capsys, "--model", str(tmp_path), "--lora-rank", "4", "--dtype", "float32")
     assert status == 0

@@ -121,9 +121,9 @@ def start(folder: Path, package: str, version: str, *command: str) -> subprocess
     [
         ("transformers", "5.16.1", ">=5.17,<5.25"),
         ("transformers", "5.25.0", ">=5.17,<5.25"),
-        ("peft", "0.22.0", ">=0.17,<0.22"),
+        ("peft", "0.22.0", ">=0.18,<0.22"),
         ("torch", "2.14.1+cu130", ">=2.11,<2.14"),
-        ("huggingface-hub", "0.36.0", ">=1.3,<3"),
+        ("huggingface-hub", "0.36.0", ">=1.5,<3"),
     ],
 )
 def test_a_package_that_does_not_fit_is_one_line_before_anything_loads(tmp_path, package, version, range_):
@@ -137,8 +137,8 @@ def test_a_package_that_does_not_fit_is_one_line_before_anything_loads(tmp_path,
 
 def test_a_library_that_imports_it_gets_an_import_error(tmp_path):
     code = "import sys\ntry:\n    import tars_fast.config\nexcept ImportError as error:\n    sys.exit(f'told: {error}')"
-    done = start(tmp_path, "peft", "0.16.0", "-c", code)
-    assert done.stderr == "told: peft 0.16.0 is installed, supported is >=0.17,<0.22; pip install 'peft>=0.17,<0.22'\n"
+    done = start(tmp_path, "peft", "0.17.1", "-c", code)
+    assert done.stderr == "told: peft 0.17.1 is installed, supported is >=0.18,<0.22; pip install 'peft>=0.18,<0.22'\n"
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):

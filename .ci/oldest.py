@@ -1,0 +1,13 @@
+"""Print the lower bound of every package that the extra `dev` brings, for `pip install --requirement`: the oldest environment."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tars_fast.requirements import supported
+
+for name, specifier in supported("dev").items():
+    (lowest,) = {bound.version for bound in specifier if bound.operator == ">="}
+    print(f"{name}=={lowest}")
