@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,7 +164,7 @@ class Analysis:
         self.seconds[part] += time.perf_counter() - started
 
     @torch.inference_mode()
-    def add(self, questions: Sequence[Question]) -> list[dict[str, object]]:
+    def add(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """Look at some items; what is known of each comes back and is not kept."""
         model, limit = self._model, self.settings.max_new_tokens
         with self._timed("encode"):
@@ -281,10 +282,10 @@ class Analysis:
             self.means.add(weights, {f"{MISMATCHED}{name}": value for name, value in unrelated.items()})
         self._text_before = text.clone()
 
-    def report(self) -> dict[str, object]:
+    def report(self) -> dict[str, Any]:
         """All figures, each with its 95 % interval over items beside it."""
         means = self.means
-        made: dict[str, object] = {"num_items": self.num_items, "num_failed": len(self.failed), "failed": self.failed}
+        made: dict[str, Any] = {"num_items": self.num_items, "num_failed": len(self.failed), "failed": self.failed}
         if not self.num_items:
             return made
         made["chain"] = _figures({name: means.rows(name) for name in SCALARS})
@@ -292,7 +293,7 @@ class Analysis:
             kind: _figures({name: means.rows(f"{kind}_{name}") for name in ("pooled", "tokens", "along")}) for kind in MEANS
         }
         estimates = {"cka": means.rows("cka"), "debiased": debiased(means)}
-        alignment: dict[str, object] = {
+        alignment: dict[str, Any] = {
             "base_layer": self.settings.base_layer,
             "path_length": means.rows("path_length")[0].item(),
             "chance": means.rows("chance")[0].tolist(),
@@ -321,13 +322,13 @@ class Analysis:
         return rows | {"debiased": debiased(self.means)}
 
 
-def change_since(after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray]) -> dict[str, object]:
+def change_since(after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Differences to another analysis of the same items with the same seed: its resamples are the same, so they are paired."""
     shared = [name for name in after if name in before and after[name].shape == before[name].shape]
     return _figures({name: after[name] - before[name] for name in shared})
 
 
-def _figures(rows: Mapping[str, np.ndarray]) -> dict[str, object]:
+def _figures(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
     made = {}
     for name, values in rows.items():
         ends = np.moveaxis(interval(values), 0, -1)
@@ -335,7 +336,7 @@ def _figures(rows: Mapping[str, np.ndarray]) -> dict[str, object]:
     return made
 
 
-def _agreement(rows: np.ndarray, main: np.ndarray) -> dict[str, object]:
+def _agreement(rows: np.ndarray, main: np.ndarray) -> dict[str, Any]:
     """Of CKA under another base layer with that under the chosen one, both [R, L, L]."""
     best = best_layers(rows)
     made = _figures(
@@ -391,7 +392,7 @@ def _chain(questions: Sequence[Question], items: Sequence[_Item], seed: int) -> 
     return dict(zip(SCALARS, np.array(rows, dtype=np.float64).T, strict=True))
 
 
-def _records(questions: Sequence[Question], items: Sequence[_Item], values: Mapping[str, np.ndarray]) -> list[dict]:
+def _records(questions: Sequence[Question], items: Sequence[_Item], values: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """Lines of items.jsonl."""
     kept = (*SCALARS, *(f"{kind}_{what}" for kind in MEANS for what in ("pooled", "tokens")))
     return [

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -208,7 +209,7 @@ class Taken:
     """By phase, of sampling that went on beside an earlier step."""
 
 
-class RolloutSource(AbstractContextManager):
+class RolloutSource(AbstractContextManager[Any]):
     """The rollouts of a run, in order; a context manager, because threads work for it.
 
     With `--rollout-ahead 1` the next one is sampled from the moment this one is taken until `wait` returns; the weights must

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -189,7 +189,7 @@ class VllmEngine(RolloutEngine):
             return "its audio embeddings are not finite"
         return None
 
-    def _sampling_params(self, num_prompts: int, sampling: Sampling) -> list:
+    def _sampling_params(self, num_prompts: int, sampling: Sampling) -> list[Any]:
         """One a prompt, each with a seed of its own."""
         from vllm import SamplingParams
 
@@ -325,8 +325,8 @@ class _Internals:
 
     def generate(
         self,
-        requests: list[dict],
-        params: list,
+        requests: list[dict[str, Any]],
+        params: list[Any],
         seed: int,
         on_finished: Callable[[int, object], None],
         before_token: Callable[[], None],
@@ -352,7 +352,7 @@ class _Internals:
         first = self.llm.request_counter.counter
         step, replaced = engine.step, vars(engine).get("step")
 
-        def observed_step() -> list:
+        def observed_step() -> list[Any]:
             before_token()
             outputs = step()
             for output in outputs:
