@@ -211,7 +211,7 @@ def plan_runs(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], share
         UserError: settings that cannot be.
     """
     given = {name: getattr(config, name) for name in _NAMED}
-    shared = {**shared, **{name: str(value) for name, value in given.items() if value is not None}}
+    shared = dict(shared) | {name: str(value) for name, value in given.items() if value is not None}
     preset = find_preset(config.model)
     commands = {}
     for arm, settings in arms.items():
@@ -430,8 +430,8 @@ def run_ablation(config: AblateConfig) -> int:
     runner = Runner(num_jobs, gpus, console)
     # Nobody wants hours of lines in a file.
     if missing and console.is_terminal:
-        done = sum(run.num_steps_done for run in missing)
-        with item_progress(console, num_steps * len(missing), done, "steps of all runs") as advance:
+        num_done = sum(run.num_steps_done for run in missing)
+        with item_progress(console, num_steps * len(missing), num_done, "steps of all runs") as advance:
             failed = runner.run(missing, advance)
     else:
         failed = runner.run(missing)

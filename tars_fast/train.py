@@ -99,7 +99,7 @@ class Interrupt:
 def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list[str]]:
     """(training items, evaluation items, what to say of items left out), checked not to overlap."""
     items, unusable = read_usable(or_embedded(config.data, TRAINING_DATA))
-    questions = [item.question for item in items]
+    questions: list[Question] = [item.question for item in items]
     notes = [] if unusable is None else [unusable]
     if config.disjoint_from:
         others = [question for source in config.disjoint_from for question in load_questions(source, spoken=False)]
