@@ -215,7 +215,7 @@ def plan_runs(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], share
     preset = find_preset(config.model)
     commands = {}
     for arm, settings in arms.items():
-        commands[arm] = as_arguments(shared | settings)
+        commands[arm] = as_arguments({**shared, **settings})
         parsed = parse_training(f"--arms {arm}", commands[arm])
         try:
             parsed.as_preset(preset)

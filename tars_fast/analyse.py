@@ -13,7 +13,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -190,6 +190,7 @@ def run_probes(
     console: Console,
 ) -> dict[str, Any]:
     """Accuracy without and with each change, and the paired differences."""
+    probes: list[tuple[str, AbstractContextManager[None], Sequence[Question]]]
     probes = [(f"calibrate_{one.layer}", one.applied(model), questions) for one in calibrations]
     probes += [(f"repeat_{times}", nullcontext(), [repeated(q, times) for q in questions]) for times in config.repeat]
     if not probes:
@@ -274,7 +275,7 @@ def analyse_compared(job: Prepared, compare: str) -> Path:
         UserError: it names none, or one whose analysis would not compare.
     """
     folder = job.output_dir / "compared"
-    own = {"model": compare, "compare": None, "output_dir": folder, "calibrate": (), "repeat": ()}
+    own: dict[str, Any] = {"model": compare, "compare": None, "output_dir": folder, "calibrate": (), "repeat": ()}
     try:
         other = prepare(dataclasses.replace(job.config, **own))
     except UserError as error:
@@ -331,7 +332,7 @@ def analyse(job: Prepared, compared: Compared | None) -> int:
     if compared is not None and not unpaired:
         made["change"] = change_since(rows, compared.resamples)
         before = compared.analysed
-    np.savez_compressed(output_dir / RESAMPLES, **rows)
+    np.savez_compressed(output_dir / RESAMPLES, **rows)  # type: ignore[arg-type]  # names of arrays, none of them an option
     made = as_json(made)
     write_atomically(output_dir / ANALYSIS, json.dumps(made, indent=2) + "\n")
     draw_analysis(output_dir, made, None if before is None else before.figures)
@@ -354,7 +355,7 @@ def make_folder(output_dir: Path) -> None:
     make_output_folder(output_dir)
 
 
-def as_json(value: object) -> object:
+def as_json(value: Any) -> Any:
     """As JSON has it, which knows no NaN."""
     if isinstance(value, Mapping):
         return {name: as_json(one) for name, one in value.items()}

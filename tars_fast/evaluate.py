@@ -313,7 +313,7 @@ def evaluate_data(config: EvaluateConfig, workers: Workers) -> int:
     write_atomically(output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
     earlier = None if compared is None else make_report(compared, reference, None)
     draw(output_dir / FIGURE, evaluation, earlier)
-    write_report(output_dir, data, None if compared is None else Compared(compared, earlier))
+    write_report(output_dir, data, None if compared is None or earlier is None else Compared(compared, earlier))
     print_evaluation(console, evaluation)
     written = ", ".join(sorted(path.name for path in output_dir.iterdir()))
     say(console, f"written to {output_dir}: {written}")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from tars_fast.adapters import ADAPTER_WEIGHTS, merge_adapter
 from tars_fast.checkpoint import atomic_folder, save_model
@@ -24,6 +23,7 @@ from tars_fast.cli import run_command
 from tars_fast.config import PRESETS, find_preset
 from tars_fast.hub import adapter_config, base_of, cannot_be_loaded, checkpoint_folder, copy_processor
 from tars_fast.models import SpeechModel, load_module
+from tars_fast.modules import PolicyModule
 from tars_fast.prompts import PromptFormat, load_prompt_format
 from tars_fast.types import UserError
 
@@ -56,7 +56,7 @@ class ExportConfig:
             raise UserError(f"--output-dir {self.output_dir}: exists already; name another folder, or remove it")
 
 
-def merged_module(prompts: PromptFormat, source: str) -> nn.Module:
+def merged_module(prompts: PromptFormat, source: str) -> PolicyModule:
     """The checkpoint's module in float32 on the CPU, an adapter added to the weights of its base.
 
     Raises:
@@ -211,7 +211,7 @@ def export(config: ExportConfig) -> int:
     return 0
 
 
-def write_weights(source: str, module: nn.Module | None, prompts: PromptFormat, folder: Path) -> None:
+def write_weights(source: str, module: PolicyModule | None, prompts: PromptFormat, folder: Path) -> None:
     """The model, or where there is no module the adapter as it is, with all that is needed to use it."""
     if module is None:
         for name in ("adapter_config.json", ADAPTER_WEIGHTS):

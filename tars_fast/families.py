@@ -225,7 +225,7 @@ def embed_audio(module: PolicyModule, features: Tensor, feature_mask: Tensor) ->
     """
     from transformers.masking_utils import create_bidirectional_mask
 
-    model = module.model
+    model: Any = module.model
     tower = model.audio_tower
     frame_lengths, token_lengths = tower._get_feat_extract_output_lengths(feature_mask.sum(-1))
     num_positions = (features.shape[-1] - 2) // 2 + 1
@@ -249,16 +249,18 @@ def _embed_qwen2_audio(module: PolicyModule, clips: Sequence[Features]) -> list[
 
 
 def _embed_qwen2_5_omni(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
+    hear: Any = module.get_audio_features
     embedded = []
     for batch in _batches(clips):
         features, mask = _stacked(module, batch)
-        states = module.get_audio_features(features, feature_attention_mask=mask).last_hidden_state
+        states = hear(features, feature_attention_mask=mask).last_hidden_state
         embedded += [state.clone() for state in states.split([clip.num_tokens for clip in batch])]
     return embedded
 
 
 def _embed_phi4_multimodal(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
-    audio = module.model.embed_tokens_extend.audio_embed
+    model: Any = module.model
+    audio = model.embed_tokens_extend.audio_embed
     embedded = []
     # One at a time: its convolutions see the padding of a batch.
     for clip in clips:
@@ -341,7 +343,8 @@ def _qwen2_audio_template() -> str:
     """Of the class: the published checkpoint has none of its own."""
     from transformers import Qwen2AudioProcessor
 
-    return Qwen2AudioProcessor.default_chat_template.fget(None)
+    template: Any = Qwen2AudioProcessor.default_chat_template
+    return template.fget(None)
 
 
 _QWEN2_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -65,7 +65,7 @@ def stamp(recording: Recording | None) -> str:
         return "none"
     if not isinstance(recording, DatasetRecording):
         try:
-            status = Path(recording).stat()
+            status = Path(str(recording)).stat()
         except OSError:
             return "missing"
         return f"{status.st_size} {status.st_mtime_ns}"

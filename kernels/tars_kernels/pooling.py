@@ -80,7 +80,7 @@ class LayerPooler:
 
     def __init__(
         self,
-        model_layers: Sequence[nn.Module],
+        model_layers: Sequence[nn.Module] | nn.ModuleList,
         final_norm: nn.Module,
         *,
         layers: Sequence[int] | None = None,
