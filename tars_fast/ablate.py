@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import tyro
 from rich.markup import escape
@@ -164,7 +164,7 @@ def choose_arms(config: AblateConfig) -> dict[str, dict[str, str]]:
     return {name: known[name] for name in names}
 
 
-def choose_baseline(config: AblateConfig, arms: Mapping[str, object]) -> str:
+def choose_baseline(config: AblateConfig, arms: Mapping[str, Any]) -> str:
     """Raises UserError where it is none of the arms."""
     baseline = config.baseline or ("grpo" if "grpo" in arms else next(iter(arms)))
     if baseline not in arms:
@@ -211,11 +211,11 @@ def plan_runs(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], share
         UserError: settings that cannot be.
     """
     given = {name: getattr(config, name) for name in _NAMED}
-    shared = {**shared, **{name: str(value) for name, value in given.items() if value is not None}}
+    shared = dict(shared) | {name: str(value) for name, value in given.items() if value is not None}
     preset = find_preset(config.model)
     commands = {}
     for arm, settings in arms.items():
-        commands[arm] = as_arguments(shared | settings)
+        commands[arm] = as_arguments({**shared, **settings})
         parsed = parse_training(f"--arms {arm}", commands[arm])
         try:
             parsed.as_preset(preset)
@@ -231,7 +231,7 @@ def plan_runs(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], share
     return runs
 
 
-def open_output(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], shared: Mapping[str, str]) -> dict[str, object]:
+def open_output(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], shared: Mapping[str, str]) -> dict[str, Any]:
     """Make the folder and write down what is compared in it, which is returned; for `shared` see `plan_runs`.
 
     Raises:
@@ -284,7 +284,7 @@ class Runner:
     def __init__(self, num_jobs: int, gpus: Sequence[str], console: Console) -> None:
         self._console = console
         self.stopped = False
-        self._running: set[subprocess.Popen] = set()
+        self._running: set[subprocess.Popen[bytes]] = set()
         self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(num_jobs):
             self._slots.put(slot)
@@ -430,8 +430,8 @@ def run_ablation(config: AblateConfig) -> int:
     runner = Runner(num_jobs, gpus, console)
     # Nobody wants hours of lines in a file.
     if missing and console.is_terminal:
-        done = sum(run.num_steps_done for run in missing)
-        with item_progress(console, num_steps * len(missing), done, "steps of all runs") as advance:
+        num_done = sum(run.num_steps_done for run in missing)
+        with item_progress(console, num_steps * len(missing), num_done, "steps of all runs") as advance:
             failed = runner.run(missing, advance)
     else:
         failed = runner.run(missing)
@@ -455,7 +455,7 @@ def read_finished(runs: Sequence[Run]) -> list[FinishedRun]:
 def compare(
     config: AblateConfig,
     baseline: str,
-    settings: Mapping[str, object],
+    settings: Mapping[str, Any],
     finished: Sequence[FinishedRun],
     failed: Mapping[str, str],
     held_out: Sequence[Question],

@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ class FinishedRun:
     after: Sequence[ItemResult]
     metrics: Sequence[Mapping[str, float]]
     """One mapping a step."""
-    settings: Mapping[str, object]
+    settings: Mapping[str, Any]
 
     @classmethod
     def read(cls, arm: str, seed: int, folder: Path) -> FinishedRun:
@@ -147,7 +148,7 @@ class Arms:
     def _stack(self, parts: Sequence[Sequence[ItemResult]]) -> dict[str, np.ndarray]:
         rows = []
         for part in parts:
-            found = {result.key: result.evaluated for result in part}
+            found = {result.key: result.evaluated for result in part if result.evaluated is not None}
             rows.append([_columns(found[key]) for key in self.items])
         names = set.intersection(*(set(columns) for row in rows for columns in row))
         return {name: np.array([[columns[name] for columns in row] for row in rows]) for name in names}
@@ -175,11 +176,11 @@ class Arms:
     def _known(self, arm: str) -> list[str]:
         return [name for name in FIGURES if name.startswith("mrr") or name in self._values[arm]]
 
-    def figures(self, arm: str) -> dict[str, object]:
+    def figures(self, arm: str) -> dict[str, Any]:
         """`<name>`, `<name>_ci95`, and `<name>_by_seed` of an arm, or of the start; `layer_cosine` by layer."""
         seeds = self.seeds[arm]
         resamples = CrossedBootstrap(len(seeds), len(self.items))
-        made: dict[str, object] = {"seeds": seeds}
+        made: dict[str, Any] = {"seeds": seeds}
         for name in self._known(arm):
             made |= _figure(name, self._rows(arm, name, resamples, seeds))
             made[f"{name}_by_seed"] = [_plain(value) for value in self._by_seed(arm, name, seeds)]
@@ -188,10 +189,10 @@ class Arms:
         made["layer_cosine_ci95"] = [_interval(rows) for rows in layers]
         return made
 
-    def differences(self, arm: str) -> dict[str, object]:
+    def differences(self, arm: str) -> dict[str, Any]:
         """The same for `arm` minus the baseline, paired by seed and item, with `<name>_p` of the t-test over seeds."""
         seeds = [seed for seed in self.seeds[arm] if seed in self.seeds[self.baseline]]
-        made: dict[str, object] = {"seeds": seeds}
+        made: dict[str, Any] = {"seeds": seeds}
         if not seeds:
             return made
         resamples = CrossedBootstrap(len(seeds), len(self.items))
@@ -204,9 +205,9 @@ class Arms:
             made[f"{name}_p"] = paired_t_test(by_seed)
         return made
 
-    def report(self) -> dict[str, object]:
+    def report(self) -> dict[str, Any]:
         """All figures, p-values corrected for the number of arms."""
-        made: dict[str, object] = {
+        made: dict[str, Any] = {
             "baseline": self.baseline,
             "num_items": len(self.items),
             "num_items_left_out": self.num_left_out,
@@ -265,5 +266,5 @@ def _interval(rows: np.ndarray) -> list[float] | None:
     return np.percentile(rows[1:], [2.5, 97.5]).tolist() if np.isfinite(rows).all() else None
 
 
-def _figure(name: str, rows: np.ndarray) -> dict[str, object]:
+def _figure(name: str, rows: np.ndarray) -> dict[str, Any]:
     return {name: _plain(rows[0]), f"{name}_ci95": _interval(rows)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -22,7 +23,7 @@ from tars_fast.types import Question
 _TESTED = {"speech_accuracy": "speech", "text_accuracy": "text"}
 
 
-def figure_table(report: Mapping[str, Mapping]) -> Table:
+def figure_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row for the start and each arm, figures over seeds and items with their intervals."""
     names = [name for name in FIGURES if name in report[START]]
     header = ["arm", "seeds", *(FIGURES[name].title for name in names)]
@@ -33,7 +34,7 @@ def figure_table(report: Mapping[str, Mapping]) -> Table:
     return Table(header, rows)
 
 
-def difference_table(report: Mapping[str, Mapping]) -> Table:
+def difference_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row for each arm minus the baseline, with p-values of greedy accuracies."""
     names = [name for name in FIGURES if name in report[START]]
     header = [f"minus {report['baseline']}", "seeds"]
@@ -50,7 +51,7 @@ def difference_table(report: Mapping[str, Mapping]) -> Table:
     return Table(header, rows)
 
 
-def headline_table(report: Mapping[str, Mapping]) -> Table:
+def headline_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
     """What fits a terminal or a page: greedy accuracies, MRR, and what differs from the baseline."""
     names = ("speech_accuracy", "text_accuracy", "mrr")
     header = ["arm", "seeds", *(FIGURES[name].title for name in names), f"speech - {report['baseline']}", "p"]
@@ -63,12 +64,12 @@ def headline_table(report: Mapping[str, Mapping]) -> Table:
     return Table(header, rows)
 
 
-def _cell(figures: Mapping[str, object], name: str, sign: str = "", ends_spec: str | None = None) -> str:
+def _cell(figures: Mapping[str, Any], name: str, sign: str = "", ends_spec: str | None = None) -> str:
     figure = FIGURES[name]
     return shown(figures.get(name), figures.get(f"{name}_ci95"), f"{sign}.{figure.decimals}f", ends_spec, scale=figure.scale)
 
 
-def describe(report: Mapping[str, Mapping]) -> list[str]:
+def describe(report: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """How the tables' figures were made, and what is missing."""
     left_out = report["num_items_left_out"]
     missing = f" ({left_out} left out, which some run could not evaluate)" if left_out else ""
@@ -84,7 +85,7 @@ def describe(report: Mapping[str, Mapping]) -> list[str]:
     return notes + [f"Failed: {name}: {reason}" for name, reason in report["failed"].items()]
 
 
-def write_tables(output_dir: Path, report: Mapping[str, Mapping]) -> None:
+def write_tables(output_dir: Path, report: Mapping[str, Mapping[str, Any]]) -> None:
     """ablation.md with all figures, and ablation.tex (with booktabs) with the headline."""
     from tabulate import tabulate
 
@@ -101,7 +102,7 @@ def write_tables(output_dir: Path, report: Mapping[str, Mapping]) -> None:
         write_atomically(output_dir / name, "\n\n".join(parts) + "\n")
 
 
-def print_ablation(console: Console, report: Mapping[str, Mapping]) -> None:
+def print_ablation(console: Console, report: Mapping[str, Mapping[str, Any]]) -> None:
     """The headline on one screen."""
     table = headline_table(report)
     lines = ConsoleTable(box=box.SIMPLE_HEAD)
@@ -115,7 +116,7 @@ def print_ablation(console: Console, report: Mapping[str, Mapping]) -> None:
 
 
 def write_ablation_page(
-    output_dir: Path, title: str, arms: Arms, report: Mapping[str, Mapping], held_out: Sequence[Question]
+    output_dir: Path, title: str, arms: Arms, report: Mapping[str, Mapping[str, Any]], held_out: Sequence[Question]
 ) -> None:
     """report.html, learning_curves.png and drift.png; without matplotlib the numbers alone.
 
@@ -160,7 +161,7 @@ def write_ablation_page(
     write_page(output_dir / REPORT, title, sections, replace(sample, notes=[*sample.notes, note]))
 
 
-def _rows_by_seed(report: Mapping[str, Mapping]) -> list[tuple[str, ...]]:
+def _rows_by_seed(report: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (arm, str(seed), *(shown(figures[f"{name}_by_seed"][place], None, ".1f", scale=100) for name in _TESTED))
         for arm, figures in report["arms"].items()

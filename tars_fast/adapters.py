@@ -6,15 +6,16 @@ On disk an adapter is peft's: adapter_config.json beside adapter_model.safetenso
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from tars_fast.families import Family
-from tars_fast.hub import adapter_config, cannot_be_loaded, checkpoint_folder
+from tars_fast.hub import adapter_config, cannot_be_loaded, checkpoint_folder, read_adapter_config
+from tars_fast.modules import PolicyModule
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftConfig
+    from peft import LoraConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -62,7 +63,7 @@ def load_adapter_weights(module: nn.Module, family: Family, folder: Path) -> Non
     _set_weights(module, _read_adapter(family, folder)[1], folder)
 
 
-def merge_adapter(module: nn.Module, family: Family, folder: Path) -> nn.Module:
+def merge_adapter(module: nn.Module, family: Family, folder: Path) -> PolicyModule:
     """Add the adapter in `folder` to the weights of `module`, in the dtype they have.
 
     Raises:
@@ -78,7 +79,8 @@ def merge_adapter(module: nn.Module, family: Family, folder: Path) -> nn.Module:
     _set_weights(adapted, {_PREFIX + name: value for name, value in weights.items()}, folder)
     if not any(value.any() for name, value in weights.items() if ".lora_B." in name):
         raise ValueError(f"the adapter {folder} changes nothing: its weights have other names, or were never trained")
-    return adapted.merge_and_unload()
+    merged: Any = adapted.merge_and_unload()
+    return merged
 
 
 def save_adapter(module: nn.Module, folder: Path) -> None:
@@ -87,21 +89,21 @@ def save_adapter(module: nn.Module, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    module.peft_config["default"].save_pretrained(folder)
+    configs: Any = module.peft_config
+    configs["default"].save_pretrained(folder)
     # "auto" would ask the hub whether the base has the same vocabulary.
     weights = get_peft_model_state_dict(module, save_embedding_layers=False)
     weights = {_PREFIX + name: value.detach().to("cpu").contiguous() for name, value in weights.items()}
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def _read_adapter(family: Family, folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+def _read_adapter(family: Family, folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """(configuration, weights by name without prefix), for the module tree of the transformers that is installed."""
-    from peft import PeftConfig
     from safetensors.torch import load_file
 
-    config = PeftConfig.from_pretrained(folder)
+    config = read_adapter_config(folder)
     if not isinstance(config.target_modules, str | None):
-        config.target_modules = {family.decoder_name(name) for name in config.target_modules}
+        config.target_modules = [family.decoder_name(name) for name in config.target_modules]
     weights = load_file(folder / ADAPTER_WEIGHTS)
     return config, {family.decoder_name(name.removeprefix(_PREFIX)): value for name, value in weights.items()}
 
@@ -109,7 +111,7 @@ def _read_adapter(family: Family, folder: Path) -> tuple[PeftConfig, dict[str, T
 def _set_weights(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     from peft import set_peft_model_state_dict
 
-    result = set_peft_model_state_dict(module, weights)
+    result: Any = set_peft_model_state_dict(module, weights)
     missing = [name for name in result.missing_keys if ".lora_" in name]
     for names, what in ((result.unexpected_keys, "has no place for"), (missing, "finds nothing for")):
         if names:

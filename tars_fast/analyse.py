@@ -13,10 +13,10 @@ import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
@@ -144,7 +144,7 @@ def read_analysis(path: Path) -> Analysed:
     return Analysed(figures, [json.loads(line) for line in (path / ITEMS).read_text(encoding="utf-8").splitlines()])
 
 
-def check_settings(given: str, theirs: Mapping, settings: Mapping) -> None:
+def check_settings(given: str, theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raises UserError where two analyses are not of the same items, or not made in the same way."""
     changed = [name for name in _MATCHING if theirs.get(name) != settings[name]]
     if changed:
@@ -154,7 +154,7 @@ def check_settings(given: str, theirs: Mapping, settings: Mapping) -> None:
         raise UserError(f"--compare {given}: another analysis ({listed}); both need the same items and settings")
 
 
-def check_compared(given: str, other: Analysed, settings: Mapping, questions: Sequence[Question]) -> None:
+def check_compared(given: str, other: Analysed, settings: Mapping[str, Any], questions: Sequence[Question]) -> None:
     """`check_settings`. Raises UserError where the other analysis was made by another version, too."""
     check_settings(given, other.figures["settings"], settings)
     try:
@@ -188,14 +188,15 @@ def run_probes(
     settings: AnalysisSettings,
     calibrations: Sequence[Calibration],
     console: Console,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Accuracy without and with each change, and the paired differences."""
+    probes: list[tuple[str, AbstractContextManager[None], Sequence[Question]]]
     probes = [(f"calibrate_{one.layer}", one.applied(model), questions) for one in calibrations]
     probes += [(f"repeat_{times}", nullcontext(), [repeated(q, times) for q in questions]) for times in config.repeat]
     if not probes:
         return {}
     plain = answer(model, engine, questions, settings, console, "no probe")
-    made: dict[str, object] = {"plain": _accuracies(report(plain, text_reference(plain)))}
+    made: dict[str, Any] = {"plain": _accuracies(report(plain, text_reference(plain)))}
     for name, changed, asked in probes:
         with changed:
             results = answer(model, engine, asked, settings, console, name)
@@ -204,7 +205,7 @@ def run_probes(
     return made
 
 
-def _accuracies(figures: Mapping[str, object]) -> dict[str, object]:
+def _accuracies(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in figures.items() if "accuracy" in name or name in ("num_items", "num_failed")}
 
 
@@ -224,7 +225,7 @@ class Prepared:
     settings: AnalysisSettings
     device: torch.device
     dtype: torch.dtype
-    written: Mapping[str, object]
+    written: Mapping[str, Any]
     """What analysis.json says of it."""
 
 
@@ -274,7 +275,7 @@ def analyse_compared(job: Prepared, compare: str) -> Path:
         UserError: it names none, or one whose analysis would not compare.
     """
     folder = job.output_dir / "compared"
-    own = {"model": compare, "compare": None, "output_dir": folder, "calibrate": (), "repeat": ()}
+    own: dict[str, Any] = {"model": compare, "compare": None, "output_dir": folder, "calibrate": (), "repeat": ()}
     try:
         other = prepare(dataclasses.replace(job.config, **own))
     except UserError as error:
@@ -331,7 +332,7 @@ def analyse(job: Prepared, compared: Compared | None) -> int:
     if compared is not None and not unpaired:
         made["change"] = change_since(rows, compared.resamples)
         before = compared.analysed
-    np.savez_compressed(output_dir / RESAMPLES, **rows)
+    np.savez_compressed(output_dir / RESAMPLES, **rows)  # type: ignore[arg-type]  # names of arrays, none of them an option
     made = as_json(made)
     write_atomically(output_dir / ANALYSIS, json.dumps(made, indent=2) + "\n")
     draw_analysis(output_dir, made, None if before is None else before.figures)
@@ -354,7 +355,7 @@ def make_folder(output_dir: Path) -> None:
     make_output_folder(output_dir)
 
 
-def as_json(value: object) -> object:
+def as_json(value: Any) -> Any:
     """As JSON has it, which knows no NaN."""
     if isinstance(value, Mapping):
         return {name: as_json(one) for name, one in value.items()}

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,10 +45,11 @@ from tars_fast.alignment import (
 from tars_fast.evaluation import encode_speech, prepare_speech
 from tars_fast.memory import EVALUATION_TOKENS
 from tars_fast.models import SpeechModel
+from tars_fast.modules import Decoder
 from tars_fast.probes import Calibration
 from tars_fast.sampling import RolloutEngine, Sampling
 from tars_fast.scorers import read_completion
-from tars_fast.types import Completion, Modality, Prompt, Question
+from tars_fast.types import Completion, Modality, Prompt, Question, UserError
 
 NUM_STRETCHES = 10
 """Equal shares of a completion that similarity along it is given for."""
@@ -103,14 +105,14 @@ class _Item:
 
 
 @contextmanager
-def reading(language_model: nn.Module, read: Callable[[int, Tensor], None]) -> Iterator[None]:
+def reading(language_model: Decoder, read: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Have `read` see the states [S, D] of a row as each layer makes them.
 
     0 is what the first layer is given, 1 to L - 1 what so many layers make of it, L the output of the final norm.
     """
     layers = language_model.layers
 
-    def after(number: int):
+    def after(number: int) -> Callable[[nn.Module, Any, Any], None]:
         return lambda _module, _inputs, output: read(number, (output[0] if isinstance(output, tuple) else output).flatten(0, 1))
 
     hooks = [layers[0].register_forward_pre_hook(lambda _module, inputs: read(0, inputs[0].flatten(0, 1)))]
@@ -163,35 +165,37 @@ class Analysis:
         self.seconds[part] += time.perf_counter() - started
 
     @torch.inference_mode()
-    def add(self, questions: Sequence[Question]) -> list[dict[str, object]]:
+    def add(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """Look at some items; what is known of each comes back and is not kept."""
         model, limit = self._model, self.settings.max_new_tokens
         with self._timed("encode"):
-            spoken, reasons = encode_speech(model, self._engine, prepare_speech(model, questions), limit)
+            spoken = encode_speech(model, self._engine, prepare_speech(model, questions), limit)
             text = model.encode_prompts(questions, Modality.TEXT)
         usable = []
-        for question, speech_prompt, text_prompt, reason in zip(questions, spoken, text, reasons, strict=True):
-            places = () if reason is not None else self._places(speech_prompt, text_prompt)
-            if reason is None:
-                reason = self._engine.refuses(text_prompt, limit)
-            if reason is None and min(map(len, places)) < FEWEST_PAIRS:
-                reason = f"its prompts have fewer than {FEWEST_PAIRS} tokens of their own, too few to compare"
-            if reason is None:
-                usable.append((question, speech_prompt, text_prompt, places))
-            else:
+        for question, speech_prompt, text_prompt in zip(questions, spoken, text, strict=True):
+            if isinstance(speech_prompt, UserError):
+                self.failed[question.id] = str(speech_prompt)
+                continue
+            places = self._places(speech_prompt, text_prompt)
+            if (reason := self._engine.refuses(text_prompt, limit)) is not None:
                 self.failed[question.id] = reason
+            elif min(map(len, places)) < FEWEST_PAIRS:
+                self.failed[question.id] = f"its prompts have fewer than {FEWEST_PAIRS} tokens of their own, too few to compare"
+            else:
+                usable.append((question, speech_prompt, text_prompt, places))
         if not usable:
             return []
         with self._timed("generate"):
             greedy = Sampling(num_completions=1, max_new_tokens=limit, temperature=0.0, seed=self.settings.seed)
             numbers = range(len(usable))
-            answers = [self._engine.generate([one[which] for one in usable], numbers, greedy) for which in (1, 2)]
+            spoken_prompts, written_prompts = [one[1] for one in usable], [one[2] for one in usable]
+            answers = [self._engine.generate(prompts, numbers, greedy) for prompts in (spoken_prompts, written_prompts)]
             self._engine.release_memory()
         items = [
             _Item(speech, text, heard, read, *places)
             for (_, speech, text, places), heard, read in zip(usable, *answers, strict=True)
         ]
-        records = []
+        records: list[dict[str, Any]] = []
         for chosen in _batches(items):
             start = len(records)
             part = [one[0] for one in usable[start : start + len(chosen)]]
@@ -215,27 +219,30 @@ class Analysis:
         )
         bounds = layout.cu_seqlens.tolist()
         starts = [layout.groups.num_prompt_tokens + bound for bound in bounds]
-        pairs, x_places, y_places, cells = [], [], [], []
+        pairs: list[tuple[int, int]] = []
+        places: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
         for number in range(len(items)):
             last = 3 * number + 2
             for kind, first in enumerate((last - 2, last - 1)):
                 x, y = relative_pairs(bounds[first + 1] - bounds[first], bounds[last + 1] - bounds[last])
                 pairs.append((first, last))
-                x_places.append(starts[first] + x)
-                y_places.append(starts[last] + y)
                 stretch = torch.arange(len(x)) * NUM_STRETCHES // len(x)
-                cells.append((2 * number + kind) * NUM_STRETCHES + stretch)
+                cell = (2 * number + kind) * NUM_STRETCHES + stretch
+                for part, found in zip(places, (starts[first] + x, starts[last] + y, cell), strict=True):
+                    part.append(found)
         device = model.device
-        cells, x_places, y_places = (torch.cat(parts).to(device) for parts in (cells, x_places, y_places))
-        pairs = torch.tensor(pairs, device=device)
+        x_places, y_places, cells = (torch.cat(part).to(device) for part in places)
+        paired = torch.tensor(pairs, device=device)
         num_cells = 2 * len(items) * NUM_STRETCHES
         # Where each prompt's content stands in the row: spoken and written prompts take turns.
         offsets = accumulate(layout.groups.prompt_lengths[:-1], initial=0)
-        contents = [part for item in items for part in (item.audio_places, item.text_places)]
-        lengths = [len(part) for part in contents]
-        contents = torch.cat([offset + part for offset, part in zip(offsets, contents, strict=True)]).to(device)
+        parts = [part for item in items for part in (item.audio_places, item.text_places)]
+        lengths = [len(part) for part in parts]
+        contents = torch.cat([offset + part for offset, part in zip(offsets, parts, strict=True)]).to(device)
         by_prompt = dict(zip(Modality, (slice(0, None, 2), slice(1, None, 2)), strict=True))
-        pooled, tokens, content = [], [], []
+        pooled: list[Tensor] = []
+        tokens: list[Tensor] = []
+        content: list[Tensor] = []
 
         def read(layer: int, states: Tensor) -> None:
             held = states[contents]
@@ -247,7 +254,7 @@ class Analysis:
                 return
             content.append(held)
             vectors = pool_sequences(states, layout.cu_seqlens, positions=layout.positions)
-            pooled.append(pooled_similarity(vectors[None], pairs)[:, 0])
+            pooled.append(pooled_similarity(vectors[None], paired)[:, 0])
             cosines = token_similarity([states[x_places]], [states[y_places]])[0]
             tokens.append(cosines.new_zeros(num_cells).index_add_(0, cells, cosines))
 
@@ -281,10 +288,10 @@ class Analysis:
             self.means.add(weights, {f"{MISMATCHED}{name}": value for name, value in unrelated.items()})
         self._text_before = text.clone()
 
-    def report(self) -> dict[str, object]:
+    def report(self) -> dict[str, Any]:
         """All figures, each with its 95 % interval over items beside it."""
         means = self.means
-        made: dict[str, object] = {"num_items": self.num_items, "num_failed": len(self.failed), "failed": self.failed}
+        made: dict[str, Any] = {"num_items": self.num_items, "num_failed": len(self.failed), "failed": self.failed}
         if not self.num_items:
             return made
         made["chain"] = _figures({name: means.rows(name) for name in SCALARS})
@@ -292,7 +299,7 @@ class Analysis:
             kind: _figures({name: means.rows(f"{kind}_{name}") for name in ("pooled", "tokens", "along")}) for kind in MEANS
         }
         estimates = {"cka": means.rows("cka"), "debiased": debiased(means)}
-        alignment: dict[str, object] = {
+        alignment: dict[str, Any] = {
             "base_layer": self.settings.base_layer,
             "path_length": means.rows("path_length")[0].item(),
             "chance": means.rows("chance")[0].tolist(),
@@ -321,21 +328,21 @@ class Analysis:
         return rows | {"debiased": debiased(self.means)}
 
 
-def change_since(after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray]) -> dict[str, object]:
+def change_since(after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Differences to another analysis of the same items with the same seed: its resamples are the same, so they are paired."""
     shared = [name for name in after if name in before and after[name].shape == before[name].shape]
     return _figures({name: after[name] - before[name] for name in shared})
 
 
-def _figures(rows: Mapping[str, np.ndarray]) -> dict[str, object]:
-    made = {}
+def _figures(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
     for name, values in rows.items():
         ends = np.moveaxis(interval(values), 0, -1)
         made |= {name: values[0].tolist(), f"{name}_ci95": ends.tolist()}
     return made
 
 
-def _agreement(rows: np.ndarray, main: np.ndarray) -> dict[str, object]:
+def _agreement(rows: np.ndarray, main: np.ndarray) -> dict[str, Any]:
     """Of CKA under another base layer with that under the chosen one, both [R, L, L]."""
     best = best_layers(rows)
     made = _figures(
@@ -391,7 +398,7 @@ def _chain(questions: Sequence[Question], items: Sequence[_Item], seed: int) -> 
     return dict(zip(SCALARS, np.array(rows, dtype=np.float64).T, strict=True))
 
 
-def _records(questions: Sequence[Question], items: Sequence[_Item], values: Mapping[str, np.ndarray]) -> list[dict]:
+def _records(questions: Sequence[Question], items: Sequence[_Item], values: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """Lines of items.jsonl."""
     kept = (*SCALARS, *(f"{kind}_{what}" for kind in MEANS for what in ("pooled", "tokens")))
     return [

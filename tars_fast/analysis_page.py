@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -48,9 +48,9 @@ _CHAIN = (
 class Analysed:
     """An analysis that is done."""
 
-    figures: Mapping
+    figures: Mapping[str, Any]
     """What analysis.json holds."""
-    records: Sequence[Mapping]
+    records: Sequence[Mapping[str, Any]]
     """The lines of items.jsonl."""
 
 
@@ -70,17 +70,21 @@ def item_results(analysed: Analysed, data: str, questions: Sequence[Question]) -
         if (record := records.get(question.id)) is None:
             results.append(ItemResult.of(data, question, None, failed[question.id]))
             continue
-        answers = []
+        answers = {}
         for modality in Modality:
             completion = record[modality]
             readings = read_completion(completion, question.choices, question.answer, f"{seed} {modality} {question.id}")
-            answers.append(Answered(completion, record[f"{modality}_truncated"], readings, None))
+            answers[modality] = Answered(completion, record[f"{modality}_truncated"], readings, None)
         cosines = tuple(np.nan if cosine is None else cosine for cosine in record["own_pooled"])
-        results.append(ItemResult.of(data, question, Evaluated(*answers, np.nan, cosines, None), None))
+        results.append(
+            ItemResult.of(
+                data, question, Evaluated(answers[Modality.SPEECH], answers[Modality.TEXT], np.nan, cosines, None), None
+            )
+        )
     return results
 
 
-def draw_analysis(output_dir: Path, figures: Mapping, before: Mapping | None) -> None:
+def draw_analysis(output_dir: Path, figures: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
     """drift.png and cka.png, where there is something to draw with.
 
     Args:
@@ -125,7 +129,7 @@ def _stages(this: T, before: T | None) -> dict[str, T]:
     return {"this model": this} if before is None else {"before": before, "after": this}
 
 
-def _behaviour(stages: Mapping[str, Mapping], change: Mapping | None) -> Iterator[Section]:
+def _behaviour(stages: Mapping[str, Mapping[str, Any]], change: Mapping[str, Any] | None) -> Iterator[Section]:
     columns = {name: figures["chain"] for name, figures in stages.items()}
     rows = []
     for title, name, scale, decimals in _CHAIN:
@@ -140,7 +144,7 @@ def _behaviour(stages: Mapping[str, Mapping], change: Mapping | None) -> Iterato
     yield Section("Behaviour along the chain of reasoning", notes, [Table(header, rows)])
 
 
-def _drift_curves(stages: Mapping[str, Mapping], kind: str) -> dict[str, Curve]:
+def _drift_curves(stages: Mapping[str, Mapping[str, Any]], kind: str) -> dict[str, Curve]:
     """By mean and stage."""
     return {
         f"{what}, {name}": layer_curve(figures["drift"][kind][what], figures["drift"][kind][f"{what}_ci95"])
@@ -149,7 +153,7 @@ def _drift_curves(stages: Mapping[str, Mapping], kind: str) -> dict[str, Curve]:
     }
 
 
-def _drift(stages: Mapping[str, Mapping], change: Mapping | None) -> Iterator[Section]:
+def _drift(stages: Mapping[str, Mapping[str, Any]], change: Mapping[str, Any] | None) -> Iterator[Section]:
     notes = [
         "Cosine of hidden states after a spoken question with those after the same question written, by layer, with 95 % "
         "intervals. " + "; ".join(f"{name}: states {what}" for name, what in _MEANS.items()) + "."
@@ -158,14 +162,16 @@ def _drift(stages: Mapping[str, Mapping], change: Mapping | None) -> Iterator[Se
     for kind, title in _KINDS.items():
         alt = f"Cosine by layer, {title}"
         pictures.append(curves_picture(_drift_curves(stages, kind), "layer", "cosine, speech to text", alt))
-    for kind, title in _KINDS.items() if change is not None else ():
+    for kind, title in _KINDS.items():
+        if change is None:
+            break
         curves = {what: layer_curve(change[f"{kind}_{what}"], change[f"{kind}_{what}_ci95"]) for what in _MEANS}
         alt = f"Change of the cosine since the analysis before, paired by item, {title}"
         pictures.append(curves_picture(curves, "layer", "change of the cosine", alt, "+.3f"))
     yield Section("Drift of hidden states", notes, pictures=pictures)
 
 
-def _along(stages: Mapping[str, Mapping]) -> Iterator[Section]:
+def _along(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
     pictures = []
     num_layers = len(next(iter(stages.values()))["drift"]["own"]["along"])
     for kind, title in _KINDS.items():
@@ -180,7 +186,7 @@ def _along(stages: Mapping[str, Mapping]) -> Iterator[Section]:
     yield Section("Along the completion", notes, pictures=pictures)
 
 
-def _matrices(figures: Mapping) -> dict[str, Sequence[Sequence[float | None]]]:
+def _matrices(figures: Mapping[str, Any]) -> dict[str, Sequence[Sequence[float | None]]]:
     """By title."""
     alignment = figures["alignment"]
     panels = {title: alignment[name]["matrix"] for name, title in _ESTIMATES.items()}
@@ -190,7 +196,7 @@ def _matrices(figures: Mapping) -> dict[str, Sequence[Sequence[float | None]]]:
     return panels
 
 
-def _alignment(stages: Mapping[str, Mapping]) -> Iterator[Section]:
+def _alignment(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
     pictures = []
     by_stage = {name: _matrices(figures) for name, figures in stages.items()}
     for title in by_stage[next(iter(by_stage))]:
@@ -226,7 +232,7 @@ def _heat_map(matrix: Sequence[Sequence[float | None]], alt: str) -> Picture:
     return Picture(drawn, alt, Table(header, rows))
 
 
-def _stability(stages: Mapping[str, Mapping]) -> Iterator[Section]:
+def _stability(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
     rows = []
     for name, figures in stages.items():
         before = "" if len(stages) == 1 else f"{name}: "
@@ -240,7 +246,7 @@ def _stability(stages: Mapping[str, Mapping]) -> Iterator[Section]:
             correlation, same, width = (
                 _mean_known(halves[what]) for what in ("correlation", "same_best_layer", "mean_band_width")
             )
-            cells = (shown(correlation, None, ".2f"), shown(same, None, ".0f", scale=100), shown(width, None, ".1f"))
+            cells = [shown(correlation, None, ".2f"), shown(same, None, ".0f", scale=100), shown(width, None, ".1f")]
             rows.append((f"{before}{label}, halves of the items", *cells))
     notes = [
         "The matrix with tokens paired at another layer beside the one above, and random halves of the items one beside the "
@@ -255,7 +261,7 @@ def _mean_known(values: Sequence[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def _probes(stages: Mapping[str, Mapping]) -> Iterator[Section]:
+def _probes(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
     rows = []
     for stage, figures in stages.items():
         for name, probe in figures.get("probes", {}).items():
@@ -274,7 +280,7 @@ def _probes(stages: Mapping[str, Mapping]) -> Iterator[Section]:
         yield Section("Probes", notes, [Table(header, rows)])
 
 
-def _cost(stages: Mapping[str, Mapping]) -> Section:
+def _cost(stages: Mapping[str, Mapping[str, Any]]) -> Section:
     end = "_seconds_per_item"
     parts = [name.removesuffix(end) for name in next(iter(stages.values()))["cost"] if name.endswith(end)]
     rows = [(part, *(shown(figures["cost"][f"{part}{end}"], None, ".3f") for figures in stages.values())) for part in parts]

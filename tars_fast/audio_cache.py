@@ -65,7 +65,7 @@ class AudioCache:
             if key in self._held:
                 self._held.move_to_end(key)
                 return self._held[key]
-        if self._folder is None or not (path := self._path(key)).is_file():
+        if self._folder is None or not (path := self._path(self._folder, key)).is_file():
             return None
         from safetensors import SafetensorError, safe_open
 
@@ -92,7 +92,7 @@ class AudioCache:
             from safetensors import SafetensorError
 
             with suppress(OSError, SafetensorError):
-                self._write(key, clips)
+                self._write(self._folder, key, clips)
 
     def _hold(self, key: str, clips: Clips) -> None:
         with self._lock:
@@ -104,10 +104,10 @@ class AudioCache:
                 _, oldest = self._held.popitem(last=False)
                 self._num_bytes -= _num_bytes(oldest)
 
-    def _write(self, key: str, clips: Clips) -> None:
+    def _write(self, folder: Path, key: str, clips: Clips) -> None:
         from safetensors.torch import save_file
 
-        path = self._path(key)
+        path = self._path(folder, key)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         named = {str(number): clip.contiguous() for number, clip in enumerate(clips)}
         save_file(named, partial, metadata={"sha256": _checksum(clips)})
@@ -115,7 +115,7 @@ class AudioCache:
         partial.replace(path)
         self._folder_bytes += path.stat().st_size
         if self._folder_bytes > self._max_folder_bytes:
-            states = [(path.stat(), path) for path in self._folder.glob("*.safetensors")]
+            states = [(path.stat(), path) for path in folder.glob("*.safetensors")]
             self._folder_bytes = sum(state.st_size for state, _ in states)
             # A tenth at a time, so that not every new recording lists the folder.
             for state, oldest in sorted(states, key=lambda entry: entry[0].st_mtime_ns):
@@ -124,8 +124,8 @@ class AudioCache:
                 oldest.unlink(missing_ok=True)
                 self._folder_bytes -= state.st_size
 
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{self._fingerprint}-{key}.safetensors"
+    def _path(self, folder: Path, key: str) -> Path:
+        return folder / f"{self._fingerprint}-{key}.safetensors"
 
 
 def make_cache_folder(folder: Path) -> None:

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tars_fast.adapters import has_adapter, save_adapter
 from tars_fast.config import list_checkpoints
 from tars_fast.files import PARTIAL, make_readable
 from tars_fast.hub import checkpoint_folder, copy_processor, read_weights
 from tars_fast.models import SpeechModel
+from tars_fast.modules import PolicyModule
 from tars_fast.prompts import PromptFormat
 from tars_fast.types import UserError
 
@@ -52,7 +53,7 @@ def save_model(model: SpeechModel, folder: Path) -> None:
     prompts.preset.save(folder)
 
 
-def _save_weights(module: nn.Module, prompts: PromptFormat, folder: Path) -> None:
+def _save_weights(module: PolicyModule, prompts: PromptFormat, folder: Path) -> None:
     """Under the names of published checkpoints; those that transformers would write are not known to vLLM."""
     from huggingface_hub import save_torch_state_dict
 

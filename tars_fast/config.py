@@ -367,11 +367,11 @@ class TrainConfig:
     """Of the weights. auto: bfloat16 for LoRA on CUDA, else float32. Full fine-tuning in bfloat16 rounds stochastically."""
 
     def __post_init__(self) -> None:
-        positive = ("kv_cache_gb", "max_logprob_diff", "audio_cache_dir_gb", "eval_items")
+        positive = ["kv_cache_gb", "max_logprob_diff", "audio_cache_dir_gb", "eval_items"]
         positive += ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")
         positive += ("max_grad_norm", "tokens_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
         check_numbers(self, positive=(*positive, "lora_alpha"))
-        not_negative = ("representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples")
+        not_negative = ["representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples"]
         not_negative += ("audio_cache_gb",)
         check_numbers(self, not_negative=(*not_negative, "seed"))
         if self.resume and self.output_dir is None:

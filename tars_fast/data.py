@@ -98,6 +98,13 @@ class Item:
     """In a format that the reader cannot correct."""
 
 
+@dataclass(frozen=True)
+class UsableItem(Item):
+    """A row that is an item."""
+
+    question: Question
+
+
 _INSTRUCTION = re.compile(r"\s*What is the answer to the above multiple choice question\?.*", re.DOTALL)
 """VoiceBench's, behind the options of every item."""
 _OPTION = re.compile(r"\s*(?:option\s+)?\(?([A-Za-z])[.:)]+(?:\s+|$)", re.IGNORECASE)
@@ -247,11 +254,12 @@ def read_items(source: str | Path, *, spoken: bool = True) -> Iterator[Item]:
         except UserError as error:
             yield Item(row.place, {}, row.audio, None, error, kind.published)
             continue
-        error = None
         if question.id in first:
-            error = UserError(f"{row.place}: id {question.id!r} already stands in {first[question.id]}; ids must be unique")
-        first.setdefault(question.id, row.where)
-        yield Item(row.place, fields, row.audio, question, error, kind.published)
+            repeated = UserError(f"{row.place}: id {question.id!r} already stands in {first[question.id]}; ids must be unique")
+            yield Item(row.place, fields, row.audio, question, repeated, kind.published)
+        else:
+            first[question.id] = row.where
+            yield UsableItem(row.place, fields, row.audio, question, None, kind.published)
 
 
 def load_questions(source: str | Path, *, spoken: bool = True) -> list[Question]:
@@ -270,9 +278,10 @@ def load_questions(source: str | Path, *, spoken: bool = True) -> list[Question]
     """
     questions = []
     for item in read_items(source, spoken=spoken):
-        if item.error is not None:
+        if isinstance(item, UsableItem):
+            questions.append(item.question)
+        elif item.error is not None:
             raise item.error
-        questions.append(item.question)
     if not questions:
         raise _no_items(source)
     return questions
@@ -282,7 +291,7 @@ def _no_items(source: str | Path) -> UserError:
     return UserError(f"data {source}: holds no items; an item is id, question, answer, audio, options")
 
 
-def read_usable(source: str | Path, *, spoken: bool = True) -> tuple[list[Item], str | None]:
+def read_usable(source: str | Path, *, spoken: bool = True) -> tuple[list[UsableItem], str | None]:
     """(items, what to say of rows that were left out): published data, which nobody can correct, go on without bad rows.
 
     For training and for speaking only: an evaluation that left items out would be another one.
@@ -294,15 +303,15 @@ def read_usable(source: str | Path, *, spoken: bool = True) -> tuple[list[Item],
     Raises:
         UserError: nothing usable there, or the first bad row of one's own format.
     """
-    usable: list[Item] = []
+    usable: list[UsableItem] = []
     errors: list[UserError] = []
     for item in read_items(source, spoken=spoken):
-        if item.error is None:
+        if isinstance(item, UsableItem):
             usable.append(item)
-        elif item.published:
+        elif item.error is not None:
+            if not item.published:
+                raise item.error
             errors.append(item.error)
-        else:
-            raise item.error
     if not usable:
         raise errors[0] if errors else _no_items(source)
     total = len(usable) + len(errors)

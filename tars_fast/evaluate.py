@@ -313,7 +313,7 @@ def evaluate_data(config: EvaluateConfig, workers: Workers) -> int:
     write_atomically(output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
     earlier = None if compared is None else make_report(compared, reference, None)
     draw(output_dir / FIGURE, evaluation, earlier)
-    write_report(output_dir, data, None if compared is None else Compared(compared, earlier))
+    write_report(output_dir, data, None if compared is None or earlier is None else Compared(compared, earlier))
     print_evaluation(console, evaluation)
     written = ", ".join(sorted(path.name for path in output_dir.iterdir()))
     say(console, f"written to {output_dir}: {written}")
@@ -403,7 +403,7 @@ def evaluate_parts(job: Job, pending: Sequence[Part], done: Sequence[ItemResult]
 
 def make_report(
     results: Sequence[ItemResult], reference: Reference, compared: Sequence[ItemResult] | None
-) -> dict[str, dict[str, object]]:
+) -> dict[str, dict[str, Any]]:
     """What evaluation.json holds: figures by the name of the data, and their mean as `overall`."""
     parts = by_data(results)
     evaluation = {name: report(part, reference) for name, part in parts.items()} | {OVERALL: overall(results, reference)}
@@ -415,7 +415,7 @@ def make_report(
     return evaluation
 
 
-def draw(path: Path, evaluation: Mapping[str, Mapping], earlier: Mapping[str, Mapping] | None) -> None:
+def draw(path: Path, evaluation: Mapping[str, Mapping[str, Any]], earlier: Mapping[str, Mapping[str, Any]] | None) -> None:
     """Accuracy by modality of every data set, beside that of the compared evaluation where there is one."""
     panels = {}
     for name, figures in evaluation.items():

@@ -90,22 +90,23 @@ def prepare_speech(
 
 def encode_speech(
     model: SpeechModel, engine: RolloutEngine, prepared: Sequence[PreparedPrompt | UserError], max_new_tokens: int
-) -> tuple[list[Prompt | None], list[str | None]]:
-    """Spoken prompts, and for each that cannot be used the reason; one bad recording does not cost the others."""
-    reasons = [str(one) if isinstance(one, UserError) else None for one in prepared]
-    usable = [number for number, reason in enumerate(reasons) if reason is None]
+) -> list[Prompt | UserError]:
+    """Spoken prompts, or for each that cannot be used the reason; one bad recording does not cost the others."""
+    usable = {number: one for number, one in enumerate(prepared) if isinstance(one, PreparedPrompt)}
+    made: dict[int, Prompt | UserError] = {number: one for number, one in enumerate(prepared) if isinstance(one, UserError)}
     try:
-        encoded = dict(zip(usable, model.encode([prepared[number] for number in usable]), strict=True))
+        made |= zip(usable, model.encode(list(usable.values())), strict=True)
     except UserError:
-        encoded = {}
-        for number in usable:
+        for number, one in usable.items():
             try:
-                (encoded[number],) = model.encode([prepared[number]])
+                (made[number],) = model.encode([one])
             except UserError as error:
-                reasons[number] = str(error)
-    for number, prompt in encoded.items():
-        reasons[number] = engine.refuses(prompt, max_new_tokens)
-    return [encoded.get(number) for number in range(len(prepared))], reasons
+                made[number] = error
+    for number in usable:
+        prompt = made[number]
+        if isinstance(prompt, Prompt) and (reason := engine.refuses(prompt, max_new_tokens)) is not None:
+            made[number] = UserError(reason)
+    return [made[number] for number in range(len(prepared))]
 
 
 Part = tuple[str, int, Sequence[Question]]
@@ -199,11 +200,11 @@ def evaluate_slice(
     failed = dict(refused or {})
     asked = [question for question in questions if question.id not in failed]
     with torch.no_grad():
-        spoken, reasons = encode_speech(model, engine, prepare_speech(model, asked), settings.max_new_tokens)
-        failed |= {question.id: reason for question, reason in zip(asked, reasons, strict=True) if reason is not None}
-        prompts = {Modality.SPEECH: [prompt for prompt, reason in zip(spoken, reasons, strict=True) if reason is None]}
+        encoded = encode_speech(model, engine, prepare_speech(model, asked), settings.max_new_tokens)
+        failed |= {q.id: str(prompt) for q, prompt in zip(asked, encoded, strict=True) if isinstance(prompt, UserError)}
         asked = [question for question in asked if question.id not in failed]
-        prompts[Modality.TEXT] = model.encode_prompts(asked, Modality.TEXT)
+        spoken = [prompt for prompt in encoded if isinstance(prompt, Prompt)]
+        prompts = {Modality.SPEECH: spoken, Modality.TEXT: model.encode_prompts(asked, Modality.TEXT)}
     answered = iter(_answer(model, engine, text_similarity, asked, prompts, settings, start) if asked else [])
     return [
         ItemResult.of(data, question, None if question.id in failed else next(answered), failed.get(question.id))
@@ -259,7 +260,5 @@ def _transcribe(
     with torch.no_grad():
         prompts = model.encode_prompts(questions, Modality.SPEECH, TRANSCRIBE)
     texts = [completion.text for completion in engine.generate(prompts, range(len(questions)), greedy)]
-    return [
-        Transcribed(text, question.transcript, word_error_rate(question.transcript, text))
-        for question, text in zip(questions, texts, strict=True)
-    ]
+    said = [question.transcript or "" for question in questions]
+    return [Transcribed(text, words, word_error_rate(words, text)) for words, text in zip(said, texts, strict=True)]

@@ -13,10 +13,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from tars_fast.adapters import ADAPTER_WEIGHTS, merge_adapter
 from tars_fast.checkpoint import atomic_folder, save_model
@@ -24,6 +23,7 @@ from tars_fast.cli import run_command
 from tars_fast.config import PRESETS, find_preset
 from tars_fast.hub import adapter_config, base_of, cannot_be_loaded, checkpoint_folder, copy_processor
 from tars_fast.models import SpeechModel, load_module
+from tars_fast.modules import PolicyModule
 from tars_fast.prompts import PromptFormat, load_prompt_format
 from tars_fast.types import UserError
 
@@ -56,7 +56,7 @@ class ExportConfig:
             raise UserError(f"--output-dir {self.output_dir}: exists already; name another folder, or remove it")
 
 
-def merged_module(prompts: PromptFormat, source: str) -> nn.Module:
+def merged_module(prompts: PromptFormat, source: str) -> PolicyModule:
     """The checkpoint's module in float32 on the CPU, an adapter added to the weights of its base.
 
     Raises:
@@ -83,10 +83,10 @@ def stored_dtype(source: str) -> torch.dtype:
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_slice(name)
                 numbers[tensor.get_dtype()] += math.prod(tensor.get_shape())
-    return _DTYPES.get(max(numbers, key=numbers.get, default=""), torch.float32)
+    return _DTYPES.get(max(numbers, key=numbers.__getitem__, default=""), torch.float32)
 
 
-def read_json(path: Path, flag: str) -> dict:
+def read_json(path: Path, flag: str) -> dict[str, Any]:
     """Raises UserError where it is not a JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -97,13 +97,13 @@ def read_json(path: Path, flag: str) -> dict:
     return values
 
 
-def run_of(source: str) -> dict:
+def run_of(source: str) -> dict[str, Any]:
     """config.json of the run that a checkpoint lies in, or nothing."""
     path = Path(source).resolve().parent / "config.json"
     return read_json(path, "--model") if path.is_file() else {}
 
 
-def find_evaluation(config: ExportConfig, run: Mapping) -> dict:
+def find_evaluation(config: ExportConfig, run: Mapping[str, Any]) -> dict[str, Any]:
     """The figures for the model card, or nothing; a run's own are those of its last checkpoint only."""
     if config.evaluation is not None:
         path = config.evaluation
@@ -124,7 +124,12 @@ def name_of(base: str | None) -> str | None:
 
 
 def model_card(
-    config: ExportConfig, base: str | None, dtype: str, run: Mapping, evaluation: Mapping, merge_first: str = ""
+    config: ExportConfig,
+    base: str | None,
+    dtype: str,
+    run: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    merge_first: str = "",
 ) -> str:
     """README.md: what the model is, where it comes from, how it was trained and what it reaches.
 
@@ -161,7 +166,7 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def evaluation_rows(evaluation: Mapping) -> Iterator[str]:
+def evaluation_rows(evaluation: Mapping[str, Any]) -> Iterator[str]:
     """A table row for every report of a run's or an evaluation's evaluation.json."""
     for name, report in evaluation.items():
         if isinstance(report, Mapping) and report.get("speech_accuracy") is not None and name != "change":
@@ -170,7 +175,7 @@ def evaluation_rows(evaluation: Mapping) -> Iterator[str]:
             yield f"| {name} | {report['num_items']} | " + " | ".join(cells) + " |"
 
 
-def _cell(report: Mapping, name: str, scale: float) -> str:
+def _cell(report: Mapping[str, Any], name: str, scale: float) -> str:
     if report.get(name) is None:
         return "-"
     interval = report[f"{name}_ci95"]
@@ -206,7 +211,7 @@ def export(config: ExportConfig) -> int:
     return 0
 
 
-def write_weights(source: str, module: nn.Module | None, prompts: PromptFormat, folder: Path) -> None:
+def write_weights(source: str, module: PolicyModule | None, prompts: PromptFormat, folder: Path) -> None:
     """The model, or where there is no module the adapter as it is, with all that is needed to use it."""
     if module is None:
         for name in ("adapter_config.json", ADAPTER_WEIGHTS):

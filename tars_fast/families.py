@@ -10,8 +10,9 @@ Shapes: A audio tokens of a recording, D hidden size, N recordings, M mel bins, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from tars_fast.architecture import Architecture
 from tars_fast.audio import SAMPLE_RATE
 from tars_fast.memory import ENGINE_LORA_RANKS
+from tars_fast.modules import Decoder, PolicyModule
 from tars_fast.requirements import is_at_least
 from tars_fast.types import UserError
 from tars_fast.weights import EngineNames, Part
@@ -58,11 +60,11 @@ class Family:
     """Stands in a prompt once for each audio token."""
     stop_tokens: tuple[str, ...]
     """End a completion, beside those that the checkpoint names."""
-    features: Callable[[object, np.ndarray], Features]
+    features: Callable[[Any, np.ndarray], Features]
     """(feature extractor, clip of [samples] at 16 kHz); needs no weights."""
-    embed: Callable[[nn.Module, Sequence[Features]], list[Tensor]]
+    embed: Callable[[PolicyModule, Sequence[Features]], list[Tensor]]
     """(module, N clips) to [A, D] each."""
-    num_audio_tokens: Callable[[object, int], int]
+    num_audio_tokens: Callable[[Any, int], int]
     """(feature extractor, samples) to A."""
     user_turn: Callable[[int, str], object]
     """(recordings, instruction behind them) to the content of a chat message."""
@@ -89,16 +91,16 @@ class Family:
     engine_refusal: str = ""
     """Why not."""
 
-    def config_of(self, config):
+    def config_of(self, config: Any) -> Any:
         """The configuration of `model_class` in the one of a checkpoint."""
         return getattr(config, self.nested_config, config) if self.nested_config else config
 
-    def transformers_class(self) -> type[nn.Module]:
+    def transformers_class(self) -> Any:
         import transformers
 
         return getattr(transformers, self.model_class)
 
-    def on_meta(self, config, dtype: torch.dtype | None = None) -> nn.Module:
+    def on_meta(self, config: Any, dtype: torch.dtype | None = None) -> PolicyModule:
         """The model without memory for its parameters; buffers, which are small, are real.
 
         Args:
@@ -109,6 +111,10 @@ class Family:
         with init_empty_weights(include_buffers=False):
             module = self.transformers_class()._from_config(config, attn_implementation="sdpa", dtype=dtype)
         return self.without_unused(module)
+
+    def decoder_of(self, module: nn.Module) -> Decoder:
+        """The language model's layers inside `module`."""
+        return cast(Decoder, module.get_submodule(self.language_model))
 
     def published_name(self, name: str, *, nested: bool = True) -> str:
         """Of a weight, as checkpoints have it and other programs expect it.
@@ -129,13 +135,13 @@ class Family:
                 return self.language_model + name.removeprefix(decoder)
         return name
 
-    def without_unused(self, module: nn.Module) -> nn.Module:
+    def without_unused(self, module: PolicyModule) -> PolicyModule:
         """`module`, changed in place."""
         for part in self.unused:
             module.set_submodule(part, nn.Identity())
         return module
 
-    def architecture(self, config) -> Architecture:
+    def architecture(self, config: Any) -> Architecture:
         """The shape of a model, counted on the model itself.
 
         Args:
@@ -144,9 +150,9 @@ class Family:
         text = config.get_text_config()
         module = self.on_meta(config)
         module.tie_weights()
-        decoder = module.get_submodule(self.language_model)
+        decoder = self.decoder_of(module)
         tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
-        attention = decoder.layers[0].self_attn
+        attention = decoder.layers[0].get_submodule("self_attn")
         heads = text.num_attention_heads
         written = [*decoder.embed_tokens.parameters(), *decoder.layers.parameters(), *decoder.norm.parameters()]
         written += [] if tied else [*module.get_output_embeddings().parameters()]
@@ -164,7 +170,7 @@ class Family:
             max_tokens=self.max_tokens(config),
         )
 
-    def max_tokens(self, config) -> int:
+    def max_tokens(self, config: Any) -> int:
         """Longest prompt plus completion.
 
         Args:
@@ -188,7 +194,7 @@ def engine_refusal(family: Family, lora_rank: int, *, float32: bool, on_cuda: bo
     return None
 
 
-def _count(parameters) -> int:
+def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
@@ -206,7 +212,7 @@ def find_family(source: str, model_type: str) -> Family:
     raise UserError(f"--model {source}: a {model_type} checkpoint; supported are {supported}{hint}")
 
 
-def embed_audio(module: nn.Module, features: Tensor, feature_mask: Tensor) -> tuple[Tensor, Tensor]:
+def embed_audio(module: PolicyModule, features: Tensor, feature_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Qwen2-Audio's tower and projector, without the language model.
 
     Args:
@@ -219,7 +225,7 @@ def embed_audio(module: nn.Module, features: Tensor, feature_mask: Tensor) -> tu
     """
     from transformers.masking_utils import create_bidirectional_mask
 
-    model = module.model
+    model: Any = module.model
     tower = model.audio_tower
     frame_lengths, token_lengths = tower._get_feat_extract_output_lengths(feature_mask.sum(-1))
     num_positions = (features.shape[-1] - 2) // 2 + 1
@@ -233,7 +239,7 @@ def embed_audio(module: nn.Module, features: Tensor, feature_mask: Tensor) -> tu
     return model.multi_modal_projector(states), token_lengths
 
 
-def _embed_qwen2_audio(module: nn.Module, clips: Sequence[Features]) -> list[Tensor]:
+def _embed_qwen2_audio(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
     embedded = []
     for batch in _batches(clips):
         features, mask = _stacked(module, batch)
@@ -242,17 +248,19 @@ def _embed_qwen2_audio(module: nn.Module, clips: Sequence[Features]) -> list[Ten
     return embedded
 
 
-def _embed_qwen2_5_omni(module: nn.Module, clips: Sequence[Features]) -> list[Tensor]:
+def _embed_qwen2_5_omni(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
+    hear: Any = module.get_audio_features
     embedded = []
     for batch in _batches(clips):
         features, mask = _stacked(module, batch)
-        states = module.get_audio_features(features, feature_attention_mask=mask).last_hidden_state
+        states = hear(features, feature_attention_mask=mask).last_hidden_state
         embedded += [state.clone() for state in states.split([clip.num_tokens for clip in batch])]
     return embedded
 
 
-def _embed_phi4_multimodal(module: nn.Module, clips: Sequence[Features]) -> list[Tensor]:
-    audio = module.model.embed_tokens_extend.audio_embed
+def _embed_phi4_multimodal(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
+    model: Any = module.model
+    audio = model.embed_tokens_extend.audio_embed
     embedded = []
     # One at a time: its convolutions see the padding of a batch.
     for clip in clips:
@@ -262,7 +270,7 @@ def _embed_phi4_multimodal(module: nn.Module, clips: Sequence[Features]) -> list
     return embedded
 
 
-def _whisper_features(feature_extractor, wave: np.ndarray, samples: int) -> Features:
+def _whisper_features(feature_extractor: Any, wave: np.ndarray, samples: int) -> Features:
     """The log-mel spectrogram of a recording padded to `samples`."""
     batch = feature_extractor(
         wave,
@@ -275,11 +283,11 @@ def _whisper_features(feature_extractor, wave: np.ndarray, samples: int) -> Feat
     return Features(batch.input_features[0], batch.attention_mask[0], _num_qwen_tokens(feature_extractor, len(wave)))
 
 
-def _qwen2_audio_features(feature_extractor, wave: np.ndarray) -> Features:
+def _qwen2_audio_features(feature_extractor: Any, wave: np.ndarray) -> Features:
     return _whisper_features(feature_extractor, wave, feature_extractor.n_samples)
 
 
-def _omni_features(feature_extractor, wave: np.ndarray) -> Features:
+def _omni_features(feature_extractor: Any, wave: np.ndarray) -> Features:
     # The checkpoint's own window is 300 s. A window of silence behind the recording gives the same spectrogram.
     samples = len(wave) + feature_extractor.n_fft
     return _whisper_features(
@@ -287,12 +295,12 @@ def _omni_features(feature_extractor, wave: np.ndarray) -> Features:
     )
 
 
-def _phi_features(feature_extractor, wave: np.ndarray) -> Features:
+def _phi_features(feature_extractor: Any, wave: np.ndarray) -> Features:
     values = feature_extractor([wave], sampling_rate=SAMPLE_RATE, return_tensors="pt").audio_input_features[0]
     return Features(values, torch.ones(len(values)), _num_phi_tokens(feature_extractor, len(wave)))
 
 
-def _stacked(module: nn.Module, clips: Sequence[Features]) -> tuple[Tensor, Tensor]:
+def _stacked(module: PolicyModule, clips: Sequence[Features]) -> tuple[Tensor, Tensor]:
     """([N, M, F] spectrograms, [N, F] mask) as wide as the longest."""
     width = max(len(clip.mask) for clip in clips)
     values = torch.stack([nn.functional.pad(clip.values, (0, width - len(clip.mask))) for clip in clips])
@@ -314,13 +322,13 @@ def _batches(clips: Sequence[Features]) -> Iterator[list[Features]]:
         yield batch
 
 
-def _num_qwen_tokens(feature_extractor, samples: int) -> int:
+def _num_qwen_tokens(feature_extractor: Any, samples: int) -> int:
     """Both towers halve the frames twice (`_get_feat_extract_output_lengths` of transformers)."""
     frames = -(-samples // feature_extractor.hop_length)
     return ((frames - 1) // 2 + 1 - 2) // 2 + 1
 
 
-def _num_phi_tokens(feature_extractor, samples: int) -> int:
+def _num_phi_tokens(feature_extractor: Any, samples: int) -> int:
     """As `Phi4MultimodalFeatureExtractor._compute_audio_embed_size` has it."""
     frames = (samples - feature_extractor.win_length) // feature_extractor.hop_length + 1
     frames *= feature_extractor.audio_feat_stride
@@ -335,7 +343,8 @@ def _qwen2_audio_template() -> str:
     """Of the class: the published checkpoint has none of its own."""
     from transformers import Qwen2AudioProcessor
 
-    return Qwen2AudioProcessor.default_chat_template.fget(None)
+    template: Any = Qwen2AudioProcessor.default_chat_template
+    return template.fget(None)
 
 
 _QWEN2_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -12,12 +12,13 @@ from functools import wraps
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 FIGURE = "accuracy.png"
@@ -29,7 +30,7 @@ _UNKNOWN_COLOUR = "#dddddd"
 _PHONE_WIDTH = 4.4
 """Inches: at this width a 9 point label is still legible on a phone, which shows the picture at about its own size."""
 _MOST_COLUMNS = 3
-_STYLE = {
+_STYLE: dict[Any, object] = {
     # Names of data are the user's: a dollar sign in one is no formula.
     "text.parse_math": False,
     # Letters stay letters: smaller, and drawn in a font of the reader's.
@@ -92,8 +93,12 @@ class Curve:
         """At most `_MOST_POINTS`, each the mean of what is known of its neighbours."""
         size = max(1, -(-len(self.x) // _MOST_POINTS))
         starts = range(0, len(self.x), size)
-        columns = (self.x, self.y, self.low, self.high)
-        return Curve(*(None if c is None else [_mean(c[start : start + size]) for start in starts] for c in columns))
+
+        def means(values: Sequence[float | None]) -> list[float]:
+            return [_mean(values[start : start + size]) for start in starts]
+
+        low, high = (None if ends is None else means(ends) for ends in (self.low, self.high))
+        return Curve(means(self.x), means(self.y), low, high)
 
 
 def _mean(values: Sequence[float | None]) -> float:
@@ -102,7 +107,7 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 @_styled
-def accuracy_figure(panels: Mapping[str, Mapping[str, Mapping]]) -> Figure:
+def accuracy_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
     """A panel for each data set, in it a pair of bars, speech and text, for each evaluation, with 95 % intervals.
 
     Args:
@@ -142,9 +147,9 @@ def curves_figure(panels: Mapping[str, Mapping[str, Curve]], x_label: str, y_lab
             style = ("-", "--", ":", "-.")[number % 4]
             drawn = curve.thinned()
             marker = "." if len(drawn.x) <= 40 else None
-            axis.plot(drawn.x, drawn.y, style, color=colour, label=name, marker=marker, linewidth=1.3)
-            if drawn.low is not None:
-                axis.fill_between(drawn.x, drawn.low, drawn.high, color=colour, alpha=0.2, linewidth=0)
+            axis.plot(drawn.x, _numbers(drawn.y), style, color=colour, label=name, marker=marker, linewidth=1.3)
+            if drawn.low is not None and drawn.high is not None:
+                axis.fill_between(drawn.x, _numbers(drawn.low), _numbers(drawn.high), color=colour, alpha=0.2, linewidth=0)
         _whole_numbers(axis.xaxis)
         axis.grid(alpha=0.3)
     _legend(figure, axes, columns=2 if len(names) == 4 or max(map(len, names)) > 15 else min(len(names), 3))
@@ -199,7 +204,12 @@ def _legend(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
     figure.legend(lines.values(), lines.keys(), frameon=False, loc="outside lower center", ncols=columns)
 
 
-def _whole_numbers(axis: object) -> None:
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    """As matplotlib takes them: nan where nothing is known."""
+    return [math.nan if value is None else value for value in values]
+
+
+def _whole_numbers(axis: Axis) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True))

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 from tars_fast.types import UserError
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from torch import Tensor
 
 _WEIGHTS = ("*.safetensors",)
 _REST = ("*.json", "*.jinja", "*.txt", "*.model")
-_PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+_PROCESSOR_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
 _PROCESSOR_FILES += ("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "processor_config.json")
 _PROCESSOR_FILES += ("preprocessor_config.json", "video_preprocessor_config.json")
 _NEVER = ("vision-lora/*", "original/*", "examples/*", "figures/*")
@@ -67,10 +68,10 @@ def base_of(source: str) -> str:
 def adapter_rank(source: str) -> int:
     """Largest of a LoRA checkpoint; 0 for any other. Raises UserError as `base_of` does."""
     config = adapter_config(source)
-    return 0 if config is None else max([config.r, *config.rank_pattern.values()])
+    return 0 if config is None else max([config.r, *(config.rank_pattern or {}).values()])
 
 
-def adapter_config(source: str):
+def adapter_config(source: str) -> LoraConfig | None:
     """peft's description of an adapter, None for a checkpoint with weights of its own.
 
     Raises:
@@ -79,12 +80,20 @@ def adapter_config(source: str):
     folder = checkpoint_folder(source, weights=False)
     if not (folder / "adapter_config.json").is_file():
         return None
-    from peft import PeftConfig
-
     try:
-        return PeftConfig.from_pretrained(folder)
+        return read_adapter_config(folder)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise cannot_be_loaded(source, error) from error
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """Of an adapter that peft wrote. Raises ValueError for one that is not LoRA, or what peft raises."""
+    from peft import LoraConfig, PeftConfig
+
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"its adapter is {config.peft_type}, not LORA")
+    return config
 
 
 def weights_fingerprint(source: str) -> str:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -20,6 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tars_fast.memory import explain_out_of_memory
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def open_console() -> Console:
@@ -89,7 +93,8 @@ class RunLog:
 
     def __init__(self, output_dir: Path | None, num_steps: int, num_completed: int):
         self.console = Console(quiet=True) if output_dir is None else open_console()
-        self._path = self._writer = None
+        self._path: Path | None = None
+        self._writer: SummaryWriter | None = None
         if output_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -117,7 +122,7 @@ class RunLog:
 
     def step(self, metrics: Mapping[str, float]) -> None:
         """Record a step; `metrics["step"]` counts from 1."""
-        if self._path is None:
+        if self._path is None or self._writer is None:
             return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
@@ -180,7 +185,7 @@ _FIGURES = (
 _MOST_FAILURES_SHOWN = 5
 
 
-def figure_table(title: str, reports: Mapping[str, Mapping], differences: Collection[str] = ()) -> Table:
+def figure_table(title: str, reports: Mapping[str, Mapping[str, Any]], differences: Collection[str] = ()) -> Table:
     """Figures below each other, reports side by side, each figure with its 95 % interval.
 
     Args:
@@ -195,7 +200,7 @@ def figure_table(title: str, reports: Mapping[str, Mapping], differences: Collec
     return table
 
 
-def figure_rows(reports: Mapping[str, Mapping], differences: Collection[str] = ()) -> list[tuple[str, ...]]:
+def figure_rows(reports: Mapping[str, Mapping[str, Any]], differences: Collection[str] = ()) -> list[tuple[str, ...]]:
     """The rows of `figure_table`, each with what it is in front."""
     rows = []
     for row, name, scale in _FIGURES:
@@ -205,7 +210,7 @@ def figure_rows(reports: Mapping[str, Mapping], differences: Collection[str] = (
     return rows
 
 
-def _shown(report: Mapping, name: str, scale: float, is_difference: bool) -> str:
+def _shown(report: Mapping[str, Any], name: str, scale: float, is_difference: bool) -> str:
     sign, decimals = ("+", 1) if is_difference else ("", 0)
     return shown(report.get(name), report.get(f"{name}_ci95"), f"{sign}.1f", f"{sign}.{decimals}f", scale)
 
@@ -222,13 +227,14 @@ def shown(
     if value is None or math.isnan(value):
         return "-"
     figure = f"{scale * value:{spec}}"
-    if ends is None or any(end is None or math.isnan(end) for end in ends):
+    known = [end for end in ends or () if end is not None and not math.isnan(end)]
+    if len(known) < 2:
         return figure
-    low, high = (f"{scale * end:{ends_spec or spec}}" for end in ends)
+    low, high = (f"{scale * end:{ends_spec or spec}}" for end in known)
     return f"{figure} [{low}, {high}]"
 
 
-def print_evaluation(console: Console, evaluation: Mapping[str, Mapping]) -> None:
+def print_evaluation(console: Console, evaluation: Mapping[str, Mapping[str, Any]]) -> None:
     """evaluation.json on one screen: figures, scorers, categories, the comparison, and what failed."""
     parts = {name: report for name, report in evaluation.items() if name != "overall"}
     columns = parts if len(parts) == 1 else {**parts, "mean": evaluation["overall"]}
@@ -265,7 +271,7 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Mapping]) -> Non
         print_failures(console, name, report)
 
 
-def best_layer_cells(layers: Mapping[str, Sequence], number: int) -> tuple[str, str, str]:
+def best_layer_cells(layers: Mapping[str, Sequence[Any]], number: int) -> tuple[str, str, str]:
     """Of a speech layer, from 0: its best text layer, the CKA of both, and how far that lies above another item's text.
 
     Args:
@@ -274,15 +280,15 @@ def best_layer_cells(layers: Mapping[str, Sequence], number: int) -> tuple[str, 
     best = layers["best_text_layer"][number]
     if not best:
         return "-", "-", "-"
-    above = [layers.get(f"above_mismatched{end}") for end in ("", "_ci95")]
+    above, ends = layers.get("above_mismatched"), layers.get("above_mismatched_ci95")
     return (
         shown(best, layers["best_text_layer_ci95"][number], ".0f"),
         shown(layers["matrix"][number][best - 1], None, ".3f"),
-        "-" if above[0] is None else shown(*(part[number][best - 1] for part in above), "+.3f"),
+        "-" if above is None or ends is None else shown(above[number][best - 1], ends[number][best - 1], "+.3f"),
     )
 
 
-def print_analysis(console: Console, analysis: Mapping[str, Mapping]) -> None:
+def print_analysis(console: Console, analysis: Mapping[str, Mapping[str, Any]]) -> None:
     """analysis.json on one screen: drift and alignment by layer, behaviour, probes, cost."""
     drift, alignment, chain = analysis["drift"], analysis["alignment"], analysis["chain"]
     columns = [(kind, what) for kind in ("own", "forced") for what in ("pooled", "tokens")]
@@ -336,7 +342,9 @@ def print_analysis(console: Console, analysis: Mapping[str, Mapping]) -> None:
     say(console, f"seconds an item: {parts}; at most {analysis['cost']['peak_memory_bytes'] / 1e9:.2f} GB of memory")
 
 
-def _accuracy_table(title: str, kind: str, reports: Mapping[str, Mapping], unparsed: Mapping[str, str] | None = None) -> Table:
+def _accuracy_table(
+    title: str, kind: str, reports: Mapping[str, Mapping[str, Any]], unparsed: Mapping[str, str] | None = None
+) -> Table:
     """Accuracy by modality of each `kind`, one below the other."""
     table = Table(box=box.SIMPLE_HEAD, title=title)
     for column in (kind, "items", "speech", "text", *(["unparsed, speech / text"] if unparsed else [])):
@@ -347,7 +355,7 @@ def _accuracy_table(title: str, kind: str, reports: Mapping[str, Mapping], unpar
     return table
 
 
-def print_failures(console: Console, name: str, report: Mapping) -> None:
+def print_failures(console: Console, name: str, report: Mapping[str, Any]) -> None:
     """The items that could not be evaluated, the first ones with the reason."""
     failed = report["failed"]
     if failed:
@@ -363,7 +371,7 @@ def say(console: Console, message: str) -> None:
     console.print(message, highlight=False, soft_wrap=True)
 
 
-def print_summary(log: RunLog, evaluation: Mapping[str, Mapping], output_dir: Path) -> None:
+def print_summary(log: RunLog, evaluation: Mapping[str, Mapping[str, Any]], output_dir: Path) -> None:
     """The run on one screen: before, after, the paired change, and where the time went."""
     reports = {name: evaluation[name] for name in ("before", "after", "change")}
     log.console.print(figure_table("Held-out items, 95 % bootstrap intervals in brackets", reports, differences=("change",)))

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from tars_fast.architecture import Architecture
 from tars_fast.types import TrainingError
@@ -317,14 +318,14 @@ def remedies(plan: MemoryPlan) -> list[str]:
         # As small as it gets already.
         changes = [change for change in changes if change[1] != "given_micro_batch"]
 
-    def with_changes(values: dict[str, object]) -> MemoryPlan:
+    def with_changes(values: dict[str, Any]) -> MemoryPlan:
         return plan_memory(dataclasses.replace(workload, **values), plan.device_bytes)
 
     def told(flags: str, changed: MemoryPlan) -> str:
         return f"{flags}: peak {size(max(changed.peaks.values()))}, fits"
 
     found = []
-    sized = {"given_kv_cache": None}
+    sized: dict[str, Any] = {"given_kv_cache": None}
     if workload.given_kv_cache is not None and (changed := with_changes(sized)).fits:
         found.append(told(f"without --kv-cache-gb ({size(changed.kv_cache)} then)", changed))
     for flag, name, value in changes:

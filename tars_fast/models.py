@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from tars_fast.audio_cache import AudioCache, Clips, fingerprint
 from tars_fast.config import Preset
 from tars_fast.families import Features
 from tars_fast.hub import base_of, cannot_be_loaded, checkpoint_folder
+from tars_fast.modules import Decoder, PolicyModule
 from tars_fast.packed_attention import PackedGroups, use_packed_attention, uses_flash
 from tars_fast.prompts import PromptFormat, load_prompt_format
 from tars_fast.types import Completion, Modality, Prompt, Question, Recording, UserError
@@ -55,7 +57,7 @@ class PreparedPrompt:
 class SpeechModel:
     """A speech LLM with its processor, as trainer and rollout engine share it."""
 
-    def __init__(self, module: nn.Module, prompts: PromptFormat):
+    def __init__(self, module: PolicyModule, prompts: PromptFormat):
         self.module = module
         self.prompts = prompts
         self.family = prompts.family
@@ -77,9 +79,9 @@ class SpeechModel:
         return self.module.get_output_embeddings()
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Decoder:
         """The decoder stack: `layers`, `norm`, called with embeddings."""
-        return self.module.get_submodule(self.family.language_model)
+        return self.family.decoder_of(self.module)
 
     @property
     def audio_parts(self) -> list[nn.Module]:
@@ -89,8 +91,8 @@ class SpeechModel:
     @property
     def attention(self) -> str:
         """How the trainer's forward pass attends."""
-        head_size = self.language_model.layers[0].self_attn.head_dim
-        return "FlashAttention" if uses_flash(self.device, self.module.dtype, head_size) else "masked attention"
+        attention: Any = self.language_model.layers[0].self_attn
+        return "FlashAttention" if uses_flash(self.device, self.module.dtype, attention.head_dim) else "masked attention"
 
     def keep_audio(self, max_bytes: int, folder: Path | None, max_folder_bytes: int) -> None:
         """Bound the embeddings kept for later epochs, and keep them in `folder` too, where later runs find them.
@@ -127,10 +129,12 @@ class SpeechModel:
             instruction: see `PromptFormat.render`.
 
         Raises:
-            UserError: a recording that cannot be read.
+            UserError: a recording that cannot be read, or is not there.
         """
         if modality is Modality.TEXT:
             return PreparedPrompt(modality, self.prompts.token_ids(question, modality), None)
+        if question.audio is None:
+            raise UserError(f"item {question.id!r}: has no recording; give 'audio'")
         audio = self.load_audio(question.audio)
         return PreparedPrompt(modality, self.prompts.token_ids(question, modality, audio.num_tokens, instruction), audio)
 
@@ -297,7 +301,7 @@ class Layout:
         return self.token_ids[self.groups.num_prompt_tokens :]
 
     def to(self, device: torch.device) -> Layout:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **moved)
 
 
@@ -315,7 +319,7 @@ def choose_device(device: str, dtype: str, *, uses_lora: bool) -> tuple[torch.de
     return chosen, getattr(torch, dtype)
 
 
-def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype: torch.dtype) -> PolicyModule:
     """Load a checkpoint, or an adapter on top of the base it names, with plain transformers.
 
     Raises:
@@ -392,7 +396,9 @@ def make_trainable(
         layers = f"{model.family.language_model}.layers."
         targets = [name for name, layer in module.named_modules() if name.startswith(layers) and isinstance(layer, nn.Linear)]
         base, _, revision = model.prompts.source.partition("@")
-        config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets, lora_dropout=0.0)
+        # peft multiplies by it, whole or not.
+        alpha: Any = lora_alpha
+        config = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
         # What was loaded may be a folder of the hub's cache, which means nothing elsewhere.
         config.base_model_name_or_path, config.revision = base, revision or None
         add_adapter(module, config)

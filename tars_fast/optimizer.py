@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         self._seed = seed
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: the loop has taken the gradients
         generators: dict[torch.device, torch.Generator] = {}
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
@@ -73,7 +74,7 @@ class StochasticAdamW(torch.optim.Optimizer):
                 del deviation
                 parameter.copy_(stochastic_round(updated, generators[parameter.device]))
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, except that moments stay float32 where torch would cast them to the parameters' dtype."""
         super().load_state_dict(state_dict)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]

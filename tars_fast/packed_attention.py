@@ -17,9 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tars_fast.modules import Decoder
 
 PACKED_ATTENTION = "tars_fast_packed"
 """Name among transformers' attention implementations."""
@@ -85,11 +88,11 @@ class _Ragged:
 
     @classmethod
     def of(cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> _Ragged:
-        bounds = [
+        query_bounds, key_bounds = (
             torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
             for lengths in (query_lengths, key_lengths)
-        ]
-        return cls(*bounds, max(query_lengths), max(key_lengths))
+        )
+        return cls(query_bounds, key_bounds, max(query_lengths), max(key_lengths))
 
 
 def flash_forward(
@@ -128,7 +131,7 @@ class SharedPromptAttention(torch.autograd.Function):
     """[S, H, E] attention of packed groups, from [S, H, E] queries and [S, H', E] keys and values, H' dividing H."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, groups: PackedGroups, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: PackedGroups, scale: float) -> Tensor:
         split = groups.num_prompt_tokens
         output, log_sums = flash_forward(query, key, value, groups.alone, causal=True, scale=scale)
         prompt_output, prompt_sums = flash_forward(
@@ -145,10 +148,10 @@ class SharedPromptAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstreams: Any) -> tuple[Tensor | None, ...]:
         query, key, value, output, log_sums = ctx.saved_tensors
         groups, split = ctx.groups, ctx.groups.num_prompt_tokens
-        gradient = gradient.contiguous()
+        gradient = upstreams[0].contiguous()
         gradients = flash_backward(gradient, query, key, value, output, log_sums, groups.alone, causal=True, scale=ctx.scale)
         of_completions, of_prompt_keys, of_prompt_values = flash_backward(
             gradient[split:], query[split:], key[:split], value[:split], output[split:], log_sums[:, split:].contiguous(),
@@ -181,7 +184,7 @@ def packed_attention(
     *,
     scaling: float,
     groups: PackedGroups | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface.
 
@@ -205,16 +208,17 @@ def packed_attention(
         states.split([*groups.prompt_lengths, *groups.group_lengths], dim=2) for states in (query, key, value)
     )
     outputs = [
-        sdpa_attention_forward(module, *prompt, None, scaling=scaling, is_causal=True)[0]
-        for prompt in zip(queries[:number], keys[:number], values[:number], strict=True)
+        sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)[0]
+        for query, key, value in zip(queries[:number], keys[:number], values[:number], strict=True)
     ]
     for group, mask in enumerate(groups.masks(query.dtype)):
-        seen = (torch.cat([states[group], states[number + group]], dim=2) for states in (keys, values))
-        outputs.append(sdpa_attention_forward(module, queries[number + group], *seen, mask, scaling=scaling)[0])
+        query = queries[number + group]
+        key, value = (torch.cat([states[group], states[number + group]], dim=2) for states in (keys, values))
+        outputs.append(sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)[0])
     return torch.cat(outputs, dim=1), None
 
 
-def use_packed_attention(decoder: nn.Module) -> None:
+def use_packed_attention(decoder: Decoder) -> None:
     """Make a decoder stack of transformers attend by `packed_attention`; calls without `groups` mask and attend as before."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

@@ -52,7 +52,7 @@ class PlanConfig:
         check_numbers(self, positive=("gpu_memory", "longest_prompt", "kv_cache_gb", "tokens_per_micro_batch"))
 
 
-_SHARED = ("lora_rank", "group_size", "max_new_tokens", "rollout_batch_size", "tokens_per_micro_batch")
+_SHARED = ["lora_rank", "group_size", "max_new_tokens", "rollout_batch_size", "tokens_per_micro_batch"]
 _SHARED += ("rollout_ahead", "gradient_checkpointing", "behaviour_model", "model", "dtype", "engine", "kv_cache_gb")
 
 

@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,7 +130,7 @@ def speak(synthesiser: Synthesiser, problem: Problem, speakers: Sequence[str], r
     return np.concatenate([silence, wave]), voice
 
 
-def build(seed: int):
+def build(seed: int) -> tuple[Any, Any]:
     """The untrained model and its processor: (`Qwen2AudioForConditionalGeneration`, `Qwen2AudioProcessor`)."""
     from transformers import (
         GenerationConfig,
@@ -149,7 +150,8 @@ def build(seed: int):
     )
     extractor = WhisperFeatureExtractor(feature_size=NUM_MELS, chunk_length=WINDOW_SECONDS)
     processor = Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=tokenizer)
-    stop_ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    vocabulary = tokenizer.get_vocab()
+    stop_ids = [vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]]
     config = Qwen2AudioConfig(
         audio_config={
             "model_type": "qwen2_audio_encoder",
@@ -174,7 +176,7 @@ def build(seed: int):
             "eos_token_id": stop_ids[0],
             "pad_token_id": stop_ids[1],
         },
-        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+        audio_token_index=vocabulary["<|AUDIO|>"],
     )
     torch.manual_seed(seed)
     module = Qwen2AudioForConditionalGeneration(config)
@@ -184,7 +186,7 @@ def build(seed: int):
 
 
 @torch.no_grad()
-def _initialise(module: nn.Module) -> None:
+def _initialise(module: Any) -> None:
     """Fan-in scale for the tower and a wider language model: 0.02 drowns both at this width."""
     tower = module.model.audio_tower
     positions, width = tower.embed_positions.weight.shape
@@ -211,7 +213,7 @@ class Speech:
     problems: list[Problem]
 
 
-def synthesise_warm_up(processor, num_utterances: int, seed: int) -> Speech:
+def synthesise_warm_up(processor: Any, num_utterances: int, seed: int) -> Speech:
     rng = random.Random(seed)
     problems = [rng.choice(split_problems().training) for _ in range(num_utterances)]
     with Synthesiser() as synthesiser:
@@ -265,7 +267,7 @@ def _mask_spectrogram(features: Tensor, rng: np.random.Generator) -> Tensor:
     return features
 
 
-def train_hearing(module, processor, speech: Speech, *, num_steps: int, batch_size: int, seed: int) -> None:
+def train_hearing(module: Any, processor: Any, speech: Speech, *, num_steps: int, batch_size: int, seed: int) -> None:
     """Stage 2: CTC between audio tokens and the written question, scored by the language model's own embeddings."""
     rng = np.random.default_rng(seed)
     tokenizer = processor.tokenizer
@@ -300,7 +302,7 @@ def train_hearing(module, processor, speech: Speech, *, num_steps: int, batch_si
 
 
 @torch.no_grad()
-def hear(module, speech: Speech) -> list[Tensor]:
+def hear(module: Any, speech: Speech) -> list[Tensor]:
     """Every utterance's audio embeddings, [A, D] each."""
     embedded: list[Tensor] = []
     for start in range(0, len(speech.problems), 100):
@@ -310,7 +312,7 @@ def hear(module, speech: Speech) -> list[Tensor]:
     return embedded
 
 
-def _supervised_loss(module, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _supervised_loss(module: Any, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Mean cross-entropy over completion tokens of (prompt embeddings [P, D], completion ids [C]) rows."""
     embed = module.get_input_embeddings()
     inputs = [torch.cat([prompt, embed(completion)]) for prompt, completion in rows]
@@ -328,7 +330,7 @@ def _supervised_loss(module, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
 class SupervisedRows:
     """Prompt embeddings and completion ids of the task, as the product's own prompts write them."""
 
-    def __init__(self, module, processor):
+    def __init__(self, module: Any, processor: Any):
         prompts = PromptFormat(
             QWEN2_AUDIO,
             module.config,
@@ -356,7 +358,7 @@ class SupervisedRows:
 
 
 def train_thinking(
-    module, processor, speech: Speech, *, num_steps: int, text_per_step: int, speech_per_step: int, seed: int
+    module: Any, processor: Any, speech: Speech, *, num_steps: int, text_per_step: int, speech_per_step: int, seed: int
 ) -> None:
     """Stage 3: supervised chains of thought; `speech_per_step` sets the size of the modality gap."""
     rng = random.Random(seed)

@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -30,13 +30,14 @@ from dataclasses import asdict, dataclass
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from string import ascii_uppercase
+from typing import Any
 
 import numpy as np
 
 from tars_fast.audio import MIN_SECONDS, SAMPLE_RATE, resample
 from tars_fast.cli import FAILED, load_function, require_extra, run_command
 from tars_fast.config import check_numbers
-from tars_fast.data import Item, read_items, read_usable, shown_options
+from tars_fast.data import UsableItem, read_items, read_usable, shown_options
 from tars_fast.files import write_atomically
 from tars_fast.progress import track
 from tars_fast.quality import NOTES, UNUSABLE, Finding, Inspection, inspect_items
@@ -108,11 +109,11 @@ class Outcome:
 
     id: str
     transcript: str
-    gained: Mapping[str, object]
+    gained: Mapping[str, Any]
     error: str | None = None
 
 
-def spoken_form(item: Item) -> str:
+def spoken_form(item: UsableItem) -> str:
     """What is said: all that the written prompt shows, so that both ask the same."""
     if item.question.transcript is not None:
         return item.question.transcript
@@ -136,7 +137,9 @@ def watch_parent() -> None:
     """A worker ends with its parent, however that ends."""
 
     def end_with_parent() -> None:
-        connection.wait([parent_process().sentinel])
+        parent = parent_process()
+        assert parent is not None, "this is a worker"
+        connection.wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -177,7 +180,7 @@ def speak_item(id: str, transcript: str, recipe: Recipe, folder: Path) -> Outcom
         voice, seed = rng.choice(recipe.voices), rng.randrange(2**31)
         try:
             wave = checked_wave(*speak(transcript, voice, seed))
-            gained: dict[str, object] = {"voice": voice, "seconds": round(len(wave) / SAMPLE_RATE, 3)}
+            gained: dict[str, Any] = {"voice": voice, "seconds": round(len(wave) / SAMPLE_RATE, 3)}
             if listen is not None:
                 heard = listen(wave, SAMPLE_RATE)
                 gained["word_error_rate"] = round(word_error_rate(transcript, heard), 4)
@@ -256,7 +259,7 @@ def open_folder(folder: Path, recipe: Recipe) -> dict[str, Outcome]:
     return finished
 
 
-def run_workers(transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jobs: int) -> Iterator[Outcome]:
+def run_workers(transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jobs: int) -> Generator[Outcome]:
     """Speak what stands under each id, in worker processes; outcomes come as they are ready."""
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=watch_parent)
     try:
@@ -272,13 +275,13 @@ def run_workers(transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jo
         pool.shutdown(cancel_futures=True)
 
 
-def prepare(config: PrepareConfig) -> int:
+def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
+    """Speak the items of `data` into `folder`; returns the exit status."""
     voices = config.voices or (VOICES if config.synthesiser == ESPEAK else ("default",))
     recipe = Recipe(config.synthesiser, voices, config.recogniser, config.max_word_error_rate, config.retries, config.seed)
-    items, left_out = read_usable(config.data, spoken=False)
+    items, left_out = read_usable(data, spoken=False)
     if left_out is not None:
         print(left_out, flush=True)
-    folder = config.output_dir
     transcripts = {item.question.id: spoken_form(item) for item in items}
     failed: dict[str, str] = {}
     with explain_full_disk(folder):
@@ -315,16 +318,17 @@ def prepare(config: PrepareConfig) -> int:
     return FAILED if failed else 0
 
 
-def spoken_line(item: Item, outcome: Outcome) -> str:
+def spoken_line(item: UsableItem, outcome: Outcome) -> str:
     """An item as training reads it."""
     audio = f"recordings/{recording_name(outcome.id, outcome.transcript)}"
     return json.dumps({**item.fields, "audio": audio, "transcript": outcome.transcript, **outcome.gained}) + "\n"
 
 
-def check(config: PrepareConfig) -> int:
-    items = list(read_items(config.check))
+def check(config: PrepareConfig, data: str) -> int:
+    """Say what is wrong with the spoken items of `data`; returns the exit status."""
+    items = list(read_items(data))
     if not items:
-        raise UserError(f"--check {config.check}: holds no items")
+        raise UserError(f"--check {data}: holds no items")
     inspections = list(
         track(inspect_items(items, config.max_seconds, config.jobs or os.cpu_count() or 1), len(items), "checked")
     )
@@ -334,7 +338,7 @@ def check(config: PrepareConfig) -> int:
     usable = sum(inspection.usable for inspection in inspections)
     if config.output is not None:
         report = {
-            "data": config.check,
+            "data": data,
             "items": len(items),
             "usable": usable,
             "seconds_total": round(sum(seconds), 3),
@@ -372,7 +376,11 @@ def show(inspections: Sequence[Inspection], findings: Sequence[Finding]) -> None
 
 
 def run(config: PrepareConfig) -> int:
-    return prepare(config) if config.check is None else check(config)
+    if config.check is not None:
+        return check(config, config.check)
+    assert config.data is not None, "PrepareConfig asks for it"
+    assert config.output_dir is not None, "PrepareConfig asks for it"
+    return prepare(config, config.data, config.output_dir)
 
 
 def main() -> int:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tars_fast.models import SpeechModel
 from tars_fast.types import Modality, Question
@@ -28,12 +29,12 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean: Tensor | float = 0.0
-        self._squares: Tensor | float = 0.0
+        self.mean = self._squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, states: Tensor) -> None:
         """Args: states [N, D]."""
         states = states.double()
+        self.mean, self._squares = self.mean.to(states.device), self._squares.to(states.device)
         count, mean = self.count + len(states), states.mean(0)
         moved = mean - self.mean
         self._squares = self._squares + (states - mean).square().sum(0) + moved.square() * (self.count * len(states) / count)
@@ -67,11 +68,11 @@ class Calibration:
         """For the length of the block, to whatever the model's modules run: transformers' rollouts and the trainer's pass."""
         heard: list[Tensor] = []
 
-        def look(_module, inputs, _output) -> None:
+        def look(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
             # Every pass over prompts begins by embedding all of their tokens; passes over single new ones hold no audio.
             heard[:] = [inputs[0] == model.prompts.audio_token_id]
 
-        def calibrate(_module, inputs):
+        def calibrate(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             states = inputs[0]
             is_audio = heard[0][:, : states.shape[1]]
             if not is_audio.any():

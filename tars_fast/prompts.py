@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from tars_fast.audio import LongRecordingError, load_clips
 from tars_fast.config import Preset
 from tars_fast.families import Family, Features, find_family
 from tars_fast.hub import base_of, cannot_be_loaded, checkpoint_folder, model_type
+from tars_fast.modules import Tokenizer
 from tars_fast.types import LongAudio, Modality, Question, Recording, UserError
 
 PLAIN_PROMPT = "You are a helpful assistant."
@@ -24,11 +26,12 @@ class PromptFormat:
     """What a checkpoint makes of a question before any of its weights are involved."""
 
     family: Family
-    config: object
+    config: Any
     """Transformers' configuration of `family.model_class`."""
-    generation_config: object
-    tokenizer: object
-    feature_extractor: object
+    generation_config: Any
+    tokenizer: Tokenizer
+    feature_extractor: Any
+    """What it is called with and has is the family's business."""
     chat_template: str
     preset: Preset
     source: str
@@ -60,7 +63,7 @@ class PromptFormat:
         listed = configured if isinstance(configured, list) else [configured]
         vocabulary = self.tokenizer.get_vocab()
         known = {vocabulary.get(token) for token in self.family.stop_tokens}
-        return sorted({*listed, *known, self.tokenizer.eos_token_id} - {None})
+        return sorted(token for token in {*listed, *known, self.tokenizer.eos_token_id} if token is not None)
 
     @property
     def pad_token_id(self) -> int:
@@ -88,7 +91,7 @@ class PromptFormat:
         """
         system = self.preset.system_prompt if instruction is None else PLAIN_PROMPT
         content = self.family.user_turn(num_clips, instruction or "") if modality is Modality.SPEECH else question.text
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        messages: list[dict[str, object]] = [{"role": "system", "content": system}, {"role": "user", "content": content}]
         return self.tokenizer.apply_chat_template(
             messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
         )
@@ -154,7 +157,7 @@ class PromptFormat:
             if isinstance(size, UserError):
                 more = f" ({len(long)} of {len(questions)} recordings are longer)" if size in long and len(long) > 1 else ""
                 raise UserError(f"item {question.id!r}: {size}{more}")
-        return list(sizes)
+        return [size for size in sizes if isinstance(size, PromptSize)]
 
     def tell_long(self, sizes: Sequence[PromptSize]) -> str | None:
         """What becomes of recordings that are longer than the model hears at once; None where there are none."""
@@ -209,7 +212,7 @@ def load_prompt_format(preset: Preset, source: str, long_audio: LongAudio = "ref
     folder = checkpoint_folder(base, weights=False)
     try:
         config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         feature_extractor = AutoFeatureExtractor.from_pretrained(folder)
         described, _ = ProcessorMixin.get_processor_dict(folder)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def load_recogniser(source: str) -> Recogniser:
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        recogniser = pipeline("automatic-speech-recognition", model=source, device=device, chunk_length_s=30)
+        recogniser: Any = pipeline("automatic-speech-recognition", model=source, device=device, chunk_length_s=30)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--recogniser {source}: cannot be loaded ({reason}); check the path, or the network") from error

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from tars_fast.audio import SAMPLE_RATE, decode
 from tars_fast.figure import Curve, accuracy_figure, as_svg, can_draw, curves_figure
@@ -45,7 +46,7 @@ class Compared:
     """Another evaluation of the same items, which this one is held against."""
 
     results: Sequence[ItemResult]
-    reports: Mapping[str, Mapping]
+    reports: Mapping[str, Mapping[str, Any]]
     """By the name of the data, `overall` among them."""
 
 
@@ -77,7 +78,7 @@ def write_report(
 
 def _read_evaluation(
     output_dir: Path, compared: Compared | None
-) -> tuple[dict[str, list[ItemResult]], dict[str, dict[str, Mapping]], dict[str, Mapping]]:
+) -> tuple[dict[str, list[ItemResult]], dict[str, dict[str, Mapping[str, Any]]], dict[str, Mapping[str, Any]]]:
     """(items by stage, reports by data and stage, changes by data)."""
     evaluation = json.loads((output_dir / "evaluation.json").read_text(encoding="utf-8"))
     if (output_dir / "predictions_after.jsonl").exists():
@@ -94,7 +95,9 @@ def _read_evaluation(
     return {"before": list(compared.results), "after": results}, reports, changes
 
 
-def _figures(reports: Mapping[str, Mapping[str, Mapping]], changes: Mapping[str, Mapping]) -> Iterator[Section]:
+def _figures(
+    reports: Mapping[str, Mapping[str, Mapping[str, Any]]], changes: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Section]:
     """Accuracy, MRR and the rest, a section for each data set."""
     for name, stages in reports.items():
         columns = dict(stages) | ({"change": changes[name]} if name in changes else {})
@@ -118,7 +121,7 @@ def _figures(reports: Mapping[str, Mapping[str, Mapping]], changes: Mapping[str,
         yield Section(title, notes, tables, pictures)
 
 
-def _layer_curves(reports: Mapping[str, Mapping[str, Mapping]]) -> Iterator[Section]:
+def _layer_curves(reports: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[Section]:
     """Cosine of pooled states by layer."""
     pictures = []
     for name, stages in reports.items():
@@ -158,7 +161,8 @@ def curves_picture(
     """
     columns = []
     for curve in curves.values():
-        ends = [None] * len(curve.x) if curve.low is None else zip(curve.low, curve.high, strict=True)
+        unknown = [None] * len(curve.x)
+        ends = zip(curve.low or unknown, curve.high or unknown, strict=True)
         columns.append([shown(value, end, spec) for value, end in zip(curve.y, ends, strict=True)])
     (places,) = {tuple(curve.x) for curve in curves.values()}
     rows = [(f"{place:g}", *cells) for place, *cells in zip(places, *columns, strict=True)]
@@ -200,7 +204,7 @@ def training_curves(metrics: Sequence[Mapping[str, float]]) -> Iterator[Section]
     yield Section("Training", ["Means over each step's completions; in a long run over neighbouring steps too."], (), pictures)
 
 
-def settings_section(settings: Mapping[str, object]) -> Section:
+def settings_section(settings: Mapping[str, Any]) -> Section:
     """All of them, folded away."""
     listed = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in settings.items()]
     return Section("Settings", settings=Table(("setting", "value"), listed))
@@ -326,7 +330,8 @@ def _stage(name: str, result: ItemResult) -> Stage:
     heard = evaluated.transcribed
     return Stage(
         name,
-        *(_answer(evaluated, modality, place) for modality in Modality),
+        _answer(evaluated, Modality.SPEECH, place),
+        _answer(evaluated, Modality.TEXT, place),
         divergence,
         # What an analysis does not look at is nan.
         {name: value for name, value in rewards.items() if math.isfinite(value)},

@@ -90,7 +90,9 @@ def check() -> None:
     try:
         import packaging  # noqa: F401
     except ModuleNotFoundError:
-        problem = f"packaging is not installed; pip install '{_NAME}[train]', in a checkout pip install -e '.[train]'"
+        problem: str | None = (
+            f"packaging is not installed; pip install '{_NAME}[train]', in a checkout pip install -e '.[train]'"
+        )
     else:
         problem = unsupported() or (missing("train") if is_command else None)
     if problem is not None:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -172,7 +173,7 @@ def _accuracy(items: Sequence[Evaluated], modality: Modality, scorer: str = "str
     return [float(getattr(item, modality).readings[scorer].correct) for item in items]
 
 
-def _columns(results: Sequence[ItemResult], reference: Reference) -> dict[str, tuple]:
+def _columns(results: Sequence[ItemResult], reference: Reference) -> dict[str, tuple[Any, ...]]:
     """Name of each figure -> (statistic, columns), over the items that were evaluated."""
     items = evaluated(results)
     if not items:
@@ -183,7 +184,7 @@ def _columns(results: Sequence[ItemResult], reference: Reference) -> dict[str, t
         for correct, result in zip(speech, (r for r in results if r.evaluated is not None), strict=True)
         if isinstance(reference, float) or result.key in reference
     ]
-    columns: dict[str, tuple] = {"speech_accuracy": (mean, speech), "text_accuracy": (mean, text)}
+    columns: dict[str, tuple[Any, ...]] = {"speech_accuracy": (mean, speech), "text_accuracy": (mean, text)}
     if referred:
         columns["mrr"] = (modality_recovery_rate, *map(list, zip(*referred, strict=True)))
     columns["mrr_same_model"] = (modality_recovery_rate, speech, text)
@@ -194,17 +195,17 @@ def _columns(results: Sequence[ItemResult], reference: Reference) -> dict[str, t
         columns[f"{modality}_truncated"] = (mean, [float(a.truncated) for a in answered])
         if answered[0].sampled_accuracy is not None:
             columns[f"{modality}_accuracy_sampled"] = (mean, [a.sampled_accuracy for a in answered])
-    if items[0].transcribed is not None:
-        heard = [item.transcribed for item in items]
+    heard = [item.transcribed for item in items if item.transcribed is not None]
+    if heard:
         words = [float(len(normalised(one.transcript).split())) for one in heard]
         errors = [one.word_error_rate * count for one, count in zip(heard, words, strict=True)]
         columns["word_error_rate"] = (ratio, errors, words)
     return columns
 
 
-def _with_intervals(figures: Mapping[str, tuple[float, list[float]]]) -> dict[str, object]:
+def _with_intervals(figures: Mapping[str, tuple[float, list[float]]]) -> dict[str, Any]:
     """`<name>` and `<name>_ci95`; None in the place of nan."""
-    report: dict[str, object] = {}
+    report: dict[str, Any] = {}
     for name, (figure, interval) in figures.items():
         report[name] = None if np.isnan(figure) else figure
         report[f"{name}_ci95"] = None if np.isnan(interval).any() else interval
@@ -216,7 +217,7 @@ def _counts(results: Sequence[ItemResult]) -> dict[str, int]:
     return {"num_items": len(results) - num_failed, "num_failed": num_failed}
 
 
-def report(results: Sequence[ItemResult], reference: Reference) -> dict[str, object]:
+def report(results: Sequence[ItemResult], reference: Reference) -> dict[str, Any]:
     """Figures of one data set with `<name>_ci95` beside them.
 
     Accuracies, unparsed and truncated shares are fractions, MRR is in percent, `unparsed` counts unparseable greedy answers of
@@ -242,10 +243,10 @@ def report(results: Sequence[ItemResult], reference: Reference) -> dict[str, obj
     return made
 
 
-def _scorer_report(items: Sequence[Evaluated], scorer: str) -> dict[str, object]:
+def _scorer_report(items: Sequence[Evaluated], scorer: str) -> dict[str, Any]:
     """Accuracy by modality and the shares unparsed and guessed, over the items whose kind of answer the scorer knows."""
     known = [item for item in items if scorer in item.speech.readings]
-    made: dict[str, object] = {"num_items": len(known)}
+    made: dict[str, Any] = {"num_items": len(known)}
     for modality in Modality if known else ():
         readings = [getattr(item, modality).readings[scorer] for item in known]
         columns = {
@@ -257,18 +258,18 @@ def _scorer_report(items: Sequence[Evaluated], scorer: str) -> dict[str, object]
     return made
 
 
-def _category_report(results: Sequence[ItemResult]) -> dict[str, object]:
+def _category_report(results: Sequence[ItemResult]) -> dict[str, Any]:
     items = evaluated(results)
     names = {f"{modality}_accuracy": _accuracy(items, modality) for modality in Modality} if items else {}
     return _counts(results) | _with_intervals({name: bootstrap_interval(mean, column) for name, column in names.items()})
 
 
-def overall(results: Iterable[ItemResult], reference: Reference) -> dict[str, object]:
+def overall(results: Iterable[ItemResult], reference: Reference) -> dict[str, Any]:
     """Mean over the data sets, each counting the same, as published tables have it; MRR from the mean accuracies."""
     parts = by_data(results)
     columns = [_columns(part, reference) for part in parts.values()]
     counts = [_counts(part) for part in parts.values()]
-    made: dict[str, object] = {name: sum(count[name] for count in counts) for name in counts[0]}
+    made: dict[str, Any] = {name: sum(count[name] for count in counts) for name in counts[0]}
     shared = [name for name in columns[0] if all(name in others for others in columns)]
     names = [name for name in shared if name != "word_error_rate"]
     return made | _with_intervals(
@@ -276,11 +277,11 @@ def overall(results: Iterable[ItemResult], reference: Reference) -> dict[str, ob
     )
 
 
-def overall_change(results: Iterable[ItemResult], before: Iterable[ItemResult]) -> dict[str, object]:
+def overall_change(results: Iterable[ItemResult], before: Iterable[ItemResult]) -> dict[str, Any]:
     """Differences of `overall` accuracies to an earlier evaluation: paired by item, each data set counting the same."""
     parts, earlier = by_data(results), by_data(before)
     pairs = [_both_evaluated(parts[name], earlier[name]) for name in parts]
-    made: dict[str, object] = {"num_items": sum(map(len, pairs))}
+    made: dict[str, Any] = {"num_items": sum(map(len, pairs))}
     for modality in Modality if all(pairs) else ():
         columns = [[_accuracy(items, modality) for items in zip(*part, strict=True)] for part in pairs]
         made |= _with_intervals({f"{modality}_accuracy": mean_over_parts(mean_difference, columns)})
@@ -290,7 +291,8 @@ def overall_change(results: Iterable[ItemResult], before: Iterable[ItemResult]) 
 def _both_evaluated(results: Iterable[ItemResult], before: Iterable[ItemResult]) -> list[tuple[Evaluated, Evaluated]]:
     """(now, before) of every item that both evaluated."""
     earlier = {result.key: result.evaluated for result in before}
-    return [(r.evaluated, earlier[r.key]) for r in results if r.evaluated is not None and earlier.get(r.key) is not None]
+    pairs = [(result.evaluated, earlier.get(result.key)) for result in results]
+    return [(now, then) for now, then in pairs if now is not None and then is not None]
 
 
 def check_same_items(data: Mapping[str, Sequence[Question]], others: Sequence[ItemResult], what: str) -> None:
@@ -314,13 +316,13 @@ def check_same_items(data: Mapping[str, Sequence[Question]], others: Sequence[It
         )
 
 
-def change_since(results: Iterable[ItemResult], before: Iterable[ItemResult]) -> dict[str, object]:
+def change_since(results: Iterable[ItemResult], before: Iterable[ItemResult]) -> dict[str, Any]:
     """Differences to an earlier evaluation, paired by item over those that both evaluated, with 95 % intervals.
 
     For greedy accuracies also how many items became right and wrong, and the p-value of McNemar's exact test.
     """
     pairs = _both_evaluated(results, before)
-    made: dict[str, object] = {"num_items": len(pairs)}
+    made: dict[str, Any] = {"num_items": len(pairs)}
     if not pairs:
         return made
     after, first = zip(*pairs, strict=True)

@@ -154,9 +154,9 @@ def behaviour_rewards(
 ) -> Tensor:
     """[N] R_beh: similarity of a speech completion's text with its reference's; 0 without a reference."""
     rewards = torch.zeros(len(completions))
-    speech = [index for index, reference in enumerate(references) if reference is not None]
-    if speech:
-        rewards[speech] = text_similarity.similarity(
-            [completions[index].text for index in speech], [completions[references[index]].text for index in speech]
+    compared = {index: reference for index, reference in enumerate(references) if reference is not None}
+    if compared:
+        rewards[list(compared)] = text_similarity.similarity(
+            [completions[index].text for index in compared], [completions[index].text for index in compared.values()]
         )
     return rewards

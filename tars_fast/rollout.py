@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class Rollout:
         # A future cannot be sent to another process; what came of it can.
         return vars(self) | {"behaviour": self.behaviour.result()}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state | {"behaviour": finished(state["behaviour"])})
 
 
@@ -97,12 +98,13 @@ def encode_batch(
     Raises:
         UnusableBatchError: no recording can be used.
     """
-    spoken, reasons = encode_speech(model, engine, batch.spoken, max_new_tokens)
-    kept = [number for number, reason in enumerate(reasons) if reason is None]
+    encoded = encode_speech(model, engine, batch.spoken, max_new_tokens)
+    spoken = {number: prompt for number, prompt in enumerate(encoded) if isinstance(prompt, Prompt)}
+    kept = list(spoken)
     told = [
-        f"item {question.id!r} is left out of this step: {reason}"
-        for question, reason in zip(batch.questions, reasons, strict=True)
-        if reason is not None
+        f"item {question.id!r} is left out of this step: {prompt}"
+        for question, prompt in zip(batch.questions, encoded, strict=True)
+        if isinstance(prompt, UserError)
     ]
     if not kept:
         raise UnusableBatchError(
@@ -164,7 +166,9 @@ def collect_rollout(
         behaviour = background.submit(behaviour_rewards, completions, wanted, text_similarity)
     rollout = Rollout(
         prompts=[prompt for prompt in prompts for _ in range(sampling.num_completions)],
-        spoken=[batch.spoken[number] for number in kept] if model.audio_is_trained else [],
+        spoken=[one for number in kept if isinstance(one := batch.spoken[number], PreparedPrompt)]
+        if model.audio_is_trained
+        else [],
         completions=completions,
         answers=answers,
         references=references,
@@ -208,7 +212,7 @@ class Taken:
     """By phase, of sampling that went on beside an earlier step."""
 
 
-class RolloutSource(AbstractContextManager):
+class RolloutSource(AbstractContextManager[Any]):
     """The rollouts of a run, in order; a context manager, because threads work for it.
 
     With `--rollout-ahead 1` the next one is sampled from the moment this one is taken until `wait` returns; the weights must
@@ -239,7 +243,8 @@ class RolloutSource(AbstractContextManager):
         self._sampler = self._threads.enter_context(ThreadPoolExecutor(1, "sampler"))
 
     def __exit__(self, *_exception: object) -> None:
-        for future in (*self._prepared.values(), *self._sampled.values()):
+        futures: list[Future[Any]] = [*self._prepared.values(), *self._sampled.values()]
+        for future in futures:
             future.cancel()
         if not all(future.done() for future in self._sampled.values()):
             self._engine.stop()

@@ -65,7 +65,7 @@ def stamp(recording: Recording | None) -> str:
         return "none"
     if not isinstance(recording, DatasetRecording):
         try:
-            status = Path(recording).stat()
+            status = Path(str(recording)).stat()
         except OSError:
             return "missing"
         return f"{status.st_size} {status.st_mtime_ns}"
@@ -123,9 +123,8 @@ def _take_apart(source: str) -> tuple[str, str | None, str | None]:
     """(path or name, configuration, split); a path may hold any of the signs that separate them."""
     if Path(source).exists():
         return source, None, None
-    base, separator, split = source.rpartition("@")
-    if not separator:
-        base, split = source, None
+    base, separator, named = source.rpartition("@")
+    base, split = (base, named) if separator else (source, None)
     if Path(base).exists():
         return base, None, split
     name, _, configuration = SHORT_NAMES.get(base, base).partition(":")
@@ -154,8 +153,8 @@ def _read_lines(path: Path) -> Iterator[Row]:
             yield Row(row.source, row.where, None, error=reason)
             continue
         audio = values.get("audio") if isinstance(values, dict) else None
-        named = isinstance(audio, str) and audio.strip()
-        yield Row(row.source, row.where, values, path.parent / audio.strip() if named else None)
+        named = audio.strip() if isinstance(audio, str) else ""
+        yield Row(row.source, row.where, values, path.parent / named if named else None)
 
 
 _SPLITS_APART = frozenset({"train", "validation", "valid", "val", "dev", "test", "auxiliary_train"})

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 from contextlib import suppress
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -50,12 +50,15 @@ class Synthesiser:
     def _start(self) -> None:
         command = [sys.executable, "-m", "tars_fast.synthesis"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdin is not None, "it is a pipe"
+        assert self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def __exit__(self, *_exception: object) -> None:
         # What a process that has died did not read any more.
         with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
+            self._requests.close()
+        self._answers.close()
         self._process.wait()
 
     def __call__(
@@ -78,11 +81,11 @@ class Synthesiser:
         """
         request = json.dumps([text, voice, words_per_minute, pitch, seed]) + "\n"
         with suppress(BrokenPipeError):
-            self._process.stdin.write(request.encode())
-            self._process.stdin.flush()
-        header = self._process.stdout.read(_HEADER.size)
+            self._requests.write(request.encode())
+            self._requests.flush()
+        header = self._answers.read(_HEADER.size)
         rate, size = _HEADER.unpack(header) if len(header) == _HEADER.size else (0, 0)
-        payload = self._process.stdout.read(size)
+        payload = self._answers.read(size)
         if len(header) + len(payload) < _HEADER.size + size:
             self.__exit__()
             self._start()
@@ -108,7 +111,7 @@ def _speak(library: ctypes.CDLL, text: str, voice: str, words_per_minute: int, p
     chunks: list[bytes] = []
 
     @_SynthCallback
-    def collect(samples, count, _events):
+    def collect(samples: Any, count: int, _events: Any) -> int:
         if samples and count > 0:
             chunks.append(ctypes.string_at(samples, 2 * count))
         return 0

@@ -99,7 +99,7 @@ class Interrupt:
 def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list[str]]:
     """(training items, evaluation items, what to say of items left out), checked not to overlap."""
     items, unusable = read_usable(or_embedded(config.data, TRAINING_DATA))
-    questions = [item.question for item in items]
+    questions: list[Question] = [item.question for item in items]
     notes = [] if unusable is None else [unusable]
     if config.disjoint_from:
         others = [question for source in config.disjoint_from for question in load_questions(source, spoken=False)]
@@ -408,8 +408,10 @@ def run_steps(
 
             metrics = {"step": step + 1, "learning_rate": config.learning_rate_at(step), **metrics}
             # Without what is large and only of use here.
-            slim = {"prompts": [], "spoken": []}
-            share = rollout and (dataclasses.replace(rollout, **slim), dataclasses.replace(scored, logprobs=[], entropies=[]))
+            share = None
+            if rollout is not None and scored is not None:
+                slim = dataclasses.replace(scored, logprobs=[], entropies=[])
+                share = dataclasses.replace(rollout, prompts=[], spoken=[]), slim
             metrics |= rollout_metrics([part for part in workers.gather(share) if part is not None])
             metrics |= timer.take() | {"seconds/step": time.perf_counter() - started}
             metrics |= {f"beside/{name.removeprefix('seconds/')}": value for name, value in taken.seconds.items()}
@@ -433,7 +435,8 @@ def profiled(config: RunConfig, num_steps: int, device: torch.device, workers: W
     if not config.profile or not workers.is_first:
         yield lambda: None
         return
-    from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile, schedule
+    from torch._C._profiler import _ExperimentalConfig
+    from torch.profiler import ProfilerActivity, profile, schedule
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     idle = max(0, min(2, num_steps - PROFILED_STEPS))

@@ -29,19 +29,20 @@ class _SampledLogprobs:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._pending is not None:
-            self._record(input_ids[:, -1])
+            self._record(self._pending, input_ids[:, -1])
         # Looked at once at the end: a check a token would wait for the device a token.
         self._all_finite &= scores.isfinite().all()
         scores = scores.float().nan_to_num() + self._bias
         self._pending = (scores / self._temperature).log_softmax(-1)
         return scores
 
-    def _record(self, tokens: Tensor) -> None:
-        self._logprobs.append(self._pending.gather(-1, tokens[:, None])[:, 0])
+    def _record(self, distribution: Tensor, tokens: Tensor) -> None:
+        self._logprobs.append(distribution.gather(-1, tokens[:, None])[:, 0])
 
     def finish(self, last_tokens: Tensor) -> Tensor:
         """[N, C] log-probability of each generated token, NaN throughout where a logit was NaN or infinite."""
-        self._record(last_tokens)
+        if self._pending is not None:
+            self._record(self._pending, last_tokens)
         logprobs = torch.stack(self._logprobs, dim=1)
         return logprobs.where(self._all_finite, torch.nan)
 

@@ -51,10 +51,17 @@ class Scored:
     """[N] of the distributions that they were drawn from, in nats."""
 
     @classmethod
-    def empty(cls, behaviour_N: Tensor) -> Scored:
-        zeros = [torch.zeros(len(behaviour_N)) for _ in range(3)]
-        lists = [[torch.empty(0)] * len(behaviour_N) for _ in range(2)]
-        return cls(zeros[0], behaviour_N, *zeros[1:], torch.zeros(len(behaviour_N), dtype=torch.bool), *lists)
+    def empty(cls, num_completions: int) -> Scored:
+        representation_N, behaviour_N, rewards_N, advantages_N = torch.zeros(4, num_completions)
+        return cls(
+            representation_N,
+            behaviour_N,
+            rewards_N,
+            advantages_N,
+            trained_N=torch.zeros(num_completions, dtype=torch.bool),
+            logprobs=[torch.empty(0)] * num_completions,
+            entropies=[torch.empty(0)] * num_completions,
+        )
 
 
 @dataclass(frozen=True)
@@ -120,10 +127,10 @@ def reward_pooler(model: SpeechModel, config: RunConfig) -> LayerPooler:
 def score_rollout(model: SpeechModel, rollout: Rollout, config: RunConfig, timer: PhaseTimer) -> Scored:
     """Rewards, advantages and old log-probabilities without gradients, for several updates on the same rollout."""
     pooler = reward_pooler(model, config)
-    scored: Scored | None = None
+    scored = Scored.empty(len(rollout.completions))
     for rows in micro_batches(rollout, config.tokens_per_micro_batch):
         one = run_forward(model, rollout, rows, timer, pooler)
-        scored = score(rollout, [one], scored, config, timer)
+        score(rollout, [one], scored, config, timer)
         measure(model, one, scored, config, timer)
     return scored
 
@@ -149,23 +156,24 @@ def update_policy(
     Returns:
         (what is known of the rollout now, metrics of this update).
     """
-    first = scored is None
     losses: list[tuple[PolicyLoss, int]] = []
     optimizer.zero_grad(set_to_none=True)
-    pooler = reward_pooler(model, config) if first else None
     shares = workers.gather((0, 0) if rollout is None else (rollout.num_tokens, rollout.staleness))
     num_tokens, is_fresh = sum(tokens for tokens, _ in shares), not any(staleness for _, staleness in shares)
-    without_gradient = [] if rollout is None else known_without_gradient(rollout, config)
-    if not first:
+    if rollout is not None:
+        pooler = None if scored is not None else reward_pooler(model, config)
+        scored = scored or Scored.empty(len(rollout.completions))
         scored.trained_N.zero_()
-    for rows in [] if rollout is None else micro_batches(rollout, config.tokens_per_micro_batch):
-        silent = [row for row in rows if without_gradient[row]]
-        live = [row for row in rows if not without_gradient[row]]
-        if first:
-            scored, loss = score_and_descend(model, rollout, silent, live, scored, config, timer, num_tokens, pooler)
-        else:
-            loss = descend_again(model, rollout, rows_with_gradient(rollout, scored, live), scored, config, timer, num_tokens)
-        losses += [] if loss is None else [loss]
+        without_gradient = known_without_gradient(rollout, config)
+        for rows in micro_batches(rollout, config.tokens_per_micro_batch):
+            silent = [row for row in rows if without_gradient[row]]
+            live = [row for row in rows if not without_gradient[row]]
+            if pooler is not None:
+                loss = score_and_descend(model, rollout, silent, live, scored, config, timer, num_tokens, pooler)
+            else:
+                trained = rows_with_gradient(rollout, scored, live)
+                loss = descend_again(model, rollout, trained, scored, config, timer, num_tokens)
+            losses += [] if loss is None else [loss]
     with timer.phase("rollout"):
         before_step()
     with timer.phase("optimiser"):
@@ -175,7 +183,7 @@ def update_policy(
                 parameter.grad = torch.zeros_like(parameter)
         workers.sum_gradients(model.trainable_parameters())
         grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), config.max_grad_norm)
-        sums = None if rollout is None else token_sums(losses, rollout, scored)
+        sums = None if rollout is None or scored is None else token_sums(losses, rollout, scored)
         metrics = token_metrics([part for part in workers.gather(sums) if part is not None])
         metrics["grad_norm"] = grad_norm.item()
         if is_fresh:
@@ -195,12 +203,12 @@ def score_and_descend(
     rollout: Rollout,
     silent: list[int],
     live: list[int],
-    scored: Scored | None,
+    scored: Scored,
     config: RunConfig,
     timer: PhaseTimer,
     num_tokens: int,
     pooler: LayerPooler,
-) -> tuple[Scored, tuple[PolicyLoss, int] | None]:
+) -> tuple[PolicyLoss, int] | None:
     """Rewards and backward pass of a micro-batch in one forward pass a token; see `descend`.
 
     Args:
@@ -213,11 +221,11 @@ def score_and_descend(
             passes.append(run_forward(model, rollout, silent, timer, pooler))
     if live:
         passes.append(run_forward(model, rollout, live, timer, pooler))
-    scored = score(rollout, passes, scored, config, timer)
+    score(rollout, passes, scored, config, timer)
     trained = passes.pop() if rows_with_gradient(rollout, scored, live) else None
     for one in passes:
         measure(model, one, scored, config, timer)
-    return scored, trained and descend(model, rollout, trained, scored, config, timer, num_tokens, first=True)
+    return None if trained is None else descend(model, rollout, trained, scored, config, timer, num_tokens, first=True)
 
 
 def descend_again(
@@ -275,15 +283,15 @@ def reencode_audio(model: SpeechModel, rollout: Rollout, rows: Sequence[int]) ->
     ]
 
 
-def score(rollout: Rollout, passes: Sequence[_Pass], scored: Scored | None, config: RunConfig, timer: PhaseTimer) -> Scored:
+def score(rollout: Rollout, passes: Sequence[_Pass], scored: Scored, config: RunConfig, timer: PhaseTimer) -> None:
     """Add R_rep, rewards and advantages of a micro-batch's completions (METHOD steps 2 and 3)."""
     with timer.phase("reward"):
-        scored = scored or Scored.empty(rollout.behaviour.result())
         rows = [row for one in passes for row in one.rows]
         places = {row: place for place, row in enumerate(rows)}
         references = [None if (reference := rollout.references[row]) is None else places[reference] for row in rows]
-        pooled_LND = torch.cat([one.pooled_LND for one in passes], dim=1)
+        pooled_LND = torch.cat([one.pooled_LND for one in passes if one.pooled_LND is not None], dim=1)
         scored.representation_N[rows] = representation_rewards(pooled_LND, references).cpu()
+        scored.behaviour_N[rows] = rollout.behaviour.result()[rows]
         scored.rewards_N[rows] = (
             rollout.answers.base[rows]
             + config.representation_weight * scored.representation_N[rows]
@@ -292,7 +300,6 @@ def score(rollout: Rollout, passes: Sequence[_Pass], scored: Scored | None, conf
         # Questions are whole, and with them groups, whose numbers start from 0 again.
         groups = rollout.groups_N[rows].unique(return_inverse=True)[1]
         scored.advantages_N[rows] = centred_advantages(scored.rewards_N[rows], groups)
-    return scored
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,8 @@ class VllmEngine(RolloutEngine):
             raise UserError(f"--engine vllm: {reason}")
         self.prompt_format = prompts
         self._settings = settings
-        self._names = prompts.family.engine_names
+        # Without them vLLM is refused above.
+        self._names = prompts.family.engine_names or ()
         self._has_current_weights = False
         self._internals = _Internals(prompts, base_of(source), device, dtype, settings)
         module = prompts.family.on_meta(prompts.config, dtype)
@@ -146,7 +147,7 @@ class VllmEngine(RolloutEngine):
             raise RuntimeError("wake_up() before every draw(): the weights may have changed")
         self._has_current_weights = False
 
-        def take(number: int, output) -> None:
+        def take(number: int, output: Any) -> None:
             if tuple(output.prompt_token_ids) != prompts[number].token_ids:
                 raise SharingError("vLLM expanded a prompt otherwise than the trainer did; audio placeholders differ")
             drawn = []
@@ -189,7 +190,7 @@ class VllmEngine(RolloutEngine):
             return "its audio embeddings are not finite"
         return None
 
-    def _sampling_params(self, num_prompts: int, sampling: Sampling) -> list:
+    def _sampling_params(self, num_prompts: int, sampling: Sampling) -> list[Any]:
         """One a prompt, each with a seed of its own."""
         from vllm import SamplingParams
 
@@ -325,8 +326,8 @@ class _Internals:
 
     def generate(
         self,
-        requests: list[dict],
-        params: list,
+        requests: list[dict[str, Any]],
+        params: list[Any],
         seed: int,
         on_finished: Callable[[int, object], None],
         before_token: Callable[[], None],
@@ -352,7 +353,7 @@ class _Internals:
         first = self.llm.request_counter.counter
         step, replaced = engine.step, vars(engine).get("step")
 
-        def observed_step() -> list:
+        def observed_step() -> list[Any]:
             before_token()
             outputs = step()
             for output in outputs:
@@ -405,7 +406,7 @@ class _Internals:
 
     def adapter_buffers(self, place: str, number: int) -> tuple[Tensor, Tensor] | None:
         """([rank, inputs], [outputs, rank]) of the adapter of the `number`-th module fused at `place`, where vLLM has one."""
-        layer = self.module.get_submodule(place)
+        layer: Any = self.module.get_submodule(place)
         if not hasattr(layer, "lora_a_stacked"):
             return None
         # Leading dimensions: the slot, and one that vLLM keeps for its kernels.
@@ -468,11 +469,11 @@ def _register_architectures() -> None:
     )
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    class Qwen2AudioWithLora(Qwen2AudioForConditionalGeneration, SupportsLoRA):
+    class Qwen2AudioWithLora(Qwen2AudioForConditionalGeneration, SupportsLoRA):  # type: ignore[misc]  # vLLM's types are not read
         packed_modules_mapping: ClassVar = {
-            fused: list(names) for part in QWEN2_AUDIO.engine_names for fused, names in part.fused.items()
+            fused: list(names) for part in QWEN2_AUDIO.engine_names or () for fused, names in part.fused.items()
         }
-        embedding_modules: ClassVar = {}
+        embedding_modules: ClassVar[dict[str, str]] = {}
         # As transformers 5 writes it.
         checkpoint_names: ClassVar[dict[str, str | None]] = {"language_model.model.model.": "language_model.model."}
 
@@ -481,14 +482,14 @@ def _register_architectures() -> None:
                 language_model="language_model", connector="multi_modal_projector", tower_model="audio_tower"
             )
 
-        def load_weights(self, weights):
+        def load_weights(self, weights: Any) -> Any:
             mapper = WeightsMapper(orig_to_new_prefix=self.checkpoint_names)
             return AutoWeightsLoader(self).load_weights(weights, mapper=mapper)
 
-    class OmniInfo(Qwen2AudioProcessingInfo):
+    class OmniInfo(Qwen2AudioProcessingInfo):  # type: ignore[misc]  # vLLM's types are not read
         """Omni marks audio as Qwen2-Audio does; its own processor also sees, and asks for torchvision."""
 
-        def get_hf_config(self):
+        def get_hf_config(self) -> Any:
             return self.ctx.get_hf_config().thinker_config
 
         def get_hf_processor(self, **_kwargs: object) -> Qwen2AudioProcessor:
@@ -498,7 +499,7 @@ def _register_architectures() -> None:
     @MULTIMODAL_REGISTRY.register_processor(
         Qwen2AudioMultiModalProcessor, info=OmniInfo, dummy_inputs=Qwen2AudioDummyInputsBuilder
     )
-    class OmniThinker(Qwen2AudioWithLora, SupportsMRoPE):
+    class OmniThinker(Qwen2AudioWithLora, SupportsMRoPE):  # type: ignore[misc]  # vLLM's types are not read
         """vLLM's own also sees, takes no embeddings of audio, and cannot be imported without torchvision."""
 
         checkpoint_names: ClassVar[dict[str, str | None]] = {
@@ -510,7 +511,7 @@ def _register_architectures() -> None:
             "token2wav.": None,
         }
 
-        def __init__(self, *, vllm_config, prefix: str = ""):
+        def __init__(self, *, vllm_config: Any, prefix: str = ""):
             nn.Module.__init__(self)
             self.config = vllm_config.model_config.hf_config.thinker_config
             self.multimodal_config = vllm_config.model_config.multimodal_config
@@ -529,7 +530,7 @@ def _register_architectures() -> None:
                 )
             self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
-        def get_mrope_input_positions(self, input_tokens, mm_features):
+        def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
             # Time, height and width agree where there is neither image nor video, for text and audio alike.
             return torch.arange(len(input_tokens)).expand(3, -1), 0
 
@@ -543,7 +544,7 @@ def _unpacked_cpu_weights() -> Iterator[None]:
     """On a CPU vLLM would compute with packed copies of its weights, which no update would ever reach."""
     from vllm.model_executor.layers import utils
 
-    def leave_as_it_is(layer: nn.Module, remove_weight: bool) -> None:
+    def leave_as_it_is(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = nn.functional.linear
 
     original = utils.dispatch_cpu_unquantized_gemm

@@ -45,7 +45,8 @@ class Workers:
         """What every process gave, by rank; waits for all of them."""
         if self.size == 1:
             return [value]
-        gathered: list[Item | None] = [None] * self.size
+        # One for each process to put its own in the place of.
+        gathered = [value] * self.size
         torch.distributed.all_gather_object(gathered, value)
         return gathered
 
@@ -70,7 +71,7 @@ ALONE = Workers()
 def _digest(parameter: Tensor) -> int:
     """A sum of bit patterns, which no change of one element leaves as it was."""
     kind = {4: torch.int32, 2: torch.int16}[parameter.element_size()]
-    return parameter.detach().contiguous().view(kind).sum(dtype=torch.int64).item()
+    return int(parameter.detach().contiguous().view(kind).sum(dtype=torch.int64))
 
 
 @contextmanager

@@ -179,7 +179,7 @@ def test_long_recordings_are_heard_as_asked(tmp_path, monkeypatch, capsys):
 
 def test_identical_prompts_give_one_everywhere(model, items, monkeypatch):
     def written(model, _engine, prepared, _limit):
-        return model.encode_prompts(items[: len(prepared)], Modality.TEXT), [None] * len(prepared)
+        return model.encode_prompts(items[: len(prepared)], Modality.TEXT)
 
     monkeypatch.setattr(analysis, "encode_speech", written)
     monkeypatch.setattr(Analysis, "_places", lambda *_: (torch.arange(8, 20), torch.arange(8, 20)))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"types", "files", "progress", "requirements"},
+    {"types", "files", "modules", "progress", "requirements"},
     {"architecture", "answers", "advantages", "metrics", "cli", "audio", "audio_cache", "optimizer", "hub", "weights"}
     | {"alignment", "figure", "page", "provenance", "sources", "transcription", "workers"},
     {"memory", "scorers", "recognition", "packed_attention"},

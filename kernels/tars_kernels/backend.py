@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from importlib.util import find_spec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 HAS_TRITON = find_spec("triton") is not None
 """Triton has no packages for macOS and Windows; every operation then runs in plain PyTorch."""
@@ -39,20 +43,20 @@ def runs_kernels(tensor: Tensor) -> bool:
     return HAS_TRITON and not _reference_depth and (tensor.is_cuda or runs_anywhere)
 
 
-def _without_autocast(tensor: Tensor | None) -> AbstractContextManager:
+def _without_autocast(tensor: Tensor | None) -> AbstractContextManager[None]:
     if tensor is None or tensor.device.type == "meta":
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def isolated(function: Callable) -> Callable:
+def isolated(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Run on the device of the first tensor, which need not be the current one, and without autocast.
 
     Autocast would take fp32 products, whose precision is the point of them, in bf16.
     """
 
     @wraps(function)
-    def guarded(*args, **kwargs):
+    def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         with torch.cuda.device_of(first) if first is not None else nullcontext(), _without_autocast(first):
             return function(*args, **kwargs)

@@ -7,6 +7,7 @@ for CPU tensors, and on CUDA kept from reading outside of memory (a target out o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +152,8 @@ def head_parameters(weight: Tensor | nn.Module, bias: Tensor | None) -> tuple[Te
     # peft wraps modules that it trains whole in one that hands on the trained copy's parameters.
     if not isinstance(weight, nn.Linear) and not hasattr(weight, "modules_to_save"):
         raise ValueError(f"weight: {type(weight).__name__}; pass the head's weight [V, D] or the nn.Linear itself")
-    return weight.weight, getattr(weight, "bias", None) if bias is None else bias
+    head: Any = weight
+    return head.weight, getattr(head, "bias", None) if bias is None else bias
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, allow_float64: bool) -> None:

@@ -9,6 +9,7 @@ Shapes: T tokens, D hidden size, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -73,7 +74,8 @@ class _Centre(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @isolated
-    def backward(ctx, gradient):
+    def backward(ctx: Any, *upstreams: Any) -> Any:
+        (gradient,) = upstreams
         return tuple(_centred(gradient.contiguous().unbind()).to(ctx.dtype).unbind())
 
 

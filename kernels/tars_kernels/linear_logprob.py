@@ -12,6 +12,7 @@ Shapes: T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -175,7 +176,7 @@ class _LinearLogprob(torch.autograd.Function):
         for outer in _blocks(0, num_tokens, _PRODUCT_ROWS if frozen_gradient else num_tokens or 1):
             shape = (outer.stop - outer.start, vocabulary)
             powers = torch.empty(shape, dtype=hidden.dtype, device=hidden.device) if frozen_gradient else None
-            entropy_powers = torch.empty_like(powers) if entropy_means is not None else None
+            entropy_powers = None if powers is None or entropy_means is None else torch.empty_like(powers)
             for inner in _blocks(outer.start, outer.stop, _LOGITS_ROWS):
                 logits = product_fp32(hidden[inner], weight.T)
                 written = slice(inner.start - outer.start, inner.stop - outer.start)
@@ -187,9 +188,9 @@ class _LinearLogprob(torch.autograd.Function):
                     **tile(vocabulary),
                 )  # fmt: skip
                 del logits
-            if frozen_gradient:
+            if means is not None and powers is not None:
                 means[outer] = product_fp32(powers, weight).mul_(inverse_others[outer, None])
-            if entropy_powers is not None:
+            if entropy_means is not None and entropy_powers is not None:
                 entropy_means[outer] = product_fp32(entropy_powers, weight)
         if frozen_gradient:
             ctx.save_for_backward(weight, targets, rests, means, entropy_means)
@@ -208,7 +209,8 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @isolated
-    def backward(ctx, slopes, entropy_slopes):
+    def backward(ctx: Any, *upstreams: Any) -> Any:
+        slopes, entropy_slopes = upstreams
         has_entropy = ctx.entropy_gradient and entropy_slopes is not None
         entropy_slopes = entropy_slopes.contiguous() if has_entropy else None
         if ctx.frozen_gradient:
@@ -235,20 +237,20 @@ class _LinearLogprob(torch.autograd.Function):
             logits = product_fp32(hidden[rows], weight.T)
             gradient = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
             rows_gradient(
-                gradient, logits, bias, targets[rows], slopes[rows], entropy_slopes[rows] if has_entropy else None,
+                gradient, logits, bias, targets[rows], slopes[rows], None if entropy_slopes is None else entropy_slopes[rows],
                 [values[rows] for values in row_values], ctx.inverse_temperature,
             )  # fmt: skip
-            if needs_hidden:
+            if hidden_gradient is not None:
                 hidden_gradient[rows] = gradient @ weight
-            if needs_weight:
+            if weight_gradient is not None:
                 weight_gradient += product_fp32(gradient.T, hidden[rows])
-            if needs_bias:
+            if bias_gradient is not None:
                 bias_gradient += gradient.sum(0, dtype=torch.float32)
             del logits, gradient
         return (
             hidden_gradient,
-            weight_gradient.to(weight.dtype) if needs_weight else None,
-            bias_gradient.to(bias.dtype) if needs_bias else None,
+            None if weight_gradient is None else weight_gradient.to(weight.dtype),
+            None if bias_gradient is None else bias_gradient.to(bias.dtype),
             None, None, None, None,
         )  # fmt: skip
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -12,6 +14,29 @@ from tars_kernels.checks import check_cu_seqlens, check_floats, check_mask, chec
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"]
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
+
+
+Loss = TypeVar("Loss", bound=Callable[..., Any])
+
+
+class ObjectiveSettings(TypedDict, total=False):
+    """The keywords of `Objective`, for editors and type checkers; a test holds them to its fields, which say what they mean."""
+
+    cu_seqlens: Tensor | None
+    old_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    mask: Tensor | None
+    loss_type: LossType
+    clip_low: float
+    clip_high: float | None
+    dual_clip: float | None
+    importance_cap: float
+    importance_mode: Literal["truncate", "mask"]
+    importance_level: Literal["token", "sequence"]
+    kl_coef: float
+    entropy_coef: float
+    num_tokens: float | Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +113,7 @@ class Objective:
             raise ValueError(f"num_tokens: {self.num_tokens}; must be a number of tokens")
 
     @classmethod
-    def from_keywords(cls, keywords: dict[str, object]) -> Objective:
+    def from_keywords(cls, keywords: ObjectiveSettings) -> Objective:
         """The settings that a loss was called with.
 
         Raises:
@@ -103,9 +128,9 @@ class Objective:
     @property
     def ratio_bounds(self) -> tuple[float, float]:
         """Smallest and largest ratio that the clip lets through; nothing bounds cispo's from below."""
-        if self.loss_type == "cispo":
-            return 0.0, self.clip_high
-        return 1 - self.clip_low, 1 + (0.28 if self.clip_high is None else self.clip_high)
+        # Of cispo it is never None.
+        clip_high = 0.28 if self.clip_high is None else self.clip_high
+        return (0.0, clip_high) if self.loss_type == "cispo" else (1 - self.clip_low, 1 + clip_high)
 
     @property
     def by_sequence(self) -> bool:
@@ -168,6 +193,8 @@ class Objective:
         else:
             normaliser = torch.full((), max(1.0, self.num_tokens), dtype=dtype, device=targets.device)
         if self.loss_type == "grpo":
+            assert self.cu_seqlens is not None, "refused above"
+            assert numbers is not None
             num_sequences = len(self.cu_seqlens) - 1
             # Whole numbers add up to the same float in any order, so that this is reproducible on CUDA too.
             counts = ones.new_zeros(num_sequences).index_add(0, numbers, ones)
@@ -177,6 +204,19 @@ class Objective:
         # Entropy is a mean over tokens whatever the policy term is divided by (TRL).
         entropy_normaliser = num_kept if self.loss_type in ("grpo", "dr_grpo") else normaliser
         return TokenTerms(advantages, weights, num_kept, self.entropy_coef / entropy_normaliser, numbers, keep)
+
+
+def shows_settings(loss: Loss) -> Loss:
+    """Let `help` and `inspect.signature` list the settings that `loss` takes as `**objective`, with their defaults."""
+    shown = inspect.signature(loss, eval_str=True)
+    named = [one for one in shown.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    kinds = get_type_hints(Objective)
+    settings = [
+        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=kinds[one.name])
+        for one in fields(Objective)
+    ]
+    loss.__signature__ = shown.replace(parameters=[*named, *settings])  # type: ignore[attr-defined]  # read by inspect
+    return loss
 
 
 @dataclass(frozen=True, eq=False)

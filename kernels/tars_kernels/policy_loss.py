@@ -13,6 +13,8 @@ Shapes: T tokens, N sequences, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any, Unpack
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +34,7 @@ from tars_kernels.checks import (
     head_parameters,
 )
 from tars_kernels.linear_logprob import logprob_and_entropy, rows_forward, rows_gradient
-from tars_kernels.objective import Objective, PolicyLoss, TokenTerms
+from tars_kernels.objective import Objective, ObjectiveSettings, PolicyLoss, TokenTerms, shows_settings
 from tars_kernels.rows import LOG2E, fill_row, load_tile, scan_row, store_tile, tile, write_gradient
 
 _LOW, _HIGH, _CAPPED = (tl.constexpr(bit) for bit in (1, 2, 4))
@@ -350,13 +352,13 @@ class _FusedPolicyLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @isolated
-    def backward(ctx, upstream, *_unused):
+    def backward(ctx: Any, *upstreams: Any) -> Any:
         if ctx.gradient is None:
             raise RuntimeError("policy_loss: backward a second time; its gradient was handed out the first time")
         gradient, ctx.gradient = ctx.gradient, None
         num_tokens, vocabulary = gradient.shape
         if num_tokens:
-            _scale_rows[(num_tokens,)](gradient, upstream, vocabulary, **tile(vocabulary))
+            _scale_rows[(num_tokens,)](gradient, upstreams[0], vocabulary, **tile(vocabulary))
         return gradient, *[None] * 7
 
 
@@ -389,7 +391,8 @@ class _SoftmaxTerms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @isolated
-    def backward(ctx, slopes, entropy_slopes):
+    def backward(ctx: Any, *upstreams: Any) -> Any:
+        slopes, entropy_slopes = upstreams
         logits, bias, targets, *row_values = ctx.saved_tensors
         slopes = torch.zeros_like(row_values[0]) if slopes is None else slopes.contiguous()
         has_entropy = ctx.entropy_gradient and entropy_slopes is not None
@@ -413,7 +416,7 @@ class _TokenLoss(torch.autograd.Function):
         outputs = _TokenOutputs(num_tokens, logprobs.device)
         slopes = torch.zeros_like(logprobs)
         cu_seqlens = objective.cu_seqlens.contiguous() if objective.by_sequence else None
-        programs = len(cu_seqlens) - 1 if objective.by_sequence else triton.cdiv(num_tokens, _BLOCK)
+        programs = triton.cdiv(num_tokens, _BLOCK) if cu_seqlens is None else len(cu_seqlens) - 1
         if programs:
             _segments[(programs,)](
                 slopes, outputs.losses, outputs.ratios, outputs.events, logprobs, terms.advantages, terms.weights,
@@ -436,7 +439,8 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @isolated
-    def backward(ctx, upstream, _unused):
+    def backward(ctx: Any, *upstreams: Any) -> Any:
+        upstream, _ = upstreams
         slopes, entropy_slopes = ctx.saved_tensors
         return slopes * upstream, None if entropy_slopes is None else entropy_slopes * upstream, None, None
 
@@ -453,6 +457,7 @@ def _token_loss_of(logprobs: Tensor, entropies: Tensor, terms: TokenTerms, objec
     return _result(loss, logprobs, entropies, statistics)
 
 
+@shows_settings
 def policy_loss(
     logits: Tensor,
     targets: Tensor,
@@ -461,7 +466,7 @@ def policy_loss(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     inplace: bool = False,
-    **objective: object,
+    **objective: Unpack[ObjectiveSettings],
 ) -> PolicyLoss:
     if not runs_kernels(logits):
         return reference.policy_loss(
@@ -491,6 +496,7 @@ def policy_loss(
     )
 
 
+@shows_settings
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor | nn.Module,
@@ -499,7 +505,7 @@ def linear_policy_loss(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
-    **objective: object,
+    **objective: Unpack[ObjectiveSettings],
 ) -> PolicyLoss:
     if not runs_kernels(hidden):
         return reference.linear_policy_loss(

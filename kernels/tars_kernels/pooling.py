@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states, cu_seqlens, positions, pooling):
+    def forward(ctx: Any, states: Tensor, cu_seqlens: Tensor, positions: Tensor | None, pooling: str) -> tuple[Tensor, Tensor]:
         ctx.cu_seqlens, ctx.positions, ctx.pooling = cu_seqlens, positions, pooling
         ctx.shape, ctx.dtype, ctx.runs_kernels = states.shape, states.dtype, runs_kernels(states)
         ctx.set_materialize_grads(False)
@@ -31,7 +32,8 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, states_gradient, pooled_gradient):
+    def backward(ctx: Any, *upstreams: Any) -> Any:
+        states_gradient, pooled_gradient = upstreams
         if pooled_gradient is None:
             return states_gradient, None, None, None
         if states_gradient is None:
@@ -78,7 +80,7 @@ class LayerPooler:
 
     def __init__(
         self,
-        model_layers: Sequence[nn.Module],
+        model_layers: Sequence[nn.Module] | nn.ModuleList,
         final_norm: nn.Module,
         *,
         layers: Sequence[int] | None = None,
@@ -101,9 +103,10 @@ class LayerPooler:
             RuntimeError: a layer did not run inside the block.
         """
         missing = [layer for layer, entry in zip(self._layers, self._pooled, strict=False) if entry is None]
+        pooled = [entry for entry in self._pooled if entry is not None]
         if missing or not self._pooled:
             raise RuntimeError(f"{f'layers {missing}' if missing else 'the model'} did not run inside the pooling block")
-        return torch.stack(self._pooled)
+        return torch.stack(pooled)
 
     @contextmanager
     def pooling(self, cu_seqlens: Tensor, *, positions: Tensor | None = None) -> Iterator[None]:
@@ -124,8 +127,8 @@ class LayerPooler:
         positions = None if positions is None else positions.contiguous()
         records_gradient = self._differentiable and torch.is_grad_enabled()
 
-        def record(index: int):
-            def hook(_module, _inputs, output):
+        def record(index: int) -> Callable[[nn.Module, Any, Any], Any]:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
                 states = output[0] if isinstance(output, tuple) else output
                 if not records_gradient:
                     flat = states.detach().flatten(0, -2)

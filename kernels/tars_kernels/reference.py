@@ -8,6 +8,7 @@ whatever the inputs, or in fp64 for fp64 inputs, which is the truth that tests c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ from tars_kernels.checks import (
     choose_layers,
     head_parameters,
 )
-from tars_kernels.objective import Objective, PolicyLoss, TokenTerms, sequence_numbers
+from tars_kernels.objective import Objective, ObjectiveSettings, PolicyLoss, TokenTerms, sequence_numbers, shows_settings
 
 NORM_FLOOR = 1e-8
 """States with a norm below this have no direction: their cosine is 0 and carries no gradient."""
@@ -77,6 +78,7 @@ def linear_logprob(
     return (logprobs, entropy) if return_entropy else logprobs
 
 
+@shows_settings
 @isolated
 def policy_loss(
     logits: Tensor,
@@ -86,7 +88,7 @@ def policy_loss(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     inplace: bool = False,
-    **objective: object,
+    **objective: Unpack[ObjectiveSettings],
 ) -> PolicyLoss:
     """Clipped asymmetric policy-gradient loss of a policy given by its logits; kernels let it be differentiated once.
 
@@ -112,6 +114,7 @@ def policy_loss(
     return _policy_loss(_accumulated(logits), targets, advantages, bias, temperature, settings)
 
 
+@shows_settings
 @isolated
 def linear_policy_loss(
     hidden: Tensor,
@@ -121,7 +124,7 @@ def linear_policy_loss(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
-    **objective: object,
+    **objective: Unpack[ObjectiveSettings],
 ) -> PolicyLoss:
     """Clipped asymmetric policy-gradient loss of a linear head's distribution, from the states under it.
 
@@ -191,6 +194,8 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, objective: 
         return masked(vector.detach())
 
     def sequence_sums(vector: Tensor) -> Tensor:
+        assert objective.cu_seqlens is not None, "token_terms refuses what needs it"
+        assert terms.sequence_numbers is not None
         sums = vector.new_zeros(len(objective.cu_seqlens) - 1).index_add(0, terms.sequence_numbers, vector)
         return sums[terms.sequence_numbers]
 
@@ -220,7 +225,7 @@ def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, objective: 
         bounded = ratio if objective.dual_clip is None else ratio.clamp(max=objective.dual_clip)
         losses = -torch.minimum(bounded * advantages, ratio.clamp(low, high) * advantages)
     losses = losses * importance
-    if objective.kl_coef != 0:
+    if objective.kl_coef != 0 and objective.ref_logprobs is not None:
         to_reference = given(objective.ref_logprobs) - logprobs
         losses = losses + objective.kl_coef * (to_reference.exp() - to_reference - 1)
     loss = (losses * terms.weights).sum()

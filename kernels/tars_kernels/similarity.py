@@ -10,6 +10,7 @@ Shapes: T packed tokens, N sequences, D hidden size, L layers, P pairs, S splits
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -337,22 +338,25 @@ class _PoolSequences(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @isolated
-    def backward(ctx, pooled_gradient):
+    def backward(ctx: Any, *upstreams: Any) -> Any:
+        (pooled_gradient,) = upstreams
         # A layer chosen twice is one memory: its gradients are added one after the other.
         repeats = len(set(ctx.chosen)) < len(ctx.chosen)
         adds = ctx.positions is not None or repeats
         shape, dtype = ctx.like[0]
-        is_stack = len(shape) == 3
-        if is_stack:
+        gradients: list[Tensor | None]
+        if len(shape) == 3:
             is_complete = not adds and len(ctx.chosen) == shape[0]
-            gradients = [(torch.empty if is_complete else torch.zeros)(shape, dtype=dtype, device=pooled_gradient.device)]
-            layers = gradients[0]
+            stack = (torch.empty if is_complete else torch.zeros)(shape, dtype=dtype, device=pooled_gradient.device)
+            gradients, layers = [stack], dict(enumerate(stack.unbind()))
         else:
             make = torch.zeros if adds else torch.empty
-            gradients = layers = [
-                make(shape, dtype=dtype, device=pooled_gradient.device) if layer in ctx.chosen else None
+            layers = {
+                layer: make(shape, dtype=dtype, device=pooled_gradient.device)
                 for layer, (shape, dtype) in enumerate(ctx.like)
-            ]
+                if layer in ctx.chosen
+            }
+            gradients = [layers.get(layer) for layer in range(len(ctx.like))]
         pooled_gradient = pooled_gradient.contiguous()
         places = range(len(ctx.chosen))
         for batch in [[place] for place in places] if repeats else [places]:
@@ -381,7 +385,8 @@ class _PooledSimilarity(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @isolated
-    def backward(ctx, upstream):
+    def backward(ctx: Any, *upstreams: Any) -> Any:
+        (upstream,) = upstreams
         pooled, pairs, inverses, left_shares, right_shares = ctx.saved_tensors
         num_layers, num_sequences, width = pooled.shape
         gradient = torch.empty_like(pooled)

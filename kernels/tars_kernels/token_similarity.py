@@ -6,6 +6,7 @@ Shapes: T tokens, D hidden size, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -104,7 +105,8 @@ class _TokenSimilarity(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @isolated
-    def backward(ctx, upstream):
+    def backward(ctx: Any, *upstreams: Any) -> Any:
+        (upstream,) = upstreams
         inverses, x_shares, y_shares, *states = ctx.saved_tensors
         num_layers = len(states) // 2
         gradients: list[Tensor | None] = [None] * len(states)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import inspect
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import tars_kernels
 import torch
-from tars_kernels import LayerPooler, reference
+from tars_kernels import LayerPooler, Objective, reference
+from tars_kernels.objective import ObjectiveSettings
 from torch import nn
 
 OPERATIONS = [
@@ -271,3 +279,47 @@ def test_tensors_on_two_devices_are_named(device):
             call(name, values, targets=elsewhere)
     with pytest.raises(ValueError, match="pairs: on meta"):
         call("pooled_similarity", values, pairs=torch.zeros(1, 2, dtype=torch.int64, device="meta"))
+
+
+def test_editors_and_help_know_the_settings_of_the_losses():
+    """One definition: the keywords for type checkers are the fields of `Objective`, and so is what `help` lists."""
+    kinds = get_type_hints(Objective)
+    assert get_type_hints(ObjectiveSettings) == kinds
+    assert ObjectiveSettings.__optional_keys__ == kinds.keys()
+    for loss in (
+        tars_kernels.policy_loss,
+        tars_kernels.linear_policy_loss,
+        reference.policy_loss,
+        reference.linear_policy_loss,
+    ):
+        parameters = inspect.signature(loss).parameters
+        assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
+        shown = {name: (parameters[name].default, parameters[name].annotation) for name in kinds}
+        assert shown == {field.name: (field.default, kinds[field.name]) for field in fields(Objective)}
+
+
+def test_type_checkers_refuse_a_wrong_setting(tmp_path):
+    pytest.importorskip("mypy")
+    assert importlib.resources.files(tars_kernels).joinpath("py.typed").is_file()
+    given = tmp_path / "given.py"
+    given.write_text(
+        "import torch\n"
+        "from tars_kernels import policy_loss\n"
+        "x = torch.zeros(1)\n"
+        "policy_loss(x, x, x, clip_low=0.1, loss_type='gspo', mask=None, temperature=2.0)\n"
+        "policy_loss(x, x, x, clip_lo=0.1)\n"
+        "policy_loss(x, x, x, loss_type='ppo')\n"
+    )
+    # Nothing here depends on torch's own types, which take most of a minute to read.
+    (tmp_path / "mypy.ini").write_text("[mypy]\nfollow_imports = silent\n[mypy-torch.*,triton.*]\nfollow_imports = skip\n")
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", given.name],
+        env=os.environ | {"MYPYPATH": str(Path(tars_kernels.__file__).parents[1])},
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    errors = [line.removeprefix(f"{given.name}:") for line in checked.stdout.splitlines() if ": error:" in line]
+    assert [error.rpartition(": error:")[0].rpartition(":")[2] for error in errors] == ["5", "6"], (
+        checked.stdout + checked.stderr
+    )
+    assert 'Unexpected keyword argument "clip_lo"' in errors[0]
+    assert "loss_type" in errors[1]
