@@ -73,7 +73,7 @@ class Calibration:
 
         def calibrate(_module, inputs):
             states = inputs[0]
-            is_audio = heard[0][:, : states.shape[1]]
+            is_audio = heard[0]
             if not is_audio.any():
                 return None
             states = states.clone()
