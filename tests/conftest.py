@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 
+import tars_fast  # noqa: F401  (before torch: threads.py)
+
+# isort: split
 import pytest
 import torch
 from pages import CHROMIUM
