@@ -1,4 +1,4 @@
-"""Print the lower bound of every package that the extra `dev` brings, for `pip install --requirement`: the oldest environment."""
+"""Print the lower bound of every package that the extra `dev` brings, as `pip install --requirement` takes them."""
 
 from __future__ import annotations
 
