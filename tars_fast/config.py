@@ -123,7 +123,7 @@ PRESETS = {
         lora_rank=0,
         behaviour_model="hashed-ngrams",
         gradient_checkpointing=False,
-        rollout_batch_size=128,
+        rollout_batch_size=256,
     ),
     "qwen2-audio-7b": dataclasses.replace(
         _PAPER,

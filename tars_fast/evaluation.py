@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -223,12 +224,11 @@ def _answer(
 ) -> list[Evaluated]:
     numbers = range(len(questions))
     greedy = Sampling(num_completions=1, max_new_tokens=settings.max_new_tokens, temperature=0.0, seed=settings.seed)
-    completions = {modality: engine.generate(prompts[modality], numbers, greedy) for modality in Modality}
+    completions = _generate(engine, prompts, greedy)
     sampled: dict[Modality, list[float | None]] = {modality: [None] * len(questions) for modality in Modality}
     if settings.num_samples:
         sampling = Sampling(settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed + start)
-        for modality in Modality:
-            drawn = engine.generate(prompts[modality], numbers, sampling)
+        for modality, drawn in _generate(engine, prompts, sampling).items():
             sampled[modality] = answer_rewards(drawn, questions).accuracy.view(len(questions), -1).mean(1).tolist()
     transcribed = _transcribe(model, engine, questions, greedy) if settings.transcribe else [None] * len(questions)
     engine.release_memory()
@@ -251,6 +251,15 @@ def _answer(
         )
         for number in numbers
     ]
+
+
+def _generate(
+    engine: RolloutEngine, prompts: Mapping[Modality, Sequence[Prompt]], sampling: Sampling
+) -> dict[Modality, list[Completion]]:
+    """Completions of spoken and written prompts, sampled side by side."""
+    both = [(number, prompt) for modality in Modality for number, prompt in enumerate(prompts[modality])]
+    drawn = iter(engine.generate([prompt for _, prompt in both], [number for number, _ in both], sampling))
+    return {modality: list(islice(drawn, len(prompts[modality]) * sampling.num_completions)) for modality in Modality}
 
 
 def _transcribe(

@@ -49,7 +49,7 @@ class Family:
     model_types: tuple[str, ...]
     """Of config.json."""
     model_class: str
-    """Of transformers, with a head and `generate`."""
+    """Of transformers, with a head."""
     language_model: str
     """The decoder stack inside it: its `layers` are pooled and adapted, its `norm` ends the last."""
     decoder_names: tuple[str, ...]

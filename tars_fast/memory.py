@@ -147,10 +147,11 @@ class Workload:
 
     @property
     def kv_needed(self) -> int:
-        """KV cache of all completions in flight; with vLLM those of one prompt share it."""
-        if self.engine != "vllm":
-            return self.rollout_batch_size * (self.longest_prompt + self.max_new_tokens) * self.kv_bytes_per_token
+        """KV cache of all completions in flight; those of one prompt share it."""
         num_prompts = -(-self.rollout_batch_size // (self.group_size // 2))
+        if self.engine != "vllm":
+            tokens = num_prompts * self.longest_prompt + self.rollout_batch_size * self.max_new_tokens
+            return tokens * self.kv_bytes_per_token
         # A completion starts in a block of its own, half filled by the prompt's end.
         tokens = num_prompts * _blocks(self.longest_prompt) + self.rollout_batch_size * (
             _blocks(self.max_new_tokens) + BLOCK_TOKENS

@@ -23,6 +23,7 @@ from tars_fast.audio_cache import AudioCache, Clips, fingerprint
 from tars_fast.config import Preset
 from tars_fast.families import Features
 from tars_fast.hub import base_of, cannot_be_loaded, checkpoint_folder
+from tars_fast.key_values import KeyValues
 from tars_fast.modules import Decoder, PolicyModule
 from tars_fast.packed_attention import PackedGroups, use_packed_attention, uses_flash
 from tars_fast.prompts import PromptFormat, load_prompt_format
@@ -257,20 +258,33 @@ class SpeechModel:
         starts = accumulate(layout.groups.prompt_lengths[:-1], initial=0)
         inputs = self.embed_tokens(layout.token_ids[None], layout.prompts, list(starts))
         # Layers recompute only where their own flag says training. Their parts keep eval mode, so that nothing drops out, and
-        # the flag falls again afterwards, because `generate` would lose its cache to it.
+        # the flag falls again afterwards.
         for layer in self.language_model.layers:
             layer.training = self.gradient_checkpointing and torch.is_grad_enabled()
-        states = self.language_model(
-            inputs_embeds=inputs,
-            # Of four dimensions, so that transformers makes none of its own; packed attention reads none.
-            attention_mask=inputs.new_zeros(1, 1, 1, 1),
-            position_ids=layout.position_ids[None],
-            use_cache=False,
-            groups=layout.groups,
-        ).last_hidden_state
+        states = self.run_decoder(inputs, layout.position_ids[None], groups=layout.groups)
         for layer in self.language_model.layers:
             layer.training = False
         return states[0, layout.predictors]
+
+    def run_decoder(
+        self, inputs: Tensor, position_ids: Tensor, *, groups: PackedGroups | None = None, key_values: KeyValues | None = None
+    ) -> Tensor:
+        """[N, S, D] states behind the last layer, ready for the head.
+
+        Args:
+            inputs: [N, S, D]
+            position_ids: [N, S]
+            groups: see `packed_attention`, and so `key_values`; one of them is given.
+        """
+        return self.language_model(
+            inputs_embeds=inputs,
+            # Of four dimensions, so that transformers makes none of its own; packed attention reads none.
+            attention_mask=inputs.new_zeros(1, 1, 1, 1),
+            position_ids=position_ids,
+            use_cache=False,
+            groups=groups,
+            key_values=key_values,
+        ).last_hidden_state
 
 
 @dataclass(frozen=True)

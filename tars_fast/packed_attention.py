@@ -1,7 +1,7 @@
 """Attention over packed question groups: every prompt once, its completions behind all prompts, none sees another's tokens.
 
-Registered with transformers, so that its model classes run on packed rows as they are. A call without `groups` (generation,
-audio towers) gets PyTorch's scaled dot-product attention.
+Registered with transformers, so that its model classes run on packed rows as they are. A call without `groups` (audio
+towers) gets PyTorch's scaled dot-product attention.
 
 On CUDA in half precision a layer is two calls of FlashAttention as PyTorch ships it, over ragged sequences without mask or
 padding: every prompt and completion with itself, causally, and the completions with their prompt. Both halves of a completion's
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tars_fast.key_values import KeyValues
 from tars_fast.modules import Decoder
 
 PACKED_ATTENTION = "tars_fast_packed"
@@ -184,6 +185,7 @@ def packed_attention(
     *,
     scaling: float,
     groups: PackedGroups | None = None,
+    key_values: KeyValues | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface.
@@ -191,12 +193,15 @@ def packed_attention(
     Args:
         query: [1, H, S, E], keys and values [1, H', S, E]; of any shape without groups.
         groups: what the row holds; the mask is ignored then.
+        key_values: of completions that are being sampled; the mask is ignored then.
 
     Returns:
         ([1, S, H, E], None)
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if key_values is not None:
+        return key_values.attend(module.layer_idx, query, key, value, scaling), None
     if groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if uses_flash(query.device, query.dtype, query.shape[-1]):

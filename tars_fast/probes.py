@@ -74,7 +74,7 @@ class Calibration:
 
         def calibrate(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             states = inputs[0]
-            is_audio = heard[0][:, : states.shape[1]]
+            is_audio = heard[0]
             if not is_audio.any():
                 return None
             states = states.clone()

@@ -1,54 +1,33 @@
-"""Rollouts by transformers' `generate` with the very module being trained: one set of weights, nothing to hand over."""
+"""Rollouts by the very module being trained, decoded token by token: one set of weights, nothing to hand over.
+
+transformers' `generate` does the same, but makes its masks anew and copies its cache for every token, holds a prompt once for
+each completion, and goes on with completions that have ended.
+
+Shapes: R prompts, N completions of each, D hidden size.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from tars_fast.key_values import KeyValues
 from tars_fast.models import SpeechModel
 from tars_fast.sampling import Drawn, RolloutEngine, Sampling, too_long
 from tars_fast.types import Prompt
 
-
-class _SampledLogprobs:
-    """A logits processor that suppresses tokens and keeps the log-probability of each sampled token.
-
-    Keeps one step's distribution instead of all steps' (`output_scores`), which at 1,024 tokens and a vocabulary of 156,032
-    would be 40 GB for 64 completions. A processor sees a token one step after it was drawn, hence `finish`.
-    """
-
-    def __init__(self, suppressed_bias: Tensor, temperature: float):
-        self._bias = suppressed_bias
-        self._temperature = temperature
-        self._pending: Tensor | None = None
-        self._logprobs: list[Tensor] = []
-        self._all_finite = torch.ones((), dtype=torch.bool, device=suppressed_bias.device)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._pending is not None:
-            self._record(self._pending, input_ids[:, -1])
-        # Looked at once at the end: a check a token would wait for the device a token.
-        self._all_finite &= scores.isfinite().all()
-        scores = scores.float().nan_to_num() + self._bias
-        self._pending = (scores / self._temperature).log_softmax(-1)
-        return scores
-
-    def _record(self, distribution: Tensor, tokens: Tensor) -> None:
-        self._logprobs.append(distribution.gather(-1, tokens[:, None])[:, 0])
-
-    def finish(self, last_tokens: Tensor) -> Tensor:
-        """[N, C] log-probability of each generated token, NaN throughout where a logit was NaN or infinite."""
-        if self._pending is not None:
-            self._record(self._pending, last_tokens)
-        logprobs = torch.stack(self._logprobs, dim=1)
-        return logprobs.where(self._all_finite, torch.nan)
+_ROOM = 64
+"""New tokens that memory is taken for at a time: 1,024 of 64 completions would be 34 GB at 7B, and most end earlier."""
+_FEWEST_RUNNING = 0.75
+"""Share of a batch that has not ended; below it the others are dropped, which copies the keys and values of those that stay."""
 
 
 class TransformersEngine(RolloutEngine):
-    """Batched `generate`; each distinct prompt is prefilled once.
+    """Batches of completions; each distinct prompt is run once.
 
     Args:
         max_batch_size: completions in flight.
@@ -71,92 +50,99 @@ class TransformersEngine(RolloutEngine):
 
     @torch.inference_mode()
     def draw(self, prompts: Sequence[Prompt], sampling: Sampling, on_drawn: Callable[[int, list[Drawn]], None]) -> None:
-        torch.manual_seed(sampling.seed)
+        generator = torch.Generator(self._model.device).manual_seed(sampling.seed)
         prompts_per_batch = max(1, self._max_batch_size // sampling.num_completions)
         # Prompts of like length share a batch: less padding to attend over.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].token_ids))
         for start in range(0, len(order), prompts_per_batch):
             chosen = order[start : start + prompts_per_batch]
-            drawn = self._draw_batch([prompts[index] for index in chosen], sampling)
-            for place, index in enumerate(chosen):
-                on_drawn(index, drawn[place * sampling.num_completions : (place + 1) * sampling.num_completions])
+            groups = [[_Growing() for _ in range(sampling.num_completions)] for _ in chosen]
+            for place in self._draw_batch([prompts[index] for index in chosen], groups, sampling, generator):
+                on_drawn(chosen[place], [one.drawn() for one in groups[place]])
 
-    def _draw_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Drawn]:
-        from transformers import DynamicCache, LogitsProcessorList
-
+    def _draw_batch(
+        self, prompts: Sequence[Prompt], groups: list[list[_Growing]], sampling: Sampling, generator: torch.Generator
+    ) -> Iterator[int]:
+        """Write completions, one group a prompt; yields the number of each prompt when its group is complete."""
         model = self._model
-        width = max(len(prompt.token_ids) for prompt in prompts)
-        starts = [width - len(prompt.token_ids) for prompt in prompts]
-        token_ids = torch.full((len(prompts), width), model.prompts.pad_token_id)
-        for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
-            token_ids[row, start:] = torch.tensor(prompt.token_ids)
-        token_ids = token_ids.to(model.device)
-        attention_mask = (torch.arange(width) >= torch.tensor(starts)[:, None]).long().to(model.device)
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        places = [row * width + start for row, start in enumerate(starts)]
+        stop_tokens = set(model.prompts.stop_token_ids)
+        key_values, hidden, positions = self._run_prompts(prompts, sampling)
+        rows = list(range(len(prompts)))
+        unfinished = set(rows)
+        for tokens_left in reversed(range(sampling.max_new_tokens)):
+            self.check_stopped()
+            tokens, logprobs = self._sample(hidden, sampling.temperature, generator)
+            for row, row_tokens, row_logprobs in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+                for one, token, logprob in zip(groups[row], row_tokens, row_logprobs, strict=True):
+                    if not one.ended:
+                        one.token_ids.append(token)
+                        one.logprobs.append(logprob)
+                        one.ended = token in stop_tokens
+            complete = {row for row in unfinished if not tokens_left or all(one.ended for one in groups[row])}
+            yield from sorted(complete)
+            unfinished -= complete
+            if not unfinished:
+                return
+            if len(unfinished) < _FEWEST_RUNNING * len(rows):
+                kept = torch.tensor([place for place, row in enumerate(rows) if row in unfinished], device=model.device)
+                rows = [row for row in rows if row in unfinished]
+                tokens, positions = tokens[kept], positions[kept]
+                key_values.select(kept)
+            key_values.grow()
+            inputs = model.module.get_input_embeddings()(tokens)
+            hidden = model.run_decoder(inputs, positions, key_values=key_values)
+            positions = positions + 1
 
-        # All but the last prompt token are run once a prompt; `generate` continues from the repeated cache.
-        cache = DynamicCache(config=model.language_model.config)
-        model.language_model(
-            inputs_embeds=model.embed_tokens(token_ids, prompts, places)[:, :-1],
-            attention_mask=attention_mask[:, :-1],
-            position_ids=position_ids[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache.batch_repeat_interleave(sampling.num_completions)
-        recorder = _SampledLogprobs(model.suppressed_bias, sampling.temperature or 1.0)
-        with _bare_generation_config(model, sampling):
-            output = model.module.generate(
-                stopping_criteria=[self._continue],
-                input_ids=token_ids.repeat_interleave(sampling.num_completions, 0),
-                attention_mask=attention_mask.repeat_interleave(sampling.num_completions, 0),
-                position_ids=position_ids.repeat_interleave(sampling.num_completions, 0),
-                past_key_values=cache,
-                logits_processor=LogitsProcessorList([recorder]),
-            )
-        generated = output[:, width:]
-        logprobs = recorder.finish(generated[:, -1])
-        is_stop = torch.isin(generated, torch.tensor(model.prompts.stop_token_ids, device=generated.device))
-        stops = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, generated.shape[1]).tolist()
-        finished = is_stop.any(1).tolist()
-        rows = zip(generated.tolist(), logprobs.tolist(), stops, finished, strict=True)
-        return [Drawn(tokens[:stop], row_logprobs[:stop], truncated=not done) for tokens, row_logprobs, stop, done in rows]
+    def _run_prompts(self, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[KeyValues, Tensor, Tensor]:
+        """Keys and values, [R, N, D] states that predict the first tokens, [R, N] where those will stand."""
+        model = self._model
+        token_ids = pad_sequence(
+            [torch.tensor(prompt.token_ids) for prompt in prompts], batch_first=True, padding_value=model.prompts.pad_token_id
+        ).to(model.device)
+        count, width = token_ids.shape
+        lengths = torch.tensor([len(prompt.token_ids) for prompt in prompts], device=model.device)
+        key_values = KeyValues(lengths, min(_ROOM, sampling.max_new_tokens))
+        inputs = model.embed_tokens(token_ids, prompts, range(0, count * width, width))
+        positions = torch.arange(width, device=model.device).expand(count, -1)
+        states = model.run_decoder(inputs, positions, key_values=key_values)
+        last = states[torch.arange(count, device=model.device), lengths - 1]
+        key_values.branch(sampling.num_completions)
+        return key_values, *(one[:, None].repeat_interleave(sampling.num_completions, 1) for one in (last, lengths))
 
-    def _continue(self, input_ids: Tensor, _scores: object, **_settings: object) -> Tensor:
-        """Asked by `generate` after every token whether to end a sequence."""
-        self.check_stopped()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """[R, N] tokens drawn from the full distribution, and their log-probability: NaN where a logit is NaN or infinite."""
+        logits = self._model.head(hidden).float()
+        logprobs = ((logits + self._model.suppressed_bias) / (temperature or 1.0)).log_softmax(-1)
+        if temperature:
+            # By inversion, in double precision: torch.multinomial draws a random number for every word of the vocabulary.
+            cumulated = logprobs.exp().cumsum(-1, dtype=torch.float64)
+            drawn = torch.rand(*hidden.shape[:-1], 1, dtype=torch.float64, device=hidden.device, generator=generator)
+            # Below the last sum, so that it finds a token of some probability; not among NaNs, hence the clamp.
+            tokens = torch.searchsorted(cumulated, drawn * cumulated[..., -1:], right=True).clamp_(max=logits.shape[-1] - 1)
+        else:
+            tokens = logprobs.argmax(-1, keepdim=True)
+        flaws = (logits * 0).sum(-1)
+        return tokens[..., 0], logprobs.gather(-1, tokens)[..., 0] + flaws
 
     def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
         """Why `draw` would not take a prompt."""
         return too_long(prompt, max_new_tokens, self._model.prompts.max_tokens)
 
     def release_memory(self) -> None:
-        """Nothing to give back: the cache of a batch goes with the batch."""
+        """Nothing to give back: keys and values go with their batch."""
 
     def close(self) -> None:
         """Nothing to end."""
 
 
-@contextmanager
-def _bare_generation_config(model: SpeechModel, sampling: Sampling) -> Iterator[None]:
-    """For the length of the block nothing shapes the distribution but the temperature.
+@dataclass
+class _Growing:
+    """A completion in the making."""
 
-    `generate` fills what a call leaves open from the checkpoint's own settings (Qwen2-Audio's repetition penalty, top-k and
-    top-p among them), and would then sample from another policy than the one being trained.
-    """
-    from transformers import GenerationConfig
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: bool = False
+    """By a stop token."""
 
-    decoding = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-    original = model.module.generation_config
-    model.module.generation_config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=model.prompts.stop_token_ids,
-        pad_token_id=model.prompts.pad_token_id,
-        **(decoding if sampling.temperature else {"do_sample": False}),
-    )
-    try:
-        yield
-    finally:
-        model.module.generation_config = original
+    def drawn(self) -> Drawn:
+        return Drawn(self.token_ids, self.logprobs, truncated=not self.ended)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"types", "files", "modules", "progress", "requirements"},
     {"architecture", "answers", "advantages", "metrics", "cli", "audio", "audio_cache", "optimizer", "hub", "weights"}
-    | {"alignment", "figure", "page", "provenance", "sources", "transcription", "workers"},
+    | {"alignment", "figure", "page", "key_values", "provenance", "sources", "transcription", "workers"},
     {"memory", "scorers", "recognition", "packed_attention"},
     {"families", "results"},
     {"adapters", "config", "log"},

@@ -356,12 +356,12 @@ def test_leaving_does_not_wait_for_a_whole_rollout(model, questions, ahead):
     class Endless(TransformersEngine):
         """Every token of the second rollout takes its time."""
 
-        def _continue(self, input_ids, scores, **settings):
+        def check_stopped(self):
             if len(rollouts) > 1:
                 tokens.append(1)
                 going.set()
                 time.sleep(0.5)
-            return super()._continue(input_ids, scores, **settings)
+            super().check_stopped()
 
         def draw(self, *arguments):
             rollouts.append(1)
