@@ -1,34 +1,35 @@
 """Keys and values of prompts whose completions grow side by side, a token at a time.
 
 Handed to a decoder's attention as a keyword, as `PackedGroups` are (`packed_attention.py`), so that transformers keeps no cache
-and makes no mask. A row holds the keys of one prompt, padded on the right, and behind them those of its completions: the first
-token of each, then the second of each. All rows grow in the same columns, in place; a prompt is held once, and one pass over a
-row serves all completions.
+and makes no mask. The prompts are run as one row, behind each other. Then each has a row: its own keys, padded on the right,
+and behind them those of its completions, the first token of each, then the second. All rows grow in the same columns, in
+place; a prompt is held once, and one pass over a row serves all completions.
 
-Shapes: R prompts, N completions of each, H heads, H' heads of keys and values, E head size, S tokens of a pass, C columns.
+Shapes: R prompts, N completions of each, H heads, H' heads of keys and values, E head size, S tokens of a row, C columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 
 
 class KeyValues:
     """Those of one batch. The first pass is that of the prompts; then comes `branch`, and `grow` before every further pass.
 
     Args:
-        prompt_lengths: [R] as they are without padding.
+        prompt_lengths: [R]
         room: tokens of a completion that memory is taken for at a time.
     """
 
-    def __init__(self, prompt_lengths: Tensor, room: int):
-        self._prompt_lengths = prompt_lengths
+    def __init__(self, prompt_lengths: Sequence[int], room: int):
+        self._prompt_lengths = list(prompt_lengths)
         self._room = room
-        self._num_columns = int(prompt_lengths.max())
+        self._num_columns = max(prompt_lengths)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         """[R, H', C with room, E] keys and values."""
         self._queries_per_key = 1
@@ -38,13 +39,23 @@ class KeyValues:
         """[R, 1, H / H' * N, C with room] added to the scores."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """[R, S, H, E] attention of queries [R, H, S, E] to keys and values [R, H', S, E], which are kept, and earlier ones."""
+        """Attention of queries to their prompt or completion so far; its keys and values are kept.
+
+        Args:
+            query: [1, H, S, E] of all prompts, then [R, H, N, E] of a token of every completion.
+            key: the same of H' heads, and so `value`.
+
+        Returns:
+            [1, S, H, E], then [R, N, H, E].
+        """
         if self._mask is None:
-            self._layers[layer] = key, value
+            prompts = zip(*(states.split(self._prompt_lengths, dim=2) for states in (query, key, value)), strict=True)
+            outputs = [
+                scaled_dot_product_attention(*prompt, is_causal=True, scale=scale, enable_gqa=True) for prompt in prompts
+            ]
             self._queries_per_key = query.shape[1] // key.shape[1]
-            # Padding stands behind all that is read of this pass, so it needs no mask.
-            output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-            return output.transpose(1, 2)
+            self._layers[layer] = self._by_prompt(key), self._by_prompt(value)
+            return torch.cat(outputs, dim=2).transpose(1, 2)
         end, num_new = self._num_columns, key.shape[2]
         keys, values = (held[:, :, :end] for held in self._layers[layer])
         keys[:, :, -num_new:] = key
@@ -59,7 +70,8 @@ class KeyValues:
         keys = self._layers[0][0]
         others = ~torch.eye(num_completions, dtype=torch.bool, device=keys.device)
         others = others.repeat(self._queries_per_key, self._room)
-        padding = torch.arange(keys.shape[2], device=keys.device) >= self._prompt_lengths[:, None]
+        lengths = torch.tensor(self._prompt_lengths, device=keys.device)
+        padding = torch.arange(keys.shape[2], device=keys.device) >= lengths[:, None]
         self._own_columns = _hidden(others, keys.dtype)[None, None]
         self._mask = _hidden(padding, keys.dtype)[:, None, None].expand(-1, -1, len(others), -1)
 
@@ -74,6 +86,11 @@ class KeyValues:
         """Only these prompts' completions go on."""
         self._mask = self._mask[rows]
         self._change(lambda held: held[rows])
+
+    def _by_prompt(self, states: Tensor) -> Tensor:
+        """[R, H', C, E] of [1, H', S, E]."""
+        rows = states[0].transpose(0, 1).split(self._prompt_lengths)
+        return pad_sequence(rows, batch_first=True).transpose(1, 2)
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         # Layer by layer, so that one at a time is there twice.

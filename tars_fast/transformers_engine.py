@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from tars_fast.key_values import KeyValues
 from tars_fast.models import SpeechModel
@@ -96,18 +96,16 @@ class TransformersEngine(RolloutEngine):
     def _run_prompts(self, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[KeyValues, Tensor, Tensor]:
         """Keys and values, [R, N, D] states that predict the first tokens, [R, N] where those will stand."""
         model = self._model
-        token_ids = pad_sequence(
-            [torch.tensor(prompt.token_ids) for prompt in prompts], batch_first=True, padding_value=model.prompts.pad_token_id
-        ).to(model.device)
-        count, width = token_ids.shape
-        lengths = torch.tensor([len(prompt.token_ids) for prompt in prompts], device=model.device)
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        ends = list(accumulate(lengths))
+        token_ids = torch.tensor([[token for prompt in prompts for token in prompt.token_ids]], device=model.device)
+        positions = torch.cat([torch.arange(length) for length in lengths])[None].to(model.device)
+        inputs = model.embed_tokens(token_ids, prompts, [0, *ends[:-1]])
         key_values = KeyValues(lengths, min(_ROOM, sampling.max_new_tokens))
-        inputs = model.embed_tokens(token_ids, prompts, range(0, count * width, width))
-        positions = torch.arange(width, device=model.device).expand(count, -1)
-        states = model.run_decoder(inputs, positions, key_values=key_values)
-        last = states[torch.arange(count, device=model.device), lengths - 1]
+        states = model.run_decoder(inputs, positions, key_values=key_values)[0]
         key_values.branch(sampling.num_completions)
-        return key_values, *(one[:, None].repeat_interleave(sampling.num_completions, 1) for one in (last, lengths))
+        last, length = states[torch.tensor(ends, device=model.device) - 1], torch.tensor(lengths, device=model.device)
+        return key_values, *(one[:, None].repeat_interleave(sampling.num_completions, 1) for one in (last, length))
 
     def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """[R, N] tokens drawn from the full distribution, and their log-probability: NaN where a logit is NaN or infinite."""

@@ -150,7 +150,7 @@ def test_a_prompt_is_told_as_soon_as_its_completions_have_ended(model, questions
     assert sorted(number for number, _, _ in told) == [0, 1, 2, 3]
     for _, passes, drawn in told:
         assert passes == max(len(one.token_ids) for one in drawn)
-    assert rows[0][0] == 4
+    assert rows[0] == (1, sum(len(prompt.token_ids) for prompt in prompts)), "prompts without padding"
     assert rows[1] == (4, 2)
     assert rows[-1][0] < 4
     assert len(rows) == max(passes for _, passes, _ in told)
