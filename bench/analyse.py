@@ -20,6 +20,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import tars_fast  # noqa: F401  (before torch: threads.py)
+
+# isort: split
 import torch
 
 from tars_fast.analysis import Analysis, AnalysisSettings

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tars_fast  # noqa: F401  (before torch: threads.py)
+
+# isort: split
 import torch
 
 

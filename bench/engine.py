@@ -28,6 +28,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import tars_fast  # noqa: F401  (before torch: threads.py)
+
+# isort: split
 import numpy as np
 import torch
 

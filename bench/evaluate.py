@@ -17,6 +17,9 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import tars_fast  # noqa: F401  (before torch: threads.py)
+
+# isort: split
 import torch
 
 from tars_fast.config import PRESETS

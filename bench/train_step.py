@@ -35,6 +35,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import tars_fast  # noqa: F401  (before torch: threads.py)
+
+# isort: split
 import torch
 from baselines import StepTimer, completion_logprobs, released_step, run_layers, split_rollout, trl_step
 from engine import randomise, resize_text

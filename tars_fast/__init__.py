@@ -1,5 +1,8 @@
 """Reinforcement learning that gives speech LLMs the reasoning of their text side."""
 
 from tars_fast.requirements import check
+from tars_fast.threads import bound_spinning
 
 check()
+# Before any module of the package loads torch.
+bound_spinning()

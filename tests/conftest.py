@@ -8,6 +8,9 @@ import signal
 # More threads than one gain nothing at this width, and sums then do not depend on the machine's cores; libraries read it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import tars_fast  # noqa: F401  (before torch: threads.py)
+
+# isort: split
 import pytest
 import torch
 from pages import CHROMIUM

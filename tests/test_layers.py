@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"types", "files", "modules", "progress", "requirements"},
+    {"types", "files", "modules", "progress", "requirements", "threads"},
     {"architecture", "answers", "advantages", "metrics", "cli", "audio", "audio_cache", "optimizer", "hub", "weights"}
     | {"alignment", "figure", "page", "key_values", "provenance", "sources", "transcription", "workers"},
     {"memory", "scorers", "recognition", "packed_attention"},
