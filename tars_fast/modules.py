@@ -31,7 +31,6 @@ class PolicyModule(nn.Module):
     get_input_embeddings: Callable[[], nn.Embedding]
     get_output_embeddings: Callable[[], nn.Linear]
     tie_weights: Callable[[], None]
-    generate: Callable[..., Tensor]
     gradient_checkpointing_enable: Callable[[dict[str, Any]], None]
     save_pretrained: Callable[..., None]
 
