@@ -3,6 +3,6 @@
 from tars_fast.requirements import check
 from tars_fast.threads import bound_spinning
 
-# Before any module of the package loads torch.
 check()
+# Before any module of the package loads torch.
 bound_spinning()

@@ -1,4 +1,4 @@
-"""Keys and values of prompts whose completions grow side by side, a token at a time.
+"""Keys and values of prompts, and of their completions, which grow side by side, a token at a time.
 
 Handed to a decoder's attention as a keyword, as `PackedGroups` are (`packed_attention.py`), so that transformers keeps no cache
 and makes no mask. The prompts are run as one row, behind each other. Then each has a row: its own keys, padded on the right,
@@ -18,87 +18,90 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 
-class KeyValues:
-    """Those of one batch. The first pass is that of the prompts; then comes `branch`, and `grow` before every further pass.
+class PromptKeys:
+    """Of the pass over prompts.
 
     Args:
-        prompt_lengths: [R]
+        lengths: [R] tokens of each prompt.
+    """
+
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths = list(lengths)
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        """[R, H', C, E] keys and values."""
+        self.heads_per_key = 1
+        """H / H'."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """[1, S, H, E] attention of queries [1, H, S, E] within their prompts; keys and values [1, H', S, E] are kept."""
+        outputs = [
+            scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+            for queries, keys, values in zip(
+                *(states.split(self.lengths, dim=2) for states in (query, key, value)), strict=True
+            )
+        ]
+        self.heads_per_key = query.shape[1] // key.shape[1]
+        self.layers[layer] = self._rows(key), self._rows(value)
+        return torch.cat(outputs, dim=2).transpose(1, 2)
+
+    def _rows(self, states: Tensor) -> Tensor:
+        return pad_sequence(states[0].transpose(0, 1).split(self.lengths), batch_first=True).transpose(1, 2)
+
+
+class CompletionKeys:
+    """Of passes over a token of every completion, each after a `grow`.
+
+    Args:
+        prompts: those of the pass over prompts, which are taken from it.
+        num_completions: N
         room: tokens of a completion that memory is taken for at a time.
     """
 
-    def __init__(self, prompt_lengths: Sequence[int], room: int):
-        self._prompt_lengths = list(prompt_lengths)
-        self._room = room
-        self._num_columns = max(prompt_lengths)
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        """[R, H', C with room, E] keys and values."""
-        self._queries_per_key = 1
-        self._branched = False
-        self._own_columns = torch.empty(0)
-        """[1, 1, H / H' * N, room * N] what a completion sees of those that are added at a time: its own."""
-        self._mask = torch.empty(0)
+    def __init__(self, prompts: PromptKeys, num_completions: int, room: int):
+        self._layers = prompts.layers
+        self._num_completions, self._room = num_completions, room
+        keys = self._layers[0][0]
+        self._num_columns = keys.shape[2]
+        lengths = torch.tensor(prompts.lengths, device=keys.device)
+        padding = torch.arange(self._num_columns, device=keys.device) >= lengths[:, None]
+        others = ~torch.eye(num_completions, dtype=torch.bool, device=keys.device)
+        self._own_columns = _hidden(others.repeat(prompts.heads_per_key, room), keys.dtype)
+        """[H / H' * N, room * N] for each completion all columns hidden but its own."""
+        self._mask = _hidden(padding, keys.dtype)[:, None, None].expand(-1, -1, len(self._own_columns), -1)
         """[R, 1, H / H' * N, C with room] added to the scores."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention of queries to their prompt or completion so far; its keys and values are kept.
-
-        Args:
-            query: [1, H, S, E] of all prompts, then [R, H, N, E] of a token of every completion.
-            key: the same of H' heads, and so `value`.
-
-        Returns:
-            [1, S, H, E], then [R, N, H, E].
-        """
-        if not self._branched:
-            prompts = zip(*(states.split(self._prompt_lengths, dim=2) for states in (query, key, value)), strict=True)
-            outputs = [
-                scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
-                for queries, keys, values in prompts
-            ]
-            self._queries_per_key = query.shape[1] // key.shape[1]
-            self._layers[layer] = self._by_prompt(key), self._by_prompt(value)
-            return torch.cat(outputs, dim=2).transpose(1, 2)
-        end, num_new = self._num_columns, key.shape[2]
-        keys, values = (held[:, :, :end] for held in self._layers[layer])
-        keys[:, :, -num_new:] = key
-        values[:, :, -num_new:] = value
+        """[R, N, H, E] attention of queries [R, H, N, E] to prompt and completion; keys and values [R, H', N, E] are kept."""
+        start, end = self._num_columns - self._num_completions, self._num_columns
+        keys, values = self._layers[layer]
+        keys[:, :, start:end] = key
+        values[:, :, start:end] = value
         # Heads that share keys are further queries of one head, so that no key is repeated.
         queries = query.reshape(*key.shape[:2], -1, key.shape[3])
-        output = scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask[..., :end], scale=scale)
+        output = scaled_dot_product_attention(
+            queries, keys[:, :, :end], values[:, :, :end], attn_mask=self._mask[..., :end], scale=scale
+        )
         return output.reshape(query.shape).transpose(1, 2)
-
-    def branch(self, num_completions: int) -> None:
-        """Every prompt gets so many completions."""
-        keys = self._layers[0][0]
-        others = ~torch.eye(num_completions, dtype=torch.bool, device=keys.device)
-        others = others.repeat(self._queries_per_key, self._room)
-        lengths = torch.tensor(self._prompt_lengths, device=keys.device)
-        padding = torch.arange(keys.shape[2], device=keys.device) >= lengths[:, None]
-        self._branched = True
-        self._own_columns = _hidden(others, keys.dtype)[None, None]
-        self._mask = _hidden(padding, keys.dtype)[:, None, None].expand(-1, -1, len(others), -1)
 
     def grow(self) -> None:
         """Make a place for one more token of every completion."""
         if self._num_columns == self._mask.shape[3]:
-            self._mask = torch.cat([self._mask, self._own_columns.expand(len(self._mask), -1, -1, -1)], dim=3)
-            self._change(lambda held: pad(held, (0, 0, 0, self._own_columns.shape[3])))
-        self._num_columns += self._own_columns.shape[3] // self._room
+            self._mask = torch.cat([self._mask, self._own_columns.expand(len(self._mask), 1, -1, -1)], dim=3)
+            self._change(lambda held: pad(held, (0, 0, 0, self._own_columns.shape[1])))
+        self._num_columns += self._num_completions
 
     def select(self, rows: Tensor) -> None:
-        """Only these prompts' completions go on."""
+        """Only the completions of these prompts go on."""
         self._mask = self._mask[rows]
         self._change(lambda held: held[rows])
-
-    def _by_prompt(self, states: Tensor) -> Tensor:
-        """[R, H', C, E] of [1, H', S, E]."""
-        rows = states[0].transpose(0, 1).split(self._prompt_lengths)
-        return pad_sequence(rows, batch_first=True).transpose(1, 2)
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         # Layer by layer, so that one at a time is there twice.
         for layer, (keys, values) in self._layers.items():
             self._layers[layer] = change(keys), change(values)
+
+
+KeyValues = PromptKeys | CompletionKeys
 
 
 def _hidden(where: Tensor, dtype: torch.dtype) -> Tensor:

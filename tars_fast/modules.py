@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Decoder(nn.Module):
@@ -31,7 +31,6 @@ class PolicyModule(nn.Module):
     get_input_embeddings: Callable[[], nn.Embedding]
     get_output_embeddings: Callable[[], nn.Linear]
     tie_weights: Callable[[], None]
-    generate: Callable[..., Tensor]
     gradient_checkpointing_enable: Callable[[dict[str, Any]], None]
     save_pretrained: Callable[..., None]
 

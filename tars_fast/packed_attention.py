@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -201,8 +201,7 @@ def packed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if key_values is not None:
-        layer: Any = module.layer_idx
-        return key_values.attend(layer, query, key, value, scaling), None
+        return key_values.attend(cast(int, module.layer_idx), query, key, value, scaling), None
     if groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if uses_flash(query.device, query.dtype, query.shape[-1]):

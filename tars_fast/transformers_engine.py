@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from tars_fast.key_values import KeyValues
+from tars_fast.key_values import CompletionKeys, PromptKeys
 from tars_fast.models import SpeechModel
 from tars_fast.sampling import Drawn, RolloutEngine, Sampling, too_long
 from tars_fast.types import Prompt
@@ -93,20 +92,18 @@ class TransformersEngine(RolloutEngine):
             hidden = model.run_decoder(inputs, positions, key_values=key_values)
             positions = positions + 1
 
-    def _run_prompts(self, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[KeyValues, Tensor, Tensor]:
+    def _run_prompts(self, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[CompletionKeys, Tensor, Tensor]:
         """Keys and values, [R, N, D] states that predict the first tokens, [R, N] where those will stand."""
-        model = self._model
-        lengths = [len(prompt.token_ids) for prompt in prompts]
-        ends = list(accumulate(lengths))
+        model, copies = self._model, sampling.num_completions
+        prompt_keys = PromptKeys([len(prompt.token_ids) for prompt in prompts])
+        ends = torch.tensor(prompt_keys.lengths).cumsum(0)
         token_ids = torch.tensor([[token for prompt in prompts for token in prompt.token_ids]], device=model.device)
-        positions = torch.cat([torch.arange(length) for length in lengths])[None].to(model.device)
-        inputs = model.embed_tokens(token_ids, prompts, [0, *ends[:-1]])
-        key_values = KeyValues(lengths, min(_ROOM, sampling.max_new_tokens))
-        states = model.run_decoder(inputs, positions, key_values=key_values)[0]
-        key_values.branch(sampling.num_completions)
-        last = states[torch.tensor(ends, device=model.device) - 1][:, None].repeat_interleave(sampling.num_completions, 1)
-        starts = torch.tensor(lengths, device=model.device)[:, None].repeat_interleave(sampling.num_completions, 1)
-        return key_values, last, starts
+        positions = torch.cat([torch.arange(length) for length in prompt_keys.lengths])[None].to(model.device)
+        inputs = model.embed_tokens(token_ids, prompts, [0, *ends[:-1].tolist()])
+        states = model.run_decoder(inputs, positions, key_values=prompt_keys)[0]
+        first_places = torch.tensor(prompt_keys.lengths, device=model.device)[:, None].repeat(1, copies)
+        last_states = states[ends.to(model.device) - 1][:, None].repeat(1, copies, 1)
+        return CompletionKeys(prompt_keys, copies, min(_ROOM, sampling.max_new_tokens)), last_states, first_places
 
     def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """[R, N] tokens drawn from the full distribution, and their log-probability: NaN where a logit is NaN or infinite."""
