@@ -5,6 +5,7 @@ On disk an adapter is peft's: adapter_config.json beside adapter_model.safetenso
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,10 @@ def save_adapter(module: nn.Module, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     configs: Any = module.peft_config
-    configs["default"].save_pretrained(folder)
+    config = copy.copy(configs["default"])
+    # In full: peft shortens names as far as this model has no others like them, and the vision tower is not loaded here.
+    config.target_modules = sorted(name for name, layer in module.named_modules() if hasattr(layer, "lora_A"))
+    config.save_pretrained(folder)
     # "auto" would ask the hub whether the base has the same vocabulary.
     weights = get_peft_model_state_dict(module, save_embedding_layers=False)
     weights = {_PREFIX + name: value.detach().to("cpu").contiguous() for name, value in weights.items()}

@@ -427,5 +427,7 @@ def make_trainable(
     if gradient_checkpointing:
         model.gradient_checkpointing = True
         # Nothing is drawn inside a layer; and to restore torch's generator would make a sampler beside it repeat its draws.
-        module.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        # The other name is that of transformers before 5.23; from then on it warns.
+        enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": False})
     module.eval()
