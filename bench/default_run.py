@@ -1,0 +1,48 @@
+"""The first of the README's commands, from the shell to the summary: `python bench/default_run.py --output FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tars_fast.provenance import provenance
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    output = parser.parse_args().output
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "tars_fast.train", "--output-dir", folder], check=True)
+        seconds = time.perf_counter() - started
+        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        evaluation = json.loads((Path(folder) / "evaluation.json").read_text(encoding="utf-8"))
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    steps = [json.loads(line) for line in lines]
+    report = provenance() | {
+        "command": "python -m tars_fast.train",
+        "seconds_command_to_summary": round(seconds, 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "median_seconds_per_step": {
+            name.removeprefix("seconds/"): round(statistics.median(step[name] for step in steps), 4)
+            for name in steps[0]
+            if name.startswith("seconds/")
+        },
+        "mean_without_backward": {
+            modality: round(statistics.mean(step[f"without_backward/{modality}"] for step in steps), 3)
+            for modality in ("speech", "text")
+        },
+    }
+    output.write_text(json.dumps(report | evaluation, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
