@@ -6,14 +6,18 @@ On disk an adapter is peft's: adapter_config.json beside adapter_model.safetenso
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from tars_fast.families import Family
-from tars_fast.hub import adapter_config, cannot_be_loaded, checkpoint_folder, read_adapter_config
+from tars_fast.hub import adapter_config, checkpoint_folder, read_adapter_config
 from tars_fast.modules import PolicyModule
+from tars_fast.types import UserError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -45,42 +49,41 @@ def load_adapter(module: nn.Module, family: Family, source: str) -> None:
     Raises:
         UserError: it cannot be read, or does not fit the module.
     """
-    from safetensors import SafetensorError
-
     if adapter_config(source) is None:
         return
-    try:
-        folder = checkpoint_folder(source, weights=True)
+    folder = checkpoint_folder(source, weights=True)
+    with _one_line(source):
         config, weights = _read_adapter(family, folder)
         add_adapter(module, config)
-        _set_weights(module, weights, folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise cannot_be_loaded(source, error) from error
-    module.requires_grad_(False)
+        _set_weights(module, weights)
+    # Its layers are made in training mode, where their dropout is active.
+    module.requires_grad_(False).eval()
 
 
 def load_adapter_weights(module: nn.Module, family: Family, folder: Path) -> None:
-    """Give the adapter that `module` has the weights of a checkpoint. Raises ValueError where they do not fit."""
-    _set_weights(module, _read_adapter(family, folder)[1], folder)
+    """Give the adapter that `module` has the weights of a checkpoint. Raises UserError where they do not fit."""
+    with _one_line(str(folder)):
+        _set_weights(module, _read_adapter(family, folder)[1])
 
 
 def merge_adapter(module: nn.Module, family: Family, folder: Path) -> PolicyModule:
     """Add the adapter in `folder` to the weights of `module`, in the dtype they have.
 
     Raises:
-        OSError, ValueError, SafetensorError: it cannot be read, does not fit the module, or changes nothing.
+        UserError: it cannot be read, does not fit the module, or changes nothing.
     """
     from peft import get_peft_model
 
-    config, weights = _read_adapter(family, folder)
-    if isinstance(config.target_modules, str):
-        # Written for the decoder alone, which here stands inside another module.
-        config.target_modules = rf"(.*\.)?({config.target_modules})"
-    adapted = get_peft_model(module, config)
-    _set_weights(adapted, {_PREFIX + name: value for name, value in weights.items()}, folder)
-    if not any(value.any() for name, value in weights.items() if ".lora_B." in name):
-        raise ValueError(f"the adapter {folder} changes nothing: its weights have other names, or were never trained")
-    merged: Any = adapted.merge_and_unload()
+    with _one_line(str(folder)):
+        config, weights = _read_adapter(family, folder)
+        if isinstance(config.target_modules, str):
+            # Written for the decoder alone, which here stands inside another module.
+            config.target_modules = rf"(.*\.)?({config.target_modules})"
+        adapted = get_peft_model(module, config)
+        _set_weights(adapted, {_PREFIX + name: value for name, value in weights.items()})
+        if not any(value.any() for name, value in weights.items() if ".lora_B." in name):
+            raise ValueError("it changes nothing: its weights have other names, or were never trained")
+        merged: Any = adapted.merge_and_unload()
     return merged
 
 
@@ -101,6 +104,19 @@ def save_adapter(module: nn.Module, folder: Path) -> None:
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
+@contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    """Whatever peft, torch and safetensors raise over an adapter that is broken or of another model, as UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, re.error, SafetensorError) as error:
+        said = str(error).strip().splitlines()
+        reason = said[0] if said else type(error).__name__
+        raise UserError(f"--model {source}: the adapter cannot be loaded ({reason}); give one of this base") from error
+
+
 def _read_adapter(family: Family, folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """(configuration, weights by name without prefix), for the module tree of the transformers that is installed."""
     from safetensors.torch import load_file
@@ -108,15 +124,17 @@ def _read_adapter(family: Family, folder: Path) -> tuple[LoraConfig, dict[str, T
     config = read_adapter_config(folder)
     if not isinstance(config.target_modules, str | None):
         config.target_modules = [family.decoder_name(name) for name in config.target_modules]
+    config.rank_pattern = {family.decoder_name(name): rank for name, rank in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {family.decoder_name(name): alpha for name, alpha in (config.alpha_pattern or {}).items()}
     weights = load_file(folder / ADAPTER_WEIGHTS)
     return config, {family.decoder_name(name.removeprefix(_PREFIX)): value for name, value in weights.items()}
 
 
-def _set_weights(module: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+def _set_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
     from peft import set_peft_model_state_dict
 
     result: Any = set_peft_model_state_dict(module, weights)
     missing = [name for name in result.missing_keys if ".lora_" in name]
     for names, what in ((result.unexpected_keys, "has no place for"), (missing, "finds nothing for")):
         if names:
-            raise ValueError(f"the adapter {folder} does not fit: the model {what} {len(names)} weights, first {min(names)}")
+            raise ValueError(f"the model {what} {len(names)} of its weights, first {min(names)}")

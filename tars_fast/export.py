@@ -21,7 +21,7 @@ from tars_fast.adapters import ADAPTER_WEIGHTS, merge_adapter
 from tars_fast.checkpoint import atomic_folder, save_model
 from tars_fast.cli import run_command
 from tars_fast.config import PRESETS, find_preset
-from tars_fast.hub import adapter_config, base_of, cannot_be_loaded, checkpoint_folder, copy_processor
+from tars_fast.hub import adapter_config, base_of, checkpoint_folder, copy_processor
 from tars_fast.models import SpeechModel, load_module
 from tars_fast.modules import PolicyModule
 from tars_fast.prompts import PromptFormat, load_prompt_format
@@ -62,15 +62,10 @@ def merged_module(prompts: PromptFormat, source: str) -> PolicyModule:
     Raises:
         UserError: it cannot be read.
     """
-    from safetensors import SafetensorError
-
     module = load_module(prompts, base_of(source), torch.device("cpu"), torch.float32)
     if adapter_config(source) is None:
         return module
-    try:
-        return merge_adapter(module, prompts.family, checkpoint_folder(source, weights=True))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise cannot_be_loaded(source, error) from error
+    return merge_adapter(module, prompts.family, checkpoint_folder(source, weights=True))
 
 
 def stored_dtype(source: str) -> torch.dtype:

@@ -10,7 +10,7 @@ Shapes: R prompts, N completions of each, H heads, H' heads of keys and values, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class PromptKeys:
-    """Of the pass over prompts.
+    """Of passes over prompts.
 
     Args:
         lengths: [R] tokens of each prompt.
@@ -27,25 +27,38 @@ class PromptKeys:
 
     def __init__(self, lengths: Sequence[int]):
         self.lengths = list(lengths)
+        self._running = range(0)
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         """[R, H', C, E] keys and values."""
         self.heads_per_key = 1
         """H / H'."""
 
+    def passes(self, max_tokens: int) -> Iterator[range]:
+        """Numbers of the prompts of each pass, of at most so many tokens or one prompt; `attend` belongs to the last ones."""
+        start = 0
+        while start < len(self.lengths):
+            end = start + 1
+            while end < len(self.lengths) and sum(self.lengths[start : end + 1]) <= max_tokens:
+                end += 1
+            self._running = range(start, end)
+            yield self._running
+            start = end
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """[1, S, H, E] attention of queries [1, H, S, E] within their prompts; keys and values [1, H', S, E] are kept."""
+        lengths = [self.lengths[prompt] for prompt in self._running]
         outputs = [
             scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
-            for queries, keys, values in zip(
-                *(states.split(self.lengths, dim=2) for states in (query, key, value)), strict=True
-            )
+            for queries, keys, values in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
         ]
-        self.heads_per_key = query.shape[1] // key.shape[1]
-        self.layers[layer] = self._rows(key), self._rows(value)
+        if layer not in self.layers:
+            self.heads_per_key = query.shape[1] // key.shape[1]
+            shape = (len(self.lengths), key.shape[1], max(self.lengths), key.shape[3])
+            self.layers[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        for held, states in zip(self.layers[layer], (key, value), strict=True):
+            rows = pad_sequence(states[0].transpose(0, 1).split(lengths), batch_first=True)
+            held[self._running.start : self._running.stop, :, : max(lengths)] = rows.transpose(1, 2)
         return torch.cat(outputs, dim=2).transpose(1, 2)
-
-    def _rows(self, states: Tensor) -> Tensor:
-        return pad_sequence(states[0].transpose(0, 1).split(self.lengths), batch_first=True).transpose(1, 2)
 
 
 class CompletionKeys:

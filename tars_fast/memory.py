@@ -148,10 +148,10 @@ class Workload:
     @property
     def kv_needed(self) -> int:
         """KV cache of all completions in flight; those of one prompt share it."""
-        num_prompts = -(-self.rollout_batch_size // (self.group_size // 2))
         if self.engine != "vllm":
-            tokens = num_prompts * self.longest_prompt + self.rollout_batch_size * self.max_new_tokens
-            return tokens * self.kv_bytes_per_token
+            # In a greedy evaluation each has a prompt of its own.
+            return self.rollout_batch_size * (self.longest_prompt + self.max_new_tokens) * self.kv_bytes_per_token
+        num_prompts = -(-self.rollout_batch_size // (self.group_size // 2))
         # A completion starts in a block of its own, half filled by the prompt's end.
         tokens = num_prompts * _blocks(self.longest_prompt) + self.rollout_batch_size * (
             _blocks(self.max_new_tokens) + BLOCK_TOKENS
@@ -160,11 +160,16 @@ class Workload:
 
     @property
     def rollout_workspace(self) -> int:
-        """Activations of a prefill and the logits of one token of every sequence, as logits, float32 and probabilities."""
+        """Activations of a prefill and the logits of one token of every sequence, as logits, float32 and probabilities.
+
+        The transformers engine also sums the probabilities, in float64.
+        """
         shape = self.architecture
         tokens = max(PREFILL_TOKENS, self.longest_prompt + self.max_new_tokens)
         prefill = tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size) * self.dtype_bytes
-        return prefill + self.rollout_batch_size * shape.vocabulary_size * (self.dtype_bytes + 12)
+        return prefill + self.rollout_batch_size * shape.vocabulary_size * (
+            self.dtype_bytes + (12 if self.engine == "vllm" else 24)
+        )
 
     @property
     def question_tokens(self) -> int:

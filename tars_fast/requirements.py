@@ -39,12 +39,13 @@ def supported(extra: str) -> dict[str, SpecifierSet]:
     """Range of every package that an extra brings, by its name."""
     from packaging.requirements import Requirement
 
-    if _PYPROJECT.is_file():
+    project = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8")).get("project", {}) if _PYPROJECT.is_file() else {}
+    if project.get("name") == _NAME:
         # A checkout: what an editable install wrote down may be older.
-        project = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8"))["project"]
         listed = [*project["dependencies"], *project["optional-dependencies"][extra]]
     else:
-        listed = importlib.metadata.requires(_NAME) or []
+        # Nothing is known of a copy of this folder alone.
+        listed = importlib.metadata.requires(_NAME) or [] if installed(_NAME) else []
     ranges: dict[str, SpecifierSet] = {}
     for requirement in map(Requirement, listed):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
@@ -72,8 +73,8 @@ def missing(extra: str) -> str | None:
 
 def unsupported() -> str | None:
     """The first installed package outside its range, as a line with version, range and remedy; None where all fit."""
-    # The widest range of torch is that of the newest vLLM.
-    ranges = supported("vllm")
+    # vLLM 0.33 pins a torch that nothing else needs.
+    ranges = supported("vllm" if installed("vllm") else "train")
     for name in supported("train"):
         found, specifier = installed(name), ranges[name]
         if found is not None and not specifier.contains(found, prereleases=True):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tars_fast.key_values import CompletionKeys, PromptKeys
+from tars_fast.memory import PREFILL_TOKENS
 from tars_fast.models import SpeechModel
 from tars_fast.sampling import Drawn, RolloutEngine, Sampling, too_long
 from tars_fast.types import Prompt
@@ -96,14 +97,18 @@ class TransformersEngine(RolloutEngine):
         """Keys and values, [R, N, D] states that predict the first tokens, [R, N] where those will stand."""
         model, copies = self._model, sampling.num_completions
         prompt_keys = PromptKeys([len(prompt.token_ids) for prompt in prompts])
-        ends = torch.tensor(prompt_keys.lengths).cumsum(0)
-        token_ids = torch.tensor([[token for prompt in prompts for token in prompt.token_ids]], device=model.device)
-        positions = torch.cat([torch.arange(length) for length in prompt_keys.lengths])[None].to(model.device)
-        inputs = model.embed_tokens(token_ids, prompts, [0, *ends[:-1].tolist()])
-        states = model.run_decoder(inputs, positions, key_values=prompt_keys)[0]
+        last_states = []
+        for numbers in prompt_keys.passes(PREFILL_TOKENS):
+            chosen = [prompts[number] for number in numbers]
+            ends = torch.tensor([len(prompt.token_ids) for prompt in chosen]).cumsum(0)
+            token_ids = torch.tensor([[token for prompt in chosen for token in prompt.token_ids]], device=model.device)
+            positions = torch.cat([torch.arange(len(prompt.token_ids)) for prompt in chosen])[None].to(model.device)
+            inputs = model.embed_tokens(token_ids, chosen, [0, *ends[:-1].tolist()])
+            states = model.run_decoder(inputs, positions, key_values=prompt_keys)[0]
+            last_states.append(states[ends.to(model.device) - 1])
         first_places = torch.tensor(prompt_keys.lengths, device=model.device)[:, None].repeat(1, copies)
-        last_states = states[ends.to(model.device) - 1][:, None].repeat(1, copies, 1)
-        return CompletionKeys(prompt_keys, copies, min(_ROOM, sampling.max_new_tokens)), last_states, first_places
+        hidden = torch.cat(last_states)[:, None].repeat(1, copies, 1)
+        return CompletionKeys(prompt_keys, copies, min(_ROOM, sampling.max_new_tokens)), hidden, first_places
 
     def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """[R, N] tokens drawn from the full distribution, and their log-probability: NaN where a logit is NaN or infinite."""

@@ -504,13 +504,45 @@ def test_an_adapter_that_does_not_fit_is_refused(folder, tmp_path):
     weights = load_file(tmp_path / "adapter_model.safetensors")
     (first, *_), prefix = (
         sorted(weights),
-        re.escape(f"--model {tmp_path}: cannot be loaded (the adapter {tmp_path} does not fit: "),
+        re.escape(f"--model {tmp_path}: the adapter cannot be loaded ("),
     )
     save_file({key: value for key, value in weights.items() if key != first}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=prefix + "the model finds nothing for 1 weights, first "):
+    with pytest.raises(UserError, match=prefix + "the model finds nothing for 1 of its weights, first "):
         load(tmp_path)
     save_file(
         weights | {"base_model.model.elsewhere.lora_A.weight": weights[first].clone()}, tmp_path / "adapter_model.safetensors"
     )
-    with pytest.raises(UserError, match=prefix + "the model has no place for 1 weights, first elsewhere"):
+    with pytest.raises(UserError, match=prefix + "the model has no place for 1 of its weights, first elsewhere"):
         load(tmp_path)
+    save_file(weights | {first: weights[first][:, :-1].contiguous()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=prefix + "Error.* in loading state_dict"):
+        load(tmp_path)
+
+
+def test_dropout_of_an_adapter_is_not_active(folder, items, tmp_path):
+    """Other people's adapters have it; rollout, reward and loss would be three policies."""
+    model = load(folder)
+    train_lora(model)
+    save_model(model, tmp_path)
+    described = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described | {"lora_dropout": 0.5}))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path).module(ids).logits, model.module(ids).logits)
+
+
+def test_scales_of_single_layers_follow_their_names(tmp_path, checkpoints, items):
+    """alpha_pattern and rank_pattern name layers as another release of transformers has them."""
+    model = load(checkpoints["qwen2-audio"])
+    train_lora(model)
+    save_model(model, tmp_path / "here")
+    described = json.loads((tmp_path / "here" / "adapter_config.json").read_text())
+    logits = []
+    for decoder in ("model.language_model", "language_model.model"):
+        folder = shutil.copytree(tmp_path / "here", tmp_path / decoder)
+        pattern = {f"{decoder}.layers.0.self_attn.q_proj": 80}
+        (folder / "adapter_config.json").write_text(json.dumps(described | {"alpha_pattern": pattern}))
+        with torch.no_grad():
+            logits.append(load(folder).module(torch.tensor([[5, 6, 7, 8]])).logits)
+    assert torch.equal(*logits)
+    assert not torch.equal(logits[0], model.module(torch.tensor([[5, 6, 7, 8]])).logits)

@@ -122,7 +122,7 @@ def start(folder: Path, package: str, version: str, *command: str) -> subprocess
         ("transformers", "5.16.1", ">=5.17,<5.25"),
         ("transformers", "5.25.0", ">=5.17,<5.25"),
         ("peft", "0.22.0", ">=0.18,<0.22"),
-        ("torch", "2.15.0+cu130", ">=2.11,<2.15"),
+        ("torch", "2.14.1+cu130", ">=2.11,<2.14"),
         ("huggingface-hub", "0.36.0", ">=1.5,<3"),
     ],
 )
