@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import tars_kernels
 import torch
@@ -10,9 +12,10 @@ from tars_kernels import reference
 from torch.nn.functional import linear
 from trl import trl_loss
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+slow = pytest.mark.slow
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=slow)]
 # Not multiples of anything that a tile has, up to the vocabulary of Qwen2-Audio.
-VOCABULARIES = [1000, 1100, 32000, 50264, 151936, 156032]
+VOCABULARIES = [1000, *(pytest.param(size, marks=slow) for size in (1100, 32000, 50264, 151936)), 156032]
 
 
 def sample(num_tokens: int, width: int, vocabulary: int, seed: int = 0):
@@ -76,7 +79,9 @@ def eager_logprob(hidden, weight, targets, temperature):
 
 @pytest.mark.parametrize("head", ["frozen", "trainable"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_tokens", "width", "vocabulary"), [(1, 64, 1000), (77, 123, 1100), (289, 40, 1000)])
+@pytest.mark.parametrize(
+    ("num_tokens", "width", "vocabulary"), [(1, 64, 1000), (77, 123, 1100), pytest.param(289, 40, 1000, marks=slow)]
+)
 def test_linear_logprob(device, dtype, head, num_tokens, width, vocabulary):
     hidden, weight, targets = sample(num_tokens, width, vocabulary)
     leaves = [hidden] if head == "frozen" else [hidden, weight]
@@ -99,8 +104,10 @@ def test_linear_logprob(device, dtype, head, num_tokens, width, vocabulary):
     )
 
 
-@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
-@pytest.mark.parametrize("head", ["frozen", "trainable"])
+@pytest.mark.parametrize(
+    ("head", "entropy_coef"),
+    [("frozen", 0.0), pytest.param("frozen", 0.1, marks=slow), pytest.param("trainable", 0.0, marks=slow), ("trainable", 0.1)],
+)
 def test_blocks_of_tokens_change_nothing(device, monkeypatch, head, entropy_coef):
     """Logits exist for some tokens at a time; here for so few that several blocks, and a part of one, are needed."""
     hidden, weight, targets = (x.to(device) for x in sample(37, 24, 1100))
@@ -225,9 +232,15 @@ def test_the_specification_is_trls(settings):
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("settings", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("start", ["logits", "hidden"])
+IN_TURN = [
+    pytest.param(start, settings, dtype, marks=() if number % 6 == place else slow, id=f"{start}-{settings}-{dtype}")
+    for number, settings in enumerate(OBJECTIVES)
+    for place, (dtype, start) in enumerate(product([torch.float32, torch.bfloat16, torch.float16], ["logits", "hidden"]))
+]
+"""Each objective from each start in each dtype; the fast tier has one of the six for each objective."""
+
+
+@pytest.mark.parametrize(("start", "settings", "dtype"), IN_TURN)
 def test_losses(device, start, settings, dtype):
     hidden, weight, targets = sample(77, 123, 1100)
     with torch.no_grad():
@@ -562,7 +575,13 @@ def test_a_second_backward_is_refused_or_right(device):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"loss_type": "gspo", "importance_level": "sequence"}, {"entropy_coef": 0.1}], ids=str
+    "settings",
+    [
+        pytest.param({}, marks=slow),
+        {"loss_type": "gspo", "importance_level": "sequence"},
+        pytest.param({"entropy_coef": 0.1}, marks=slow),
+    ],
+    ids=str,
 )
 def test_the_same_bits_twice(device, settings):
     hidden, weight, targets = (

@@ -206,7 +206,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "message"), WRONG, ids=lambda value: None if callable(value) else str(value)[:40])
+@pytest.mark.parametrize(
+    ("name", "changes", "message"), WRONG, ids=lambda value: "-".join(value) if isinstance(value, dict) else value[:40]
+)
 def test_wrong_arguments_are_named(device, name, changes, message):
     values = arguments(device)
     changed = {key: change(values) if callable(change) else change for key, change in changes.items()}

@@ -10,7 +10,8 @@ from tars_kernels import LayerPooler, reference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+slow = pytest.mark.slow
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=slow)]
 CPU = torch.device("cpu")
 PAIRS = torch.tensor([[0, 2], [2, 0], [0, 1], [3, 3], [0, 2]])
 
@@ -25,13 +26,13 @@ def states(num_layers: int, num_tokens: int, width: int, seed: int = 0) -> torch
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-@pytest.mark.parametrize("layers", [None, [1, 4, -1], [2, 2]], ids=str)
+@pytest.mark.parametrize("layers", [pytest.param(None, marks=slow), [1, 4, -1], pytest.param([2, 2], marks=slow)], ids=str)
 @pytest.mark.parametrize("stacked", [True, False])
-@pytest.mark.parametrize(("num_tokens", "width"), [(77, 123), (30, 600)])
+@pytest.mark.parametrize(("num_tokens", "width"), [(77, 123), pytest.param(30, 600, marks=slow)])
 def test_layer_similarity(device, dtype, pooling, layers, stacked, num_tokens, width):
-    inputs = states(8, num_tokens, width)
+    inputs = states(6, num_tokens, width)
     cu_seqlens = torch.tensor([0, num_tokens // 3, num_tokens // 3, num_tokens - 1, num_tokens])
-    weights = torch.linspace(0.5, 1.0, 8 if layers is None else len(layers))
+    weights = torch.linspace(0.5, 1.0, 6 if layers is None else len(layers))
 
     def similarity_of(implementation, device):
         def similarity(leaf):
@@ -74,8 +75,9 @@ def test_layer_similarity_is_the_cosine_of_means(device):
             assert result[pair, layer].item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("programs", [1, 2048])
-@pytest.mark.parametrize("num_sequences", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("num_sequences", "programs"), [(1, 1), (3, 1), (100, 1), (1, 2048), (3, 2048), pytest.param(100, 2048, marks=slow)]
+)
 def test_pooling_does_not_depend_on_how_it_is_split(device, monkeypatch, num_sequences, programs):
     """As many programs as one for each sequence, and many more."""
     monkeypatch.setitem(tars_kernels.pool_sequences.__globals__, "_PROGRAMS", programs)
@@ -173,7 +175,9 @@ def test_strided_positions_and_boundaries(device):
     torch.testing.assert_close(pooled, torch.stack([inputs[3:7].mean(0), inputs[7:13].mean(0)]))
 
 
-@pytest.mark.parametrize("boundaries", [[2, 9, 40], [-5, 9, 12], [0, 30, 40], [2, 5, 9]], ids=str)
+@pytest.mark.parametrize(
+    "boundaries", [[2, 9, 40], [-5, 9, 12], *(pytest.param(one, marks=slow) for one in ([0, 30, 40], [2, 5, 9]))], ids=str
+)
 def test_wrong_boundaries_stay_inside_of_memory(device, monkeypatch, boundaries):
     """On CUDA nobody looks at their values; they then count as far as there are tokens."""
     from tars_kernels import checks, objective
