@@ -18,12 +18,53 @@ from pages import CHROMIUM
 from tars_fast.config import PRESETS, RunConfig, TrainConfig
 from tars_fast.data import TRAINING_DATA, load_questions
 from tars_fast.models import SpeechModel, load_model, make_trainable
+from tars_fast.requirements import installed, missing, supported
+from tars_fast.types import UserError
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some are about.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 # Nothing here needs the hub; without it a name that is not a folder fails at once instead of after a minute of retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+# As they are imported.
+ABSENT = {{"scikit-learn": "sklearn"}.get(name, name.replace("-", "_")) for name in supported("dev") if installed(name) is None}
+REFUSALS = {missing(extra) for extra in ("train", "analysis", "speech")} - {None}
+
+
+def skip_without_package(error: BaseException | None) -> None:
+    """Skip what failed for want of a package that the extra `dev` brings: a ready-made image has few of them."""
+    absent = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in ABSENT
+    if absent or (isinstance(error, UserError) and str(error) in REFUSALS):
+        pytest.skip(f"needs pip install -e '.[dev]': {error}", allow_module_level=True)
+
+
+class Module(pytest.Module):
+    """A file of tests, skipped where it imports what is not installed."""
+
+    def collect(self):
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            skip_without_package(error.__cause__)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path, parent) -> Module:
+    return Module.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    try:
+        return (yield)
+    except Exception as error:
+        skip_without_package(error)
+        raise
+
+
+pytest_runtest_call = pytest_runtest_setup
 
 
 def new_model(**changes) -> SpeechModel:

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
+from items import first_items
 from pages import check_nothing_foreign, check_plays, on_a_phone
 from rich.console import Console
 
@@ -36,27 +38,27 @@ from tars_fast.ablation import START, Arms, FinishedRun, check_runs
 from tars_fast.ablation_page import describe, difference_table, figure_table, headline_table
 from tars_fast.cli import FAILED, INTERRUPTED
 from tars_fast.config import TrainConfig, find_layers
-from tars_fast.data import VALIDATION_DATA
+from tars_fast.data import TRAINING_DATA, VALIDATION_DATA
 from tars_fast.results import Answered, Evaluated, ItemResult, text_reference
 from tars_fast.results import report as report_of
 from tars_fast.scorers import Reading
+from tars_fast.train import train
 from tars_fast.types import Question, UserError
 
 
 @pytest.fixture(scope="module")
-def small_eval(tmp_path_factory) -> Path:
-    """Four items."""
-    folder = tmp_path_factory.mktemp("eval")
-    (folder / "validation").symlink_to(VALIDATION_DATA.parent / "validation")
-    (folder / "items.jsonl").write_text("\n".join(VALIDATION_DATA.read_text().splitlines()[:4]) + "\n")
+def small(tmp_path_factory) -> Path:
+    """16 items to train on and four to evaluate on."""
+    folder = tmp_path_factory.mktemp("small")
+    first_items(TRAINING_DATA, 16, folder / "training")
+    first_items(VALIDATION_DATA, 4, folder / "evaluation")
     return folder
 
 
-def config_of(output_dir: Path, small_eval: Path, **changes) -> AblateConfig:
+def config_of(output_dir: Path, small: Path, **changes) -> AblateConfig:
     settings = ("questions_per_step=2", "eval_samples=1", "device=cpu")
-    config = AblateConfig(
-        arms="grpo,tars", seeds=2, num_steps=2, eval_data=str(small_eval), setting=settings, output_dir=output_dir, jobs=2
-    )
+    data = {"data": str(small / "training"), "eval_data": str(small / "evaluation")}
+    config = AblateConfig(arms="grpo,tars", seeds=2, num_steps=2, setting=settings, output_dir=output_dir, jobs=2, **data)
     return dataclasses.replace(config, **changes)
 
 
@@ -189,21 +191,32 @@ def test_values_reach_the_runs_as_they_were_given():
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
     ],
 )
-def test_wrong_use_is_told_before_anything_runs(changes, message, small_eval, tmp_path):
+def test_wrong_use_is_told_before_anything_runs(changes, message, small, tmp_path):
     with pytest.raises(UserError, match=message):
-        run_ablation(config_of(tmp_path / "out", small_eval, **changes))
+        run_ablation(config_of(tmp_path / "out", small, **changes))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
-def ablation(tmp_path_factory, small_eval) -> Path:
-    """Two arms that train, and one that cannot."""
+def ablation(tmp_path_factory, small) -> Path:
+    """Two arms that train, and one that cannot; `failed` beside it holds what was written and said of that one.
+
+    Runs are processes. Most of these train in this one, by the settings of their command, and are there when theirs begins.
+    """
     output_dir = tmp_path_factory.mktemp("ablation") / "out"
-    config = config_of(
-        output_dir, small_eval, arms="grpo,tars,broken", define=("broken:max_logprob_diff=1e-30",), seeds=1, num_steps=1
-    )
-    assert run_ablation(config) == FAILED
-    assert run_ablation(config_of(output_dir, small_eval, num_steps=1)) == 0
+    config = config_of(output_dir, small, num_steps=1)
+    for run in plan_runs(config, choose_arms(config), parse_settings("--setting", config.setting, set())):
+        if run.name != "tars, seed 0":
+            assert train(parse_training("--arms", run.command[3:])) == 0
+    broken = {"arms": "grpo,tars,broken", "define": ("broken:max_logprob_diff=1e-30",), "seeds": 1}
+    with redirect_stdout(io.StringIO()) as said:
+        assert run_ablation(dataclasses.replace(config, **broken)) == FAILED
+    failed = output_dir.with_name("failed")
+    failed.mkdir()
+    for path in output_dir.glob("*.*"):
+        shutil.copy(path, failed)
+    (failed / "said.txt").write_text(said.getvalue())
+    assert run_ablation(config) == 0
     return output_dir
 
 
@@ -245,25 +258,22 @@ def test_what_it_writes(ablation):
     assert (ablation / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
-def test_what_is_finished_is_not_done_again(ablation, small_eval, capsys):
+def test_what_is_finished_is_not_done_again(ablation, small, capsys):
     times = {path: path.stat().st_mtime_ns for path in ablation.glob("*/seed-*/metrics.jsonl")}
-    assert run_ablation(config_of(ablation, small_eval, num_steps=1)) == 0
+    assert run_ablation(config_of(ablation, small, num_steps=1)) == 0
     assert "4 of 4 runs are finished; 1 at a time" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in ablation.glob("*/seed-*/metrics.jsonl")} == times
 
 
-def test_a_failed_run_is_listed_and_costs_no_other(ablation, small_eval, capsys):
-    config = config_of(
-        ablation, small_eval, arms="grpo,tars,broken", define=("broken:max_logprob_diff=1e-30",), seeds=1, num_steps=1
-    )
-    assert run_ablation(config) == FAILED
-    made = json.loads((ablation / "ablation.json").read_text())
+def test_a_failed_run_is_listed_and_costs_no_other(ablation):
+    failed = ablation.with_name("failed")
+    made = json.loads((failed / "ablation.json").read_text())
     assert list(made["failed"]) == ["broken, seed 0"]
     assert "trainer and rollout engine differ" in made["failed"]["broken, seed 0"]
     assert set(made["arms"]) == {"grpo", "tars"}
     for name in ("ablation.md", "ablation.tex", "report.html"):
-        assert "Failed: broken, seed 0: stopped: trainer and rollout engine differ" in (ablation / name).read_text()
-    assert "broken, seed 0" in capsys.readouterr().out
+        assert "Failed: broken, seed 0: stopped: trainer and rollout engine differ" in (failed / name).read_text()
+    assert "broken, seed 0" in (failed / "said.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -274,23 +284,23 @@ def test_a_failed_run_is_listed_and_costs_no_other(ablation, small_eval, capsys)
         ({"arms": "tars,mine", "define": ("mine:clip_low=0.1",)}, "arm mine"),
     ],
 )
-def test_runs_that_do_not_match_are_refused(ablation, small_eval, changes, told):
+def test_runs_that_do_not_match_are_refused(ablation, small, changes, told):
     settings = json.loads((ablation / "ablation_settings.json").read_text())
     settings["arms"]["mine"] = {"clip_low": "0.3"}
     (ablation / "ablation_settings.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=rf"holds runs with other settings \(.*{told}.*\); give the same ones"):
-        run_ablation(config_of(ablation, small_eval, **({"num_steps": 1} | changes)))
+        run_ablation(config_of(ablation, small, **({"num_steps": 1} | changes)))
 
 
 @pytest.mark.parametrize(
     ("name", "told"), [("predictions_after.jsonl", "has 3 lines, not 4"), ("metrics.jsonl", "has 0 lines, not 1")]
 )
-def test_a_run_that_was_cut_off_is_told_before_others_train(ablation, small_eval, tmp_path, name, told):
+def test_a_run_that_was_cut_off_is_told_before_others_train(ablation, small, tmp_path, name, told):
     shutil.copytree(ablation, tmp_path, dirs_exist_ok=True)
     cut = tmp_path / "tars" / "seed-1" / name
     cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match=rf"tars/seed-1: not a whole run \({name} {told}\); remove the folder"):
-        run_ablation(config_of(tmp_path, small_eval, num_steps=1, seeds=3))
+        run_ablation(config_of(tmp_path, small, num_steps=1, seeds=3))
     assert not (tmp_path / "grpo" / "seed-2").exists()
 
 
@@ -303,15 +313,17 @@ def test_arms_of_earlier_commands_stay_what_they_were(tmp_path):
         open_output(config, {"mine": {"clip_low": "0.3"}}, {})
 
 
-def test_a_folder_that_cannot_be_written_to(small_eval, tmp_path):
+def test_a_folder_that_cannot_be_written_to(small, tmp_path):
     (tmp_path / "ablation_settings.json.partial").mkdir()
     with pytest.raises(UserError, match=r"--output-dir .*: cannot be written to \(Is a directory\); name another folder"):
-        run_ablation(config_of(tmp_path, small_eval))
+        run_ablation(config_of(tmp_path, small))
 
 
-def test_ctrl_c_saves_and_the_same_command_continues(small_eval, tmp_path):
-    command = [sys.executable, "-m", "tars_fast.ablate", "--arms", "tars", "--seeds", "1", "--eval-data", str(small_eval)]
-    command += ["--num-steps", "12", "--setting", "questions_per_step=2", "--setting", "eval_samples=0"]
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_continues(small, tmp_path):
+    command = [sys.executable, "-m", "tars_fast.ablate", "--arms", "tars", "--seeds", "1"]
+    command += ["--data", str(small / "training"), "--eval-data", str(small / "evaluation")]
+    command += ["--num-steps", "8", "--setting", "questions_per_step=2", "--setting", "eval_samples=0"]
     command += ["--output-dir", str(tmp_path)]
     run = tmp_path / "tars" / "seed-0"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -331,13 +343,13 @@ def test_ctrl_c_saves_and_the_same_command_continues(small_eval, tmp_path):
         "stopped; the same command continues",
     ]
     done = len(read(run))
-    assert done < 12
+    assert done < 8
     assert list(run.glob("checkpoint-*"))
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "tars, seed 0: finished" in finished.stdout
-    assert [step["step"] for step in read(run)] == list(range(1, 13))
+    assert [step["step"] for step in read(run)] == list(range(1, 9))
     assert "--resume" not in finished.stdout
-    assert "step 1/12" not in (run / "log.txt").read_text().partition("stopped; continue")[2], "it began again"
+    assert "step 1/8" not in (run / "log.txt").read_text().partition("stopped; continue")[2], "it began again"
 
 
 def fake_run(folder: Path, name: str, code: str) -> Run:

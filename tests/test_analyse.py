@@ -7,8 +7,10 @@ import gc
 import io
 import json
 import re
+import shutil
 import sys
 import tracemalloc
+from contextlib import redirect_stderr
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,7 +144,7 @@ def check_calibration_of_padded_prompts(model, items) -> None:
     assert (np.abs(firsts[1] - firsts[2]) > 1e-3).all()
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [pytest.param("qwen2-audio", marks=pytest.mark.slow), "qwen2.5-omni", "phi-4-multimodal"])
 def test_each_architecture(name, tmp_path, monkeypatch, capsys):
     """Random weights of the genuine classes: drift is transformers' own, and the command with its probes goes through."""
     folder = MAKERS[name](tmp_path / "model")
@@ -248,6 +250,7 @@ def test_how_many_share_a_forward_pass_does_not_matter(model, items, monkeypatch
     assert same["same_best_layer"] == 1.0
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_items(model, items):
     model.keep_audio(0, None, 0)
     made = Analysis(model, TransformersEngine(model, 32), SETTINGS, [Calibration(1)])
@@ -413,17 +416,29 @@ def run(*flags: object, monkeypatch, capsys) -> tuple[int, str]:
     return analyse.main(), capsys.readouterr().err
 
 
-def test_the_command_before_and_after(tmp_path, monkeypatch, capsys):
-    first, second = tmp_path / "first", tmp_path / "second"
-    flags = ("--model", "pocket", "--data", "pocket", "--items", 6)
-    probes = ("--calibrate", 0, "--repeat", 3)
-    assert run(*flags, *probes, "--output-dir", first, monkeypatch=monkeypatch, capsys=capsys) == (0, "")
+FLAGS = ("--model", "pocket", "--items", 12)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """An analysis with probes, and one that is compared with it, by the command."""
+    first, second = tmp_path_factory.mktemp("analyses") / "first", tmp_path_factory.mktemp("analyses") / "second"
+    for flags in (("--calibrate", 0, "--repeat", 3, "--output-dir", first), ("--compare", first, "--output-dir", second)):
+        with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as said:
+            patch.setattr(sys, "argv", ["analyse", "--device", "cpu", *map(str, (*FLAGS, *flags))])
+            assert (analyse.main(), said.getvalue()) == (0, "")
+    return first, second
+
+
+def test_the_command_before_and_after(folders, tmp_path, monkeypatch, capsys):
+    first, second = shutil.copytree(folders[0], tmp_path / "first"), folders[1]
+    flags = FLAGS
     files = {"analysis.json", "cka.png", "drift.png", "items.jsonl", "report.html", "resamples.npz"}
     assert {path.name for path in first.iterdir()} == files
     made = json.loads((first / "analysis.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     ids = [json.loads(line)["id"] for line in (first / "items.jsonl").read_text().splitlines()]
-    assert ids == [question.id for question in choose_by_id(load_questions(HELD_OUT_DATA), 6)]
-    assert made["num_items"] == 6
+    assert ids == [question.id for question in choose_by_id(load_questions(HELD_OUT_DATA), 12)]
+    assert made["num_items"] == 12
     assert made["settings"]["base_layer"] == 2
     assert made["settings"]["other_base_layers"] == [1, 3]
     assert list(made["probes"]) == ["plain", "calibrate_0", "repeat_3"]
@@ -435,7 +450,6 @@ def test_the_command_before_and_after(tmp_path, monkeypatch, capsys):
         assert made["probes"][name]["change"][changed] == pytest.approx(made["probes"][name][changed] - plain[changed])
     assert made["probes"]["plain"]["speech_accuracy"] == made["chain"]["speech_accuracy"]
     assert all(made["cost"].values())
-    assert run(*flags, "--compare", first, "--output-dir", second, monkeypatch=monkeypatch, capsys=capsys) == (0, "")
     change = json.loads((second / "analysis.json").read_text())["change"]
     assert change["own_pooled"] == pytest.approx([0.0] * NUM_LAYERS, abs=1e-6)
     assert np.shape(change["debiased_ci95"]) == (NUM_LAYERS, NUM_LAYERS, 2)
@@ -449,7 +463,7 @@ def test_the_command_before_and_after(tmp_path, monkeypatch, capsys):
 
     for more, fragment in (
         (("--seed", 1, "--compare", first), "seed 0 -> 1"),
-        (("--items", 5, "--compare", first), "num_items 6 -> 5"),
+        (("--items", 5, "--compare", first), "num_items 12 -> 5"),
         (("--base-layer", 3, "--compare", first), "base_layer 2 -> 3"),
         (("--max-new-tokens", 9, "--compare", first), "max_new_tokens 40 -> 9"),
         (("--data", VALIDATION_DATA, "--compare", first), "another analysis (other items"),
@@ -461,16 +475,6 @@ def test_the_command_before_and_after(tmp_path, monkeypatch, capsys):
         assert fragment in error
         assert error.count("\n") == 1
         assert not (tmp_path / "third" / "analysis.json").exists()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> tuple[Path, Path]:
-    """An analysis with probes, and one that is compared with it."""
-    first, second = tmp_path_factory.mktemp("analyses") / "first", tmp_path_factory.mktemp("analyses") / "second"
-    same = {"items": 12, "device": "cpu"}
-    assert analyse.run_analysis(analyse.AnalyseConfig(output_dir=first, calibrate=(0,), repeat=(3,), **same)) == 0
-    assert analyse.run_analysis(analyse.AnalyseConfig(output_dir=second, compare=first, **same)) == 0
-    return first, second
 
 
 @pytest.fixture(scope="module")
@@ -659,9 +663,8 @@ def test_a_failed_item_shows_in_the_status(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("break_it", ["no end", "nothing", "other depth", "no analysis"])
-def test_what_cannot_be_compared_is_refused_first(break_it, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "before"
-    assert run("--items", 2, "--output-dir", folder, monkeypatch=monkeypatch, capsys=capsys) == (0, "")
+def test_what_cannot_be_compared_is_refused_first(break_it, folders, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(folders[0], tmp_path / "before")
     rows, written = folder / "resamples.npz", folder / "analysis.json"
     if break_it == "no end":
         rows.write_bytes(rows.read_bytes()[:3000])
@@ -673,7 +676,7 @@ def test_what_cannot_be_compared_is_refused_first(break_it, tmp_path, monkeypatc
         written.write_text(json.dumps(made))
     else:
         written.write_text("[]")
-    flags = ("--items", 2, "--compare", folder, "--output-dir", tmp_path / "after")
+    flags = (*FLAGS, "--compare", folder, "--output-dir", tmp_path / "after")
     status, error = run(*flags, monkeypatch=monkeypatch, capsys=capsys)
     assert status == MISUSED
     assert error.startswith(f"error: --compare {folder}: ")

@@ -32,10 +32,10 @@ ITEMS_AT_ONCE = 4
 FILES = {"accuracy.png", "config.json", "evaluation.json", "predictions.jsonl", "report.html"}
 
 
-@pytest.fixture
-def items(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def kept_items(tmp_path_factory) -> Path:
     """Ten validation items as wav files of the user's own."""
-    folder = tmp_path / "items"
+    folder = tmp_path_factory.mktemp("kept") / "items"
     folder.mkdir()
     lines = []
     for line in VALIDATION_DATA.read_text().splitlines()[:10]:
@@ -48,9 +48,25 @@ def items(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture
+def items(kept_items, tmp_path) -> Path:
+    """The ten items, to be spoiled."""
+    return shutil.copytree(kept_items, tmp_path / "items")
+
+
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
     monkeypatch.setattr("tars_fast.evaluation.ITEMS_AT_ONCE", ITEMS_AT_ONCE)
+
+
+@pytest.fixture(scope="module")
+def kept(kept_items) -> Path:
+    """The folder of their evaluation."""
+    folder = kept_items.with_name("evaluated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tars_fast.evaluation.ITEMS_AT_ONCE", ITEMS_AT_ONCE)
+        evaluated(folder, kept_items)
+    return folder
 
 
 def evaluated(output_dir: Path, *data: object, **changes) -> dict:
@@ -115,7 +131,7 @@ def items_lines(folder: Path) -> list[str]:
     return (folder / "items.jsonl").read_text().splitlines(keepends=True)
 
 
-def test_categories_and_transcription(items, tmp_path, monkeypatch, capsys):
+def test_categories_and_transcription(items, kept, tmp_path, monkeypatch, capsys):
     """What the data says of an item beyond question and answer arrives in the figures."""
     original = command.load_questions
 
@@ -138,7 +154,7 @@ def test_categories_and_transcription(items, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "word error rate %" in shown
     assert "ten: by category" in shown
-    plain = evaluated(tmp_path / "plain", f"ten={items}")["ten"]
+    plain = read(kept)["items"]
     assert plain["speech_accuracy"] == made["speech_accuracy"], "transcribing changes no answer"
 
 
@@ -159,6 +175,7 @@ command.main()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_continues_to_the_same_result(items, tmp_path, monkeypatch):
     """kill -9 in the middle of writing the third of four slices, sampled completions included: bit for bit the same."""
     data = [f"ten={items}", f"again={items}"]
@@ -275,6 +292,7 @@ def test_fingerprints_tell_contents_apart_and_are_the_same_in_every_process(tmp_
     assert again[1] != second
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_evaluation_of_one(items, tmp_path):
     """Three slices of each data set, one of which both have done before a kill -9 of both: byte for byte the same files."""
     alone, both = tmp_path / "alone", tmp_path / "both"
@@ -297,9 +315,9 @@ def test_two_processes_make_the_evaluation_of_one(items, tmp_path):
         assert (both / name).read_bytes() == (alone / name).read_bytes()
 
 
-def test_a_finished_evaluation_is_compared_without_loading_the_model(items, tmp_path, monkeypatch, capsys):
-    out, other = tmp_path / "out", tmp_path / "other"
-    first = evaluated(out, items)["items"]
+def test_a_finished_evaluation_is_compared_without_loading_the_model(kept_items, kept, tmp_path, monkeypatch, capsys):
+    items, out, other = kept_items, shutil.copytree(kept, tmp_path / "out"), tmp_path / "other"
+    first = read(out)["items"]
     other.mkdir()
     results = read_predictions(out, "")
     # The other run got three more spoken items wrong, and did not get to a fourth.
@@ -332,11 +350,11 @@ def test_a_finished_evaluation_is_compared_without_loading_the_model(items, tmp_
             run_evaluation(config_of(out, items, **changes))
 
 
-def test_items_that_fail_are_listed_and_done_again_once_they_are_right(items, tmp_path, monkeypatch, capsys):
+def test_items_that_fail_are_listed_and_done_again_once_they_are_right(items, kept, tmp_path, monkeypatch, capsys):
     """One recording missing, one not finite, one that is gone once the work has begun: the rest as if they were not there."""
-    whole = evaluated(tmp_path / "whole", items)["items"]
+    whole = read(kept)["items"]
     names = [json.loads(line)["audio"] for line in items_lines(items)]
-    kept = {name: (items / name).read_bytes() for name in names}
+    contents = {name: (items / name).read_bytes() for name in names}
     (items / names[0]).unlink()
     wave, rate = soundfile.read(items / names[1])
     soundfile.write(items / names[1], np.where(np.arange(len(wave)) == 9, np.nan, wave), rate, subtype="FLOAT")
@@ -359,12 +377,12 @@ def test_items_that_fail_are_listed_and_done_again_once_they_are_right(items, tm
     shown = capsys.readouterr().out
     assert "items: 3 failed, counted by no figure:" in shown
     assert "validation-0006: " in shown
-    good, broken = (read_predictions(folder, "") for folder in (tmp_path / "whole", out))
+    good, broken = (read_predictions(folder, "") for folder in (kept, out))
     assert [one for one in broken if one.failed is None] == [
         other for one, other in zip(broken, good, strict=True) if one.failed is None
     ]
     for number in (0, 1, 6):
-        (items / names[number]).write_bytes(kept[names[number]])
+        (items / names[number]).write_bytes(contents[names[number]])
     assert evaluated(out, items)["items"] == whole
 
 

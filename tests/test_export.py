@@ -262,6 +262,7 @@ def test_an_interrupted_export_leaves_no_folder(adapter, tmp_path, monkeypatch):
     exported(adapter, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_vllm_serves_the_export(adapter, tmp_path):
     """The project's own engine loads the merged folder and answers as transformers does."""

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from checkpoints import MAKERS
 from tars_kernels import LayerPooler, linear_logprob
@@ -38,7 +37,8 @@ def items(tmp_path) -> list[Question]:
     items = []
     for number, seconds in enumerate((1.0, 2.35)):
         path = tmp_path / f"{number}.wav"
-        soundfile.write(path, 0.1 * rng.standard_normal(round(seconds * SAMPLE_RATE)), SAMPLE_RATE, subtype="FLOAT")
+        wave = 0.1 * rng.standard_normal(round(seconds * SAMPLE_RATE))
+        pytest.importorskip("soundfile").write(path, wave, SAMPLE_RATE, subtype="FLOAT")
         items.append(Question(str(number), f"What is {number} plus one?" + " Say it." * number, "A", ("A", "B"), path))
     return items
 

@@ -121,6 +121,7 @@ def test_completions_taught_are_completions_rewarded():
         assert has_format(problem.completion, pocket.NUMBERS)
 
 
+@pytest.mark.slow
 def test_gap_before_training(model):
     """Text at least 97 %, speech 45 to 70 %, and at least a third of the sampled speech groups disagree."""
     questions = load_questions(HELD_OUT_DATA)
@@ -130,6 +131,7 @@ def test_gap_before_training(model):
     assert disagreeing >= 1 / 3
 
 
+@pytest.mark.slow
 def test_gap_is_repairable(model):
     """Supervised fine-tuning on speech alone, same checkpoint, brings speech to within 5 points of text."""
     from transformers import AutoProcessor

@@ -225,6 +225,7 @@ def test_items_that_fail_are_listed_and_the_others_kept(run, folder):
     assert len(load_questions("out")) == 6
 
 
+@pytest.mark.slow
 def test_a_recogniser_sends_items_back_for_another_voice(run, folder):
     """Half of the voices are heard badly; which one an item gets first follows from the seed."""
     colours = ("red", "green", "blue", "black", "white", "brown", "pink", "grey")
@@ -251,6 +252,7 @@ def test_a_recogniser_sends_items_back_for_another_voice(run, folder):
     assert sum(rate > 0 for rate in rates) == len(failed)
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_it_ends_the_same(run, folder):
     items = [{"id": f"q{n}", "question": f"Item {n}", "answer_set": ["a", "b"], "answer": "a"} for n in range(12)]
     write_jsonl(folder / "items.jsonl", items)

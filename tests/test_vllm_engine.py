@@ -9,8 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,14 +63,15 @@ def start(
 
 
 @pytest.fixture(scope="module")
-def started() -> dict[str, VllmEngine]:
-    return {"full": start(), "lora": start(lora_rank=4)}
+def started() -> Callable[[int], VllmEngine]:
+    """The engine for a rank of adapters, started when it is first asked for."""
+    return cache(lambda lora_rank: start(lora_rank=lora_rank))
 
 
-@pytest.fixture(params=["full", "lora"])
+@pytest.fixture(params=[pytest.param(0, id="full"), pytest.param(4, id="lora", marks=pytest.mark.slow)])
 def engine(started, request) -> Iterator[VllmEngine]:
     """The engine of either way to train, its weights as they were at the start of each test."""
-    chosen = started[request.param]
+    chosen = started(request.param)
     before = {name: value.clone() for name, value in chosen.model.module.state_dict().items()}
     yield chosen
     with torch.no_grad():
@@ -79,7 +81,7 @@ def engine(started, request) -> Iterator[VllmEngine]:
 
 @pytest.fixture
 def full_engine(started) -> VllmEngine:
-    return started["full"]
+    return started(0)
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +327,9 @@ BREAKAGES = {
 }
 
 
-@pytest.mark.parametrize("named", BREAKAGES)
+@pytest.mark.parametrize(
+    "named", [pytest.param(name, marks=pytest.mark.slow if place else ()) for place, name in enumerate(BREAKAGES)]
+)
 def test_whatever_breaks_sharing_is_named_before_the_next_rollout(named, questions):
     engine = start()
     engine.assert_shared()
@@ -335,6 +339,7 @@ def test_whatever_breaks_sharing_is_named_before_the_next_rollout(named, questio
         engine.generate(prompts, range(2), GREEDY)
 
 
+@pytest.mark.slow
 def test_bfloat16_agrees_in_the_mean(questions):
     for lora_rank in (0, 4):
         engine = start(dtype=torch.bfloat16, lora_rank=lora_rank)
@@ -421,7 +426,7 @@ def test_non_finite_logits_are_caught(engine, questions, sampling):
     engine.generate(prompts, range(12), sampling)
 
 
-def test_threads_and_torch_are_left_as_they_were(started):
+def test_threads_and_torch_are_left_as_they_were(full_engine):
     assert torch.get_num_threads() == 1
     assert torch.set_num_threads.__module__ in ("torch", None, "torch._C")
 
@@ -473,6 +478,7 @@ def large_checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads anonymous memory from /proc")
 def test_loading_never_holds_a_second_copy(large_checkpoint):
     """Peak of anonymous memory while loading, beside a control that does load a second copy."""
@@ -489,6 +495,7 @@ def test_loading_never_holds_a_second_copy(large_checkpoint):
     assert two["peak"] > 1.8 * one["weights"], "the measure would not have seen a second copy"
 
 
+@pytest.mark.slow
 def test_one_sequence_is_enough_of_a_cache(questions):
     """The smallest cache that `plan` allows holds one completion of full length."""
     workload = Workload(
@@ -503,6 +510,7 @@ def test_one_sequence_is_enough_of_a_cache(questions):
     assert len(completion.token_ids) == 40
 
 
+@pytest.mark.slow
 def test_adapters_start_from_the_runs_own_seed(tmp_path):
     """vLLM seeds torch when it starts; what is drawn afterwards must depend on --seed all the same."""
     weights = []
@@ -521,6 +529,7 @@ def test_a_checkpoint_vllm_cannot_read_is_the_users_to_put_right(tmp_path):
         start(str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_resumed_policy_is_the_checkpoints(lora_rank, tmp_path, questions):
     """What the trainer saves, vLLM reads: a full checkpoint as weights, an adapter on top of its base."""
@@ -569,6 +578,7 @@ def run_training(output_dir: Path, *flags: object) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--lora-rank", 4, "--learning-rate", "2e-3")], ids=["full", "lora"])
 def test_resumed_run_equals_unbroken_one(flags, tmp_path):
     """Same steps, bit for bit, with the engine started anew in the middle."""
@@ -585,6 +595,7 @@ def test_resumed_run_equals_unbroken_one(flags, tmp_path):
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.slow
 def test_learns_like_transformers(tmp_path):
     """Same seed, same steps: reward curves of the two engines within the noise of their sampling."""
     curves = {}
@@ -649,6 +660,7 @@ def plain_vllm(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("TOKENS")).removeprefix("TOKENS"))
 
 
+@pytest.mark.slow
 def test_a_head_is_tied_only_where_the_checkpoint_says_so(tmp_path):
     """Configurations that say nothing: vLLM's default for the part is not what transformers reads of the whole."""
     source = MAKERS["qwen2.5-omni"](tmp_path)
@@ -660,6 +672,7 @@ def test_a_head_is_tied_only_where_the_checkpoint_says_so(tmp_path):
     assert_loaded_as_by_transformers(engine, str(source), load_questions(HELD_OUT_DATA)[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 4])
 @pytest.mark.parametrize("name", ["qwen2-audio", "qwen2.5-omni"])
 def test_families_share_weights_and_speak_alike(name, lora_rank, tmp_path):

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from items import first_items
 from safetensors.torch import load_file
 from steps import rollout_of
 
-from tars_fast.data import VALIDATION_DATA
+from tars_fast.data import TRAINING_DATA, VALIDATION_DATA
 from tars_fast.log import PhaseTimer
 from tars_fast.rewards import AnswerRewards
 from tars_fast.rollout import finished
@@ -55,7 +56,7 @@ with join_workers() as workers:
 """
 
 
-@pytest.mark.parametrize("second_is_usable", [True, False])
+@pytest.mark.parametrize("second_is_usable", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_gradient_and_metrics_of_two_processes_are_those_of_one(make_model, questions, config, tmp_path, second_is_usable):
     """Shares of different sizes, whose token counts differ, so that means of means would be wrong; or one of them empty."""
     model = make_model()
@@ -97,22 +98,31 @@ def test_gradient_and_metrics_of_two_processes_are_those_of_one(make_model, ques
             assert told[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+SMALL_SLICES = """
+import sys
+from tars_fast import evaluation, train
+
+evaluation.ITEMS_AT_ONCE = 4
+sys.exit(train.main())
+"""
+
+
 @pytest.fixture(scope="module")
 def items(tmp_path_factory) -> Path:
-    """More than one slice of the evaluation, so that both processes have one."""
+    """Items to train on, items to evaluate on, and the training command with slices of four of them in its evaluation."""
     folder = tmp_path_factory.mktemp("items")
-    (folder / "validation").symlink_to(VALIDATION_DATA.parent / "validation")
-    records = [json.loads(line) for line in VALIDATION_DATA.read_text().splitlines()[:70]]
-    lines = [json.dumps(one | {"id": f"{one['id']}-{copy}"}) + "\n" for copy in range(2) for one in records]
-    (folder / "items.jsonl").write_text("".join(lines))
-    return folder / "items.jsonl"
+    first_items(TRAINING_DATA, 16, folder / "training")
+    first_items(VALIDATION_DATA, 10, folder / "evaluation")
+    (folder / "train.py").write_text(SMALL_SLICES)
+    return folder
 
 
 def command(items: Path, run: Path, *flags: object) -> list[str]:
-    settings = ("--eval-data", items, "--output-dir", run, "--eval-samples", "0", "--save-every", "2", *flags)
-    return ["-m", "tars_fast.train", "--questions-per-step", "4", *map(str, settings)]
+    settings = ("--data", items / "training", "--eval-data", items / "evaluation", "--output-dir", run, "--eval-samples", "0")
+    return [str(part) for part in (items / "train.py", "--questions-per-step", "4", *settings, "--save-every", "2", *flags)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
 def test_two_processes_make_one_run_which_resumes(items, tmp_path, engine):
     run = tmp_path / "run"
@@ -137,7 +147,7 @@ def test_two_processes_make_one_run_which_resumes(items, tmp_path, engine):
         assert {name: one[name] for name in same} == {name: two[name] for name in same}
     assert max(step["logprob_diff_max"] for step in steps) < 1e-3
     predictions = [json.loads(line)["id"] for line in (run / "predictions_after.jsonl").read_text().splitlines()]
-    assert predictions == [json.loads(line)["id"] for line in items.read_text().splitlines()]
+    assert predictions == [json.loads(line)["id"] for line in (items / "evaluation" / "items.jsonl").read_text().splitlines()]
     assert len(load_file(run / "checkpoint-4" / "model.safetensors")) > 10
     if engine == "transformers":
         alone = tmp_path / "alone"
@@ -148,6 +158,7 @@ def test_two_processes_make_one_run_which_resumes(items, tmp_path, engine):
         assert before[0] == before[1], "who evaluates an item does not matter"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN], ids=["alone", "torchrun"])
 def test_sigterm_saves_and_ends_every_process(items, tmp_path, launcher):
     """What a cluster sends before it takes the machine away; torchrun passes it on, and reports it in its own way."""
@@ -171,6 +182,7 @@ def test_sigterm_saves_and_ends_every_process(items, tmp_path, launcher):
     assert list(run.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_fewer_questions_than_processes_is_refused(items, tmp_path):
     flags = ("--num-steps", 1)
     arguments = [flag if flag != "4" else "1" for flag in command(items, tmp_path / "run", *flags)]
