@@ -30,6 +30,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """
     if not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ:
         return
+    # pytest-cov asks for the number of processes before any conftest is read: with --cov it must be given.
+    if config.pluginmanager.hasplugin("_cov"):
+        return
     alone = any("::" in argument or Path(argument).resolve().is_relative_to(BENCHMARKS) for argument in config.args)
     if config.option.numprocesses is None and config.option.dist == "no" and not alone:
         config.option.numprocesses = "auto"
