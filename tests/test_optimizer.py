@@ -37,7 +37,7 @@ def test_nan_stays_nan_whatever_its_bits():
     assert stochastic_round(values, generator()).isnan().all()
 
 
-@pytest.mark.parametrize("learning_rate", [1e-6, 1e-5])
+@pytest.mark.parametrize("learning_rate", [1e-6, pytest.param(1e-5, marks=pytest.mark.slow)])
 def test_realised_update_is_the_intended_one(learning_rate):
     """200 steps against the same steps in float64; plain rounding to the nearest, the control, loses nearly all of it."""
     torch.manual_seed(0)

@@ -574,14 +574,10 @@ def test_a_second_backward_is_refused_or_right(device):
     torch.testing.assert_close(leaf.grad, 2 * first)
 
 
+# The interpreter runs programs one after the other, so only a GPU could fail.
+@slow
 @pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({}, marks=slow),
-        {"loss_type": "gspo", "importance_level": "sequence"},
-        pytest.param({"entropy_coef": 0.1}, marks=slow),
-    ],
-    ids=str,
+    "settings", [{}, {"loss_type": "gspo", "importance_level": "sequence"}, {"entropy_coef": 0.1}], ids=str
 )
 def test_the_same_bits_twice(device, settings):
     hidden, weight, targets = (
