@@ -49,6 +49,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # The longest first, for which other processes would wait at the end.
+    items.sort(key=lambda item: item.path.name != "test_kernels.py")
     if _fast_tier_alone(config):
         slow = [item for item in items if item.get_closest_marker("slow")]
         items[:] = [item for item in items if item not in slow]
