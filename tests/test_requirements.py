@@ -96,6 +96,7 @@ def test_a_wheel_has_the_same_ranges(monkeypatch):
             name, _, marker = line.partition(";")
             listed.append(f'{name}; ({marker}) and extra == "{extra}"' if marker else f'{name}; extra == "{extra}"')
     monkeypatch.setattr(requirements, "_PYPROJECT", ROOT / "no such file")
+    monkeypatch.setattr(requirements, "installed", lambda name: "0.1.0")
     monkeypatch.setattr("importlib.metadata.requires", lambda name: listed if name == "tars-fast" else None)
     assert {extra: requirements.supported(extra) for extra in extras} == expected
 
