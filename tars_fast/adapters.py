@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tars_fast.families import Family
-from tars_fast.hub import adapter_config, checkpoint_folder, read_adapter_config
+from tars_fast.hub import adapter_config, checkpoint_folder, first_line, read_adapter_config
 from tars_fast.modules import PolicyModule
 from tars_fast.types import UserError
 
@@ -112,9 +112,9 @@ def _one_line(source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, re.error, SafetensorError) as error:
-        said = str(error).strip().splitlines()
-        reason = said[0] if said else type(error).__name__
-        raise UserError(f"--model {source}: the adapter cannot be loaded ({reason}); give one of this base") from error
+        raise UserError(
+            f"--model {source}: the adapter cannot be loaded ({first_line(error)}); give one of this base"
+        ) from error
 
 
 def _read_adapter(family: Family, folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:

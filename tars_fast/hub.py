@@ -151,8 +151,11 @@ def copy_processor(source: str, folder: Path) -> None:
             shutil.copyfile(path, folder / name)
 
 
-def cannot_be_loaded(source: str, error: Exception) -> UserError:
-    """One line, from whatever a library had to say."""
+def first_line(error: Exception) -> str:
+    """What fits into one line of whatever a library had to say."""
     said = str(error).strip().splitlines()
-    reason = said[0] if said else type(error).__name__
-    return UserError(f"--model {source}: cannot be loaded ({reason}); check the path, or the network")
+    return said[0] if said else type(error).__name__
+
+
+def cannot_be_loaded(source: str, error: Exception) -> UserError:
+    return UserError(f"--model {source}: cannot be loaded ({first_line(error)}); check the path, or the network")

@@ -147,7 +147,7 @@ class Workload:
 
     @property
     def kv_needed(self) -> int:
-        """KV cache of all completions in flight; those of one prompt share it."""
+        """KV cache of all completions in flight; with vLLM those of one prompt share it."""
         if self.engine != "vllm":
             # In a greedy evaluation each has a prompt of its own.
             return self.rollout_batch_size * (self.longest_prompt + self.max_new_tokens) * self.kv_bytes_per_token

@@ -14,6 +14,7 @@ from tars_kernels import pooled_similarity
 from torch import Tensor
 
 from tars_fast.answers import extract_answer, has_format
+from tars_fast.hub import first_line
 from tars_fast.types import Completion, Modality, Question, UserError
 
 FORMAT_WEIGHT = 0.5
@@ -145,7 +146,7 @@ def load_text_similarity(name: str, device: torch.device) -> TextSimilarity:
     try:
         return SentenceEmbedder(name, device)
     except (ImportError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--behaviour-model {name}: cannot be loaded ({reason}); check the name, or the network") from error
 
 
