@@ -11,6 +11,10 @@ import pytest
 BENCHMARKS = Path(__file__).parent / "bench"
 WORKERS_ON_A_GPU = 4
 
+# PYTHONPATH=kernels:. pytest runs what is not installed; processes that tests start elsewhere must find it as well.
+if "PYTHONPATH" in os.environ:
+    os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(folder) for folder in os.environ["PYTHONPATH"].split(os.pathsep))
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", dest="all_tiers", help="run the slow tests too")
