@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tars_fast.requirements import supported
+from tars_fast.support.requirements import supported
 
 for name, specifier in supported("dev").items():
     (lowest,) = {bound.version for bound in specifier if bound.operator == ">="}

@@ -25,14 +25,14 @@ import tars_fast  # noqa: F401  (before torch: threads.py)
 # isort: split
 import torch
 
-from tars_fast.analysis import Analysis, AnalysisSettings
-from tars_fast.config import PRESETS
-from tars_fast.data import HELD_OUT_DATA, load_questions
-from tars_fast.evaluation import slices
-from tars_fast.models import SpeechModel, load_model
-from tars_fast.provenance import provenance
-from tars_fast.sampling import Sampling
-from tars_fast.transformers_engine import TransformersEngine
+from tars_fast.analysis.drift import Analysis, AnalysisSettings
+from tars_fast.data.items import HELD_OUT_DATA, load_questions
+from tars_fast.evaluation.answering import slices
+from tars_fast.models.presets import PRESETS
+from tars_fast.models.speech_model import SpeechModel, load_model
+from tars_fast.rollout.engine import Sampling
+from tars_fast.rollout.transformers_engine import TransformersEngine
+from tars_fast.support.provenance import provenance
 from tars_fast.types import Completion, Modality, Question
 
 _GROWTH = 1600

@@ -25,11 +25,11 @@ from tars_kernels import linear_logprob, pool_sequences
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from tars_fast.advantages import centred_advantages
 from tars_fast.config import RunConfig
-from tars_fast.models import SpeechModel
-from tars_fast.rewards import representation_rewards
-from tars_fast.rollout import Rollout
+from tars_fast.learning.advantages import centred_advantages
+from tars_fast.learning.batch import Rollout
+from tars_fast.learning.rewards import representation_rewards
+from tars_fast.models.speech_model import SpeechModel
 from tars_fast.types import Prompt
 
 _ENTROPY_CHUNK = 128

@@ -11,9 +11,9 @@ import json
 import statistics
 from pathlib import Path
 
-from tars_fast.ablation import Arms, FinishedRun, check_runs
-from tars_fast.figure import curves_figure, write_png
-from tars_fast.provenance import provenance
+from tars_fast.evaluation.ablation import Arms, FinishedRun, check_runs
+from tars_fast.reports.figure import curves_figure, write_png
+from tars_fast.support.provenance import provenance
 
 
 def median_seconds(runs: list[FinishedRun]) -> dict[str, float]:

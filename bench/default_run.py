@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tars_fast.provenance import provenance
+from tars_fast.support.provenance import provenance
 
 
 def main() -> None:

@@ -29,27 +29,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tars_fast  # noqa: F401  (before torch: threads.py)
+from tars_fast.models.presets import architecture_of
 
 # isort: split
 import numpy as np
 import torch
 
-from tars_fast.advantages import group_indices
-from tars_fast.architecture import Architecture
-from tars_fast.config import PRESETS, RunConfig, TrainConfig
-from tars_fast.families import QWEN2_AUDIO
-from tars_fast.log import PhaseTimer
-from tars_fast.memory import GB, plan_memory
-from tars_fast.models import SpeechModel, make_trainable
-from tars_fast.optimizer import make_optimizer
-from tars_fast.prompts import PromptFormat, load_prompt_format
-from tars_fast.provenance import provenance
-from tars_fast.rewards import AnswerRewards
-from tars_fast.rollout import Rollout, finished
-from tars_fast.sampling import Sampling
+from tars_fast.config import RunConfig, TrainConfig
+from tars_fast.learning.advantages import group_indices
+from tars_fast.learning.batch import Rollout, finished
+from tars_fast.learning.optimizer import make_optimizer
+from tars_fast.learning.rewards import AnswerRewards
+from tars_fast.learning.update import update_policy
+from tars_fast.models.architecture import Architecture
+from tars_fast.models.families import qwen2_audio
+from tars_fast.models.memory import GB, plan_memory
+from tars_fast.models.presets import PRESETS
+from tars_fast.models.prompts import PromptFormat, load_prompt_format
+from tars_fast.models.speech_model import SpeechModel, make_trainable
+from tars_fast.rollout.engine import Sampling
+from tars_fast.rollout.vllm_engine import VllmEngine, VllmSettings, as_request, unusable_because
+from tars_fast.support.provenance import provenance
+from tars_fast.support.timing import PhaseTimer
 from tars_fast.types import Modality, Prompt, Question
-from tars_fast.update import update_policy
-from tars_fast.vllm_engine import VllmEngine, VllmSettings, as_request, unusable_because
 
 ARMS = ("shared", "shared_eager", "shared_no_adapter", "two_copies")
 QUESTION = Question(id="q", text="What is two plus three?", answer="five", choices=("four", "five"))
@@ -66,7 +68,7 @@ class Shape:
 
 
 SHAPES = {
-    "pocket": Shape(PRESETS["pocket"].load_architecture(), audio_seconds=3.0, max_new_tokens=32, max_tokens=256),
+    "pocket": Shape(architecture_of(PRESETS["pocket"]), audio_seconds=3.0, max_new_tokens=32, max_tokens=256),
     "qwen2-audio-7b": Shape(PRESETS["qwen2-audio-7b"].architecture, audio_seconds=10.0, max_new_tokens=512, max_tokens=1024),
 }
 
@@ -312,7 +314,7 @@ def main() -> None:
         print(json.dumps(run_arm(options.arm, SHAPES[options.shape], options.source, options.num_steps)))
         return
     reason = unusable_because(
-        QWEN2_AUDIO, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16, lora_rank=8
+        qwen2_audio.FAMILY, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16, lora_rank=8
     )
     if reason is not None:
         print(f"error: {reason}", file=sys.stderr)

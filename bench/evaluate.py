@@ -22,13 +22,13 @@ import tars_fast  # noqa: F401  (before torch: threads.py)
 # isort: split
 import torch
 
-from tars_fast.config import PRESETS
-from tars_fast.data import HELD_OUT_DATA, load_questions
-from tars_fast.evaluation import EvaluationSettings, evaluate
-from tars_fast.models import load_model
-from tars_fast.provenance import provenance
-from tars_fast.rewards import HashedNgrams
-from tars_fast.transformers_engine import TransformersEngine
+from tars_fast.data.items import HELD_OUT_DATA, load_questions
+from tars_fast.evaluation.answering import EvaluationSettings, evaluate
+from tars_fast.learning.rewards import HashedNgrams
+from tars_fast.models.presets import PRESETS
+from tars_fast.models.speech_model import load_model
+from tars_fast.rollout.transformers_engine import TransformersEngine
+from tars_fast.support.provenance import provenance
 from tars_fast.types import Modality
 
 

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tars_fast.audio import SAMPLE_RATE, decode
-from tars_fast.data import load_questions
-from tars_fast.provenance import provenance
+from tars_fast.data.audio import SAMPLE_RATE, decode
+from tars_fast.data.items import load_questions
+from tars_fast.support.provenance import provenance
 
 ADJECTIVES = ("wet", "green", "cold", "early", "distant", "quiet", "heavy", "narrow")
 NOUNS = ("marsh", "tundra", "plain", "desert", "river", "planet", "magnet", "forest")

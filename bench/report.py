@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from tars_fast.provenance import provenance
+from tars_fast.support.provenance import provenance
 
 
 def summary(raw: dict[str, object]) -> dict[str, object]:

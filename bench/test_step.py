@@ -8,16 +8,17 @@ import pytest
 import torch
 from tars_kernels import LayerPooler, pool_sequences
 
-from tars_fast.config import PRESETS, RunConfig, TrainConfig
-from tars_fast.data import HELD_OUT_DATA, TRAINING_DATA, load_questions
-from tars_fast.log import PhaseTimer
-from tars_fast.models import SpeechModel, load_model, make_trainable
-from tars_fast.rewards import HashedNgrams
-from tars_fast.rollout import collect_rollout, prepare_batch
-from tars_fast.sampling import Sampling
-from tars_fast.transformers_engine import TransformersEngine
+from tars_fast.config import RunConfig, TrainConfig
+from tars_fast.data.items import HELD_OUT_DATA, TRAINING_DATA, load_questions
+from tars_fast.learning.batch import collect_rollout, prepare_batch
+from tars_fast.learning.rewards import HashedNgrams
+from tars_fast.learning.update import update_policy
+from tars_fast.models.presets import PRESETS
+from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
+from tars_fast.rollout.engine import Sampling
+from tars_fast.rollout.transformers_engine import TransformersEngine
+from tars_fast.support.timing import PhaseTimer
 from tars_fast.types import Modality
-from tars_fast.update import update_policy
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tars_fast.provenance import provenance
+from tars_fast.support.provenance import provenance
 
 SETTINGS = {"default": {"GOMP_SPINCOUNT": "300000"}, "chosen": {}}
 """What libgomp does when nobody says anything; what `tars_fast` sets."""

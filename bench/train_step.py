@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tars_fast  # noqa: F401  (before torch: threads.py)
+from tars_fast.models.presets import architecture_of
 
 # isort: split
 import torch
@@ -43,20 +44,21 @@ from baselines import StepTimer, completion_logprobs, released_step, run_layers,
 from engine import randomise, resize_text
 from torch import Tensor
 
-from tars_fast.advantages import group_indices
-from tars_fast.architecture import Architecture
-from tars_fast.config import PRESETS, RunConfig, TrainConfig
-from tars_fast.data import TRAINING_DATA, load_questions
-from tars_fast.log import PhaseTimer
-from tars_fast.models import SpeechModel, load_model, make_trainable
-from tars_fast.optimizer import make_optimizer
-from tars_fast.prompts import load_prompt_format
-from tars_fast.provenance import provenance
-from tars_fast.rewards import AnswerRewards, HashedNgrams, choose_references
-from tars_fast.rollout import Rollout, collect_rollout, finished, prepare_batch
-from tars_fast.transformers_engine import TransformersEngine
+from tars_fast.config import RunConfig, TrainConfig
+from tars_fast.data.items import TRAINING_DATA, load_questions
+from tars_fast.learning.advantages import group_indices
+from tars_fast.learning.batch import Rollout, collect_rollout, finished, prepare_batch
+from tars_fast.learning.optimizer import make_optimizer
+from tars_fast.learning.rewards import AnswerRewards, HashedNgrams, choose_references
+from tars_fast.learning.update import update_policy
+from tars_fast.models.architecture import Architecture
+from tars_fast.models.presets import PRESETS
+from tars_fast.models.prompts import load_prompt_format
+from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
+from tars_fast.rollout.transformers_engine import TransformersEngine
+from tars_fast.support.provenance import provenance
+from tars_fast.support.timing import PhaseTimer
 from tars_fast.types import Completion, Modality, Prompt
-from tars_fast.update import update_policy
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Norm of the difference over the norm of the gradient; in bf16 rounding alone makes a few per cent."""
@@ -97,7 +99,7 @@ class Workload:
         return given.resolve(PRESETS["pocket"], output_dir=Path(), tokens_per_micro_batch=1)
 
 
-POCKET = PRESETS["pocket"].load_architecture()
+POCKET = architecture_of(PRESETS["pocket"])
 TINY = dataclasses.replace(POCKET, hidden_size=64, num_layers=3, intermediate_size=96, vocabulary_size=500)
 QWEN2_AUDIO_7B = Workload(
     PRESETS["qwen2-audio-7b"].architecture,

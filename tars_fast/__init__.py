@@ -1,7 +1,7 @@
 """Reinforcement learning that gives speech LLMs the reasoning of their text side."""
 
-from tars_fast.requirements import check
-from tars_fast.threads import bound_spinning
+from tars_fast.support.requirements import check
+from tars_fast.support.threads import bound_spinning
 
 check()
 # Before any module of the package loads torch.

@@ -28,14 +28,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 import tyro
 from rich.markup import escape
 
-from tars_fast.ablation import START, Arms, FinishedRun, check_runs
-from tars_fast.ablation_page import print_ablation, write_ablation_page, write_tables
-from tars_fast.cli import FAILED, INTERRUPTED, require_extra, run_command
-from tars_fast.config import LAYER_PARTS, TrainConfig, check_numbers, find_layers, find_preset, list_checkpoints
-from tars_fast.files import write_atomically
-from tars_fast.log import open_console, say
-from tars_fast.progress import item_progress
-from tars_fast.provenance import provenance
+from tars_fast.config import TrainConfig
+from tars_fast.evaluation.ablation import START, Arms, FinishedRun, check_runs
+from tars_fast.models.architecture import LAYER_PARTS, find_layers
+from tars_fast.models.presets import architecture_of, find_preset, list_checkpoints
+from tars_fast.reports.ablation_page import print_ablation, write_ablation_page, write_tables
+from tars_fast.reports.log import open_console, say
+from tars_fast.support.cli import FAILED, INTERRUPTED, check_numbers, require_extra, run_command
+from tars_fast.support.files import write_atomically
+from tars_fast.support.progress import item_progress
+from tars_fast.support.provenance import provenance
 from tars_fast.train import load_data
 from tars_fast.types import Question, UserError
 
@@ -219,7 +221,7 @@ def plan_runs(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], share
         parsed = parse_training(f"--arms {arm}", commands[arm])
         try:
             parsed.as_preset(preset)
-            find_layers(parsed.representation_layers, preset.load_architecture().num_layers)
+            find_layers(parsed.representation_layers, architecture_of(preset).num_layers)
         except UserError as error:
             raise UserError(f"--arms {arm}: {error}") from error
     runs = []

@@ -23,25 +23,27 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from tars_fast.analysis import Analysis, AnalysisSettings, change_since
-from tars_fast.analysis_page import Analysed, draw_analysis, item_results, write_analysis
-from tars_fast.cli import FAILED, make_output_folder, new_output_folder, require_extra, run_command
-from tars_fast.config import Preset, check_numbers, find_preset
-from tars_fast.data import EMBEDDED, HELD_OUT_DATA, choose_by_id, load_questions, or_embedded
-from tars_fast.evaluation import EvaluationSettings, evaluate, slices
-from tars_fast.files import write_atomically
-from tars_fast.hub import weights_fingerprint
-from tars_fast.log import open_console, print_analysis, print_failures, say
-from tars_fast.memory import explain_out_of_memory
-from tars_fast.models import SpeechModel, choose_device, load_module
-from tars_fast.probes import Calibration, repeated
-from tars_fast.progress import item_progress
-from tars_fast.prompts import PromptFormat, PromptSize, load_prompt_format
-from tars_fast.results import ItemResult, data_fingerprint, report, text_reference
-from tars_fast.results import change_since as accuracy_change_since
-from tars_fast.rewards import HashedNgrams
-from tars_fast.sampling import RolloutEngine
-from tars_fast.transformers_engine import TransformersEngine
+from tars_fast.analysis.drift import Analysis, AnalysisSettings, change_since
+from tars_fast.analysis.probes import Calibration, repeated
+from tars_fast.data.items import EMBEDDED, HELD_OUT_DATA, load_questions, or_embedded
+from tars_fast.data.splits import choose_by_id
+from tars_fast.evaluation.answering import EvaluationSettings, evaluate, slices
+from tars_fast.evaluation.results import ItemResult, data_fingerprint, report, text_reference
+from tars_fast.evaluation.results import change_since as accuracy_change_since
+from tars_fast.learning.rewards import HashedNgrams
+from tars_fast.models.hub import weights_fingerprint
+from tars_fast.models.preset import Preset
+from tars_fast.models.presets import find_preset
+from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
+from tars_fast.models.speech_model import SpeechModel, choose_device, load_module
+from tars_fast.reports.analysis_page import Analysed, draw_analysis, item_results, write_analysis
+from tars_fast.reports.log import open_console, print_analysis, print_failures, say
+from tars_fast.rollout.engine import RolloutEngine
+from tars_fast.rollout.transformers_engine import TransformersEngine
+from tars_fast.support.cli import FAILED, check_numbers, make_output_folder, new_output_folder, require_extra, run_command
+from tars_fast.support.files import write_atomically
+from tars_fast.support.progress import item_progress
+from tars_fast.support.timing import explain_out_of_memory
 from tars_fast.types import LongAudio, Question, UserError
 
 ANALYSIS = "analysis.json"

@@ -19,22 +19,11 @@ import torch
 import tyro
 from rich.console import Console
 
-from tars_fast.audio import LongRecordingError
-from tars_fast.cli import FAILED, INTERRUPTED, make_output_folder, new_output_folder, require_extra, run_command
-from tars_fast.config import check_numbers, find_preset
-from tars_fast.data import HELD_OUT_DATA, load_questions, or_embedded
-from tars_fast.engine import choose_engine, load_policy
-from tars_fast.evaluation import TRANSCRIBE, EvaluationSettings, Part, evaluate_rounds, slices
-from tars_fast.figure import FIGURE, accuracy_figure, can_draw, write_png
-from tars_fast.files import write_atomically
-from tars_fast.hub import adapter_rank, weights_fingerprint
-from tars_fast.log import open_console, print_evaluation, say
-from tars_fast.memory import GB, Workload, explain_out_of_memory
-from tars_fast.models import choose_device
-from tars_fast.progress import item_progress
-from tars_fast.prompts import PromptFormat, PromptSize, load_prompt_format
-from tars_fast.report import Compared, write_report
-from tars_fast.results import (
+from tars_fast.data.audio import LongRecordingError
+from tars_fast.data.items import HELD_OUT_DATA, load_questions, or_embedded
+from tars_fast.data.transcription import normalised
+from tars_fast.evaluation.answering import TRANSCRIBE, EvaluationSettings, Part, evaluate_rounds, slices
+from tars_fast.evaluation.results import (
     OVERALL,
     PREDICTIONS,
     ItemResult,
@@ -50,10 +39,30 @@ from tars_fast.results import (
     report,
     text_reference,
 )
-from tars_fast.rewards import load_text_similarity
-from tars_fast.transcription import normalised
+from tars_fast.learning.rewards import load_text_similarity
+from tars_fast.learning.workers import Workers, join_workers
+from tars_fast.models.hub import adapter_rank, weights_fingerprint
+from tars_fast.models.memory import GB, Workload
+from tars_fast.models.presets import find_preset
+from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
+from tars_fast.models.speech_model import choose_device
+from tars_fast.reports.figure import FIGURE, accuracy_figure, can_draw, write_png
+from tars_fast.reports.log import open_console, print_evaluation, say
+from tars_fast.reports.run_page import Compared, write_report
+from tars_fast.rollout.policy import choose_engine, load_policy
+from tars_fast.support.cli import (
+    FAILED,
+    INTERRUPTED,
+    check_numbers,
+    make_output_folder,
+    new_output_folder,
+    require_extra,
+    run_command,
+)
+from tars_fast.support.files import write_atomically
+from tars_fast.support.progress import item_progress
+from tars_fast.support.timing import explain_out_of_memory
 from tars_fast.types import LongAudio, Modality, Question, UserError
-from tars_fast.workers import Workers, join_workers
 
 _CONTENTS = {
     "weights": "the model's weights have changed",

@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 import torch
 
-from tars_fast.adapters import ADAPTER_WEIGHTS, merge_adapter
-from tars_fast.checkpoint import atomic_folder, save_model
-from tars_fast.cli import run_command
-from tars_fast.config import PRESETS, find_preset
-from tars_fast.hub import adapter_config, base_of, checkpoint_folder, copy_processor
-from tars_fast.models import SpeechModel, load_module
-from tars_fast.modules import PolicyModule
-from tars_fast.prompts import PromptFormat, load_prompt_format
+from tars_fast.models.adapters import ADAPTER_WEIGHTS, merge_adapter
+from tars_fast.models.checkpoint import atomic_folder, save_model
+from tars_fast.models.hub import adapter_config, base_of, checkpoint_folder, copy_processor
+from tars_fast.models.modules import PolicyModule
+from tars_fast.models.presets import PRESETS, find_preset
+from tars_fast.models.prompts import PromptFormat, load_prompt_format
+from tars_fast.models.speech_model import SpeechModel, load_module
+from tars_fast.support.cli import run_command
 from tars_fast.types import UserError
 
 _OF_THE_MACHINE = {"output_dir", "resume", "dry_run", "device", "audio_cache_gb", "audio_cache_dir", "audio_cache_dir_gb"}

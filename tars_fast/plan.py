@@ -6,10 +6,11 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from tars_fast.cli import run_command
-from tars_fast.config import TrainConfig, check_numbers, find_preset
-from tars_fast.families import engine_refusal
-from tars_fast.memory import GB, describe, plan_memory
+from tars_fast.config import TrainConfig
+from tars_fast.models.memory import GB, describe, plan_memory
+from tars_fast.models.presets import architecture_of, family_of, find_preset
+from tars_fast.rollout.engine import engine_refusal
+from tars_fast.support.cli import check_numbers, run_command
 from tars_fast.types import UserError
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -60,12 +61,12 @@ def plan(config: PlanConfig) -> int:
     """Print the plan; 0 where the run fits, 1 where it does not."""
     training = TrainConfig(**{name: getattr(config, name) for name in _SHARED})
     preset = training.as_preset(find_preset(config.model))
-    refusal = engine_refusal(preset.load_family(), preset.lora_rank, float32=config.dtype == "float32", on_cuda=True)
+    refusal = engine_refusal(family_of(preset), preset.lora_rank, float32=config.dtype == "float32", on_cuda=True)
     if config.engine == "vllm" and refusal is not None:
         raise UserError(f"--engine vllm: {refusal}")
     engine = "vllm" if config.engine != "transformers" and refusal is None else "transformers"
     workload = training.workload(
-        preset, preset.load_architecture(), engine, _DTYPE_BYTES[config.dtype], longest_prompt=config.longest_prompt
+        preset, architecture_of(preset), engine, _DTYPE_BYTES[config.dtype], longest_prompt=config.longest_prompt
     )
     result = plan_memory(workload, int(config.gpu_memory * GB))
     print(f"{config.model} on a GPU of {config.gpu_memory:g} GB")

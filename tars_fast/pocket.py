@@ -30,14 +30,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tars_fast.audio import SAMPLE_RATE
-from tars_fast.checkpoint import atomic_folder
-from tars_fast.cli import require_extra, run_command
-from tars_fast.config import ASSETS, PRESETS
-from tars_fast.families import QWEN2_AUDIO, embed_audio
-from tars_fast.models import SpeechModel
-from tars_fast.prompts import PromptFormat
-from tars_fast.synthesis import ACCENTS, SPEAKERS, Synthesiser
+from tars_fast.data.audio import SAMPLE_RATE
+from tars_fast.data.synthesis import ACCENTS, SPEAKERS, Synthesiser
+from tars_fast.models.checkpoint import atomic_folder
+from tars_fast.models.families import qwen2_audio
+from tars_fast.models.families.qwen2_audio import embed_audio
+from tars_fast.models.presets import ASSETS, PRESETS
+from tars_fast.models.prompts import PromptFormat
+from tars_fast.models.speech_model import SpeechModel
+from tars_fast.support.cli import require_extra, run_command
 from tars_fast.types import Modality, Prompt, Question
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
@@ -332,7 +333,7 @@ class SupervisedRows:
 
     def __init__(self, module: Any, processor: Any):
         prompts = PromptFormat(
-            QWEN2_AUDIO,
+            qwen2_audio.FAMILY,
             module.config,
             module.generation_config,
             processor.tokenizer,

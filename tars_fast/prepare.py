@@ -34,16 +34,15 @@ from typing import Any
 
 import numpy as np
 
-from tars_fast.audio import MIN_SECONDS, SAMPLE_RATE, resample
-from tars_fast.cli import FAILED, load_function, require_extra, run_command
-from tars_fast.config import check_numbers
-from tars_fast.data import UsableItem, read_items, read_usable, shown_options
-from tars_fast.files import write_atomically
-from tars_fast.progress import track
-from tars_fast.quality import NOTES, UNUSABLE, Finding, Inspection, inspect_items
-from tars_fast.recognition import load_recogniser
-from tars_fast.synthesis import VOICES, Synthesiser
-from tars_fast.transcription import word_error_rate
+from tars_fast.data.audio import MIN_SECONDS, SAMPLE_RATE, resample
+from tars_fast.data.items import UsableItem, read_items, read_usable, shown_options
+from tars_fast.data.quality import NOTES, UNUSABLE, Finding, Inspection, inspect_items
+from tars_fast.data.recognition import load_recogniser
+from tars_fast.data.synthesis import VOICES, Synthesiser
+from tars_fast.data.transcription import word_error_rate
+from tars_fast.support.cli import FAILED, check_numbers, load_function, require_extra, run_command
+from tars_fast.support.files import write_atomically
+from tars_fast.support.progress import track
 from tars_fast.types import UserError
 
 ESPEAK = "espeak-ng"

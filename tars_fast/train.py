@@ -29,40 +29,33 @@ from typing import Any
 import torch
 from tars_kernels import use_reference
 
-from tars_fast.audio_cache import make_cache_folder
-from tars_fast.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint
-from tars_fast.cli import FAILED, INTERRUPTED, make_output_folder, new_output_folder, run_command
-from tars_fast.config import RunConfig, TrainConfig, find_layers, find_preset, list_checkpoints
-from tars_fast.data import (
-    EMBEDDED,
-    HELD_OUT_DATA,
-    TRAINING_DATA,
-    check_leaks,
-    choose_by_id,
-    load_questions,
-    or_embedded,
-    read_usable,
-    split_by_id,
-    without_leaks,
-)
-from tars_fast.engine import available_bytes, choose_engine, load_policy
-from tars_fast.evaluation import EvaluationSettings, evaluate
-from tars_fast.figure import FIGURE, accuracy_figure, can_draw, write_png
-from tars_fast.files import write_atomically
-from tars_fast.log import PhaseTimer, RunLog, print_summary
-from tars_fast.memory import GB, MemoryPlan, describe, explain_out_of_memory, plan_memory, remedies, size
-from tars_fast.models import SpeechModel, choose_device, make_trainable
-from tars_fast.optimizer import make_optimizer
-from tars_fast.progress import item_progress
-from tars_fast.prompts import PromptFormat, PromptSize, load_prompt_format
-from tars_fast.report import write_report
-from tars_fast.results import ItemResult, change_since, data_fingerprint, read_predictions, report, text_reference
-from tars_fast.rewards import TextSimilarity, load_text_similarity
-from tars_fast.rollout import RolloutSource
-from tars_fast.sampling import RolloutEngine
+from tars_fast.config import RunConfig, TrainConfig
+from tars_fast.data.items import EMBEDDED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_embedded, read_usable
+from tars_fast.data.splits import check_leaks, choose_by_id, split_by_id, without_leaks
+from tars_fast.evaluation.answering import EvaluationSettings, evaluate
+from tars_fast.evaluation.results import ItemResult, change_since, data_fingerprint, read_predictions, report, text_reference
+from tars_fast.learning.batch import RolloutSource
+from tars_fast.learning.optimizer import make_optimizer
+from tars_fast.learning.rewards import TextSimilarity, load_text_similarity
+from tars_fast.learning.update import rollout_metrics, score_rollout, update_policy
+from tars_fast.learning.workers import Workers, join_workers
+from tars_fast.models.architecture import find_layers
+from tars_fast.models.audio_cache import make_cache_folder
+from tars_fast.models.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint
+from tars_fast.models.memory import GB, MemoryPlan, describe, plan_memory, remedies, size
+from tars_fast.models.presets import architecture_of, family_of, find_preset, list_checkpoints
+from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
+from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
+from tars_fast.reports.figure import FIGURE, accuracy_figure, can_draw, write_png
+from tars_fast.reports.log import RunLog, print_summary
+from tars_fast.reports.run_page import write_report
+from tars_fast.rollout.engine import RolloutEngine
+from tars_fast.rollout.policy import available_bytes, choose_engine, load_policy
+from tars_fast.support.cli import FAILED, INTERRUPTED, make_output_folder, new_output_folder, run_command
+from tars_fast.support.files import write_atomically
+from tars_fast.support.progress import item_progress
+from tars_fast.support.timing import PhaseTimer, explain_out_of_memory
 from tars_fast.types import Question, TrainingError, UserError
-from tars_fast.update import rollout_metrics, score_rollout, update_policy
-from tars_fast.workers import Workers, join_workers
 
 MAX_EMPTY_STEPS = 3
 """Consecutive steps with every completion cut off, after which waiting longer is pointless."""
@@ -238,11 +231,11 @@ def prepare_and_train(config: TrainConfig, workers: Workers) -> int:
             "fewer"
         )
     device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
-    find_layers(config.representation_layers, preset.load_architecture().num_layers)
+    find_layers(config.representation_layers, architecture_of(preset).num_layers)
     if config.dry_run:
-        engine_name = choose_engine(config.engine, preset.load_family(), device, dtype, preset.lora_rank)
+        engine_name = choose_engine(config.engine, family_of(preset), device, dtype, preset.lora_rank)
         total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else available_bytes(device)
-        architecture = preset.load_architecture()
+        architecture = architecture_of(preset)
         workload = config.workload(preset, architecture, engine_name, dtype.itemsize, on_gpu=device.type == "cuda")
         plan = plan_memory(workload, total)
         print(describe(plan))

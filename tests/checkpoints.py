@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
-from tars_fast.adapters import add_adapter, save_adapter
+from tars_fast.models.adapters import add_adapter, save_adapter
 
 OMNI_TEMPLATE = (
     "{% set audio_count = namespace(value=0) %}{% set image_count = namespace(value=0) %}"

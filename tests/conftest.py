@@ -15,10 +15,11 @@ import pytest
 import torch
 from pages import CHROMIUM
 
-from tars_fast.config import PRESETS, RunConfig, TrainConfig
-from tars_fast.data import TRAINING_DATA, load_questions
-from tars_fast.models import SpeechModel, load_model, make_trainable
-from tars_fast.requirements import installed, missing, supported
+from tars_fast.config import RunConfig, TrainConfig
+from tars_fast.data.items import TRAINING_DATA, load_questions
+from tars_fast.models.presets import PRESETS
+from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
+from tars_fast.support.requirements import installed, missing, supported
 from tars_fast.types import UserError
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some are about.

@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from tars_fast.config import RunConfig
-from tars_fast.log import PhaseTimer
-from tars_fast.models import SpeechModel
-from tars_fast.rewards import HashedNgrams
-from tars_fast.rollout import Rollout, collect_rollout, prepare_batch
-from tars_fast.sampling import RolloutEngine
-from tars_fast.transformers_engine import TransformersEngine
+from tars_fast.learning.batch import Rollout, collect_rollout, prepare_batch
+from tars_fast.learning.rewards import HashedNgrams
+from tars_fast.learning.update import Scored, update_policy
+from tars_fast.learning.workers import ALONE, Workers
+from tars_fast.models.speech_model import SpeechModel
+from tars_fast.rollout.engine import RolloutEngine
+from tars_fast.rollout.transformers_engine import TransformersEngine
+from tars_fast.support.timing import PhaseTimer
 from tars_fast.types import Question
-from tars_fast.update import Scored, update_policy
-from tars_fast.workers import ALONE, Workers
 
 
 def rollout_of(

@@ -1,0 +1,90 @@
+"""What is wrong with a data set: every item looked at, every problem found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from tars_fast.data.audio import MIN_SECONDS, SAMPLE_RATE, read_wave
+from tars_fast.data.items import Item
+from tars_fast.types import Recording, UserError
+
+UNUSABLE = ("bad item", "duplicate id", "unreadable", "silent", "too short", "too long")
+NOTES = ("clipped", "not 16 kHz")
+"""Worth knowing; training takes them as they are."""
+
+_SILENT_PEAK = 1e-3
+"""-60 dB of full scale: below the noise of any room."""
+_FULL_SCALE = 0.999
+_CLIPPED_SHARE = 1e-3
+"""More samples at full scale than that are a flattened wave; a normalised one has a few."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    place: str
+    id: str
+    """Empty where the item could not be read."""
+    problem: str
+    """One of `UNUSABLE` or `NOTES`."""
+    detail: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Of one item."""
+
+    findings: tuple[Finding, ...]
+    seconds: float | None
+    """None where there is no recording to be read."""
+
+    @property
+    def usable(self) -> bool:
+        return not any(finding.problem in UNUSABLE for finding in self.findings)
+
+
+def inspect_recording(recording: Recording, max_seconds: float) -> tuple[dict[str, str], float | None]:
+    """(problem -> detail, length in seconds)."""
+    try:
+        wave, rate = read_wave(recording)
+    except UserError as error:
+        return {"unreadable": str(error)}, None
+    problems: dict[str, str] = {}
+    seconds = len(wave) / rate
+    if seconds < MIN_SECONDS:
+        problems["too short"] = f"{seconds:.3f} s, at least {MIN_SECONDS} s are needed"
+    elif seconds > max_seconds:
+        problems["too long"] = f"{seconds:.1f} s, more than {max_seconds:g} s"
+    level = np.abs(wave)
+    if level.max(initial=0.0) < _SILENT_PEAK:
+        problems["silent"] = f"no sample reaches {_SILENT_PEAK:g} of full scale"
+    elif (share := float(np.mean(level >= _FULL_SCALE))) > _CLIPPED_SHARE:
+        problems["clipped"] = f"{share:.1%} of its samples are at full scale"
+    if rate != SAMPLE_RATE:
+        problems["not 16 kHz"] = f"{rate} Hz, resampled when it is read"
+    return problems, seconds
+
+
+def inspect_item(item: Item, max_seconds: float) -> Inspection:
+    name = "" if item.question is None else item.question.id
+    findings = []
+    if item.error is not None:
+        detail = str(item.error).removeprefix(f"{item.place}: ")
+        findings.append(Finding(item.place, name, "bad item" if item.question is None else "duplicate id", detail))
+    seconds = None
+    if item.audio is not None:
+        problems, seconds = inspect_recording(item.audio, max_seconds)
+        findings.extend(Finding(item.place, name, problem, detail) for problem, detail in problems.items())
+    return Inspection(tuple(findings), seconds)
+
+
+def inspect_items(items: Sequence[Item], max_seconds: float, jobs: int) -> Iterator[Inspection]:
+    """In the order of `items`, `jobs` at a time; decoding leaves the interpreter free for the others."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield from pool.map(lambda item: inspect_item(item, max_seconds), items)
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,0 +1,169 @@
+"""Three readings of one completion, side by side: ours, VoiceBench's, and a lenient search for the option letter.
+
+`strict` is `answers.extract_answer`: what training rewards, and what accuracy means here unless another scorer is named. It
+never guesses. `voicebench` repeats the rules of VoiceBench's multiple-choice evaluator, silly ones included, so that published
+figures can be compared. `letter` takes the option that the completion names last; it stands in for xFinder, the 0.5 B model
+that finds the letter in the released TARS code (for its reward and its figures), and is not that model.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tars_fast.learning.answers import answer_blocks, extract_answer
+
+SCORERS = ("strict", "voicebench", "letter")
+VOICEBENCH_CHOICES = ("A", "B", "C", "D")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one scorer read from one completion."""
+
+    extracted: str | None
+    """None: nothing could be read, and the scorer does not guess."""
+    guessed: bool
+    """Nothing could be read; `extracted` is drawn at random."""
+    correct: bool
+
+
+def read_completion(completion: str, choices: Sequence[str], answer: str, key: str) -> dict[str, Reading]:
+    """What every scorer makes of a completion; `voicebench` is left out where the choices are not the letters A to D.
+
+    Args:
+        completion: decoded text without special tokens.
+        choices: the answer set.
+        answer: the reference answer.
+        key: seeds VoiceBench's random fallback; the same for the same item, modality and seed of a run.
+    """
+    readings = {}
+    for name, scorer in (("strict", extract_answer), ("letter", letter_answer)):
+        extracted = scorer(completion, choices)
+        readings[name] = Reading(extracted, False, extracted == answer)
+    if tuple(choices) == VOICEBENCH_CHOICES:
+        extracted = voicebench_answer(completion)
+        taken = extracted or random.Random(key).choice(VOICEBENCH_CHOICES)
+        readings["voicebench"] = Reading(taken, extracted is None, taken == answer)
+    return readings
+
+
+# `X` stands for the option letter. Order decides where several match; between letters that match the same line, a wins over b.
+_VOICEBENCH_FORMS = (
+    "答案(?:是 ?|是选项|是\u2018|应该是 ?|就是选项)X",
+    "是X\uff1a|答案选X|X是正确|选项X是最合适的",
+    r"final answer: X|answer is:? \*\*X|the answer to the (?:question is:|multiple-choice question is) \*\*X",
+    r"the answer is 'X'|X is the best answer",
+    r"the answer is X",
+    r"the correct answer is X",
+    r"would (?:select|choose) (?:option )?X",
+    r'is "X[".]',
+    r"is:? \*\*X\)|is \*\*X[,:.]|is: \*\*X(?:[.:]|\*\*)",
+    r"(?:be|as|with|suggests|be to) \*\*X\)|(?:be|as) \*\*X:|be \*\*X,|(?:is therefore|be) option \*\*X:",
+    r"is: \n\n(?:\*\*)?X\)|is: \n\n\*\*X\*\*|is typically \"X\)|is likely to be: \*\*X\.",
+    r"is \*\*X \(|is (?:option|likely) \*\*X\*\*",
+    r"is:\n\n?\*\*X\.",
+    r"would be (?:option )?(?:X|\(X\))",
+    r"is (?:typically )?X,|is typically X\.",
+    r"i'd say X\.|option X[.:,]",
+    r"the answer is:\n\*\*X",
+    r"is X[:.]|is: X\.|is \(X\)",
+    r"is:\n\*\*X\)|is likely \*\*X:|is the \*\*X\)",
+    r":\n{1,2}X[.),]|: {1,2}\nX\.|: \n\nX\.|is most likely \*\*X:",
+    r"\(X\) would be|is:? X\)|is:\n\nX:|is: \*\*X,|\(option X\)",
+    r"answer: X|answer is:\n{1,2}X|select option \"X\"|is: X",
+    r"is typically \*\*X,|is \*\*X\*\*|is (?:likely|option) 'X'|is:\n\*\*X:|would be 'X'|is the \*\*X\*\* ",
+    r"question is X \(|is:\n\n\*\*X|(?:closest|corresponds) to option \*\*X\*\*|is most likely \*\*X[),]",
+    r"the answer to the question is 'X'|known as 'X'|is 'X\)|is typically \*\*X:",
+    r"is \\\( \\boxed\{(?:X[ })]|\\text\{X\}\} \\\))",
+    r"is \\\( \\(?:text|textbf|mathbf)\{X\}|is \\\( \\text\{X[.:)]|is \\\( \\textbf\{X\)",
+    r"is:\n\\\[ \\boxed\{(?:X|\\text\{X\})\}|is:\n\n?\\\[ \\text\{X\)|is: \\\( \\text\{X[.)]|is \\\(\\text\{X\.",
+    r"is:\n\\\( \\textbf\{X\.|is \} \\mathbf\{X\.|is \\\( ?X ?\\\)",
+    r"corresponds to:\n- \*\*X:|would be: \*\*X\*\*\.|is:\n\*\*X |be \*\*X\*\*|be: \n\nX\)",
+    r"is: {1,2}\n(?:  \n)?\*\*X:|is:\n  \n\*\*X:",
+    r"is likely: \*\*X,|is option \*\*X |was option \*\*X\*\*|is (?:likely )?\"X\)|option \*\*X:|is often \*\*X:|is:  \nX\)",
+    r"is:\n(?:\*\*)?X",
+    *(rf" X{re.escape(mark)}" for mark in ".,:)"),
+    *(rf"\*\*X{re.escape(mark)}" for mark in ".):"),
+    *(rf'"X{re.escape(mark)}' for mark in ".,:"),
+    r"\(X\)",
+    r'"X"|\{X\}|\n\n\*\*X|would be:\n\nX',
+)
+_VOICEBENCH = [[re.compile(form.replace("X", letter)) for letter in "abcd"] for form in _VOICEBENCH_FORMS]
+
+
+def voicebench_answer(completion: str) -> str | None:
+    """The letter A to D that VoiceBench's multiple-choice evaluator reads, or None where it would draw one at random.
+
+    Its rules (github.com/MatthewCYM/VoiceBench, src/evaluator/mcq.py, Apache-2.0; arXiv 2410.17196): the completion in lower
+    case is searched, anywhere and without regard to word boundaries, for a long ordered list of phrases with a letter in them,
+    and the first phrase decides; failing that the completion is a letter, or begins with one and a full stop, comma, colon or
+    bracket. So "The answer is a tundra, so B." is A. Ours puts neighbouring phrases into one pattern: where a completion holds
+    several phrases of one pattern with different letters, the first letter of the alphabet wins, not the first phrase.
+    """
+    text = completion.lower()
+    if text.startswith(("<1>", "<2>", "<3>")):
+        text = text[3:].strip()
+    for patterns in _VOICEBENCH:
+        for letter, pattern in zip(VOICEBENCH_CHOICES, patterns, strict=True):
+            if pattern.search(text):
+                return letter
+    if text in ("a", "b", "c", "d") or (text[:1] in ("a", "b", "c", "d") and text[1:2] in (".", ",", ":", ")")):
+        return text[0].upper()
+    return None
+
+
+# What makes a lower-case letter, or an "A" that could be an article, a mention of the option.
+_LED = re.compile(
+    r"(?:\b(?:answer|option|choice|choose|select|pick)s?(?: is| to| was| would be| should be)?:?|boxed\{(?:\\text\{)?"
+    r"|答案是?|选项?)[ \"'(*:]*$",
+    re.IGNORECASE,
+)
+_NEGATED = re.compile(
+    r"(?:\b(?:not|isn't|neither|nor|than|instead of|rules? out|eliminates?)|不是|不选)(?: option)? *[\"'(*]*$", re.IGNORECASE
+)
+# Behind "A", the start of a sentence rather than of a reason: "A tundra", but not "A is", "A because".
+_NOUN_AFTER = re.compile(r" (?!(?:is|was|would|as|because|since|and|or|but|seems|looks|fits)\b)[a-z]")
+
+
+@lru_cache(maxsize=1024)
+def _named(choices: tuple[str, ...]) -> re.Pattern[str]:
+    names = "|".join(re.escape(name) for name in sorted(choices, key=len, reverse=True))
+    # \b does not stand between a Chinese character and a letter: both are word characters.
+    return re.compile(rf"(?<![A-Za-z0-9'\u2019-])(?P<name>{names})(?![A-Za-z0-9]|['\u2019-]\w)", re.IGNORECASE)
+
+
+def _is_mention(name: str, before: str, after: str) -> bool:
+    """Whether a name of a choice, as it stands between `before` and `after`, is meant as one."""
+    if len(name) > 1 or not name.isalpha():
+        return True
+    if not before.strip(" \n\"'(*[") and (after.startswith((".", ")", ":")) or not after.strip(" \n\"')*].,:")):
+        return True
+    if _LED.search(before):
+        # "The answer is a tundra": no option either.
+        return name.isupper() or not _NOUN_AFTER.match(after)
+    return name.isupper() and not (name in "AI" and _NOUN_AFTER.match(after))
+
+
+def letter_answer(completion: str, choices: Sequence[str]) -> str | None:
+    """The choice that the completion names last, whatever stands around it, or None where it names none.
+
+    Looks in the last `<answer>` block, else behind the last `</think>`, else everywhere. A choice that is negated ("not A")
+    does not count. A letter in lower case counts where it is all there is or leads a list ("c)"), or stands behind "answer",
+    "option", "choice" or in a `\\boxed{}`; so does an "A" or "I" that could be a word of the sentence.
+
+    Args:
+        completion: decoded text without special tokens.
+        choices: the answer set; words are compared without regard to case.
+    """
+    blocks = answer_blocks(completion)
+    text = blocks[-1] if blocks else completion.rpartition("</think>")[2]
+    by_name = {choice.casefold(): choice for choice in choices}
+    for match in reversed(list(_named(tuple(choices)).finditer(text))):
+        before, after = text[: match.start()], text[match.end() :]
+        if not _NEGATED.search(before) and _is_mention(match["name"], before, after):
+            return by_name[match["name"].casefold()]
+    return None

@@ -1,0 +1,40 @@
+"""What Qwen's audio models have in common: Whisper's features and towers, and the names of fused weights.
+
+Shapes: N recordings, M mel bins, F mel frames.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tars_fast.data.audio import SAMPLE_RATE
+from tars_fast.models.families.base import Features
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""vLLM's weight, and those of transformers that lie in it one after the other."""
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+def whisper_features(feature_extractor: Any, wave: np.ndarray, samples: int) -> Features:
+    """The log-mel spectrogram of a recording padded to `samples`."""
+    batch = feature_extractor(
+        wave,
+        sampling_rate=SAMPLE_RATE,
+        return_attention_mask=True,
+        padding="max_length",
+        max_length=samples,
+        return_tensors="pt",
+    )
+    return Features(batch.input_features[0], batch.attention_mask[0], num_audio_tokens(feature_extractor, len(wave)))
+
+
+def num_audio_tokens(feature_extractor: Any, samples: int) -> int:
+    """Both towers halve the frames twice (`_get_feat_extract_output_lengths` of transformers)."""
+    frames = -(-samples // feature_extractor.hop_length)
+    return ((frames - 1) // 2 + 1 - 2) // 2 + 1
+
+
+def user_turn(num_recordings: int, instruction: str) -> list[dict[str, str]]:
+    return [{"type": "audio"}] * num_recordings + ([{"type": "text", "text": instruction}] if instruction else [])

@@ -1,0 +1,115 @@
+"""Qwen2-Audio: Whisper's tower over windows of 30 s, a projector, and a Qwen2 language model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tars_fast.models.architecture import Architecture
+from tars_fast.models.families import qwen
+from tars_fast.models.families.base import Family, Features, batches, stacked
+from tars_fast.models.modules import PolicyModule
+from tars_fast.models.preset import PAPER, Preset
+from tars_fast.models.weights import Part
+
+
+def embed_audio(module: PolicyModule, features: Tensor, feature_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Qwen2-Audio's tower and projector, without the language model.
+
+    Args:
+        module: a `Qwen2AudioForConditionalGeneration`.
+        features: [N, M, F] log-mel spectrogram, padded to the tower's window.
+        feature_mask: [N, F], 1 where there is speech.
+
+    Returns:
+        ([N, A, D] embeddings, [N] number of audio tokens of each recording).
+    """
+    from transformers.masking_utils import create_bidirectional_mask
+
+    model: Any = module.model
+    tower = model.audio_tower
+    frame_lengths, token_lengths = tower._get_feat_extract_output_lengths(feature_mask.sum(-1))
+    num_positions = (features.shape[-1] - 2) // 2 + 1
+    position_mask = torch.arange(num_positions, device=features.device) < frame_lengths[:, None]
+    attention_mask = create_bidirectional_mask(
+        config=tower.config,
+        inputs_embeds=features.new_zeros(len(features), num_positions, 1),
+        attention_mask=position_mask.long(),
+    )
+    states = tower(features, attention_mask=attention_mask).last_hidden_state
+    return model.multi_modal_projector(states), token_lengths
+
+
+def _embed(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
+    embedded = []
+    for batch in batches(clips):
+        features, mask = stacked(module, batch)
+        states, lengths = embed_audio(module, features, mask)
+        embedded += [state[:length].clone() for state, length in zip(states, lengths.tolist(), strict=True)]
+    return embedded
+
+
+def _features(feature_extractor: Any, wave: np.ndarray) -> Features:
+    return qwen.whisper_features(feature_extractor, wave, feature_extractor.n_samples)
+
+
+def _template() -> str:
+    """Of the class: the published checkpoint has none of its own."""
+    from transformers import Qwen2AudioProcessor
+
+    template: Any = Qwen2AudioProcessor.default_chat_template
+    return template.fget(None)
+
+
+FAMILY = Family(
+    model_types=("qwen2_audio",),
+    model_class="Qwen2AudioForConditionalGeneration",
+    language_model="model.language_model",
+    decoder_names=("language_model", "language_model.model"),
+    audio_parts=("model.audio_tower", "model.multi_modal_projector"),
+    audio_token="<|AUDIO|>",
+    stop_tokens=qwen.STOP_TOKENS,
+    features=_features,
+    embed=_embed,
+    num_audio_tokens=qwen.num_audio_tokens,
+    user_turn=qwen.user_turn,
+    default_template=_template,
+    constants=("model.audio_tower.embed_positions",),
+    published=(
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.", ""),
+    ),
+    engine_names=(
+        Part("model.language_model.", "language_model.model.", fused=qwen.FUSED),
+        Part("lm_head", "language_model.lm_head"),
+        Part("model.audio_tower.", "audio_tower."),
+        Part("model.multi_modal_projector.", "multi_modal_projector."),
+    ),
+)
+
+PRESETS: dict[str, Preset] = {
+    "qwen2-audio-7b": dataclasses.replace(
+        PAPER,
+        source="Qwen/Qwen2-Audio-7B-Instruct",
+        family=FAMILY,
+        architecture=Architecture(
+            hidden_size=4096,
+            num_layers=32,
+            num_heads=32,
+            num_key_value_heads=32,
+            intermediate_size=11008,
+            vocabulary_size=156032,
+            tied_head=False,
+            biased_attention=True,
+            fused_layers=False,
+            num_other_parameters=642_215_936,
+            max_tokens=8192,
+        ),
+    ),
+}

@@ -1,0 +1,355 @@
+"""What a run will need of a GPU's memory, phase by phase, before anything is loaded; arithmetic only."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from tars_fast.models.architecture import Architecture
+
+GB = 10**9
+_USABLE = 0.95
+"""Of a GPU's memory; the rest goes to fragments of the allocator."""
+_CONTEXT_BYTES = int(0.8 * GB)
+"""CUDA context, cuBLAS workspaces and loaded kernels."""
+PREFILL_TOKENS = 2048
+"""Tokens of one forward pass of the engine, which bound its activations."""
+BLOCK_TOKENS = 32
+"""Tokens of a block of the KV cache; vLLM's CPU build takes multiples of 32 only."""
+ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM allocates adapter buffers for."""
+_GRAPH_BYTES = int(0.6 * GB)
+"""Captured CUDA graphs and attention workspaces of the engine; an estimate."""
+EVALUATION_TOKENS = 16_384
+"""Tokens of one forward pass of the evaluation."""
+UPDATE_BYTES = 16
+"""A weight's share of what `StochasticAdamW` holds at once beside weights, gradients and moments."""
+_LOGIT_TOKENS, _PRODUCT_TOKENS = 512, 1024
+"""Tokens whose logits and probabilities `tars_kernels.linear_policy_loss` holds at a time."""
+_MOST_TOKENS = {True: 16_384, False: 4096}
+"""Of a micro-batch on a GPU or a CPU; more make neither busier."""
+_FEWEST_TOKENS = 1024
+_ASSUMED_PROMPT_TOKENS = 900
+"""Where no data says better: 30 s of speech at 25 tokens a second, inside the paper's instructions."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The settings that memory depends on."""
+
+    architecture: Architecture
+    engine: str
+    dtype_bytes: int
+    lora_rank: int
+    """0: full fine-tuning."""
+    group_size: int
+    max_new_tokens: int
+    longest_prompt: int
+    rollout_batch_size: int
+    """Completions in flight."""
+    given_micro_batch: int | None = None
+    """Tokens of a micro-batch; None: what is free allows, at most what keeps the device busy."""
+    gradient_checkpointing: bool = False
+    embedder_bytes: int = 0
+    """Text embedder of R_beh, on the same device."""
+    given_kv_cache: int | None = None
+    """Bytes of vLLM's KV cache; None: what the completions in flight need, at most what is free."""
+    rollout_ahead: bool = False
+    """Whether sampling and training go on at the same time."""
+    trains: bool = True
+    """False: evaluation only, without optimiser."""
+    on_gpu: bool = True
+
+    @property
+    def weights(self) -> int:
+        text = self.architecture.num_text_parameters(padded=self.engine == "vllm")
+        return (text + self.architecture.num_other_parameters) * self.dtype_bytes
+
+    @property
+    def num_trained(self) -> int:
+        if self.lora_rank:
+            return self.architecture.num_lora_parameters(self.lora_rank)
+        return self.architecture.num_text_parameters()
+
+    @property
+    def adapters(self) -> int:
+        """float32 masters, and with vLLM their copies in the weights' dtype, at a rank that vLLM knows."""
+        if not self.lora_rank:
+            return 0
+        buffers = self.architecture.num_lora_parameters(engine_rank(self.lora_rank)) * self.dtype_bytes
+        return 4 * self.num_trained + (buffers if self.engine == "vllm" else 0)
+
+    @property
+    def optimiser(self) -> int:
+        """Two float32 moments a trained parameter."""
+        return 8 * self.num_trained if self.trains else 0
+
+    @property
+    def gradients(self) -> int:
+        return self.num_trained * (4 if self.lora_rank else self.dtype_bytes)
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """What no phase is without."""
+        parts = {"weights": self.weights, "adapters": self.adapters, "optimiser": self.optimiser}
+        context = _CONTEXT_BYTES if self.on_gpu else 0
+        graphs = _GRAPH_BYTES if self.on_gpu and self.engine == "vllm" else 0
+        return parts | {"embedder of R_beh": self.embedder_bytes, "CUDA context": context, "CUDA graphs": graphs}
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.architecture.kv_bytes_per_token(self.dtype_bytes)
+
+    @property
+    def sequence_bytes(self) -> int:
+        """KV cache of one longest prompt with one longest completion, and the block that vLLM keeps for itself."""
+        return (_blocks(self.longest_prompt + self.max_new_tokens) + BLOCK_TOKENS) * self.kv_bytes_per_token
+
+    @property
+    def kv_needed(self) -> int:
+        """KV cache of all completions in flight; with vLLM those of one prompt share it."""
+        if self.engine != "vllm":
+            # In a greedy evaluation each has a prompt of its own.
+            return self.rollout_batch_size * (self.longest_prompt + self.max_new_tokens) * self.kv_bytes_per_token
+        num_prompts = -(-self.rollout_batch_size // (self.group_size // 2))
+        # A completion starts in a block of its own, half filled by the prompt's end.
+        tokens = num_prompts * _blocks(self.longest_prompt) + self.rollout_batch_size * (
+            _blocks(self.max_new_tokens) + BLOCK_TOKENS
+        )
+        return max((tokens + BLOCK_TOKENS) * self.kv_bytes_per_token, self.sequence_bytes)
+
+    @property
+    def rollout_workspace(self) -> int:
+        """Activations of a prefill and the logits of one token of every sequence, as logits, float32 and probabilities.
+
+        The transformers engine also sums the probabilities, in float64.
+        """
+        shape = self.architecture
+        tokens = max(PREFILL_TOKENS, self.longest_prompt + self.max_new_tokens)
+        prefill = tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size) * self.dtype_bytes
+        return prefill + self.rollout_batch_size * shape.vocabulary_size * (
+            self.dtype_bytes + (12 if self.engine == "vllm" else 24)
+        )
+
+    @property
+    def question_tokens(self) -> int:
+        """The longest a question can get: both prompts, all completions."""
+        return 2 * self.longest_prompt + self.group_size * self.max_new_tokens
+
+    def activations(self, tokens: int) -> int:
+        """Kept for the backward pass: every layer's input, and inside one layer (all layers without checkpointing) the rest.
+
+        Args:
+            tokens: of a micro-batch; whole questions, so at least one.
+        """
+        shape = self.architecture
+        tokens = max(tokens, self.question_tokens)
+        inside = tokens * (5 * shape.intermediate_size + 10 * shape.hidden_size) * self.dtype_bytes
+        if self.lora_rank:
+            # Adapters see their input in float32.
+            inside += tokens * (6 * shape.hidden_size + shape.intermediate_size) * 4
+        layers = 1 if self.gradient_checkpointing else shape.num_layers
+        return shape.num_layers * tokens * shape.hidden_size * self.dtype_bytes + layers * inside + self.masks(tokens)
+
+    def masks(self, tokens: int) -> int:
+        """What masked attention needs in the place of FlashAttention, which takes half precision on a GPU only."""
+        if self.on_gpu and self.dtype_bytes == 2:
+            return 0
+        group = self.group_size // 2 * self.max_new_tokens
+        return 2 * -(-tokens // self.question_tokens) * group * (self.longest_prompt + group) * self.dtype_bytes
+
+    @property
+    def evaluation_activations(self) -> int:
+        """Inside one layer, of spoken and written completions in one forward pass without gradient."""
+        shape = self.architecture
+        width = self.longest_prompt + self.max_new_tokens
+        tokens = max(EVALUATION_TOKENS, 2 * width)
+        return tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size) * self.dtype_bytes
+
+    def logits(self, tokens: int) -> int:
+        """Of the fused loss, and the completion states with their gradient."""
+        shape = self.architecture
+        chunk = _LOGIT_TOKENS * 4 + _PRODUCT_TOKENS * self.dtype_bytes
+        return chunk * shape.vocabulary_size + 2 * max(tokens, self.question_tokens) * shape.hidden_size * self.dtype_bytes
+
+
+def engine_rank(rank: int) -> int:
+    """The smallest rank that vLLM has buffers for, beyond its largest the rank itself."""
+    return next((known for known in ENGINE_LORA_RANKS if known >= rank), rank)
+
+
+def _blocks(tokens: int) -> int:
+    """Rounded up to whole blocks of the KV cache."""
+    return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+def assumed_longest_prompt(architecture: Architecture) -> int:
+    """Where no data says better, at most half of what the model takes."""
+    return min(_ASSUMED_PROMPT_TOKENS, architecture.max_tokens // 2)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by phase and part on one GPU."""
+
+    workload: Workload
+    device_bytes: int
+    kv_cache: int
+    micro_batch: int
+    """Tokens."""
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def sequences_in_flight(self) -> int:
+        """Completions that the KV cache holds at their longest."""
+        workload = self.workload
+        return min(workload.rollout_batch_size, workload.rollout_batch_size * self.kv_cache // max(1, workload.kv_needed))
+
+    @property
+    def fits(self) -> bool:
+        # vLLM lets completions wait for room in its cache; transformers runs a batch whole.
+        least = self.workload.sequence_bytes if self.workload.engine == "vllm" else self.workload.kv_needed
+        return self.kv_cache >= least and max(self.peaks.values()) <= _USABLE * self.device_bytes
+
+
+def plan_memory(workload: Workload, device_bytes: int) -> MemoryPlan:
+    """Peak memory of each phase, the KV cache sized by what the other parts leave free.
+
+    Args:
+        device_bytes: memory of the GPU.
+    """
+    kv_cache = workload.given_kv_cache
+    rollout = workload.resident | {"activations": workload.rollout_workspace}
+    usable = int(_USABLE * device_bytes)
+    training = workload.resident | {"gradients": workload.gradients}
+    # What `StochasticAdamW` computes in float32, one parameter at a time, the embedding being the largest.
+    largest = workload.architecture.vocabulary_size * workload.architecture.hidden_size
+    update = 0 if workload.lora_rank or workload.dtype_bytes == 4 else UPDATE_BYTES * largest
+    stepping = training | {"float32 update": update}
+    free = usable - sum(rollout.values())
+    if workload.rollout_ahead:
+        training |= {"activations of sampling": workload.rollout_workspace}
+        least = workload.activations(_FEWEST_TOKENS) + workload.logits(_FEWEST_TOKENS)
+        free = min(free, usable - sum(training.values()) - least, usable - sum(stepping.values()))
+    if workload.engine != "vllm":
+        kv_cache = workload.kv_needed
+    elif kv_cache is None:
+        kv_cache = max(0, min(workload.kv_needed, free))
+    if workload.rollout_ahead:
+        training |= {"KV cache": kv_cache}
+        stepping |= {"KV cache": kv_cache}
+    micro_batch = workload.given_micro_batch or _MOST_TOKENS[workload.on_gpu]
+    free = usable - sum(training.values())
+    while (
+        workload.given_micro_batch is None
+        and micro_batch > _FEWEST_TOKENS
+        and workload.activations(micro_batch) + workload.logits(micro_batch) > free
+    ):
+        micro_batch //= 2
+    training |= {"activations": workload.activations(micro_batch), "logits": workload.logits(micro_batch)}
+    phases = {
+        "loading": workload.resident,
+        "rollout": rollout | {"KV cache": kv_cache},
+        "comparing states": workload.resident | {"activations": workload.evaluation_activations},
+        "forward and backward": training,
+        "optimiser": stepping,
+    }
+    return MemoryPlan(workload, device_bytes, kv_cache, micro_batch, phases)
+
+
+def remedies(plan: MemoryPlan) -> list[str]:
+    """What to change so that the run fits: single settings where one is enough, else the fewest that do together.
+
+    The mildest come first: those that change neither the method nor its rewards.
+    """
+    workload = plan.workload
+    half = workload.max_new_tokens // 2
+    changes: list[tuple[str, str, object]] = [
+        ("--rollout-ahead 0", "rollout_ahead", False),
+        (f"--tokens-per-micro-batch {_FEWEST_TOKENS}", "given_micro_batch", _FEWEST_TOKENS),
+        ("--gradient-checkpointing True", "gradient_checkpointing", True),
+        (f"--rollout-batch-size {workload.group_size // 2}", "rollout_batch_size", workload.group_size // 2),
+        ("--dtype bfloat16", "dtype_bytes", 2),
+        ("--lora-rank 8", "lora_rank", workload.lora_rank or 8),
+        ("--behaviour-model hashed-ngrams", "embedder_bytes", 0),
+        (f"--max-new-tokens {half}", "max_new_tokens", half),
+        (f"--max-new-tokens {half // 2}", "max_new_tokens", half // 2),
+    ]
+    changes = [(flag, name, value) for flag, name, value in changes if getattr(workload, name) != value]
+    if workload.given_micro_batch is None:
+        # As small as it gets already.
+        changes = [change for change in changes if change[1] != "given_micro_batch"]
+
+    def with_changes(values: dict[str, Any]) -> MemoryPlan:
+        return plan_memory(dataclasses.replace(workload, **values), plan.device_bytes)
+
+    def told(flags: str, changed: MemoryPlan) -> str:
+        return f"{flags}: peak {size(max(changed.peaks.values()))}, fits"
+
+    found = []
+    sized: dict[str, Any] = {"given_kv_cache": None}
+    if workload.given_kv_cache is not None and (changed := with_changes(sized)).fits:
+        found.append(told(f"without --kv-cache-gb ({size(changed.kv_cache)} then)", changed))
+    for flag, name, value in changes:
+        changed = with_changes({name: value})
+        if changed.fits:
+            found.append(told(flag, changed))
+    if found:
+        return found
+    flags: dict[str, str] = {}
+    values: dict[str, object] = {}
+    for flag, name, value in changes:
+        flags[name], values[name] = flag, value
+        together = with_changes(sized | values)
+        if together.fits:
+            # Whatever turns out not to be needed goes again.
+            for other in list(values)[:-1]:
+                fewer = {kept: values[kept] for kept in values if kept != other}
+                if (smaller := with_changes(sized | fewer)).fits:
+                    values, together = fewer, smaller
+            return [told(" ".join(flags[name] for name in values), together)]
+    least = with_changes(sized | values).workload
+    stays = f"{size(sum(least.resident.values()))} stay at the least, {size(least.weights)} of them weights"
+    return [f"no setting: {stays}, beside which each phase needs room of its own"]
+
+
+def size(num_bytes: int) -> str:
+    """With its unit, in powers of ten."""
+    return f"{num_bytes / GB:.2f} GB" if num_bytes >= GB else f"{num_bytes / 10**6:.2f} MB"
+
+
+def describe(plan: MemoryPlan) -> str:
+    """The plan as text, in GB of 1e9 bytes, for small models in MB."""
+    workload = plan.workload
+    trained = f"LoRA rank {workload.lora_rank}" if workload.lora_rank else "full fine-tuning"
+    unit, name_of_unit = (GB, "GB (1e9 bytes)") if max(plan.peaks.values()) >= 10 * GB else (GB // 1000, "MB (1e6 bytes)")
+    lines = [
+        f"{trained}, rollouts by {workload.engine}, {workload.dtype_bytes} bytes a weight; prompts of up to "
+        f"{workload.longest_prompt} tokens, {workload.max_new_tokens} new ones; micro-batches of {plan.micro_batch:,} tokens "
+        f"or one question of up to {workload.question_tokens:,}, gradient checkpointing "
+        f"{'on' if workload.gradient_checkpointing else 'off'}",
+        "",
+        f"{name_of_unit:<24}" + "".join(f"{phase:>22}" for phase in plan.phases),
+    ]
+    names = list(dict.fromkeys(name for parts in plan.phases.values() for name in parts))
+    for name in names:
+        cells = [f"{parts[name] / unit:22.2f}" if parts.get(name) else f"{'-':>22}" for parts in plan.phases.values()]
+        if any(parts.get(name) for parts in plan.phases.values()):
+            lines.append(f"{name:<24}" + "".join(cells))
+    lines.append(f"{'peak':<24}" + "".join(f"{peak / unit:22.2f}" for peak in plan.peaks.values()))
+    tokens = plan.kv_cache // workload.kv_bytes_per_token
+    lines += [
+        "",
+        f"KV cache: {size(plan.kv_cache)}, {tokens:,} tokens of {workload.kv_bytes_per_token / 1024:.0f} KiB; "
+        f"{plan.sequences_in_flight} of {workload.rollout_batch_size} completions in flight at full length",
+    ]
+    verdict = "fits in" if plan.fits else "does not fit in"
+    lines.append(f"{verdict} {size(plan.device_bytes)}, of which {_USABLE:.0%} are planned with")
+    if not plan.fits:
+        lines += ["", "what would help:", *(f"  {line}" for line in remedies(plan))]
+    return "\n".join(lines)

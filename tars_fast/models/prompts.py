@@ -1,0 +1,238 @@
+"""How questions become tokens for one checkpoint: processor, chat template, limits. Needs no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from tars_fast.data.audio import LongRecordingError, load_clips
+from tars_fast.models.families.base import Family, Features
+from tars_fast.models.hub import base_of, cannot_be_loaded, checkpoint_folder, model_type
+from tars_fast.models.modules import Tokenizer
+from tars_fast.models.preset import Preset
+from tars_fast.models.presets import find_family
+from tars_fast.types import LongAudio, Modality, Question, Recording, UserError
+
+PLAIN_PROMPT = "You are a helpful assistant."
+"""System prompt around an instruction that is not a question."""
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """What a checkpoint makes of a question before any of its weights are involved."""
+
+    family: Family
+    config: Any
+    """Transformers' configuration of `family.model_class`."""
+    generation_config: Any
+    tokenizer: Tokenizer
+    feature_extractor: Any
+    """What it is called with and has is the family's business."""
+    chat_template: str
+    preset: Preset
+    source: str
+    """Where tokenizer and configuration come from: the checkpoint, or the base that an adapter names."""
+    long_audio: LongAudio = "refuse"
+
+    @property
+    def audio_token(self) -> str:
+        return getattr(self.tokenizer, "audio_token", None) or self.family.audio_token
+
+    @property
+    def audio_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.audio_token)
+
+    @property
+    def max_audio_seconds(self) -> float:
+        """Longest clip that the model hears at once."""
+        return self.family.max_audio_seconds or self.feature_extractor.chunk_length
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest prompt plus completion."""
+        return self.family.max_tokens(self.config)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Every token that ends a completion: the checkpoint's own and the family's."""
+        configured = self.generation_config.eos_token_id
+        listed = configured if isinstance(configured, list) else [configured]
+        vocabulary = self.tokenizer.get_vocab()
+        known = {vocabulary.get(token) for token in self.family.stop_tokens}
+        return sorted(token for token in {*listed, *known, self.tokenizer.eos_token_id} if token is not None)
+
+    @property
+    def pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.stop_token_ids[0] if pad is None else pad
+
+    @cached_property
+    def control_tokens(self) -> list[str]:
+        """What a question's text must not hold."""
+        return list(self.tokenizer.get_added_vocab())
+
+    def load_clips(self, recording: Recording) -> tuple[list[np.ndarray], float]:
+        """(what the model hears of a recording, seconds of the whole), see `tars_fast.data.audio.load_clips`."""
+        return load_clips(recording, self.max_audio_seconds, self.long_audio)
+
+    def features(self, clip: np.ndarray) -> Features:
+        """What the tower takes of a clip of [samples] at 16 kHz."""
+        return self.family.features(self.feature_extractor, clip)
+
+    def render(self, question: Question, modality: Modality, num_clips: int = 1, instruction: str | None = None) -> str:
+        """The chat template's own text, one placeholder a clip.
+
+        Args:
+            instruction: what to do with the recording instead of answering it; the system prompt then does not ask to think.
+        """
+        system = self.preset.system_prompt if instruction is None else PLAIN_PROMPT
+        content = self.family.user_turn(num_clips, instruction or "") if modality is Modality.SPEECH else question.text
+        messages: list[dict[str, object]] = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+        )
+
+    def token_ids(
+        self, question: Question, modality: Modality, audio_tokens: Sequence[int] = (), instruction: str | None = None
+    ) -> tuple[int, ...]:
+        """The rendered prompt's tokens, each audio placeholder repeated as often as its clip has audio tokens.
+
+        Args:
+            audio_tokens: of each clip of the recording, in order.
+            instruction: see `render`.
+        """
+        token_ids: list[int] = []
+        remaining = iter(audio_tokens)
+        rendered = self.render(question, modality, len(audio_tokens), instruction)
+        for token_id in self.tokenizer.encode(rendered, add_special_tokens=False):
+            token_ids.extend([token_id] * (next(remaining) if token_id == self.audio_token_id else 1))
+        return tuple(token_ids)
+
+    def num_audio_tokens(self, wave: np.ndarray) -> int:
+        """Audio tokens that the tower will make of a clip."""
+        return self.family.num_audio_tokens(self.feature_extractor, len(wave))
+
+    def measure(self, question: Question, max_new_tokens: int) -> PromptSize:
+        """Sizes of an item's prompts, without running anything.
+
+        Raises:
+            LongRecordingError: the recording is longer than the model hears, and `long_audio` refuses that.
+            UserError: any other reason for which the model cannot take the item: its recording cannot be read, it leaves no
+                room for the completion, or its text would be taken for speech.
+        """
+        if question.audio is None:
+            raise UserError("has no recording; give 'audio'")
+        clips, seconds = self.load_clips(question.audio)
+        control = [token for token in self.control_tokens if token in question.text]
+        if control:
+            what = "the audio placeholder" if self.audio_token in control else f"the control token {control[0]}"
+            raise UserError(f"its text holds {what}; remove it")
+        written = self.token_ids(question, Modality.TEXT)
+        spoken = self.token_ids(question, Modality.SPEECH, [self.num_audio_tokens(clip) for clip in clips])
+        longest = max(len(written), len(spoken))
+        if longest + max_new_tokens > self.max_tokens:
+            raise UserError(
+                f"its prompt has {longest} tokens, which with {max_new_tokens} new ones is more than the model's "
+                f"{self.max_tokens}; shorten the item or lower --max-new-tokens"
+            )
+        return PromptSize(longest, seconds)
+
+    def check_questions(self, questions: Sequence[Question], max_new_tokens: int) -> list[PromptSize]:
+        """Find every item the model cannot take, before any work on it.
+
+        Raises:
+            UserError: for the first item, in order, that `measure` refuses; for recordings that are too long, with their
+                number.
+        """
+        return self.refuse(questions, self.try_questions(questions, max_new_tokens))
+
+    def refuse(self, questions: Sequence[Question], sizes: Sequence[PromptSize | UserError]) -> list[PromptSize]:
+        """The sizes, where none is a refusal. Raises UserError as `check_questions` does."""
+        long = [size for size in sizes if isinstance(size, LongRecordingError)]
+        for question, size in zip(questions, sizes, strict=True):
+            if isinstance(size, UserError):
+                more = f" ({len(long)} of {len(questions)} recordings are longer)" if size in long and len(long) > 1 else ""
+                raise UserError(f"item {question.id!r}: {size}{more}")
+        return [size for size in sizes if isinstance(size, PromptSize)]
+
+    def tell_long(self, sizes: Sequence[PromptSize]) -> str | None:
+        """What becomes of recordings that are longer than the model hears at once; None where there are none."""
+        long = [size.seconds for size in sizes if size.seconds > self.max_audio_seconds]
+        if not long:
+            return None
+        heard = "each is heard as several clips" if self.long_audio == "chunk" else "only the beginning of each is heard"
+        return (
+            f"{len(long)} of {len(sizes)} recordings are longer than the {self.max_audio_seconds:g} s that the model hears at "
+            f"once (the longest {max(long):.0f} s): {heard} (--long-audio {self.long_audio})"
+        )
+
+    def try_questions(self, questions: Sequence[Question], max_new_tokens: int) -> list[PromptSize | UserError]:
+        """What `measure` says of each item, in order, its refusals included."""
+
+        def attempt(question: Question) -> PromptSize | UserError:
+            try:
+                return self.measure(question, max_new_tokens)
+            except UserError as error:
+                return error
+
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(attempt, questions))
+
+
+@dataclass(frozen=True)
+class PromptSize:
+    """What an item takes."""
+
+    num_tokens: int
+    """Of its longer prompt."""
+    seconds: float
+    """Of its recording, all of it."""
+
+
+def load_prompt_format(preset: Preset, source: str, long_audio: LongAudio = "refuse") -> PromptFormat:
+    """Read a checkpoint's configuration, tokenizer and template, or those of the base that an adapter names.
+
+    Only what speech and text need is read: whole processors of models that also see ask for torchvision.
+
+    Raises:
+        UserError: it cannot be found or read, or is of no family that can be trained.
+    """
+    from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig, ProcessorMixin
+    from transformers.utils import logging
+
+    # Of its warnings none is news here: weights that are missing are refused when they are loaded, others are not needed.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    base = base_of(source)
+    family = find_family(source, model_type(base))
+    folder = checkpoint_folder(base, weights=False)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        feature_extractor = AutoFeatureExtractor.from_pretrained(folder)
+        described, _ = ProcessorMixin.get_processor_dict(folder)
+        try:
+            generation_config = GenerationConfig.from_pretrained(folder)
+        except OSError:
+            generation_config = GenerationConfig.from_model_config(config)
+    except (OSError, ValueError) as error:
+        raise cannot_be_loaded(source, error) from error
+    chat_template = described.get("chat_template") or tokenizer.chat_template or family.default_template()
+    if chat_template is None:
+        raise UserError(f"--model {source}: brings no chat template; add the chat_template.jinja of its instruct version")
+    return PromptFormat(
+        family,
+        family.config_of(config),
+        generation_config,
+        tokenizer,
+        feature_extractor,
+        chat_template,
+        preset,
+        base,
+        long_audio,
+    )

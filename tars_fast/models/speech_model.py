@@ -1,0 +1,433 @@
+"""Speech LLMs behind one small surface: prompts, audio embeddings, and the forward pass over completions.
+
+Shapes: N completions, R groups (a prompt with its completions), P prompt tokens, T completion tokens, S = P + T, A audio
+tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tars_fast.models.adapters import add_adapter, has_adapter, load_adapter, load_adapter_weights, merge_adapter
+from tars_fast.models.audio_cache import AudioCache, Clips, fingerprint
+from tars_fast.models.families.base import Features
+from tars_fast.models.hub import base_of, cannot_be_loaded, checkpoint_folder
+from tars_fast.models.key_values import KeyValues
+from tars_fast.models.modules import Decoder, PolicyModule
+from tars_fast.models.packed_attention import PackedGroups, use_packed_attention, uses_flash
+from tars_fast.models.preset import Preset
+from tars_fast.models.prompts import PromptFormat, load_prompt_format
+from tars_fast.types import Completion, Modality, Prompt, Question, Recording, UserError
+
+_AUDIO_CACHE_BYTES = 10**9
+"""Audio embeddings kept between epochs: all of the embedded data, or some 160 recordings of 30 s at 7B's width."""
+
+
+@dataclass(frozen=True)
+class LoadedAudio:
+    """A recording on the host, ready for the tower, or what the tower made of it before."""
+
+    recording: Recording
+    key: str
+    """See `AudioCache.key`."""
+    num_tokens: list[int]
+    """Audio tokens of each clip."""
+    features: Sequence[Features] = ()
+    embeddings: Clips | None = None
+
+
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """A prompt that only lacks what the tower hears."""
+
+    modality: Modality
+    token_ids: tuple[int, ...]
+    audio: LoadedAudio | None
+
+
+class SpeechModel:
+    """A speech LLM with its processor, as trainer and rollout engine share it."""
+
+    def __init__(self, module: PolicyModule, prompts: PromptFormat):
+        self.module = module
+        self.prompts = prompts
+        self.family = prompts.family
+        use_packed_attention(self.language_model)
+        self.audio_is_trained = False
+        self.gradient_checkpointing = False
+        self._audio_cache = AudioCache(_AUDIO_CACHE_BYTES)
+        vocabulary_size = module.get_output_embeddings().weight.shape[0]
+        self.suppressed_bias = torch.zeros(vocabulary_size, device=module.device)
+        """[V] -inf where the policy may not go: the audio token, which no text can hold."""
+        self.suppressed_bias[prompts.audio_token_id] = -torch.inf
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.module.get_output_embeddings()
+
+    @property
+    def language_model(self) -> Decoder:
+        """The decoder stack: `layers`, `norm`, called with embeddings."""
+        return self.family.decoder_of(self.module)
+
+    @property
+    def audio_parts(self) -> list[nn.Module]:
+        """Tower and projector."""
+        return [self.module.get_submodule(part) for part in self.family.audio_parts]
+
+    @property
+    def attention(self) -> str:
+        """How the trainer's forward pass attends."""
+        attention: Any = self.language_model.layers[0].self_attn
+        return "FlashAttention" if uses_flash(self.device, self.module.dtype, attention.head_dim) else "masked attention"
+
+    def keep_audio(self, max_bytes: int, folder: Path | None, max_folder_bytes: int) -> None:
+        """Bound the embeddings kept for later epochs, and keep them in `folder` too, where later runs find them.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
+        heard = "" if folder is None else f"{fingerprint(*self.audio_parts)}-{self.prompts.long_audio}"
+        self._audio_cache = AudioCache(max_bytes, folder, max_folder_bytes, heard)
+
+    def twin(self) -> SpeechModel:
+        """The same weights in modules of their own, which hooks and flags of this one's forward pass do not reach."""
+        weights = {id(weight): weight for weight in (*self.module.parameters(), *self.module.buffers())}
+        return SpeechModel(copy.deepcopy(self.module, memo=weights), self.prompts)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def encode_prompts(self, questions: Sequence[Question], modality: Modality, instruction: str | None = None) -> list[Prompt]:
+        """Tokenise prompts; each recording goes through the tower once, however many completions follow.
+
+        Args:
+            instruction: see `PromptFormat.render`.
+
+        Raises:
+            UserError: a recording that the model cannot take.
+        """
+        return self.encode([self.prepare(question, modality, instruction) for question in questions])
+
+    def prepare(self, question: Question, modality: Modality, instruction: str | None = None) -> PreparedPrompt:
+        """All of a prompt that needs no weights; another thread may do it while the device works.
+
+        Args:
+            instruction: see `PromptFormat.render`.
+
+        Raises:
+            UserError: a recording that cannot be read, or is not there.
+        """
+        if modality is Modality.TEXT:
+            return PreparedPrompt(modality, self.prompts.token_ids(question, modality), None)
+        if question.audio is None:
+            raise UserError(f"item {question.id!r}: has no recording; give 'audio'")
+        audio = self.load_audio(question.audio)
+        return PreparedPrompt(modality, self.prompts.token_ids(question, modality, audio.num_tokens, instruction), audio)
+
+    def encode(self, prepared: Sequence[PreparedPrompt]) -> list[Prompt]:
+        """Prompts with what the tower makes of their recordings.
+
+        Raises:
+            UserError: see `hear`.
+        """
+        heard = iter(self.hear([prompt.audio for prompt in prepared if prompt.audio is not None]))
+        return [Prompt(one.modality, one.token_ids, () if one.audio is None else next(heard)) for one in prepared]
+
+    def load_audio(self, recording: Recording) -> LoadedAudio:
+        """What the cache holds of a recording, else the tower's features of it.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        key = self._audio_cache.key(recording)
+        if not self.audio_is_trained and (held := self._audio_cache.get(key)) is not None:
+            return LoadedAudio(recording, key, [len(clip) for clip in held], embeddings=held)
+        waves = self.prompts.load_clips(recording)[0]
+        features = [self.prompts.features(wave) for wave in waves]
+        return LoadedAudio(recording, key, [clip.num_tokens for clip in features], features=features)
+
+    def hear(self, recordings: Sequence[LoadedAudio]) -> list[Clips]:
+        """Embeddings of each recording; each different one goes through the tower once.
+
+        Raises:
+            UserError: a recording that makes the tower's output NaN or infinite.
+        """
+        different = {audio.recording: audio for audio in recordings}
+        new = [audio for audio in different.values() if audio.embeddings is None]
+        known = {
+            audio.recording: tuple(clip.to(self.device) for clip in audio.embeddings)
+            for audio in different.values()
+            if audio.embeddings is not None
+        }
+        embedded = iter(self.embed([clip for audio in new for clip in audio.features]))
+        for audio in new:
+            heard = tuple(next(embedded) for _ in audio.features)
+            if not all(clip.isfinite().all() for clip in heard):
+                raise UserError(f"{audio.recording}: the audio tower makes NaN or infinity of it; remove the item")
+            known[audio.recording] = heard
+            if not self.audio_is_trained:
+                self._audio_cache.put(audio.key, heard)
+        return [known[audio.recording] for audio in recordings]
+
+    def embed(self, clips: Sequence[Features]) -> list[Tensor]:
+        """[A, D] for each clip."""
+        return self.family.embed(self.module, clips)
+
+    def embed_tokens(self, token_ids: Tensor, prompts: Sequence[Prompt], starts: Sequence[int]) -> Tensor:
+        """Input embeddings with audio at prompt positions only, never at a token that the policy sampled.
+
+        Args:
+            token_ids: [N, S]
+            prompts: some of those in there.
+            starts: where each of them begins in the flattened N * S.
+
+        Returns:
+            [N, S, D].
+        """
+        embeddings = self.module.get_input_embeddings()(token_ids)
+        places: list[Tensor] = []
+        audio: list[Tensor] = []
+        for prompt, start in zip(prompts, starts, strict=True):
+            if prompt.audio_clips:
+                held = torch.tensor(prompt.token_ids) == self.prompts.audio_token_id
+                places.append(start + held.nonzero()[:, 0])
+                audio += prompt.audio_clips
+        if not places:
+            return embeddings
+        flat = embeddings.flatten(0, 1)
+        flat = flat.index_copy(0, torch.cat(places).to(flat.device), torch.cat(audio).to(flat.dtype))
+        return flat.view_as(embeddings)
+
+    def lay_out(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Layout:
+        """One row without padding: each prompt once, then all completions.
+
+        Args:
+            prompts: [N] the prompt of each completion; neighbours with the same (identical) prompt share it.
+            completions: [N]
+        """
+        pairs = list(zip(prompts, completions, strict=True))
+        rows = [list(row) for _, row in groupby(pairs, key=lambda pair: id(pair[0]))]
+        groups = PackedGroups(
+            prompt_lengths=tuple(len(row[0][0].token_ids) for row in rows),
+            completion_lengths=tuple(tuple(len(completion.token_ids) for _, completion in row) for row in rows),
+            device=self.device,
+        )
+        prompt_ends = list(accumulate(groups.prompt_lengths))
+        lengths = [length for group in groups.completion_lengths for length in group]
+        ends = torch.tensor([0, *accumulate(lengths)])
+        # A completion's first token is predicted by its prompt's last, the others by the one before.
+        predictors = torch.arange(prompt_ends[-1] - 1, prompt_ends[-1] - 1 + sum(lengths))
+        last_of_prompt = [end - 1 for end, row in zip(prompt_ends, rows, strict=True) for _ in row]
+        predictors[ends[:-1]] = torch.tensor(last_of_prompt)
+        # Each continues from its prompt's end, as if it stood there alone.
+        positions = [torch.arange(length) for length in groups.prompt_lengths]
+        positions += [
+            torch.arange(start, start + length)
+            for start, group in zip(groups.prompt_lengths, groups.completion_lengths, strict=True)
+            for length in group
+        ]
+        token_ids = [token for row in rows for token in row[0][0].token_ids]
+        token_ids += [token for completion in completions for token in completion.token_ids]
+        layout = Layout(
+            prompts=[row[0][0] for row in rows],
+            groups=groups,
+            token_ids=torch.tensor(token_ids),
+            position_ids=torch.cat(positions),
+            predictors=predictors,
+            cu_seqlens=ends,
+        )
+        return layout.to(self.device)
+
+    def forward(self, layout: Layout) -> Tensor:
+        """[T, D] the states that predict the completions' tokens, ready for the head."""
+        starts = accumulate(layout.groups.prompt_lengths[:-1], initial=0)
+        inputs = self.embed_tokens(layout.token_ids[None], layout.prompts, list(starts))
+        # Layers recompute only where their own flag says training. Their parts keep eval mode, so that nothing drops out, and
+        # the flag falls again afterwards.
+        for layer in self.language_model.layers:
+            layer.training = self.gradient_checkpointing and torch.is_grad_enabled()
+        states = self.run_decoder(inputs, layout.position_ids[None], groups=layout.groups)
+        for layer in self.language_model.layers:
+            layer.training = False
+        return states[0, layout.predictors]
+
+    def run_decoder(
+        self, inputs: Tensor, position_ids: Tensor, *, groups: PackedGroups | None = None, key_values: KeyValues | None = None
+    ) -> Tensor:
+        """[N, S, D] states behind the last layer, ready for the head.
+
+        Args:
+            inputs: [N, S, D]
+            position_ids: [N, S]
+            groups: see `packed_attention`, and so `key_values`; one of them is given.
+        """
+        return self.language_model(
+            inputs_embeds=inputs,
+            # Of four dimensions, so that transformers makes none of its own; packed attention reads none.
+            attention_mask=inputs.new_zeros(1, 1, 1, 1),
+            position_ids=position_ids,
+            use_cache=False,
+            groups=groups,
+            key_values=key_values,
+        ).last_hidden_state
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A micro-batch as one row: P prompt tokens, T completion tokens, no padding."""
+
+    prompts: list[Prompt]
+    """[R]"""
+    groups: PackedGroups
+    """What attends to what."""
+    token_ids: Tensor
+    """[S] int64."""
+    position_ids: Tensor
+    """[S] int64; every completion continues from its prompt's end."""
+    predictors: Tensor
+    """[T] places of the states that predict each completion token."""
+    cu_seqlens: Tensor
+    """[N + 1] int64 boundaries of completions among the T tokens."""
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[T] places of completion tokens."""
+        return torch.arange(self.groups.num_prompt_tokens, len(self.token_ids), device=self.token_ids.device)
+
+    @property
+    def targets(self) -> Tensor:
+        """[T] int64 completion tokens."""
+        return self.token_ids[self.groups.num_prompt_tokens :]
+
+    def to(self, device: torch.device) -> Layout:
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **moved)
+
+
+def choose_device(device: str, dtype: str, *, uses_lora: bool) -> tuple[torch.device, torch.dtype]:
+    """Resolve `auto`: CUDA where there is one; bfloat16 there for weights that stay frozen, else float32.
+
+    Raises:
+        UserError: CUDA is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU; use --device cpu")
+    chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        return chosen, torch.bfloat16 if chosen.type == "cuda" and uses_lora else torch.float32
+    return chosen, getattr(torch, dtype)
+
+
+def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype: torch.dtype) -> PolicyModule:
+    """Load a checkpoint, or an adapter on top of the base it names, with plain transformers.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    from safetensors import SafetensorError
+
+    family, base = prompts.family, base_of(source)
+    folder = checkpoint_folder(base, weights=True)
+    adapted = bool(family.adapter_folder) and (folder / family.adapter_folder).is_dir()
+    try:
+        module, found = family.transformers_class().from_pretrained(
+            folder,
+            dtype=torch.float32 if adapted else dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+        if found["missing_keys"]:
+            raise ValueError(f"{len(found['missing_keys'])} weights are not in it, {min(found['missing_keys'])} the first")
+        if adapted:
+            # Merged once, in float32: without it the base is deaf, and one policy answers speech and text alike.
+            module = merge_adapter(module, family, folder / family.adapter_folder).to(dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise cannot_be_loaded(source, error) from error
+    module = family.without_unused(module).requires_grad_(False).to(device).eval()
+    load_adapter(module, family, source)
+    return module
+
+
+def load_model(preset: Preset, source: str, device: torch.device, dtype: torch.dtype) -> SpeechModel:
+    """A checkpoint with weights of its own. Raises UserError where it cannot be read."""
+    prompts = load_prompt_format(preset, source)
+    return SpeechModel(load_module(prompts, source, device, dtype), prompts)
+
+
+def make_trainable(
+    model: SpeechModel,
+    *,
+    lora_rank: int,
+    lora_alpha: float,
+    freeze_audio: bool,
+    gradient_checkpointing: bool,
+    adapter: Path | None,
+) -> None:
+    """Choose what training changes: LoRA on all linear layers of the language model, or the whole of it with its head.
+
+    The module stays in eval mode throughout: dropout, LoRA's included, would make rollout, reward and loss three policies.
+
+    Args:
+        lora_rank: 0 for full fine-tuning.
+        lora_alpha: updates are scaled by `lora_alpha / lora_rank`.
+        freeze_audio: leave audio tower and projector alone.
+        gradient_checkpointing: compute each layer of the language model again for the backward pass.
+        adapter: a checkpoint whose LoRA weights to continue from.
+
+    Raises:
+        UserError: the model already carries an adapter.
+    """
+    module = model.module
+    if has_adapter(module):
+        raise UserError(
+            f"--model {model.prompts.preset.source}: is an adapter; merge it into its base before training on top of it"
+        )
+    if lora_rank == 0:
+        model.language_model.requires_grad_(True)
+        model.head.requires_grad_(True)
+        for part in model.audio_parts:
+            # Some architectures keep it inside the decoder.
+            part.requires_grad_(False)
+    else:
+        from peft import LoraConfig
+
+        # By full name: the tower has layers of the same last names.
+        layers = f"{model.family.language_model}.layers."
+        targets = [name for name, layer in module.named_modules() if name.startswith(layers) and isinstance(layer, nn.Linear)]
+        base, _, revision = model.prompts.source.partition("@")
+        # peft multiplies by it, whole or not.
+        alpha: Any = lora_alpha
+        config = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
+        # What was loaded may be a folder of the hub's cache, which means nothing elsewhere.
+        config.base_model_name_or_path, config.revision = base, revision or None
+        add_adapter(module, config)
+        if adapter is not None:
+            load_adapter_weights(module, model.family, adapter)
+    if not freeze_audio:
+        model.audio_is_trained = True
+        for part in model.audio_parts:
+            part.requires_grad_(True)
+        for constant in model.family.constants:
+            module.get_submodule(constant).requires_grad_(False)
+    if gradient_checkpointing:
+        model.gradient_checkpointing = True
+        # Nothing is drawn inside a layer; and to restore torch's generator would make a sampler beside it repeat its draws.
+        # The other name is that of transformers before 5.23; from then on it warns.
+        enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": False})
+    module.eval()

@@ -1,0 +1,144 @@
+"""What the loop asks of a rollout engine: prompts in, completions with the log-probabilities they were sampled at out."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tars_fast.models.families.base import Family
+from tars_fast.models.memory import ENGINE_LORA_RANKS
+from tars_fast.models.prompts import PromptFormat
+from tars_fast.types import Completion, Prompt, TrainingError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn: from the full distribution, no top-k, no top-p."""
+
+    num_completions: int
+    """Completions of each prompt."""
+    max_new_tokens: int
+    temperature: float
+    """0 takes the most likely token."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One continuation as an engine hands it back."""
+
+    token_ids: Sequence[int]
+    """The stop token is included where one was produced."""
+    logprobs: Sequence[float]
+    truncated: bool
+
+
+class RolloutEngine(ABC):
+    """A source of completions from the policy that is being trained."""
+
+    name: str
+    prompt_format: PromptFormat
+    _stopped = False
+
+    @abstractmethod
+    def wake_up(self) -> None:
+        """Take the weights as they are now, and the memory that sampling needs."""
+
+    @abstractmethod
+    def draw(self, prompts: Sequence[Prompt], sampling: Sampling, on_drawn: Callable[[int, list[Drawn]], None]) -> None:
+        """Sample `sampling.num_completions` continuations of each prompt, after a `wake_up` of its own.
+
+        Args:
+            prompts: spoken and written ones alike.
+            on_drawn: told a prompt's number and its continuations as soon as they are there, while others still run.
+
+        Raises:
+            ValueError: a prompt that `refuses` gives a reason for.
+        """
+
+    def generate(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
+        """`sampling.num_completions` completions of each prompt, in prompt order, from the weights as they are now.
+
+        Args:
+            questions: for each prompt, the question number its completions are to carry.
+
+        Raises:
+            ValueError: see `draw`.
+            TrainingError: a log-probability was not finite.
+        """
+        self.wake_up()
+        drawn: dict[int, list[Drawn]] = {}
+        self.draw(prompts, sampling, drawn.__setitem__)
+        return [
+            completion
+            for number, prompt in enumerate(prompts)
+            for completion in as_completions(self.prompt_format, prompt, questions[number], drawn[number])
+        ]
+
+    @abstractmethod
+    def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
+        """Why `draw` would not take this prompt, or None."""
+
+    @abstractmethod
+    def release_memory(self) -> None:
+        """Give back what only sampling needs (the KV cache) until the next `wake_up`."""
+
+    def stop(self) -> None:
+        """Have a `draw` in another thread end at its next token, for good. It raises TrainingError there."""
+        self._stopped = True
+
+    def check_stopped(self) -> None:
+        """Raises TrainingError after `stop`."""
+        if self._stopped:
+            raise TrainingError("sampling was stopped")
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the engine."""
+
+
+def too_long(prompt: Prompt, max_new_tokens: int, max_tokens: int) -> str | None:
+    """Why a completion would not fit behind the prompt, or None."""
+    if len(prompt.token_ids) + max_new_tokens <= max_tokens:
+        return None
+    return f"{len(prompt.token_ids)} tokens and {max_new_tokens} new ones are more than the engine's {max_tokens}"
+
+
+def as_completions(prompt_format: PromptFormat, prompt: Prompt, question: int, drawn: Sequence[Drawn]) -> list[Completion]:
+    """Give the continuations of a prompt their text.
+
+    Raises:
+        TrainingError: a log-probability is NaN or infinite.
+    """
+    if not all(math.isfinite(logprob) for one in drawn for logprob in one.logprobs):
+        raise TrainingError(
+            "the policy's logits are not finite; lower --learning-rate; the last checkpoint, if there is one, is good"
+        )
+    # Special tokens other than the stop token stay visible: a completion that holds one has not kept to the format.
+    texts = prompt_format.tokenizer.batch_decode(
+        [list(one.token_ids if one.truncated else one.token_ids[:-1]) for one in drawn], skip_special_tokens=False
+    )
+    return [
+        Completion(
+            question=question,
+            modality=prompt.modality,
+            token_ids=tuple(one.token_ids),
+            rollout_logprobs=tuple(one.logprobs),
+            text=text,
+            truncated=one.truncated,
+        )
+        for one, text in zip(drawn, texts, strict=True)
+    ]
+
+
+def engine_refusal(family: Family, lora_rank: int, *, float32: bool, on_cuda: bool) -> str | None:
+    """Why vLLM cannot serve a policy, wherever it is installed, with the remedy; None where it can."""
+    if family.engine_names is None:
+        return f"{family.engine_refusal}; use --engine transformers"
+    if lora_rank > ENGINE_LORA_RANKS[-1]:
+        return f"its adapters have a rank of at most {ENGINE_LORA_RANKS[-1]}; lower --lora-rank or use --engine transformers"
+    if lora_rank and float32 and on_cuda:
+        return "its CUDA kernels for adapters take no float32; use --dtype bfloat16 or --engine transformers"
+    return None

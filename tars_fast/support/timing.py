@@ -1,0 +1,74 @@
+"""Seconds by phase, and what to lower where a phase runs out of memory."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from tars_fast.types import TrainingError
+
+
+class PhaseTimer:
+    """Wall-clock seconds by phase of a step; on CUDA a phase ends when the device is done with what this thread gave it.
+
+    A phase that runs out of memory raises TrainingError, which names it and what to lower.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        with explain_out_of_memory(name), torch.profiler.record_function(name):
+            yield
+            if self._on_cuda:
+                torch.cuda.current_stream().synchronize()
+        self._seconds[name] += time.perf_counter() - started
+
+    def take(self) -> dict[str, float]:
+        """`seconds/<phase>` since the last call."""
+        taken = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
+        self._seconds.clear()
+        return taken
+
+
+SETTINGS_BY_PHASE = {
+    "loading the model": "--kv-cache-gb, or use --dtype bfloat16",
+    "encode": "--questions-per-step",
+    "rollout": "--kv-cache-gb, --rollout-batch-size or --max-new-tokens",
+    "reward": "--questions-per-step, or use --behaviour-model hashed-ngrams",
+    "forward": "--tokens-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing True",
+    "backward": "--tokens-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing True",
+    "hand-over": "--kv-cache-gb or --rollout-batch-size",
+    "optimiser": "--lora-rank (0 is full fine-tuning, the largest of all)",
+    "evaluation": "--rollout-batch-size or --max-new-tokens",
+}
+"""What to lower when memory runs out there."""
+
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+@contextmanager
+def explain_out_of_memory(phase: str) -> Iterator[None]:
+    """Name phase and remedy when the block runs out of memory.
+
+    Raises:
+        TrainingError: in the place of torch's error; any other passes.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch's CPU allocator has no exception of its own.
+        told = str(error).lower()
+        if isinstance(error, MemoryError) or any(words in told for words in _OUT_OF_MEMORY):
+            raise TrainingError(
+                f"out of memory in phase {phase!r}; lower {SETTINGS_BY_PHASE[phase]}; "
+                "python -m tars_fast.plan shows what each phase needs"
+            ) from error
+        raise

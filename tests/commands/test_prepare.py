@@ -1,0 +1,514 @@
+"""Spoken items made of written ones: reproducible, resumable, verified; and data in which every defect is really there."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from tars_fast import prepare
+from tars_fast.data.audio import SAMPLE_RATE, decode
+from tars_fast.data.items import load_questions, read_items
+from tars_fast.data.recognition import load_recogniser
+from tars_fast.data.transcription import word_error_rate
+from tars_fast.prepare import recording_name, spoken_form
+
+SYNTHESISER = '''
+import numpy as np
+
+def tone(text, voice, seed):
+    """Text becomes as many tenths of a second as it has words, pitch and noise follow from voice and seed."""
+    if "unspeakable" in text:
+        raise RuntimeError("no sound for that\\nsecond line")
+    if "nothing" in text:
+        return np.zeros(24_000, np.float32), 24_000
+    if "matrix" in text:
+        return np.ones((2, 24_000), np.float32), 24_000
+    time = np.arange(2_400 * len(text.split())) / 24_000
+    noise = np.random.default_rng(seed).normal(size=len(time))
+    return (0.3 * np.sin(2 * np.pi * int(voice) * time) + 0.01 * noise).astype(np.float32), 24_000
+
+def slow(text, voice, seed):
+    import time
+    time.sleep(0.2)
+    return tone(text, voice, seed)
+
+def deadly(text, voice, seed):
+    import os
+    os._exit(9)
+
+def hears_low_voices(wave, rate):
+    """What was said, where the voice is below 300 Hz; else half of it."""
+    import json, pathlib
+    said = json.loads(pathlib.Path("said.json").read_text())[str(round(len(wave) / rate * 10))]
+    pitch = abs(np.fft.rfft(wave)).argmax() * rate / len(wave)
+    return said if pitch < 300 else " ".join(said.split()[::2])
+'''
+WRITTEN = [
+    {"id": "q/1", "question": "Which planet is largest?", "options": ["Mars", "Jupiter"], "answer": "B", "category": "space"},
+    {"id": "q 2", "question": "What is two plus three?", "answer_set": ["four", "five"], "answer": "five"},
+    {"id": "q3", "question": "Water is made of\nhydrogen and ____", "options": ["oxygen", "iron", "salt"], "answer": "A"},
+]
+
+
+def write_jsonl(path: Path, items: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Where commands run: items.jsonl to be spoken, and a module with synthesisers and a recogniser."""
+    write_jsonl(tmp_path / "items.jsonl", WRITTEN)
+    (tmp_path / "plugin.py").write_text(SYNTHESISER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Flags -> (exit status, stdout, stderr)."""
+
+    def run(*flags: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["prepare", *map(str, flags)])
+        capsys.readouterr()
+        status = prepare.main()
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return run
+
+
+TONES = ("--data", "items.jsonl", "--synthesiser", "plugin:tone", "--voices", 200, 250, 400, 500)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a preparation promises to make again byte by byte."""
+    return {path.name: path.read_bytes() for path in [folder / "items.jsonl", *(folder / "recordings").iterdir()]}
+
+
+def start(*flags: object) -> subprocess.Popen:
+    """In a process group of its own, all of which gets what is typed on its terminal."""
+    command = [sys.executable, "-m", "tars_fast.prepare", *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_written_items_are_spoken_by_espeak(run, folder):
+    assert run("--data", "items.jsonl", "--output-dir", "out", "--jobs", 2)[0] == 0
+    spoken, written = load_questions("out"), load_questions("items.jsonl", spoken=False)
+    for question, source in zip(spoken, written, strict=True):
+        assert (question.id, question.text, question.answer) == (source.id, source.text, source.answer)
+        assert (question.choices, question.category) == (source.choices, source.category)
+        info = soundfile.info(question.audio)
+        assert (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", SAMPLE_RATE, 1)
+        wave = decode(question.audio)
+        assert 1 < len(wave) / SAMPLE_RATE < 15
+        assert 0.1 < np.abs(wave).max() < 1
+    assert spoken[0].transcript == "Which planet is largest?\nOption A: Mars.\nOption B: Jupiter."
+    assert spoken[2].transcript.startswith("Water is made of\nhydrogen and  blank .\nOption A: oxygen.")
+    voices = {json.loads(line)["voice"] for line in Path("out/items.jsonl").read_text().splitlines()}
+    assert len(voices) > 1
+    before = contents(folder / "out")
+    # Again, with another number of jobs; and with another seed.
+    status, stdout, _ = run("--data", "items.jsonl", "--output-dir", "again", "--jobs", 1, "--max-seconds", 1)
+    assert status == 0
+    assert "3 recordings are longer than 1 s; training refuses them without --long-audio" in stdout
+    assert contents(folder / "again") == before
+    assert run("--data", "items.jsonl", "--output-dir", "other", "--jobs", 1, "--seed", 1)[0] == 0
+    other = contents(folder / "other")
+    assert all(other[name] != before[name] for name in before)
+
+
+def test_a_recording_depends_on_its_own_item_only(run, folder):
+    assert run(*TONES, "--output-dir", "out")[0] == 0
+    write_jsonl(folder / "items.jsonl", WRITTEN[::-1])
+    assert run(*TONES, "--output-dir", "reversed")[0] == 0
+    write_jsonl(folder / "items.jsonl", WRITTEN[1:2])
+    assert run(*TONES, "--output-dir", "one")[0] == 0
+    whole, turned, one = (contents(folder / name) for name in ("out", "reversed", "one"))
+    assert turned.pop("items.jsonl").splitlines()[::-1] == whole["items.jsonl"].splitlines()
+    assert turned.items() < whole.items()
+    name = recording_name("q 2", "What is two plus three?")
+    assert one[name] == whole[name]
+
+
+def test_names_of_recordings():
+    assert recording_name("q/1", "x").startswith("q_1-")
+    assert recording_name("q/1", "x") != recording_name("q/1", "y")
+    assert len({recording_name(id, "x") for id in ("q/1", "q_1", "Q_1", "q 1", "ü", "\ud800", "a" * 50, "a" * 51)}) == 8
+    for id in ("ü" * 300, "../../x", "a b"):
+        name = recording_name(id, "x")
+        assert name.isascii()
+        assert len(name) < 70
+        assert "/" not in name
+
+
+def test_a_transcript_that_is_given_is_what_is_said(folder):
+    write_jsonl(folder / "items.jsonl", [WRITTEN[0] | {"transcript": "Say this."}, WRITTEN[1]])
+    first, second = read_items("items.jsonl", spoken=False)
+    assert (spoken_form(first), spoken_form(second)) == ("Say this.", "What is two plus three?")
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ({"question": "A. one\nB. two", "answer_set": ["one", "two"], "answer": "one"}, "Option A: one.\nOption B: two."),
+        ({"question": "Which?\nA. x\nB. y", "answer_set": ["A", "B"], "answer": "A"}, "Which?\nOption A: x.\nOption B: y."),
+        # The question's own lines, not what is answered.
+        ({"question": "Who won?\nA. Anna\nB. Ben", "answer_set": ["yes", "no"], "answer": "no"}, "Who won?\nA. Anna\nB. Ben."),
+        (
+            {"question": "A. Anna\nB. Ben", "options": ["p", "q"], "answer": "A"},
+            "A. Anna\nB. Ben.\nOption A: p.\nOption B: q.",
+        ),
+    ],
+)
+def test_lines_that_a_question_letters_itself(run, folder, item, said):
+    write_jsonl(folder / "items.jsonl", [item])
+    assert [spoken_form(item) for item in read_items("items.jsonl", spoken=False)] == [said]
+
+
+def test_published_rows_that_are_no_items_are_left_out_and_counted(run, folder):
+    rows = [{"question": question, "choices": ["y", "z"], "answer": answer} for question, answer in [("Who?", 0), ("When?", 7)]]
+    write_jsonl(folder / "mmlu.jsonl", [*rows, rows[0] | {"question": " "}])
+    status, stdout, _ = run("--data", "mmlu.jsonl", *TONES[2:], "--output-dir", "out")
+    assert status == 0
+    assert "data mmlu.jsonl: 2 of 3 rows left out, the first: mmlu.jsonl, line 2: 'answer' is 7, not 0 to 1" in stdout
+    assert [question.text for question in load_questions("out")] == ["Who?\nA. y\nB. z"]
+
+
+def test_published_options_that_are_no_ones_own_survive(run, folder):
+    """One that is empty, and one that stands twice, are refused in a file of one's own."""
+    rows = [
+        {"question": "Which?", "choices": ["x", "x", ""], "answer": 1},
+        {"question": "Who?", "choices": ["y", "z"], "answer": 0},
+    ]
+    write_jsonl(folder / "mmlu.jsonl", rows)
+    assert run("--data", "mmlu.jsonl", *TONES[2:], "--output-dir", "out")[0] == 0
+    written, spoken = load_questions("mmlu.jsonl", spoken=False), load_questions("out")
+    for before, after in zip(written, spoken, strict=True):
+        assert (after.id, after.text, after.answer, after.choices) == (before.id, before.text, before.answer, before.choices)
+    assert spoken[0].transcript == "Which?\nOption A: x.\nOption B: x.\nOption C: ."
+    assert spoken[1].transcript == "Who?\nOption A: y.\nOption B: z."
+
+
+def test_items_that_fail_are_listed_and_the_others_kept(run, folder):
+    failing = [{"id": name, "question": f"Say {name}", "answer_set": ["a", "b"], "answer": "a"} for name in
+               ("unspeakable", "nothing", "matrix")]  # fmt: skip
+    write_jsonl(folder / "items.jsonl", [*failing, *WRITTEN])
+    status, _, stderr = run(*TONES, "--output-dir", "out", "--retries", 1)
+    assert status == 1
+    assert stderr == "3 items failed and are left out; see out/preparation/failed.jsonl\n"
+    assert [question.id for question in load_questions("out")] == ["q/1", "q 2", "q3"]
+    failed = {
+        line["id"]: line["error"] for line in map(json.loads, Path("out/preparation/failed.jsonl").read_text().splitlines())
+    }
+    assert "RuntimeError: no sound for that second line" in failed["unspeakable"]
+    assert "ValueError: the synthesiser gave 1.00 s, or silence" in failed["nothing"]
+    assert "shape (2, 24000), not one channel" in failed["matrix"]
+    assert all(error.count("Error") == 2 for error in failed.values())  # one retry
+    # Put right, the same command makes what is missing.
+    write_jsonl(folder / "items.jsonl", [item | {"question": "Say it now"} for item in failing] + WRITTEN)
+    status, stdout, _ = run(*TONES, "--output-dir", "out", "--retries", 1)
+    assert status == 0
+    assert "3 of 6 items are there already" in stdout
+    assert Path("out/preparation/failed.jsonl").read_text() == ""
+    assert len(load_questions("out")) == 6
+
+
+@pytest.mark.slow
+def test_a_recogniser_sends_items_back_for_another_voice(run, folder):
+    """Half of the voices are heard badly; which one an item gets first follows from the seed."""
+    colours = ("red", "green", "blue", "black", "white", "brown", "pink", "grey")
+    items = [{"id": f"q{n}", "question": " ".join(colours[:n]), "answer_set": ["a", "b"], "answer": "a"} for n in range(3, 9)]
+    write_jsonl(folder / "items.jsonl", items)
+    Path("said.json").write_text(json.dumps({len(item["question"].split()): item["question"] for item in items}))
+    verified = (*TONES, "--recogniser", "plugin:hears_low_voices")
+    assert run(*verified, "--output-dir", "out", "--retries", 20)[0] == 0
+    lines = [json.loads(line) for line in Path("out/items.jsonl").read_text().splitlines()]
+    assert {line["voice"] for line in lines} <= {"200", "250"}
+    assert all(line["word_error_rate"] == 0 for line in lines)
+    # Without another try some are given up, and those that remain are the same recordings.
+    assert run(*verified, "--output-dir", "once", "--retries", 0)[0] == 1
+    once = contents(folder / "once")
+    once.pop("items.jsonl")
+    assert 0 < len(once) < 6
+    assert once.items() < contents(folder / "out").items()
+    failed = [json.loads(line)["error"] for line in Path("once/preparation/failed.jsonl").read_text().splitlines()]
+    assert len(failed) == 6 - len(once)
+    assert all("word error rate 0.5" in error or "word error rate 0.4" in error or "0.3333" in error for error in failed)
+    # A threshold that lets everything pass keeps the rate with the item.
+    assert run(*verified, "--output-dir", "lax", "--retries", 0, "--max-word-error-rate", 1)[0] == 0
+    rates = [json.loads(line)["word_error_rate"] for line in Path("lax/items.jsonl").read_text().splitlines()]
+    assert sum(rate > 0 for rate in rates) == len(failed)
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_it_ends_the_same(run, folder):
+    items = [{"id": f"q{n}", "question": f"Item {n}", "answer_set": ["a", "b"], "answer": "a"} for n in range(12)]
+    write_jsonl(folder / "items.jsonl", items)
+    flags = ("--data", "items.jsonl", "--synthesiser", "plugin:slow", "--voices", 200, 250, "--jobs", 2)
+    assert run(*flags, "--output-dir", "unbroken")[0] == 0
+    process = start(*flags, "--output-dir", "out")
+    recordings = folder / "out" / "recordings"
+    deadline = time.monotonic() + 60
+    while len(list(recordings.glob("*.flac"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    # No orphan goes on writing; one that is dead but not yet buried has no command line.
+    while any(Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not (folder / "out" / "items.jsonl").exists()
+    done = {path: path.stat().st_mtime_ns for path in recordings.glob("*.flac")}
+    assert 3 <= len(done) < 12
+    # As if the journal had been cut off within a line, and a recording within a write.
+    with (folder / "out" / "preparation" / "finished.jsonl").open("a") as journal:
+        journal.write('{"id": "q11", "tra')
+    (recordings / (recording_name("q11", "Item 11.") + ".partial")).write_bytes(b"fLaC")
+    status, stdout, _ = run(*flags, "--output-dir", "out")
+    assert status == 0
+    kept = int(stdout.partition(" of 12 items are there already")[0].rpartition("\n")[2])
+    assert kept >= len(done) - 2  # of the two that were in flight the journal may not know
+    assert contents(folder / "out") == contents(folder / "unbroken")
+    assert sum(path.stat().st_mtime_ns == stamp for path, stamp in done.items()) == kept
+
+
+def test_ctrl_c_ends_all_of_it(folder):
+    process = start(
+        "--data", "items.jsonl", "--synthesiser", "plugin:slow", "--voices", 200, "--jobs", 1, "--output-dir", "out"
+    )
+    while not list(folder.glob("out/recordings/*.flac")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (130, "interrupted\n")
+    assert not (folder / "out" / "items.jsonl").exists()
+
+
+def test_settings_of_a_folder_stay(run, folder):
+    assert run(*TONES, "--output-dir", "out")[0] == 0
+    before = contents(folder / "out")
+    status, _, stderr = run(*TONES, "--output-dir", "out", "--seed", 1, "--retries", 7)
+    assert status == 2
+    assert stderr == "error: --output-dir out: was begun with --retries 3, --seed 0; give the same, or name a new folder\n"
+    assert contents(folder / "out") == before
+    # More items, and another text for one of them, are no other settings.
+    write_jsonl(
+        folder / "items.jsonl", [*WRITTEN, WRITTEN[1] | {"id": "new"}, WRITTEN[0] | {"id": "q/1", "question": "Which?"}][1:]
+    )
+    status, stdout, _ = run(*TONES, "--output-dir", "out")
+    assert status == 0
+    assert "2 of 4 items are there already" in stdout
+    assert load_questions("out")[-1].transcript.startswith("Which?")
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        ((), ["--data or --check", "give one of them"]),
+        (("--data", "items.jsonl"), ["--output-dir", "name the folder"]),
+        ((*TONES, "--output-dir", "."), ["--output-dir .", "holds something else", "name a new folder"]),
+        ((*TONES, "--output-dir", "items.jsonl"), ["--output-dir items.jsonl", "holds something else"]),
+        ((*TONES, "--output-dir", "/proc/none/out"), ["--output-dir /proc/none/out", "cannot be written"]),
+        ((*TONES, "--output-dir", "out", "--jobs", 0), ["--jobs 0", "greater than 0"]),
+        ((*TONES, "--output-dir", "out", "--retries", -1), ["--retries -1", "0 or greater"]),
+        (("--data", "none.jsonl", "--output-dir", "out"), ["data none.jsonl", "cannot be read", "give a jsonl file"]),
+        ((*TONES, "--output-dir", "out", "--synthesiser", "absent:f"), ["--synthesiser absent:f", "No module", "give module:"]),
+        ((*TONES, "--output-dir", "out", "--synthesiser", "plugin:f"), ["--synthesiser plugin:f", "no attribute 'f'"]),
+        ((*TONES, "--output-dir", "out", "--synthesiser", "plugin:deadly"), ["--jobs 1", "a worker ended by itself"]),
+        ((*TONES, "--output-dir", "out", "--recogniser", "none/there"), ["--recogniser none/there", "cannot be loaded"]),
+        (("--check", "none.jsonl"), ["data none.jsonl", "cannot be read"]),
+        (("--check", "items.jsonl", "--output", "none/report.json"), ["--output none/report.json", "no folder none"]),
+    ],
+)  # fmt: skip
+def test_wrong_use(run, folder, flags, fragments):
+    status, _, stderr = run(*flags)
+    assert status == 2
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    for fragment in fragments:
+        assert fragment in stderr
+    assert (folder / "items.jsonl").read_text().count("\n") == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_loses_nothing(run, folder, monkeypatch):
+    """The journal stands on a device that is full; afterwards the same command goes on."""
+    assert run(*TONES, "--output-dir", "out")[0] == 0
+    before = contents(folder / "out")
+    journal = folder / "out" / "preparation" / "finished.jsonl"
+    (folder / "out" / "items.jsonl").unlink()
+    (folder / "out" / "items.jsonl.partial").symlink_to("/dev/full")
+    status, _, stderr = run(*TONES, "--output-dir", "out")
+    assert status == 2
+    assert "--output-dir out: cannot be written (No space left on device); what is done stays, and the same command" in stderr
+    assert journal.read_text().count("\n") == 3
+    (folder / "out" / "items.jsonl.partial").unlink()
+    assert run(*TONES, "--output-dir", "out")[0] == 0
+    assert contents(folder / "out") == before
+
+
+def sound(seconds: float = 1.0, rate: int = SAMPLE_RATE, amplitude: float = 0.3, format: str = "WAV") -> bytes:
+    wave = np.clip(amplitude * np.sin(2 * np.pi * 220 * np.arange(round(seconds * rate)) / rate), -1, 1)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, rate, format=format)
+    return buffer.getvalue()
+
+
+def test_check_finds_every_defect(run, folder):
+    recordings = {
+        "good": sound(),
+        "silent": sound(amplitude=1e-4),
+        "clipped": sound(amplitude=3.0),
+        "short": sound(0.05),
+        "long": sound(31.0),
+        "fast": sound(rate=44_100),
+        "broken": sound()[:30],
+        "text": b"no sound at all",
+        "nan": b"",  # written below
+    }
+    (folder / "spoken").mkdir()
+    items = []
+    for name, content in recordings.items():
+        (folder / "spoken" / f"{name}.wav").write_bytes(content)
+        items.append(
+            {"id": name, "question": f"What is {name}?", "answer_set": ["a", "b"], "answer": "a", "audio": f"{name}.wav"}
+        )
+    soundfile.write(folder / "spoken" / "nan.wav", np.full(SAMPLE_RATE, np.nan), SAMPLE_RATE, subtype="FLOAT")
+    good = items[0]
+    items += [
+        good | {"id": "lost", "audio": "lost.wav"},
+        good | {"question": "Again?", "audio": "silent.wav"},  # a duplicate that is silent as well
+        good | {"id": "wrong", "answer": "c"},
+        good | {"id": "few", "answer_set": ["a"]},
+        {key: value for key, value in good.items() if key != "audio"} | {"id": "mute"},
+    ]
+    path = write_jsonl(folder / "spoken" / "items.jsonl", items)
+    path.write_text(path.read_text() + '{"id": "half", \n["a list"]\n')
+    status, stdout, stderr = run("--check", "spoken", "--output", "report.json", "--jobs", 2)
+    assert (status, stderr) == (1, "")
+    report = json.loads(Path("report.json").read_text())
+    found: dict[str, set[str]] = {}
+    for finding in report["findings"]:
+        found.setdefault(finding["problem"], set()).add(finding["id"] or finding["place"].rpartition(" ")[2])
+        assert finding["detail"]
+        assert "line " in finding["place"]
+    assert found == {
+        "silent": {"silent", "good"},
+        "clipped": {"clipped"},
+        "too short": {"short"},
+        "too long": {"long"},
+        "not 16 kHz": {"fast"},
+        "unreadable": {"broken", "text", "nan", "lost"},
+        "duplicate id": {"good"},
+        "bad item": {"12", "13", "14", "15", "16"},
+    }
+    assert (report["items"], report["usable"]) == (16, 3)  # good, clipped, fast
+    assert report["seconds_total"] == pytest.approx(1 + 1 + 1 + 0.05 + 31 + 1 + 1 + 1 + 1)
+    assert report["seconds_mean"] == pytest.approx(report["seconds_total"] / 9, abs=1e-3)
+    assert report["problems"]["bad item"] == 5
+    for problem, number in report["problems"].items():
+        (row,) = [line for line in stdout.splitlines() if line.strip().startswith(problem)]
+        assert f" {number} " in row
+    assert "16 items, 38.0 s of speech, 4.2 s an item" in stdout
+    # What is only a note does not fail.
+    write_jsonl(path, [item for item in items[:9] if item["id"] in ("good", "clipped", "fast")])
+    status, stdout, _ = run("--check", "spoken")
+    assert status == 0
+    assert "not 16 kHz (a note)" in stdout
+    # The limit is the model's.
+    assert run("--check", "spoken", "--max-seconds", 0.9)[0] == 1
+
+
+def test_words_are_compared_as_they_sound():
+    assert word_error_rate("Option A: it's 21 degrees.", "option a it is twenty-one degrees") == 0
+    assert word_error_rate("red green blue black", "red green black") == 0.25
+    assert word_error_rate("red green", "red green blue black white") == 1.5
+    assert (word_error_rate("", ""), word_error_rate("...", "word")) == (0, 1)
+
+
+@pytest.fixture
+def whisper(tmp_path) -> Path:
+    """A random Whisper with a real tokenizer, small enough for a test."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperProcessor,
+        WhisperTokenizerFast,
+    )
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator(["Which planet is largest?"], trainer)
+    names = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|translate|>", "<|notimestamps|>"]
+    backend.add_special_tokens(names)
+    stamps = [f"<|{number * 0.02:.2f}|>" for number in range(1501)]
+    backend.add_tokens(stamps)
+    tokenizer = WhisperTokenizerFast(
+        tokenizer_object=backend, bos_token=names[0], eos_token=names[0], pad_token=names[0], unk_token=names[0]
+    )
+    end, begin, english, transcribe, translate, no_stamps = tokenizer.convert_tokens_to_ids(names)
+    config = WhisperConfig(
+        vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_mel_bins=16, pad_token_id=end, bos_token_id=end,
+        eos_token_id=end, decoder_start_token_id=begin,
+    )  # fmt: skip
+    # What random weights hear, and for how long they go on, hangs on them.
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        decoder_start_token_id=begin, eos_token_id=end, pad_token_id=end, bos_token_id=end, max_length=12, is_multilingual=True,
+        no_timestamps_token_id=no_stamps, lang_to_id={"<|en|>": english}, task_to_id={"transcribe": transcribe,
+        "translate": translate}, language="<|en|>", task="transcribe", return_timestamps=False, prev_sot_token_id=begin,
+    )  # fmt: skip
+    folder = tmp_path / "whisper"
+    model.save_pretrained(folder)
+    WhisperProcessor(WhisperFeatureExtractor(feature_size=16), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_recognises_speech(run, folder, whisper):
+    """Random weights hear anything; that they hear the same thing again, and are believed, is what counts."""
+    recogniser = load_recogniser(str(whisper))
+    wave = 0.1 * np.random.default_rng(0).normal(size=SAMPLE_RATE).astype(np.float32)
+    heard = recogniser(wave, SAMPLE_RATE)
+    assert isinstance(heard, str)
+    assert heard == recogniser(wave, SAMPLE_RATE)
+    assert isinstance(recogniser(np.tile(wave, 65), SAMPLE_RATE), str)  # more than Whisper hears at once
+    flags = ("--data", "items.jsonl", "--recogniser", whisper, "--retries", 0, "--output-dir")
+    assert run(*flags, "out")[0] == 1
+    assert "word error rate" in Path("out/preparation/failed.jsonl").read_text()
+    assert run(*flags, "lax", "--max-word-error-rate", 1000)[0] == 0
+    assert all(json.loads(line)["word_error_rate"] > 0.1 for line in Path("lax/items.jsonl").read_text().splitlines())
+
+
+def test_as_a_process(folder):
+    """The status reaches the shell, and nothing but the one line reaches stderr."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    for flags in (["--check", "owner/name"], ["--check", "mmsu"]):
+        command = [sys.executable, "-m", "tars_fast.prepare", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: data {flags[1]}: cannot be read as a dataset (")
+        assert done.stderr.count("\n") == 1

@@ -1,0 +1,102 @@
+"""Three scorers on the cases that extraction gets wrong, each with what it really makes of them, silly or not."""
+
+from __future__ import annotations
+
+import pytest
+
+from tars_fast.evaluation.scorers import SCORERS, VOICEBENCH_CHOICES, letter_answer, read_completion, voicebench_answer
+from tars_fast.learning.answers import extract_answer
+
+CASES = [
+    # completion, strict, voicebench, letter
+    ("<think> A or B? </think> <answer> The answer is D. </answer>", "D", "D", "D"),
+    ("The answer is B", "B", "B", "B"),
+    ("The correct answer is (C).", "C", "C", "C"),
+    # VoiceBench looks for "the answer is a" anywhere, so that an article is an option.
+    ("The answer is a tundra, so B.", None, "A", "B"),
+    ("The best choice would be a planet.", None, "A", None),
+    ("Option C", None, None, "C"),
+    ("Option C.", None, "C", "C"),
+    (r"\boxed{B}", None, "B", "B"),
+    (r"The area is \( \boxed{\text{D}} \)", None, "D", "D"),
+    ("not A but D", None, None, "D"),
+    ("It is D, not A.", None, "D", "D"),
+    ("the answer is b.", None, "B", "B"),
+    ("b", None, "B", "B"),
+    ("(b)", None, "B", "B"),
+    ("c) Jupiter", None, "C", "C"),
+    ("答案是B。", None, "B", "B"),
+    ("选C", None, None, "C"),
+    ("", None, None, None),
+    ("   \n", None, None, None),
+    ("I do not know.", None, None, None),
+    # Two statements: ours does not choose, VoiceBench goes by the alphabet, the last word counts for the third.
+    ("The answer is C. Wait, the answer is A.", None, "A", "A"),
+    ("The answer is A. Wait, the answer is C.", None, "A", "C"),
+    ("The answer is A or B.", None, "A", "B"),
+    # Inside the tags without the sentence: no statement.
+    ("<answer>B</answer>", None, None, "B"),
+    ("<think>It is not C.</think><answer>D</answer>", None, "C", "D"),
+    ("<think>The answer is C.</think> I take D.", "C", "C", "D"),
+    ("**C**", None, None, "C"),
+    ("The answer is: **B**", "B", "B", "B"),
+    ("A tundra is cold. So it is C", None, None, "C"),
+    ("Answer: A, because of the cold", None, "A", "A"),
+    ("I would go for an apple", None, None, None),
+    ("The answer is E.", None, None, None),
+]
+
+
+@pytest.mark.parametrize(("completion", "strict", "voicebench", "letter"), CASES, ids=[repr(case[0]) for case in CASES])
+def test_every_scorer(completion, strict, voicebench, letter):
+    assert extract_answer(completion, VOICEBENCH_CHOICES) == strict
+    assert voicebench_answer(completion) == voicebench
+    assert letter_answer(completion, VOICEBENCH_CHOICES) == letter
+
+
+def test_voicebench_prefers_earlier_phrases_of_its_list_wherever_they_stand():
+    assert voicebench_answer("D. I would choose B.") == "B"
+    assert voicebench_answer("So (D) it is. The answer is C") == "C"
+
+
+def test_voicebench_strips_the_markers_of_its_speech_models():
+    assert voicebench_answer("<2> b") == "B"
+    assert voicebench_answer("<4> b") is None
+
+
+@pytest.mark.parametrize(
+    ("completion", "choices", "expected"),
+    [
+        ("I think it is seven.", ("six", "seven", "seventeen"), "seven"),
+        ("Seventeen", ("six", "seven", "seventeen"), "seventeen"),
+        ("twenty-five", ("five", "six"), None),
+        ("five, then six", ("five", "six"), "six"),
+        ("I", ("A", "B", "C", "D", "E", "F", "G", "H", "I"), "I"),
+        ("I think so", ("A", "B", "C", "D", "E", "F", "G", "H", "I"), None),
+    ],
+)
+def test_letter_knows_words_and_whole_ones_only(completion, choices, expected):
+    assert letter_answer(completion, choices) == expected
+
+
+def test_a_guess_is_marked_seeded_and_voicebenchs_alone():
+    guesses = [read_completion("no idea", VOICEBENCH_CHOICES, "A", f"0 speech {number}") for number in range(400)]
+    assert guesses == [read_completion("no idea", VOICEBENCH_CHOICES, "A", f"0 speech {number}") for number in range(400)]
+    for readings in guesses:
+        assert readings["voicebench"].guessed
+        assert not readings["strict"].guessed
+        assert readings["strict"].extracted is None
+        assert readings["letter"].extracted is None
+    # A quarter each, within three standard errors of 400 draws.
+    assert 74 <= sum(readings["voicebench"].correct for readings in guesses) <= 126
+
+
+def test_what_is_read_is_compared_with_the_reference():
+    readings = read_completion("The answer is a tundra, so B.", VOICEBENCH_CHOICES, "B", "")
+    assert {name: reading.correct for name, reading in readings.items()} == {
+        "strict": False,
+        "voicebench": False,
+        "letter": True,
+    }
+    assert set(readings) == set(SCORERS)
+    assert set(read_completion("The answer is five.", ("five", "six"), "five", "")) == {"strict", "letter"}

@@ -1,0 +1,392 @@
+"""What runs beside the device, and rollouts that are sampled while an earlier batch trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+import torch
+from items import first_items
+from steps import gradients, rollout_of, update
+from test_step import alone
+
+from tars_fast import train as train_command
+from tars_fast.config import RunConfig, TrainConfig
+from tars_fast.data.items import TRAINING_DATA
+from tars_fast.learning import batch as rollout_module
+from tars_fast.learning.batch import RolloutSource, background_threads, batch_of_step
+from tars_fast.learning.rewards import HashedNgrams, behaviour_rewards
+from tars_fast.learning.workers import ALONE
+from tars_fast.models.speech_model import SpeechModel
+from tars_fast.rollout.transformers_engine import TransformersEngine
+from tars_fast.support.timing import SETTINGS_BY_PHASE, PhaseTimer
+from tars_fast.train import train
+from tars_fast.types import Completion, Modality, TrainingError, UserError
+
+CPU = torch.device("cpu")
+
+
+def source_of(model: SpeechModel, questions, config: RunConfig, *, engine=None, text_similarity=None) -> RolloutSource:
+    engine = engine or TransformersEngine(model, config.rollout_batch_size, apart=bool(config.rollout_ahead))
+    return RolloutSource(model, engine, text_similarity or HashedNgrams(), questions, config, ALONE)
+
+
+@pytest.fixture
+def config(config) -> RunConfig:
+    return dataclasses.replace(config, questions_per_step=2)
+
+
+@pytest.fixture
+def ahead(config) -> RunConfig:
+    return dataclasses.replace(config, rollout_ahead=1)
+
+
+def test_what_needs_no_device_runs_in_threads(model, questions, config, monkeypatch):
+    """Decoding, features and tokens of the next batch while this one is sampled; reading answers while others still run."""
+    events: list[tuple[str, str]] = []
+
+    def watch(name: str) -> None:
+        original = getattr(rollout_module, name)
+
+        def watched(*arguments):
+            events.append((name, threading.current_thread().name.partition("_")[0]))
+            return original(*arguments)
+
+        monkeypatch.setattr(rollout_module, name, watched)
+
+    for name in ("prepare_batch", "as_completions", "answer_rewards", "behaviour_rewards"):
+        watch(name)
+    first_read, sampled_on = threading.Event(), []
+
+    class SlowEngine(TransformersEngine):
+        """Goes on only once the first prompt's completions have been read and the next batch is under way."""
+
+        def draw(self, prompts, sampling, on_drawn):
+            def forward(number, drawn):
+                on_drawn(number, drawn)
+                sampled_on.append(number)
+                if number == sampled_on[0]:
+                    assert first_read.wait(20), "nothing is read while others still run"
+
+            super().draw(prompts, sampling, forward)
+
+    def read(completions, asked, original=rollout_module.answer_rewards):
+        first_read.set()
+        return original(completions, asked)
+
+    monkeypatch.setattr(rollout_module, "answer_rewards", read)
+    with source_of(model, questions, config, engine=SlowEngine(model, 4)) as source:
+        taken = source.take(0, PhaseTimer(CPU))
+        taken.rollout.behaviour.result()
+    assert {thread for _, thread in events} == {"background"}
+    assert [name for name, _ in events].count("prepare_batch") == 2, "this step's batch and the next one's"
+    assert [name for name, _ in events].count("as_completions") == len(sampled_on) == 4
+    assert [name for name, _ in events].count("behaviour_rewards") == 1
+
+
+def test_threads_beside_the_trainer_take_one_core_each():
+    """Teams of OpenMP threads that spin while they wait made a step on two cores take 2.4 s instead of 1.4."""
+    cores = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with background_threads(2) as threads:
+            both = threading.Barrier(2)
+
+            def count() -> int:
+                both.wait(20)
+                torch.ones(2**20).exp()
+                return torch.get_num_threads()
+
+            assert [future.result() for future in [threads.submit(count) for _ in range(2)]] == [1, 1]
+            assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as others:
+            assert others.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(cores)
+
+
+def test_features_are_ready_before_their_step(model, questions, config, monkeypatch):
+    """The second step decodes nothing: only the tower runs."""
+    model.keep_audio(0, None, 0)
+    with source_of(model, questions, config) as source:
+        source.take(0, PhaseTimer(CPU))
+        source._prepared[1].result()
+        loaded = []
+        monkeypatch.setattr(type(model.prompts), "load_clips", lambda *_: loaded.append(1))
+        monkeypatch.setattr(source, "_config", dataclasses.replace(config, num_steps=2))
+        assert source.take(1, PhaseTimer(CPU)).rollout is not None
+    assert not loaded
+
+
+def test_each_distinct_completion_is_embedded_once():
+    embedded = []
+    similarity = HashedNgrams()
+    transform = similarity._vectorizer.transform
+    similarity._vectorizer.transform = lambda texts: embedded.append(list(texts)) or transform(texts)
+    texts = ["one", "two", "one", "one", "two", "three"]
+    completions = [Completion(0, Modality.SPEECH, (1,), (0.0,), text, truncated=False) for text in texts]
+    rewards = behaviour_rewards(completions, [4, 4, 4, None, None, 3], similarity)
+    assert [sorted(batch) for batch in embedded] == [["one", "three", "two"]]
+    assert rewards[1] == pytest.approx(1.0)
+
+
+def test_a_rollout_ahead_comes_from_the_weights_before_the_update(model, make_model, questions, ahead):
+    """The second batch is drawn from the first one's weights, whatever training does to them afterwards."""
+    original = make_model()
+    with source_of(model, questions, ahead) as source:
+        first = source.take(0, PhaseTimer(CPU)).rollout
+        source.wait()
+        with torch.no_grad():
+            for parameter in model.trainable_parameters():
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        second = source.take(1, PhaseTimer(CPU)).rollout
+    assert (first.staleness, second.staleness) == (0, 1)
+    numbers = batch_of_step(len(questions), ahead.questions_per_step, 1, ahead.seed)
+    expected = rollout_of(original, [questions[number] for number in numbers], ahead, step=1)
+    assert second.completions == expected.completions
+    assert rollout_of(model, [questions[number] for number in numbers], ahead, step=1).completions != expected.completions
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_sampling_ahead_disturbs_neither_sampling_nor_training(make_model, questions, ahead, lora_rank):
+    """At the same time on the same weights: the same completions, rewards and gradients as one after the other."""
+    plain, shared = (make_model(lora_rank=lora_rank, gradient_checkpointing=True) for _ in range(2))
+    shared.module.load_state_dict(plain.module.state_dict())
+    expected = rollout_of(plain, questions[:2], ahead)
+    scored, metrics = update(plain, expected, ahead)
+    with source_of(shared, questions, ahead) as source:
+        source.take(0, PhaseTimer(CPU))
+        for _ in range(5):
+            got, got_metrics = update(shared, expected, ahead)
+            assert torch.equal(got.rewards_N, scored.rewards_N)
+            assert got_metrics == metrics
+        second = source.take(1, PhaseTimer(CPU)).rollout
+    assert torch.equal(gradients(shared), gradients(plain))
+    numbers = batch_of_step(len(questions), ahead.questions_per_step, 1, ahead.seed)
+    alone_now = rollout_of(plain, [questions[number] for number in numbers], ahead, step=1)
+    assert second.completions == alone_now.completions
+
+
+def test_a_twin_shares_every_weight_and_no_hook(lora_model):
+    twin = lora_model.twin()
+    own = dict(lora_model.module.named_parameters()) | dict(lora_model.module.named_buffers())
+    theirs = dict(twin.module.named_parameters()) | dict(twin.module.named_buffers())
+    assert own.keys() == theirs.keys()
+    assert all(theirs[name] is weight for name, weight in own.items())
+    lora_model.language_model.layers[0].register_forward_hook(lambda *_: pytest.fail("a hook of the other"))
+    lora_model.language_model.layers[0].training = True
+    assert not twin.language_model.layers[0].training
+    twin.language_model(inputs_embeds=torch.zeros(1, 3, 128))
+
+
+def test_the_optimiser_waits_for_sampling_to_end(model, questions, ahead, monkeypatch):
+    order = []
+
+    class SlowEngine(TransformersEngine):
+        def draw(self, *arguments):
+            super().draw(*arguments)
+            order.append("sampled")
+
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (order.append("stepped"), step(self))[1])
+    engine = SlowEngine(model, 8, apart=True)
+    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.0)
+    with source_of(model, questions, ahead, engine=engine) as source:
+        for number in range(3):
+            taken = source.take(number, PhaseTimer(CPU))
+            train_command.update_policy(model, optimizer, taken.rollout, None, ahead, PhaseTimer(CPU), before_step=source.wait)
+    # Step n moves the weights only once rollout n + 1 is there.
+    assert order == ["sampled", "sampled", "stepped", "sampled", "stepped", "sampled", "stepped"]
+
+
+def test_stale_completions_are_weighted_by_importance(model, questions, ahead):
+    """Against `min(p_now / p_sampled, cap)` from each completion alone; a difference of policies then stops nothing."""
+    ahead = dataclasses.replace(ahead, max_grad_norm=1e9, importance_cap=1.1)
+    rollout = dataclasses.replace(rollout_of(model, questions[:2], ahead), staleness=1)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    scored, metrics = update(model, rollout, ahead)
+    assert metrics["logprob_diff_mean"] > 0.01
+    assert metrics["importance_ratio"] != pytest.approx(1.0, abs=1e-3)
+    got = gradients(model).clone()
+    expected, capped = torch.zeros(()), 0
+    for prompt, completion, advantage in zip(rollout.prompts, rollout.completions, scored.advantages_N, strict=True):
+        if not completion.truncated:
+            logprobs = alone(model, prompt, completion)[0]
+            ratio = (logprobs.detach() - torch.tensor(completion.rollout_logprobs)).exp()
+            capped += (ratio > 1.1).sum().item()
+            expected = expected - advantage * (ratio.clamp(max=1.1) * logprobs).sum() / rollout.num_tokens
+    assert capped > 0
+    model.module.zero_grad()
+    expected.backward()
+    torch.testing.assert_close(got, gradients(model), atol=1e-5, rtol=1e-3)
+    with pytest.raises(TrainingError, match="differ by"):
+        update(model, dataclasses.replace(rollout, staleness=0), ahead)
+
+
+def test_what_goes_wrong_beside_the_step_stops_the_run(model, questions, ahead):
+    class Broken(TransformersEngine):
+        calls = 0
+
+        def draw(self, *arguments):
+            self.calls += 1
+            if self.calls == 2:
+                raise TrainingError("the sampler broke")
+            super().draw(*arguments)
+
+    with ExitStack() as stack:
+        source = stack.enter_context(source_of(model, questions, ahead, engine=Broken(model, 8, apart=True)))
+        source.take(0, PhaseTimer(CPU))
+        source.wait()
+        with pytest.raises(TrainingError, match="the sampler broke"):
+            source.take(1, PhaseTimer(CPU))
+
+
+def metrics_of(run) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def settings(tmp_path, ahead) -> TrainConfig:
+    data = str(first_items(TRAINING_DATA, 16, tmp_path / "training"))
+    common = {"questions_per_step": 4, "eval_items": 8, "eval_samples": 0, "device": "cpu", "learning_rate": 1e-3}
+    return TrainConfig(output_dir=tmp_path / "run", data=data, eval_data="pocket", num_steps=4, rollout_ahead=1, **common)
+
+
+@pytest.mark.slow
+def test_a_run_ahead_from_end_to_end(settings, tmp_path):
+    """The first batch is fresh, all others one update old; the same seed gives the same run; it can be continued."""
+    assert train(settings) == 0
+    metrics = metrics_of(tmp_path / "run")
+    assert [step["staleness"] for step in metrics] == [0, 1, 1, 1]
+    assert metrics[0]["logprob_diff_max"] < 1e-4 < metrics[1]["logprob_diff_max"]
+    assert metrics[1]["beside/rollout"] > 0
+    assert "beside/rollout" not in metrics[0]
+    assert train(dataclasses.replace(settings, output_dir=tmp_path / "again")) == 0
+
+    def without_clock(run):
+        return [{k: v for k, v in step.items() if not k.startswith(("seconds/", "beside/"))} for step in metrics_of(run)]
+
+    assert without_clock(tmp_path / "again") == without_clock(tmp_path / "run")
+    longer = dataclasses.replace(settings, output_dir=tmp_path / "stopped", save_every=2)
+    assert train(longer) == 0
+    (tmp_path / "stopped" / "checkpoint-4").rename(tmp_path / "gone")
+    assert train(dataclasses.replace(longer, resume=True)) == 0
+    resumed = metrics_of(tmp_path / "stopped")
+    assert [step["staleness"] for step in resumed] == [0, 1, 0, 1], "what was sampled ahead is not in a checkpoint"
+
+
+def test_every_phase_is_timed_and_profiled(settings, tmp_path):
+    settings = dataclasses.replace(settings, rollout_ahead=0, profile=True, num_steps=5)
+    assert train(settings) == 0
+    phases = {"encode", "hand-over", "rollout", "reward", "forward", "backward", "optimiser"}
+    for step in metrics_of(tmp_path / "run"):
+        seconds = {name.removeprefix("seconds/"): value for name, value in step.items() if name.startswith("seconds/")}
+        assert seconds.keys() == phases | {"step"}
+        assert sum(seconds[phase] for phase in phases) <= seconds["step"]
+        assert sum(seconds[phase] for phase in phases) > 0.8 * seconds["step"], "nothing of weight is outside the phases"
+    assert phases <= SETTINGS_BY_PHASE.keys()
+    with gzip.open(tmp_path / "run" / "trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    counted = {phase: sum(event.get("name") == phase for event in events) for phase in phases}
+    assert counted["backward"] == counted["optimiser"] == 3, "steps 3 to 5"
+    assert all(counted.values())
+    assert len({event["tid"] for event in events if event.get("cat") == "cpu_op"}) > 1, "threads are seen as well"
+
+
+def test_sampling_ahead_where_memory_does_not_allow(settings, monkeypatch):
+    monkeypatch.setattr(train_command, "available_bytes", lambda _device: 100 * 10**6)
+    with pytest.raises(
+        UserError,
+        match=r"--rollout-ahead 1: sampling and training at the same time do not fit into 100\.00 MB; --dtype bfloat16",
+    ):
+        train(settings)
+
+
+def test_a_run_with_several_updates_a_rollout(settings, tmp_path, monkeypatch):
+    """One scoring pass a rollout, as many optimiser steps as asked for, and as many of staleness ahead."""
+    counted = {"scored": 0, "stepped": 0}
+    score, step = train_command.score_rollout, torch.optim.AdamW.step
+
+    def scored(*arguments):
+        counted["scored"] += 1
+        return score(*arguments)
+
+    def stepped(self):
+        counted["stepped"] += 1
+        return step(self)
+
+    monkeypatch.setattr(train_command, "score_rollout", scored)
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
+    assert train(dataclasses.replace(settings, updates_per_rollout=2, num_steps=3)) == 0
+    assert counted == {"scored": 3, "stepped": 6}
+    assert [one["staleness"] for one in metrics_of(tmp_path / "run")] == [0, 2, 2]
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_memory_is_taken_before_and_given_back_after_sampling(model, questions, config, ahead, is_ahead):
+    order = []
+
+    class Watched(TransformersEngine):
+        def wake_up(self):
+            order.append("awake")
+            super().wake_up()
+
+        def draw(self, *arguments):
+            super().draw(*arguments)
+            order.append("drawn")
+
+        def release_memory(self):
+            order.append("released")
+
+    chosen = ahead if is_ahead else config
+    rollout_of(model, questions[:2], chosen, engine=Watched(model, 8))
+    assert order == ["awake", "drawn"] if is_ahead else ["awake", "drawn", "released"]
+
+
+def test_leaving_does_not_wait_for_a_whole_rollout(model, questions, ahead):
+    """A second Ctrl-C, or an error of the trainer, ends sampling at its next token."""
+    tokens, going = [], threading.Event()
+
+    class Endless(TransformersEngine):
+        """Every token of the second rollout takes its time."""
+
+        def check_stopped(self):
+            if len(rollouts) > 1:
+                tokens.append(1)
+                going.set()
+                time.sleep(0.5)
+            super().check_stopped()
+
+        def draw(self, *arguments):
+            rollouts.append(1)
+            super().draw(*arguments)
+
+    rollouts: list[int] = []
+    with source_of(model, questions, ahead, engine=Endless(model, 8, apart=True)) as source:
+        source.take(0, PhaseTimer(CPU))
+        assert going.wait(30)
+    assert len(tokens) <= 3
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_micro_batches(settings, tmp_path, monkeypatch):
+    """Free memory is another one at every start; what a run computes is not."""
+    settings = dataclasses.replace(settings, rollout_ahead=0, save_every=2)
+    monkeypatch.setattr(train_command, "available_bytes", lambda _device: 160 * 10**6)
+    assert train(settings) == 0
+    chosen = json.loads((tmp_path / "run" / "config.json").read_text())["tokens_per_micro_batch"]
+    assert 1024 <= chosen < 4096
+    unbroken = metrics_of(tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-4").rename(tmp_path / "gone")
+    monkeypatch.setattr(train_command, "available_bytes", lambda _device: 10**12)
+    assert train(dataclasses.replace(settings, resume=True)) == 0
+    resumed = metrics_of(tmp_path / "run")
+    assert [one["loss"] for one in resumed] == [one["loss"] for one in unbroken]

@@ -1,0 +1,193 @@
+"""Several processes train one policy: the gradient of all is that of one, and what they write is one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from items import first_items
+from safetensors.torch import load_file
+from steps import rollout_of
+
+from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA
+from tars_fast.learning.batch import finished
+from tars_fast.learning.rewards import AnswerRewards
+from tars_fast.learning.update import rollout_metrics, update_policy
+from tars_fast.learning.workers import Workers
+from tars_fast.support.timing import PhaseTimer
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+ONE_STEP = """
+import pickle, sys, torch
+sys.path[:0] = {path!r}
+from conftest import new_model
+from tars_fast.reports.log import PhaseTimer
+from tars_fast.learning.update import rollout_metrics, update_policy
+from tars_fast.learning.workers import join_workers
+
+with join_workers() as workers:
+    rollouts, config = pickle.load(open({given!r}, "rb"))
+    model = new_model()
+    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.0)
+    mine = rollouts[workers.rank]
+    scored, metrics = update_policy(model, optimizer, mine, None, config, PhaseTimer(model.device), workers)
+    workers.check_same(model.trainable_parameters())
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.trainable_parameters()])
+    metrics |= rollout_metrics([part for part in workers.gather(mine and (mine, scored)) if part is not None])
+    torch.save((gradient, metrics), {result!r} + str(workers.rank))
+    if workers.rank == 1:
+        with torch.no_grad():
+            next(iter(model.trainable_parameters())).view(-1)[0] += 1e-7
+    try:
+        workers.check_same(model.trainable_parameters())
+        raise SystemExit("a difference was not seen")
+    except Exception as error:
+        assert "come apart" in str(error), error
+"""
+
+
+@pytest.mark.parametrize("second_is_usable", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_gradient_and_metrics_of_two_processes_are_those_of_one(make_model, questions, config, tmp_path, second_is_usable):
+    """Shares of different sizes, whose token counts differ, so that means of means would be wrong; or one of them empty."""
+    model = make_model()
+    shares = (questions[:4], questions[4:6])
+    rollouts = [rollout_of(model, part, config, workers=Workers(rank, 2)) for rank, part in enumerate(shares)]
+    assert rollouts[0].num_tokens != rollouts[1].num_tokens
+    first, second = rollouts
+    shift = len(first.completions)
+    whole = rollout_of(model, questions, config)
+    whole.prompts = first.prompts + second.prompts
+    whole.completions = first.completions + [dataclasses.replace(one, question=one.question + 4) for one in second.completions]
+    whole.references = first.references + [None if r is None else r + shift for r in second.references]
+    whole.behaviour = finished(torch.cat([one.behaviour.result() for one in rollouts]))
+    whole.groups_N = torch.cat([first.groups_N, second.groups_N + first.groups_N.max() + 1])
+    whole.answers = AnswerRewards.joined([first.answers, second.answers])
+    if not second_is_usable:
+        # Of older weights too, whose difference from the trainer's no process may take for an error.
+        completions = [
+            dataclasses.replace(one, rollout_logprobs=tuple(value - 0.1 for value in one.rollout_logprobs))
+            for one in first.completions
+        ]
+        first = dataclasses.replace(first, completions=completions, staleness=1)
+        rollouts, whole = [first, None], first
+    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.0)
+    scored, metrics = update_policy(model, optimizer, whole, None, config, PhaseTimer(model.device))
+    expected = torch.cat([parameter.grad.flatten() for parameter in model.trainable_parameters()])
+    metrics |= rollout_metrics([(whole, scored)])
+
+    given, result = tmp_path / "given.pickle", tmp_path / "result"
+    given.write_bytes(pickle.dumps((rollouts, config)))
+    script = tmp_path / "step.py"
+    script.write_text(ONE_STEP.format(path=[str(Path(__file__).parent)], given=str(given), result=str(result)))
+    subprocess.run([*TORCHRUN, str(script)], check=True, capture_output=True, text=True)
+    for rank in range(2):
+        gradient, told = torch.load(f"{result}{rank}")
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
+        assert told.keys() == metrics.keys()
+        for name, value in metrics.items():
+            assert told[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+SMALL_SLICES = """
+import sys
+from tars_fast.evaluation import answering as evaluation
+from tars_fast import train
+
+evaluation.ITEMS_AT_ONCE = 4
+sys.exit(train.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory) -> Path:
+    """Items to train on, items to evaluate on, and the training command with slices of four of them in its evaluation."""
+    folder = tmp_path_factory.mktemp("items")
+    first_items(TRAINING_DATA, 16, folder / "training")
+    first_items(VALIDATION_DATA, 10, folder / "evaluation")
+    (folder / "train.py").write_text(SMALL_SLICES)
+    return folder
+
+
+def command(items: Path, run: Path, *flags: object) -> list[str]:
+    settings = ("--data", items / "training", "--eval-data", items / "evaluation", "--output-dir", run, "--eval-samples", "0")
+    return [str(part) for part in (items / "train.py", "--questions-per-step", "4", *settings, "--save-every", "2", *flags)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_two_processes_make_one_run_which_resumes(items, tmp_path, engine):
+    run = tmp_path / "run"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for num_steps, more in ((4, []), (4, ["--resume"])):
+        if more:
+            # As if it had been stopped after two steps.
+            (run / "evaluation.json").unlink()
+            for path in sorted((run / "checkpoint-4").iterdir()):
+                path.unlink()
+            (run / "checkpoint-4").rmdir()
+            resumed_from = (run / "metrics.jsonl").read_text().splitlines()
+        flags = ("--num-steps", num_steps, "--engine", engine, *more)
+        done = subprocess.run([*TORCHRUN, *command(items, run, *flags)], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("in 2 processes") == 1, "one of them speaks"
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    earlier = [json.loads(line) for line in resumed_from]
+    for one, two in zip(steps, earlier, strict=True):
+        same = [name for name in one if not name.startswith("seconds/")]
+        assert {name: one[name] for name in same} == {name: two[name] for name in same}
+    assert max(step["logprob_diff_max"] for step in steps) < 1e-3
+    predictions = [json.loads(line)["id"] for line in (run / "predictions_after.jsonl").read_text().splitlines()]
+    assert predictions == [json.loads(line)["id"] for line in (items / "evaluation" / "items.jsonl").read_text().splitlines()]
+    assert len(load_file(run / "checkpoint-4" / "model.safetensors")) > 10
+    if engine == "transformers":
+        alone = tmp_path / "alone"
+        subprocess.run(
+            [sys.executable, *command(items, alone, "--num-steps", 1)], check=True, capture_output=True, env=environment
+        )
+        before = [(folder / "predictions_before.jsonl").read_text() for folder in (run, alone)]
+        assert before[0] == before[1], "who evaluates an item does not matter"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN], ids=["alone", "torchrun"])
+def test_sigterm_saves_and_ends_every_process(items, tmp_path, launcher):
+    """What a cluster sends before it takes the machine away; torchrun passes it on, and reports it in its own way."""
+    run = tmp_path / "run"
+    started = subprocess.Popen(
+        [*launcher, *command(items, run, "--num-steps", 500)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count("\n") >= 1):
+        assert time.monotonic() < deadline
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.1)
+    started.send_signal(signal.SIGTERM)
+    _, stderr = started.communicate(timeout=60)
+    assert started.returncode == 130 if launcher == [sys.executable] else started.returncode != 0
+    assert stderr.count("--resume") == 1
+    assert list(run.glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_fewer_questions_than_processes_is_refused(items, tmp_path):
+    flags = ("--num-steps", 1)
+    arguments = [flag if flag != "4" else "1" for flag in command(items, tmp_path / "run", *flags)]
+    done = subprocess.run([*TORCHRUN, *arguments], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "error: --questions-per-step 1: fewer than the 2 processes; raise it, or start fewer" in done.stderr
+    assert not (tmp_path / "run").exists()

