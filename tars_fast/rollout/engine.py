@@ -15,7 +15,7 @@ from tars_fast.types import Completion, Prompt, TrainingError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn: from the full distribution, no top-k, no top-p."""
+    """How completions are sampled: from the full distribution, no top-k, no top-p."""
 
     num_completions: int
     """Completions of each prompt."""
@@ -26,7 +26,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledCompletion:
     """One continuation as an engine hands it back."""
 
     token_ids: Sequence[int]
@@ -47,12 +47,14 @@ class RolloutEngine(ABC):
         """Take the weights as they are now, and the memory that sampling needs."""
 
     @abstractmethod
-    def draw(self, prompts: Sequence[Prompt], sampling: Sampling, on_drawn: Callable[[int, list[Drawn]], None]) -> None:
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_sampled: Callable[[int, list[SampledCompletion]], None]
+    ) -> None:
         """Sample `sampling.num_completions` continuations of each prompt, after a `wake_up` of its own.
 
         Args:
             prompts: spoken and written ones alike.
-            on_drawn: told a prompt's number and its continuations as soon as they are there, while others still run.
+            on_sampled: told a prompt's number and its continuations as soon as they are there, while others still run.
 
         Raises:
             ValueError: a prompt that `refuses` gives a reason for.
@@ -65,28 +67,28 @@ class RolloutEngine(ABC):
             questions: for each prompt, the question number its completions are to carry.
 
         Raises:
-            ValueError: see `draw`.
+            ValueError: see `sample`.
             TrainingError: a log-probability was not finite.
         """
         self.wake_up()
-        drawn: dict[int, list[Drawn]] = {}
-        self.draw(prompts, sampling, drawn.__setitem__)
+        sampled: dict[int, list[SampledCompletion]] = {}
+        self.sample(prompts, sampling, sampled.__setitem__)
         return [
             completion
             for number, prompt in enumerate(prompts)
-            for completion in as_completions(self.prompt_format, prompt, questions[number], drawn[number])
+            for completion in as_completions(self.prompt_format, prompt, questions[number], sampled[number])
         ]
 
     @abstractmethod
     def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
-        """Why `draw` would not take this prompt, or None."""
+        """Why `sample` would not take this prompt, or None."""
 
     @abstractmethod
     def release_memory(self) -> None:
         """Give back what only sampling needs (the KV cache) until the next `wake_up`."""
 
     def stop(self) -> None:
-        """Have a `draw` in another thread end at its next token, for good. It raises TrainingError there."""
+        """Have a `sample` in another thread end at its next token, for good. It raises TrainingError there."""
         self._stopped = True
 
     def check_stopped(self) -> None:
@@ -106,19 +108,21 @@ def too_long(prompt: Prompt, max_new_tokens: int, max_tokens: int) -> str | None
     return f"{len(prompt.token_ids)} tokens and {max_new_tokens} new ones are more than the engine's {max_tokens}"
 
 
-def as_completions(prompt_format: PromptFormat, prompt: Prompt, question: int, drawn: Sequence[Drawn]) -> list[Completion]:
+def as_completions(
+    prompt_format: PromptFormat, prompt: Prompt, question: int, sampled: Sequence[SampledCompletion]
+) -> list[Completion]:
     """Give the continuations of a prompt their text.
 
     Raises:
         TrainingError: a log-probability is NaN or infinite.
     """
-    if not all(math.isfinite(logprob) for one in drawn for logprob in one.logprobs):
+    if not all(math.isfinite(logprob) for one in sampled for logprob in one.logprobs):
         raise TrainingError(
             "the policy's logits are not finite; lower --learning-rate; the last checkpoint, if there is one, is good"
         )
     # Special tokens other than the stop token stay visible: a completion that holds one has not kept to the format.
     texts = prompt_format.tokenizer.batch_decode(
-        [list(one.token_ids if one.truncated else one.token_ids[:-1]) for one in drawn], skip_special_tokens=False
+        [list(one.token_ids if one.truncated else one.token_ids[:-1]) for one in sampled], skip_special_tokens=False
     )
     return [
         Completion(
@@ -129,7 +133,7 @@ def as_completions(prompt_format: PromptFormat, prompt: Prompt, question: int, d
             text=text,
             truncated=one.truncated,
         )
-        for one, text in zip(drawn, texts, strict=True)
+        for one, text in zip(sampled, texts, strict=True)
     ]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tars_fast.models.key_values import CompletionKeys, PromptKeys
 from tars_fast.models.memory import PREFILL_TOKENS
 from tars_fast.models.speech_model import SpeechModel
-from tars_fast.rollout.engine import Drawn, RolloutEngine, Sampling, too_long
+from tars_fast.rollout.engine import RolloutEngine, SampledCompletion, Sampling, too_long
 from tars_fast.types import Prompt
 
 _ROOM = 64
@@ -49,7 +49,9 @@ class TransformersEngine(RolloutEngine):
             self._model, self._apart = self._model.twin(), False
 
     @torch.inference_mode()
-    def draw(self, prompts: Sequence[Prompt], sampling: Sampling, on_drawn: Callable[[int, list[Drawn]], None]) -> None:
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_sampled: Callable[[int, list[SampledCompletion]], None]
+    ) -> None:
         generator = torch.Generator(self._model.device).manual_seed(sampling.seed)
         prompts_per_batch = max(1, self._max_batch_size // sampling.num_completions)
         # Prompts of like length share a batch: less padding to attend over.
@@ -58,7 +60,7 @@ class TransformersEngine(RolloutEngine):
             chosen = order[start : start + prompts_per_batch]
             groups = [[_Growing() for _ in range(sampling.num_completions)] for _ in chosen]
             for place in self._draw_batch([prompts[index] for index in chosen], groups, sampling, generator):
-                on_drawn(chosen[place], [one.drawn() for one in groups[place]])
+                on_sampled(chosen[place], [one.sampled() for one in groups[place]])
 
     def _draw_batch(
         self, prompts: Sequence[Prompt], groups: list[list[_Growing]], sampling: Sampling, generator: torch.Generator
@@ -111,22 +113,22 @@ class TransformersEngine(RolloutEngine):
         return CompletionKeys(prompt_keys, copies, min(_ROOM, sampling.max_new_tokens)), hidden, first_places
 
     def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """[R, N] tokens drawn from the full distribution, and their log-probability: NaN where a logit is NaN or infinite."""
+        """[R, N] tokens sampled from the full distribution, and their log-probability: NaN where a logit is NaN or infinite."""
         logits = self._model.head(hidden).float()
         logprobs = ((logits + self._model.suppressed_bias) / (temperature or 1.0)).log_softmax(-1)
         if temperature:
             # By inversion, in double precision: torch.multinomial draws a random number for every word of the vocabulary.
             cumulated = logprobs.exp().cumsum(-1, dtype=torch.float64)
-            drawn = torch.rand(*hidden.shape[:-1], 1, dtype=torch.float64, device=hidden.device, generator=generator)
+            uniform = torch.rand(*hidden.shape[:-1], 1, dtype=torch.float64, device=hidden.device, generator=generator)
             # Below the last sum, so that it finds a token of some probability; not among NaNs, hence the clamp.
-            tokens = torch.searchsorted(cumulated, drawn * cumulated[..., -1:], right=True).clamp_(max=logits.shape[-1] - 1)
+            tokens = torch.searchsorted(cumulated, uniform * cumulated[..., -1:], right=True).clamp_(max=logits.shape[-1] - 1)
         else:
             tokens = logprobs.argmax(-1, keepdim=True)
         flaws = (logits * 0).sum(-1)
         return tokens[..., 0], logprobs.gather(-1, tokens)[..., 0] + flaws
 
     def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
-        """Why `draw` would not take a prompt."""
+        """Why `sample` would not take a prompt."""
         return too_long(prompt, max_new_tokens, self._model.prompts.max_tokens)
 
     def release_memory(self) -> None:
@@ -145,5 +147,5 @@ class _Growing:
     ended: bool = False
     """By a stop token."""
 
-    def drawn(self) -> Drawn:
-        return Drawn(self.token_ids, self.logprobs, truncated=not self.ended)
+    def sampled(self) -> SampledCompletion:
+        return SampledCompletion(self.token_ids, self.logprobs, truncated=not self.ended)

@@ -33,7 +33,7 @@ from tars_fast.models.memory import BLOCK_TOKENS, PREFILL_TOKENS, engine_rank
 from tars_fast.models.prompts import PromptFormat
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.models.weights import EngineNames, SharingError, assert_shared, engine_place, move_buffers, share_weights
-from tars_fast.rollout.engine import Drawn, RolloutEngine, Sampling, engine_refusal, too_long
+from tars_fast.rollout.engine import RolloutEngine, SampledCompletion, Sampling, engine_refusal, too_long
 from tars_fast.support.requirements import in_order, installed, supported
 from tars_fast.types import Prompt, UserError
 
@@ -133,7 +133,9 @@ class VllmEngine(RolloutEngine):
         self._has_current_weights = True
 
     @torch.inference_mode()
-    def draw(self, prompts: Sequence[Prompt], sampling: Sampling, on_drawn: Callable[[int, list[Drawn]], None]) -> None:
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_sampled: Callable[[int, list[SampledCompletion]], None]
+    ) -> None:
         """See `RolloutEngine.draw`; on CUDA, draws do not depend on how requests are batched.
 
         Raises:
@@ -151,12 +153,12 @@ class VllmEngine(RolloutEngine):
         def take(number: int, output: Any) -> None:
             if tuple(output.prompt_token_ids) != prompts[number].token_ids:
                 raise SharingError("vLLM expanded a prompt otherwise than the trainer did; audio placeholders differ")
-            drawn = []
+            sampled = []
             for completion in output.outputs:
                 tokens = list(completion.token_ids)
                 logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
-                drawn.append(Drawn(tokens, logprobs, truncated=completion.finish_reason == "length"))
-            on_drawn(number, drawn)
+                sampled.append(SampledCompletion(tokens, logprobs, truncated=completion.finish_reason == "length"))
+            on_sampled(number, sampled)
 
         self._internals.generate(
             [as_request(number, prompt, self.model.prompts.audio_token_id) for number, prompt in enumerate(prompts)],
@@ -176,7 +178,7 @@ class VllmEngine(RolloutEngine):
         self._internals.shutdown()
 
     def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
-        """Why `draw` would not take a prompt: what vLLM takes in silence, or fails the whole batch for."""
+        """Why `sample` would not take a prompt: what vLLM takes in silence, or fails the whole batch for."""
         vocabulary_size = len(self.model.suppressed_bias)
         if not prompt.token_ids or not all(0 <= token < vocabulary_size for token in prompt.token_ids):
             return f"empty, or holds a token outside the vocabulary of {vocabulary_size}"

@@ -67,14 +67,14 @@ def test_what_needs_no_device_runs_in_threads(model, questions, config, monkeypa
     class SlowEngine(TransformersEngine):
         """Goes on only once the first prompt's completions have been read and the next batch is under way."""
 
-        def draw(self, prompts, sampling, on_drawn):
-            def forward(number, drawn):
-                on_drawn(number, drawn)
+        def sample(self, prompts, sampling, on_sampled):
+            def forward(number, sampled):
+                on_sampled(number, sampled)
                 sampled_on.append(number)
                 if number == sampled_on[0]:
                     assert first_read.wait(20), "nothing is read while others still run"
 
-            super().draw(prompts, sampling, forward)
+            super().sample(prompts, sampling, forward)
 
     def read(completions, asked, original=rollout_module.answer_rewards):
         first_read.set()
@@ -137,7 +137,7 @@ def test_each_distinct_completion_is_embedded_once():
 
 
 def test_a_rollout_ahead_comes_from_the_weights_before_the_update(model, make_model, questions, ahead):
-    """The second batch is drawn from the first one's weights, whatever training does to them afterwards."""
+    """The second batch is sampled from the first one's weights, whatever training does to them afterwards."""
     original = make_model()
     with source_of(model, questions, ahead) as source:
         first = source.take(0, PhaseTimer(CPU)).rollout
@@ -189,8 +189,8 @@ def test_the_optimiser_waits_for_sampling_to_end(model, questions, ahead, monkey
     order = []
 
     class SlowEngine(TransformersEngine):
-        def draw(self, *arguments):
-            super().draw(*arguments)
+        def sample(self, *arguments):
+            super().sample(*arguments)
             order.append("sampled")
 
     step = torch.optim.AdamW.step
@@ -235,11 +235,11 @@ def test_what_goes_wrong_beside_the_step_stops_the_run(model, questions, ahead):
     class Broken(TransformersEngine):
         calls = 0
 
-        def draw(self, *arguments):
+        def sample(self, *arguments):
             self.calls += 1
             if self.calls == 2:
                 raise TrainingError("the sampler broke")
-            super().draw(*arguments)
+            super().sample(*arguments)
 
     with ExitStack() as stack:
         source = stack.enter_context(source_of(model, questions, ahead, engine=Broken(model, 8, apart=True)))
@@ -339,16 +339,16 @@ def test_memory_is_taken_before_and_given_back_after_sampling(model, questions, 
             order.append("awake")
             super().wake_up()
 
-        def draw(self, *arguments):
-            super().draw(*arguments)
-            order.append("drawn")
+        def sample(self, *arguments):
+            super().sample(*arguments)
+            order.append("sampled")
 
         def release_memory(self):
             order.append("released")
 
     chosen = ahead if is_ahead else config
     rollout_of(model, questions[:2], chosen, engine=Watched(model, 8))
-    assert order == ["awake", "drawn"] if is_ahead else ["awake", "drawn", "released"]
+    assert order == ["awake", "sampled"] if is_ahead else ["awake", "sampled", "released"]
 
 
 def test_leaving_does_not_wait_for_a_whole_rollout(model, questions, ahead):
@@ -365,9 +365,9 @@ def test_leaving_does_not_wait_for_a_whole_rollout(model, questions, ahead):
                 time.sleep(0.5)
             super().check_stopped()
 
-        def draw(self, *arguments):
+        def sample(self, *arguments):
             rollouts.append(1)
-            super().draw(*arguments)
+            super().sample(*arguments)
 
     rollouts: list[int] = []
     with source_of(model, questions, ahead, engine=Endless(model, 8, apart=True)) as source:

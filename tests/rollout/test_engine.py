@@ -127,11 +127,11 @@ def test_every_phase_of_a_step_has_a_remedy(model, questions, config):
 class OtherPolicy(TransformersEngine):
     """An engine whose log-probabilities are a tenth of a nat off, as stale weights make them."""
 
-    def draw(self, prompts, sampling, on_drawn):
-        def stale(number, drawn):
-            on_drawn(number, [dataclasses.replace(one, logprobs=[value - 0.1 for value in one.logprobs]) for one in drawn])
+    def sample(self, prompts, sampling, on_sampled):
+        def stale(number, sampled):
+            on_sampled(number, [dataclasses.replace(one, logprobs=[value - 0.1 for value in one.logprobs]) for one in sampled])
 
-        super().draw(prompts, sampling, stale)
+        super().sample(prompts, sampling, stale)
 
 
 @pytest.mark.parametrize("limit", [None, 0.05, 0.2])

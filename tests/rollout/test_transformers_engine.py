@@ -16,7 +16,7 @@ from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.models.presets import find_preset
 from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
 from tars_fast.rollout import transformers_engine
-from tars_fast.rollout.engine import Drawn, Sampling
+from tars_fast.rollout.engine import SampledCompletion, Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.types import Modality, Prompt, Question, TrainingError
 
@@ -50,11 +50,11 @@ def prompts_of(model: SpeechModel, folder: Path) -> list[Prompt]:
     return [prompt for modality in Modality for prompt in model.encode_prompts(questions, modality)]
 
 
-def draw(engine: TransformersEngine, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Drawn]]:
-    drawn: dict[int, list[Drawn]] = {}
+def sample(engine: TransformersEngine, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[SampledCompletion]]:
+    sampled: dict[int, list[SampledCompletion]] = {}
     engine.wake_up()
-    engine.draw(prompts, sampling, drawn.__setitem__)
-    return [drawn[number] for number in range(len(prompts))]
+    engine.sample(prompts, sampling, sampled.__setitem__)
+    return [sampled[number] for number in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -77,10 +77,10 @@ def test_equals_plain_transformers(checkpoints, tmp_path, monkeypatch, name, lor
     frequent = [*model.prompts.stop_token_ids, *range(40, 80)]
     monkeypatch.setattr(type(model.prompts), "stop_token_ids", frequent)
     for temperature, copies in ((0.0, 1), (1.0, 3)):
-        drawn = draw(TransformersEngine(model, 12), prompts, Sampling(copies, 20, temperature, 0))
-        lengths = [len(one.token_ids) for group in drawn for one in group]
+        sampled = sample(TransformersEngine(model, 12), prompts, Sampling(copies, 20, temperature, 0))
+        lengths = [len(one.token_ids) for group in sampled for one in group]
         assert len(set(lengths)) > 2, "completions end at different tokens"
-        for prompt, group in zip(prompts, drawn, strict=True):
+        for prompt, group in zip(prompts, sampled, strict=True):
             for one in group:
                 expected = logprobs_alone(model, prompt, one.token_ids)
                 tokens = torch.tensor(one.token_ids)
@@ -97,7 +97,7 @@ def test_equals_plain_transformers(checkpoints, tmp_path, monkeypatch, name, lor
 def test_bfloat16(checkpoints, tmp_path, name):
     model = prepared(checkpoints[name], 4, torch.bfloat16)
     prompts = prompts_of(model, tmp_path)
-    for prompt, group in zip(prompts, draw(TransformersEngine(model, 12), prompts, Sampling(2, 12, 1.0, 0)), strict=True):
+    for prompt, group in zip(prompts, sample(TransformersEngine(model, 12), prompts, Sampling(2, 12, 1.0, 0)), strict=True):
         for one in group:
             own = logprobs_alone(model, prompt, one.token_ids).gather(-1, torch.tensor(one.token_ids)[:, None])[:, 0]
             assert (torch.tensor(one.logprobs) - own).abs().mean() < 0.1
@@ -110,8 +110,8 @@ def test_draws_follow_the_distribution(model, questions):
         model.head.weight.mul_(0.15)
         logits = logprobs_alone(model, prompts[0], [0])[0]
     sampling = Sampling(num_completions=200, max_new_tokens=1, temperature=0.7, seed=3)
-    drawn = draw(TransformersEngine(model, 40_000), prompts * 200, sampling)
-    counts = torch.bincount(torch.tensor([one.token_ids[0] for group in drawn for one in group]), minlength=len(logits))
+    sampled = sample(TransformersEngine(model, 40_000), prompts * 200, sampling)
+    counts = torch.bincount(torch.tensor([one.token_ids[0] for group in sampled for one in group]), minlength=len(logits))
     expected = 40_000 * (logits / 0.7).softmax(-1).double()
     possible = torch.arange(len(logits)) != model.prompts.audio_token_id
     assert counts[~possible].sum() == 0
@@ -127,11 +127,11 @@ def test_the_seed_alone_decides(model, questions):
     prompts = model.encode_prompts(questions[:4], Modality.TEXT)
     sampling = Sampling(num_completions=2, max_new_tokens=12, temperature=1.5, seed=5)
     torch.manual_seed(1)
-    first = draw(TransformersEngine(model, 8), prompts, sampling)
+    first = sample(TransformersEngine(model, 8), prompts, sampling)
     held = torch.random.get_rng_state()
     torch.manual_seed(2)
-    assert draw(TransformersEngine(model, 8), prompts, sampling) == first
-    assert draw(TransformersEngine(model, 8), prompts, dataclasses.replace(sampling, seed=6)) != first
+    assert sample(TransformersEngine(model, 8), prompts, sampling) == first
+    assert sample(TransformersEngine(model, 8), prompts, dataclasses.replace(sampling, seed=6)) != first
     torch.manual_seed(1)
     assert torch.equal(torch.random.get_rng_state(), held)
 
@@ -146,10 +146,10 @@ def test_a_prompt_is_told_as_soon_as_its_completions_have_ended(model, questions
         model, "run_decoder", lambda inputs, *rest, **named: rows.append(inputs.shape[:2]) or decode(inputs, *rest, **named)
     )
     engine = TransformersEngine(model, 8)
-    engine.draw(prompts, Sampling(2, 40, 2.0, 0), lambda number, drawn: told.append((number, len(rows), drawn)))
+    engine.sample(prompts, Sampling(2, 40, 2.0, 0), lambda number, sampled: told.append((number, len(rows), sampled)))
     assert sorted(number for number, _, _ in told) == [0, 1, 2, 3]
-    for _, passes, drawn in told:
-        assert passes == max(len(one.token_ids) for one in drawn)
+    for _, passes, sampled in told:
+        assert passes == max(len(one.token_ids) for one in sampled)
     assert rows[0] == (1, sum(len(prompt.token_ids) for prompt in prompts)), "prompts without padding"
     assert rows[1] == (4, 2)
     assert rows[-1][0] < 4

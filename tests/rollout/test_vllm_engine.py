@@ -237,9 +237,9 @@ def test_a_group_shares_its_prompts_cache_and_an_update_never_meets_an_old_one(f
 def test_a_draw_needs_a_hand_over_of_its_own(full_engine, questions):
     prompts = prompts_of(full_engine, questions[:1])
     full_engine.wake_up()
-    full_engine.draw(prompts, GREEDY, lambda *_: None)
+    full_engine.sample(prompts, GREEDY, lambda *_: None)
     with pytest.raises(RuntimeError, match="the weights may have changed"):
-        full_engine.draw(prompts, GREEDY, lambda *_: None)
+        full_engine.sample(prompts, GREEDY, lambda *_: None)
 
 
 def test_continuations_are_told_as_soon_as_they_are_there(full_engine, questions):
@@ -248,7 +248,7 @@ def test_continuations_are_told_as_soon_as_they_are_there(full_engine, questions
     unfinished = []
     full_engine.wake_up()
     engine = full_engine._internals.llm.llm_engine
-    full_engine.draw(prompts, SAMPLED, lambda _number, _drawn: unfinished.append(engine.get_num_unfinished_requests()))
+    full_engine.sample(prompts, SAMPLED, lambda _number, _sampled: unfinished.append(engine.get_num_unfinished_requests()))
     assert len(unfinished) == 12
     assert unfinished[0] > 0 == unfinished[-1]
 
@@ -277,7 +277,7 @@ def test_stopping_ends_a_draw_at_its_next_token(engine, questions):
     engine.wake_up()
     engine.stop()
     with pytest.raises(TrainingError, match="sampling was stopped"):
-        engine.draw(prompts, SAMPLED, lambda *_: pytest.fail("a whole answer"))
+        engine.sample(prompts, SAMPLED, lambda *_: pytest.fail("a whole answer"))
     engine._stopped = False
     assert engine.generate(prompts, range(12), GREEDY) == expected
 
@@ -512,7 +512,7 @@ def test_one_sequence_is_enough_of_a_cache(questions):
 
 @pytest.mark.slow
 def test_adapters_start_from_the_runs_own_seed(tmp_path):
-    """vLLM seeds torch when it starts; what is drawn afterwards must depend on --seed all the same."""
+    """vLLM seeds torch when it starts; what is sampled afterwards must depend on --seed all the same."""
     weights = []
     for seed in (1, 2):
         flags = ("--engine", "vllm", "--lora-rank", 4, "--num-steps", 1, "--questions-per-step", 2, "--learning-rate", "1e-9")
