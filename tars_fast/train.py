@@ -32,7 +32,7 @@ from tars_kernels import use_reference
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import EMBEDDED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_embedded, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, split_by_id, without_leaks
-from tars_fast.evaluation.answering import EvaluationSettings, evaluate
+from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
 from tars_fast.evaluation.results import ItemResult, change_since, data_fingerprint, read_predictions, report, text_reference
 from tars_fast.learning.batch import RolloutSource
 from tars_fast.learning.optimizer import make_optimizer
@@ -318,9 +318,7 @@ def train_policy(
         log.say(f"evaluating {when} training")
         settings = EvaluationSettings(config.max_new_tokens, config.eval_samples, config.temperature, config.seed)
         with explain_out_of_memory("evaluation"), item_progress(log.console, len(held_out)) as advance:
-            results = evaluate(
-                model, engine, text_similarity, held_out, settings, data=eval_name, advance=advance, workers=workers
-            )
+            results = Evaluator(model, engine, text_similarity, settings, workers).evaluate(held_out, eval_name, advance)
         if workers.is_first:
             write_atomically(config.output_dir / f"predictions_{when}.jsonl", "".join(result.to_line() for result in results))
         return results
