@@ -27,10 +27,10 @@ from tars_fast.analysis.drift import Analysis, AnalysisSettings, change_since
 from tars_fast.analysis.probes import Calibration, repeated
 from tars_fast.data.items import EMBEDDED, HELD_OUT_DATA, load_questions, or_embedded
 from tars_fast.data.splits import choose_by_id, data_fingerprint
-from tars_fast.evaluation.answering import EvaluationSettings, evaluate, slices
+from tars_fast.evaluation.answering import EvaluationSettings, Evaluator, slice_data
 from tars_fast.evaluation.results import ItemResult, report, text_reference
 from tars_fast.evaluation.results import change_since as accuracy_change_since
-from tars_fast.learning.rewards import HashedNgrams
+from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.models.hub import weights_fingerprint
 from tars_fast.models.preset import Preset
 from tars_fast.models.presets import find_preset
@@ -178,8 +178,8 @@ def answer(
     sizes = model.prompts.try_questions(questions, settings.max_new_tokens)
     refused = {q.id: str(size) for q, size in zip(questions, sizes, strict=True) if isinstance(size, UserError)}
     with item_progress(console, len(questions), what=f"items, {what}") as advance:
-        # Only accuracies are looked at; how alike words are is for `evaluate` to say.
-        return evaluate(model, engine, HashedNgrams(), questions, how, data="", advance=advance, refused=refused)
+        # Probes change accuracies, which is all that is reported of them: the cheapest text similarity will do.
+        return Evaluator(model, engine, HashedNgrams(), how).evaluate(questions, "", advance, refused)
 
 
 def run_probes(
@@ -311,10 +311,10 @@ def analyse(job: Prepared, compared: Compared | None) -> int:
     analysis = Analysis(model, engine, settings, calibrations)
     with closing(engine), explain_out_of_memory("the analysis"):
         with item_progress(console, len(questions)) as advance, (output_dir / ITEMS).open("w", encoding="utf-8") as items:
-            for _, _, part in slices("", questions):
-                for record in analysis.add(part):
+            for part in slice_data("", questions):
+                for record in analysis.add(part.questions):
                     items.write(json.dumps(as_json(record)) + "\n")
-                advance(len(part))
+                advance(len(part.questions))
         if not analysis.num_items:
             first, reason = next(iter(analysis.failed.items()))
             raise UserError(f"data {config.data}: none of its {len(questions)} items can be analysed; item {first!r}: {reason}")

@@ -23,7 +23,7 @@ from tars_fast.data.audio import LongRecordingError
 from tars_fast.data.items import HELD_OUT_DATA, load_questions, or_embedded
 from tars_fast.data.splits import data_fingerprint
 from tars_fast.data.transcription import normalised
-from tars_fast.evaluation.answering import TRANSCRIBE, EvaluationSettings, Part, evaluate_rounds, slices
+from tars_fast.evaluation.answering import TRANSCRIBE, DataSlice, EvaluationSettings, Evaluator, slice_data
 from tars_fast.evaluation.results import (
     OVERALL,
     PREDICTIONS,
@@ -39,7 +39,7 @@ from tars_fast.evaluation.results import (
     report,
     text_reference,
 )
-from tars_fast.learning.rewards import load_text_similarity
+from tars_fast.learning.rewards.behaviour import load_text_similarity
 from tars_fast.learning.workers import Workers, join_workers
 from tars_fast.models.hub import adapter_rank, weights_fingerprint
 from tars_fast.models.memory import GB, Workload
@@ -176,17 +176,24 @@ def check_transcripts(data: Mapping[str, Sequence[Question]]) -> None:
             )
 
 
-def find_pending(parts: Sequence[Part], done: Mapping[tuple[str, str], ItemResult]) -> list[Part]:
-    """Those that are not done. A failed item may have been put right since; its slice is done again, whole, so that it does not
-    matter when it failed."""
-    return [part for part in parts if any((r := done.get((part[0], q.id))) is None or r.failed for q in part[2])]
+def find_pending(slices: Sequence[DataSlice], done: Mapping[tuple[str, str], ItemResult]) -> list[DataSlice]:
+    """The slices that are not done. A slice with a failed item, which may have been mended since, is done again as a whole, so
+    that its results do not depend on when the item failed."""
+
+    def is_done(part: DataSlice) -> bool:
+        results = [done.get((part.data, question.id)) for question in part.questions]
+        return all(result is not None and result.failed is None for result in results)
+
+    return [part for part in slices if not is_done(part)]
 
 
-def open_output(output_dir: Path, settings: Mapping[str, Any], parts: Sequence[Part]) -> dict[tuple[str, str], ItemResult]:
+def open_output(
+    output_dir: Path, settings: Mapping[str, Any], slices: Sequence[DataSlice]
+) -> dict[tuple[str, str], ItemResult]:
     """Read what an evaluation of the same has left in the folder.
 
     Args:
-        settings: with a fingerprint of each part's recordings, in order, which no part that has to be done anyway is held to.
+        settings: with a fingerprint of each slice's recordings, in order; those of pending slices may have changed.
 
     Raises:
         UserError: it holds an evaluation of something else, or something else.
@@ -206,8 +213,8 @@ def open_output(output_dir: Path, settings: Mapping[str, Any], parts: Sequence[P
             ) from error
         changed = sorted(name for name in settings if name != "recordings" and earlier.get(name) != settings[name])
         if not changed:
-            heard = [*earlier.get("recordings", []), *[None] * len(parts)]
-            now = zip(parts, heard, settings["recordings"], strict=False)
+            recorded = [*earlier.get("recordings", []), *[None] * len(slices)]
+            now = zip(slices, recorded, settings["recordings"], strict=False)
             stale = [part for part, before, after in now if before != after]
             changed = ["recordings"] if len(find_pending(stale, done)) < len(stale) else []
         if changed:
@@ -273,13 +280,13 @@ def evaluate_data(config: EvaluateConfig, workers: Workers) -> int:
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, adapter_rank(preset.source))
     output_dir = config.output_dir or workers.gather(new_output_folder(config.model, "evaluate-"))[0]
-    parts = [part for name, questions in data.items() for part in slices(name, questions)]
+    slices = [part for name, questions in data.items() for part in slice_data(name, questions)]
     settings = {
         "model": config.model,
         "weights": weights_fingerprint(preset.source),
         "data": sources,
         "data_fingerprint": {name: data_fingerprint(questions) for name, questions in data.items()},
-        "recordings": [recordings_fingerprint(questions) for _, _, questions in parts],
+        "recordings": [recordings_fingerprint(part.questions) for part in slices],
         "max_new_tokens": preset.max_new_tokens,
         "samples": config.samples,
         "temperature": config.temperature,
@@ -295,14 +302,14 @@ def evaluate_data(config: EvaluateConfig, workers: Workers) -> int:
     }
     job = Job(config, output_dir, prompts, data, settings, device, dtype)
     console = open_console() if workers.is_first else Console(quiet=True)
-    done = open_output(output_dir, settings, parts)
+    done = open_output(output_dir, settings, slices)
     make_output_folder(output_dir)
-    pending = find_pending(parts, done)
+    pending = find_pending(slices, done)
     # Every process has read what is there before the first one changes it.
     workers.gather(None)
-    for name, _, questions in pending:
-        for question in questions:
-            done.pop((name, question.id), None)
+    for part in pending:
+        for question in part.questions:
+            done.pop((part.data, question.id), None)
     if pending:
         try:
             evaluate_parts(job, pending, list(done.values()), console, workers)
@@ -350,8 +357,10 @@ def check_sizes(
             )
 
 
-def evaluate_parts(job: Job, pending: Sequence[Part], done: Sequence[ItemResult], console: Console, workers: Workers) -> None:
-    """Load the model and append what it makes of the pending parts to predictions.jsonl, round by round, behind what is done.
+def evaluate_parts(
+    job: Job, pending: Sequence[DataSlice], done: Sequence[ItemResult], console: Console, workers: Workers
+) -> None:
+    """Load the model and append what it makes of the pending slices to predictions.jsonl, round by round, behind what is done.
 
     Raises:
         UserError: the model cannot be loaded, or takes no item of one data set.
@@ -383,7 +392,7 @@ def evaluate_parts(job: Job, pending: Sequence[Part], done: Sequence[ItemResult]
     )
     with explain_out_of_memory("loading the model"):
         model, engine = load_policy(prompts, preset.source, job.device, job.dtype, workload)
-    total, left = sum(map(len, data.values())), sum(len(questions) for _, _, questions in pending)
+    total, left = sum(map(len, data.values())), sum(len(part.questions) for part in pending)
     long = prompts.tell_long([size for part in sizes.values() for size in part if isinstance(size, PromptSize)])
     if long is not None:
         say(console, long)
@@ -404,7 +413,7 @@ def evaluate_parts(job: Job, pending: Sequence[Part], done: Sequence[ItemResult]
         write_predictions(job.output_dir / PREDICTIONS, done)
     how = EvaluationSettings(preset.max_new_tokens, config.samples, config.temperature, config.seed, config.transcribe)
     with closing(engine), explain_out_of_memory("evaluation"), item_progress(console, total, total - left) as advance:
-        for results in evaluate_rounds(model, engine, text_similarity, pending, how, workers=workers, refused=refused):
+        for results in Evaluator(model, engine, text_similarity, how, workers).evaluate_rounds(pending, refused):
             if workers.is_first:
                 append(job.output_dir / PREDICTIONS, results)
             advance(len(results))

@@ -141,7 +141,7 @@ def update_policy(learner: Learner, scored: ScoredRollout | None, wait: Callable
         scored: this process's share of the rollout; None where nothing of it could be used.
         wait: returns once the weights may change.
     """
-    learner.optimizer.zero_grad(set_to_none=True)
+    learner.start_update(scored)
     trained: list[TrainedTokens] = []
     for rows in learner.micro_batches(scored):
         assert scored is not None

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tars_fast.learning.answers import answer_blocks, extract_answer
+from tars_fast.learning.rewards.answers import answer_blocks, extract_answer
 
 SCORERS = ("strict", "voicebench", "letter")
 VOICEBENCH_CHOICES = ("A", "B", "C", "D")

@@ -105,6 +105,12 @@ class Learner:
         self.num_tokens = sum(self.workers.gather(0 if rollout is None else rollout.num_tokens))
         return None if rollout is None else ScoredRollout(rollout, reward_weights(self.config))
 
+    def start_update(self, scored: ScoredRollout | None) -> None:
+        """Forget the gradients of the last update."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if scored is not None:
+            scored.trained_N.zero_()
+
     def micro_batches(self, scored: ScoredRollout | None) -> list[list[int]]:
         """[N] numbers of completions, whole questions, as many as `--tokens-per-micro-batch` has room for."""
         return [] if scored is None else micro_batches(scored.rollout, self.config.tokens_per_micro_batch)

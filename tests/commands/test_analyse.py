@@ -31,8 +31,8 @@ from tars_fast.analysis.probes import Calibration, Moments, repeated
 from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.data.items import HELD_OUT_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.splits import choose_by_id
-from tars_fast.evaluation.answering import EvaluationSettings, evaluate
-from tars_fast.learning.rewards import HashedNgrams
+from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
+from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.models.presets import find_preset
 from tars_fast.models.prompts import load_prompt_format
 from tars_fast.models.speech_model import SpeechModel, load_module
@@ -62,7 +62,7 @@ def analysed(model, items, calibrations=(), settings=SETTINGS) -> tuple[Analysis
 def test_drift_is_what_the_evaluation_says(model, items):
     made, records = analysed(model, items)
     how = EvaluationSettings(max_new_tokens=40, num_samples=0, temperature=1.0, seed=0)
-    others = evaluate(model, TransformersEngine(model, 32), HashedNgrams(), items, how, data="d", advance=lambda _: None)
+    others = Evaluator(model, TransformersEngine(model, 32), HashedNgrams(), how).evaluate(items, "d", lambda _: None)
     for record, other in zip(records, others, strict=True):
         answers = other.evaluated
         assert (record["speech"], record["text"]) == (answers.speech.completion, answers.text.completion)

@@ -21,7 +21,7 @@ from tars_fast import evaluate as command
 from tars_fast.data.items import VALIDATION_DATA, load_questions
 from tars_fast.data.sources import read_rows, stamp
 from tars_fast.evaluate import EvaluateConfig, main, run_evaluation
-from tars_fast.evaluation import answering as evaluation
+from tars_fast.evaluation.answering import Evaluator
 from tars_fast.evaluation.results import read_predictions
 from tars_fast.models.hub import weights_fingerprint
 from tars_fast.models.presets import find_preset
@@ -190,12 +190,12 @@ def test_a_killed_evaluation_continues_to_the_same_result(items, tmp_path, monke
     assert not (broken / "evaluation.json").exists()
     assert len(read_predictions(broken, "")) == 9, "two slices, a whole line, and half a line that is not taken"
 
-    slices, original = [], evaluation.evaluate_slice
+    starts, original = [], Evaluator.evaluate_slice
     monkeypatch.setattr(
-        evaluation, "evaluate_slice", lambda *given, **named: slices.append(named["start"]) or original(*given, **named)
+        Evaluator, "evaluate_slice", lambda self, *given: starts.append(given[0].start) or original(self, *given)
     )
     evaluated(broken, *data, samples=1)
-    assert slices == [8, 0, 4, 8], "the rest of the first data, all of the second"
+    assert starts == [8, 0, 4, 8], "the rest of the first data, all of the second"
     for name in ("evaluation.json", "predictions.jsonl"):
         assert (broken / name).read_bytes() == (unbroken / name).read_bytes()
 

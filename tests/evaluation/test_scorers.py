@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tars_fast.evaluation.scorers import SCORERS, VOICEBENCH_CHOICES, letter_answer, read_completion, voicebench_answer
-from tars_fast.learning.answers import extract_answer
+from tars_fast.learning.rewards.answers import extract_answer
 
 CASES = [
     # completion, strict, voicebench, letter
