@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tars_fast  # noqa: F401  (before torch: threads.py)
-from tars_fast.models.presets import architecture_of
+from tars_fast.models.registry import architecture_of
 
 # isort: split
 import torch
@@ -52,8 +52,8 @@ from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.rewards import AnswerRewards, HashedNgrams, choose_references
 from tars_fast.learning.update import update_policy
 from tars_fast.models.architecture import Architecture
-from tars_fast.models.presets import PRESETS
 from tars_fast.models.prompts import load_prompt_format
+from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.provenance import provenance

@@ -43,8 +43,8 @@ from tars_fast.models.architecture import find_layers
 from tars_fast.models.audio_cache import make_cache_folder
 from tars_fast.models.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint
 from tars_fast.models.memory import GB, MemoryPlan, describe, plan_memory, remedies, size
-from tars_fast.models.presets import architecture_of, family_of, find_preset, list_checkpoints
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
+from tars_fast.models.registry import architecture_of, family_of, find_preset, list_checkpoints
 from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
 from tars_fast.reports.figure import FIGURE, accuracy_figure, can_draw, write_png
 from tars_fast.reports.log import RunLog, print_summary
@@ -207,10 +207,10 @@ def check_items(
     Raises:
         UserError: see `PromptFormat.check_questions`; with `--skip-unusable` only where nothing is left.
     """
-    sizes = workers.spread(lambda share: prompts.try_questions(share, max_new_tokens), questions)
+    sizes = workers.spread(lambda share: prompts.prompt_sizes(share, max_new_tokens), questions)
     usable = {q.id: size for q, size in zip(questions, sizes, strict=True) if isinstance(size, PromptSize)}
     if not skip_unusable or not usable:
-        prompts.refuse(questions, sizes)
+        prompts.raise_refusals(questions, sizes)
     refused = [f"item {q.id!r}: {size}" for q, size in zip(questions, sizes, strict=True) if not isinstance(size, PromptSize)]
     return usable, f"{len(refused)} of {len(questions)} items left out; the first: {refused[0]}" if refused else None
 
@@ -261,7 +261,7 @@ def prepare_and_train(config: TrainConfig, workers: Workers) -> int:
     run = config.resolve(preset, output_dir=output_dir, tokens_per_micro_batch=tokens)
     settings = settings_of_run(run, training, held_out)
     check_output(run, settings)
-    for note in (*notes, left_out, prompts.tell_long(list(sizes.values()))):
+    for note in (*notes, left_out, prompts.long_audio_notice(list(sizes.values()))):
         if note is not None and workers.is_first:
             print(note, flush=True)
     if config.audio_cache_dir is not None:
@@ -284,7 +284,7 @@ def train_policy(
 ) -> int:
     """Evaluate, train, evaluate, report; `adapter` is the checkpoint to continue from, `settings` what config.json holds."""
     device = model.device
-    model.keep_audio(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
+    model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
     text_similarity = load_text_similarity(config.behaviour_model, device)
     # Every process has looked at the folder before the first one writes there, and that has been before others read.
     workers.gather(None)

@@ -26,7 +26,7 @@ from tars_fast.learning.batch import Rollout
 from tars_fast.learning.rewards import representation_rewards
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.architecture import find_layers
-from tars_fast.models.speech_model import Layout, SpeechModel
+from tars_fast.models.speech_model import PackedBatch, SpeechModel
 from tars_fast.support.timing import PhaseTimer
 from tars_fast.types import Modality, Prompt, TrainingError
 
@@ -71,7 +71,7 @@ class _Pass:
 
     rows: list[int]
     """[N] which."""
-    layout: Layout
+    layout: PackedBatch
     hidden_TD: Tensor
     pooled_LND: Tensor | None
 
@@ -265,7 +265,7 @@ def run_forward(model: SpeechModel, rollout: Rollout, rows: list[int], timer: Ph
         with timer.phase("encode"):
             prompts = reencode_audio(model, rollout, rows)
     with timer.phase("forward"):
-        layout = model.lay_out(prompts, completions)
+        layout = model.pack(prompts, completions)
         if pooler is None:
             return _Pass(rows, layout, model.forward(layout), None)
         with pooler.pooling(layout.cu_seqlens, positions=layout.positions):

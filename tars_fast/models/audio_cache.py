@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tars_fast.support.files import make_readable
 from tars_fast.types import Recording, UserError
 
-Clips = tuple[Tensor, ...]
+ClipEmbeddings = tuple[Tensor, ...]
 """Embeddings of one recording, [A, D] for each clip of it."""
 
 
@@ -36,7 +36,7 @@ class AudioCache:
         self._folder = folder
         self._max_folder_bytes = max_folder_bytes
         self._fingerprint = fingerprint
-        self._held: OrderedDict[str, Clips] = OrderedDict()
+        self._held: OrderedDict[str, ClipEmbeddings] = OrderedDict()
         self._num_bytes = 0
         self._lock = threading.Lock()
         self._digests: dict[tuple[Recording, tuple[int, int] | None], str] = {}
@@ -59,7 +59,7 @@ class AudioCache:
             raise UserError(f"{recording}: cannot be read ({error.strerror})") from error
         return self._digests[place]
 
-    def get(self, key: str) -> Clips | None:
+    def get(self, key: str) -> ClipEmbeddings | None:
         """On the host, or None."""
         with self._lock:
             if key in self._held:
@@ -83,7 +83,7 @@ class AudioCache:
         self._hold(key, clips)
         return clips
 
-    def put(self, key: str, clips: Clips) -> None:
+    def put(self, key: str, clips: ClipEmbeddings) -> None:
         """Keep the clips of a recording, moved to the host."""
         clips = tuple(clip.detach().cpu() for clip in clips)
         self._hold(key, clips)
@@ -94,7 +94,7 @@ class AudioCache:
             with suppress(OSError, SafetensorError):
                 self._write(self._folder, key, clips)
 
-    def _hold(self, key: str, clips: Clips) -> None:
+    def _hold(self, key: str, clips: ClipEmbeddings) -> None:
         with self._lock:
             if key in self._held:
                 self._num_bytes -= _num_bytes(self._held.pop(key))
@@ -104,7 +104,7 @@ class AudioCache:
                 _, oldest = self._held.popitem(last=False)
                 self._num_bytes -= _num_bytes(oldest)
 
-    def _write(self, folder: Path, key: str, clips: Clips) -> None:
+    def _write(self, folder: Path, key: str, clips: ClipEmbeddings) -> None:
         from safetensors.torch import save_file
 
         path = self._path(folder, key)
@@ -136,11 +136,11 @@ def make_cache_folder(folder: Path) -> None:
         raise UserError(f"--audio-cache-dir {folder}: cannot be made ({error.strerror}); name another") from error
 
 
-def _num_bytes(clips: Clips) -> int:
+def _num_bytes(clips: ClipEmbeddings) -> int:
     return sum(clip.nbytes for clip in clips)
 
 
-def _checksum(clips: Clips) -> str:
+def _checksum(clips: ClipEmbeddings) -> str:
     digest = hashlib.sha256()
     for clip in clips:
         digest.update(f"{tuple(clip.shape)} {clip.dtype}".encode())

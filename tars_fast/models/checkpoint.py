@@ -15,8 +15,8 @@ from torch import Tensor
 from tars_fast.models.adapters import has_adapter, save_adapter
 from tars_fast.models.hub import checkpoint_folder, copy_processor, read_weights
 from tars_fast.models.modules import PolicyModule
-from tars_fast.models.presets import list_checkpoints
 from tars_fast.models.prompts import PromptFormat
+from tars_fast.models.registry import list_checkpoints
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.support.files import PARTIAL, make_readable
 from tars_fast.types import UserError

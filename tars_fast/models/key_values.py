@@ -18,7 +18,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 
-class PromptKeys:
+class PromptKeyValues:
     """Of passes over prompts.
 
     Args:
@@ -61,7 +61,7 @@ class PromptKeys:
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-class CompletionKeys:
+class CompletionKeyValues:
     """Of passes over a token of every completion, each after a `grow`.
 
     Args:
@@ -70,7 +70,7 @@ class CompletionKeys:
         room: tokens of a completion that memory is taken for at a time.
     """
 
-    def __init__(self, prompts: PromptKeys, num_completions: int, room: int):
+    def __init__(self, prompts: PromptKeyValues, num_completions: int, room: int):
         self._layers = prompts.layers
         self._num_completions, self._room = num_completions, room
         keys = self._layers[0][0]
@@ -114,7 +114,7 @@ class CompletionKeys:
             self._layers[layer] = change(keys), change(values)
 
 
-KeyValues = PromptKeys | CompletionKeys
+KeyValues = PromptKeyValues | CompletionKeyValues
 
 
 def _hidden(where: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from tars_fast.models.families.base import Family, Features
 from tars_fast.models.hub import base_of, cannot_be_loaded, checkpoint_folder, model_type
 from tars_fast.models.modules import Tokenizer
 from tars_fast.models.preset import Preset
-from tars_fast.models.presets import find_family
+from tars_fast.models.registry import find_family
 from tars_fast.types import LongAudio, Modality, Question, Recording, UserError
 
 PLAIN_PROMPT = "You are a helpful assistant."
@@ -117,7 +117,7 @@ class PromptFormat:
         """Audio tokens that the tower will make of a clip."""
         return self.family.num_audio_tokens(self.feature_extractor, len(wave))
 
-    def measure(self, question: Question, max_new_tokens: int) -> PromptSize:
+    def prompt_size(self, question: Question, max_new_tokens: int) -> PromptSize:
         """Sizes of an item's prompts, without running anything.
 
         Raises:
@@ -146,12 +146,12 @@ class PromptFormat:
         """Find every item the model cannot take, before any work on it.
 
         Raises:
-            UserError: for the first item, in order, that `measure` refuses; for recordings that are too long, with their
+            UserError: for the first item, in order, that `prompt_size` refuses; for recordings that are too long, with their
                 number.
         """
-        return self.refuse(questions, self.try_questions(questions, max_new_tokens))
+        return self.raise_refusals(questions, self.prompt_sizes(questions, max_new_tokens))
 
-    def refuse(self, questions: Sequence[Question], sizes: Sequence[PromptSize | UserError]) -> list[PromptSize]:
+    def raise_refusals(self, questions: Sequence[Question], sizes: Sequence[PromptSize | UserError]) -> list[PromptSize]:
         """The sizes, where none is a refusal. Raises UserError as `check_questions` does."""
         long = [size for size in sizes if isinstance(size, LongRecordingError)]
         for question, size in zip(questions, sizes, strict=True):
@@ -160,7 +160,7 @@ class PromptFormat:
                 raise UserError(f"item {question.id!r}: {size}{more}")
         return [size for size in sizes if isinstance(size, PromptSize)]
 
-    def tell_long(self, sizes: Sequence[PromptSize]) -> str | None:
+    def long_audio_notice(self, sizes: Sequence[PromptSize]) -> str | None:
         """What becomes of recordings that are longer than the model hears at once; None where there are none."""
         long = [size.seconds for size in sizes if size.seconds > self.max_audio_seconds]
         if not long:
@@ -171,12 +171,12 @@ class PromptFormat:
             f"once (the longest {max(long):.0f} s): {heard} (--long-audio {self.long_audio})"
         )
 
-    def try_questions(self, questions: Sequence[Question], max_new_tokens: int) -> list[PromptSize | UserError]:
-        """What `measure` says of each item, in order, its refusals included."""
+    def prompt_sizes(self, questions: Sequence[Question], max_new_tokens: int) -> list[PromptSize | UserError]:
+        """What `prompt_size` says of each item, in order, its refusals included."""
 
         def attempt(question: Question) -> PromptSize | UserError:
             try:
-                return self.measure(question, max_new_tokens)
+                return self.prompt_size(question, max_new_tokens)
             except UserError as error:
                 return error
 

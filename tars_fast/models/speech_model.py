@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tars_fast.models.adapters import add_adapter, has_adapter, load_adapter, load_adapter_weights, merge_adapter
-from tars_fast.models.audio_cache import AudioCache, Clips, fingerprint
+from tars_fast.models.audio_cache import AudioCache, ClipEmbeddings, fingerprint
 from tars_fast.models.families.base import Features
 from tars_fast.models.hub import base_of, cannot_be_loaded, checkpoint_folder
 from tars_fast.models.key_values import KeyValues
@@ -43,7 +43,7 @@ class LoadedAudio:
     num_tokens: list[int]
     """Audio tokens of each clip."""
     features: Sequence[Features] = ()
-    embeddings: Clips | None = None
+    embeddings: ClipEmbeddings | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class SpeechModel:
         attention: Any = self.language_model.layers[0].self_attn
         return "FlashAttention" if uses_flash(self.device, self.module.dtype, attention.head_dim) else "masked attention"
 
-    def keep_audio(self, max_bytes: int, folder: Path | None, max_folder_bytes: int) -> None:
+    def set_audio_cache(self, max_bytes: int, folder: Path | None, max_folder_bytes: int) -> None:
         """Bound the embeddings kept for later epochs, and keep them in `folder` too, where later runs find them.
 
         Raises:
@@ -104,7 +104,7 @@ class SpeechModel:
         heard = "" if folder is None else f"{fingerprint(*self.audio_parts)}-{self.prompts.long_audio}"
         self._audio_cache = AudioCache(max_bytes, folder, max_folder_bytes, heard)
 
-    def twin(self) -> SpeechModel:
+    def copy_sharing_weights(self) -> SpeechModel:
         """The same weights in modules of their own, which hooks and flags of this one's forward pass do not reach."""
         weights = {id(weight): weight for weight in (*self.module.parameters(), *self.module.buffers())}
         return SpeechModel(copy.deepcopy(self.module, memo=weights), self.prompts)
@@ -143,9 +143,9 @@ class SpeechModel:
         """Prompts with what the tower makes of their recordings.
 
         Raises:
-            UserError: see `hear`.
+            UserError: see `encode_audio`.
         """
-        heard = iter(self.hear([prompt.audio for prompt in prepared if prompt.audio is not None]))
+        heard = iter(self.encode_audio([prompt.audio for prompt in prepared if prompt.audio is not None]))
         return [Prompt(one.modality, one.token_ids, () if one.audio is None else next(heard)) for one in prepared]
 
     def load_audio(self, recording: Recording) -> LoadedAudio:
@@ -161,7 +161,7 @@ class SpeechModel:
         features = [self.prompts.features(wave) for wave in waves]
         return LoadedAudio(recording, key, [clip.num_tokens for clip in features], features=features)
 
-    def hear(self, recordings: Sequence[LoadedAudio]) -> list[Clips]:
+    def encode_audio(self, recordings: Sequence[LoadedAudio]) -> list[ClipEmbeddings]:
         """Embeddings of each recording; each different one goes through the tower once.
 
         Raises:
@@ -174,7 +174,7 @@ class SpeechModel:
             for audio in different.values()
             if audio.embeddings is not None
         }
-        embedded = iter(self.embed([clip for audio in new for clip in audio.features]))
+        embedded = iter(self.encode_clips([clip for audio in new for clip in audio.features]))
         for audio in new:
             heard = tuple(next(embedded) for _ in audio.features)
             if not all(clip.isfinite().all() for clip in heard):
@@ -184,9 +184,9 @@ class SpeechModel:
                 self._audio_cache.put(audio.key, heard)
         return [known[audio.recording] for audio in recordings]
 
-    def embed(self, clips: Sequence[Features]) -> list[Tensor]:
+    def encode_clips(self, clips: Sequence[Features]) -> list[Tensor]:
         """[A, D] for each clip."""
-        return self.family.embed(self.module, clips)
+        return self.family.encode_clips(self.module, clips)
 
     def embed_tokens(self, token_ids: Tensor, prompts: Sequence[Prompt], starts: Sequence[int]) -> Tensor:
         """Input embeddings with audio at prompt positions only, never at a token that the policy sampled.
@@ -213,7 +213,7 @@ class SpeechModel:
         flat = flat.index_copy(0, torch.cat(places).to(flat.device), torch.cat(audio).to(flat.dtype))
         return flat.view_as(embeddings)
 
-    def lay_out(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Layout:
+    def pack(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> PackedBatch:
         """One row without padding: each prompt once, then all completions.
 
         Args:
@@ -243,7 +243,7 @@ class SpeechModel:
         ]
         token_ids = [token for row in rows for token in row[0][0].token_ids]
         token_ids += [token for completion in completions for token in completion.token_ids]
-        layout = Layout(
+        layout = PackedBatch(
             prompts=[row[0][0] for row in rows],
             groups=groups,
             token_ids=torch.tensor(token_ids),
@@ -253,7 +253,7 @@ class SpeechModel:
         )
         return layout.to(self.device)
 
-    def forward(self, layout: Layout) -> Tensor:
+    def forward(self, layout: PackedBatch) -> Tensor:
         """[T, D] the states that predict the completions' tokens, ready for the head."""
         starts = accumulate(layout.groups.prompt_lengths[:-1], initial=0)
         inputs = self.embed_tokens(layout.token_ids[None], layout.prompts, list(starts))
@@ -288,7 +288,7 @@ class SpeechModel:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedBatch:
     """A micro-batch as one row: P prompt tokens, T completion tokens, no padding."""
 
     prompts: list[Prompt]
@@ -314,7 +314,7 @@ class Layout:
         """[T] int64 completion tokens."""
         return self.token_ids[self.groups.num_prompt_tokens :]
 
-    def to(self, device: torch.device) -> Layout:
+    def to(self, device: torch.device) -> PackedBatch:
         moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **moved)
 

@@ -24,7 +24,7 @@ class SharingError(TrainingError):
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightMapping:
     """Where an engine keeps one part of the model."""
 
     prefix: str
@@ -34,7 +34,7 @@ class Part:
     """Engine's fused module to the transformers modules whose rows it stacks, in order."""
 
 
-EngineNames = tuple[Part, ...]
+EngineNames = tuple[WeightMapping, ...]
 
 
 def engine_place(name: str, names: EngineNames) -> tuple[str, tuple[str, ...]]:

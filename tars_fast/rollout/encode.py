@@ -43,6 +43,6 @@ def encode_speech(
                 made[number] = error
     for number in usable:
         prompt = made[number]
-        if isinstance(prompt, Prompt) and (reason := engine.refuses(prompt, max_new_tokens)) is not None:
+        if isinstance(prompt, Prompt) and (reason := engine.refusal(prompt, max_new_tokens)) is not None:
             made[number] = UserError(reason)
     return [made[number] for number in range(len(prepared))]

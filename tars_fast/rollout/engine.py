@@ -57,7 +57,7 @@ class RolloutEngine(ABC):
             on_sampled: told a prompt's number and its continuations as soon as they are there, while others still run.
 
         Raises:
-            ValueError: a prompt that `refuses` gives a reason for.
+            ValueError: a prompt that `refusal` gives a reason for.
         """
 
     def generate(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
@@ -80,7 +80,7 @@ class RolloutEngine(ABC):
         ]
 
     @abstractmethod
-    def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
+    def refusal(self, prompt: Prompt, max_new_tokens: int) -> str | None:
         """Why `sample` would not take this prompt, or None."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ from tars_fast.models.speech_model import SpeechModel, load_module
 from tars_fast.models.weights import SharingError, assert_shared
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.transformers_engine import TransformersEngine
-from tars_fast.rollout.vllm_engine import VllmEngine, VllmSettings, unusable_because
+from tars_fast.rollout.vllm_engine import VllmEngine, VllmSettings, vllm_refusal
 from tars_fast.types import UserError
 
 __all__ = ["SharingError", "assert_shared", "choose_engine", "load_policy"]
@@ -30,7 +30,7 @@ def choose_engine(
     """
     if name == "transformers":
         return name
-    reason = unusable_because(family, device, dtype, lora_rank)
+    reason = vllm_refusal(family, device, dtype, lora_rank)
     if name == "vllm" and reason is not None:
         raise UserError(f"--engine vllm: {reason}")
     return "vllm" if reason is None and (name == "vllm" or device.type == "cuda") else "transformers"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tars_fast.models.key_values import CompletionKeys, PromptKeys
+from tars_fast.models.key_values import CompletionKeyValues, PromptKeyValues
 from tars_fast.models.memory import PREFILL_TOKENS
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.engine import RolloutEngine, SampledCompletion, Sampling, too_long
@@ -46,7 +46,7 @@ class TransformersEngine(RolloutEngine):
         """The weights are those of the model at any moment."""
         if self._apart:
             # Not earlier, because adapters come after the engine.
-            self._model, self._apart = self._model.twin(), False
+            self._model, self._apart = self._model.copy_sharing_weights(), False
 
     @torch.inference_mode()
     def sample(
@@ -95,10 +95,10 @@ class TransformersEngine(RolloutEngine):
             hidden = model.run_decoder(inputs, positions, key_values=key_values)
             positions = positions + 1
 
-    def _run_prompts(self, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[CompletionKeys, Tensor, Tensor]:
+    def _run_prompts(self, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[CompletionKeyValues, Tensor, Tensor]:
         """Keys and values, [R, N, D] states that predict the first tokens, [R, N] where those will stand."""
         model, copies = self._model, sampling.num_completions
-        prompt_keys = PromptKeys([len(prompt.token_ids) for prompt in prompts])
+        prompt_keys = PromptKeyValues([len(prompt.token_ids) for prompt in prompts])
         last_states = []
         for numbers in prompt_keys.passes(PREFILL_TOKENS):
             chosen = [prompts[number] for number in numbers]
@@ -110,7 +110,7 @@ class TransformersEngine(RolloutEngine):
             last_states.append(states[ends.to(model.device) - 1])
         first_places = torch.tensor(prompt_keys.lengths, device=model.device)[:, None].repeat(1, copies)
         hidden = torch.cat(last_states)[:, None].repeat(1, copies, 1)
-        return CompletionKeys(prompt_keys, copies, min(_ROOM, sampling.max_new_tokens)), hidden, first_places
+        return CompletionKeyValues(prompt_keys, copies, min(_ROOM, sampling.max_new_tokens)), hidden, first_places
 
     def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """[R, N] tokens sampled from the full distribution, and their log-probability: NaN where a logit is NaN or infinite."""
@@ -127,7 +127,7 @@ class TransformersEngine(RolloutEngine):
         flaws = (logits * 0).sum(-1)
         return tokens[..., 0], logprobs.gather(-1, tokens)[..., 0] + flaws
 
-    def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
+    def refusal(self, prompt: Prompt, max_new_tokens: int) -> str | None:
         """Why `sample` would not take a prompt."""
         return too_long(prompt, max_new_tokens, self._model.prompts.max_tokens)
 

@@ -43,7 +43,7 @@ _ADAPTER = 1
 """vLLM's number of the one LoRA adapter there is, which has no file."""
 
 
-def unusable_because(family: Family, device: torch.device, dtype: torch.dtype, lora_rank: int) -> str | None:
+def vllm_refusal(family: Family, device: torch.device, dtype: torch.dtype, lora_rank: int) -> str | None:
     """Why vLLM cannot serve this policy here, with the remedy; None where it can. Imports nothing."""
     refusal = engine_refusal(family, lora_rank, float32=dtype == torch.float32, on_cuda=device.type == "cuda")
     if refusal is not None:
@@ -97,7 +97,7 @@ class VllmEngine(RolloutEngine):
         dtype: torch.dtype,
         settings: VllmSettings,
     ):
-        reason = unusable_because(prompts.family, device, dtype, settings.lora_rank)
+        reason = vllm_refusal(prompts.family, device, dtype, settings.lora_rank)
         if reason is not None:
             raise UserError(f"--engine vllm: {reason}")
         self.prompt_format = prompts
@@ -143,7 +143,7 @@ class VllmEngine(RolloutEngine):
             RuntimeError: no `wake_up` since the last call, whose weights may be old.
         """
         for number, prompt in enumerate(prompts):
-            reason = self.refuses(prompt, sampling.max_new_tokens)
+            reason = self.refusal(prompt, sampling.max_new_tokens)
             if reason is not None:
                 raise ValueError(f"prompt {number}: {reason}")
         if not self._has_current_weights:
@@ -177,7 +177,7 @@ class VllmEngine(RolloutEngine):
         """End vLLM. The weights live on in `model`, which on CUDA must go before another engine is started here."""
         self._internals.shutdown()
 
-    def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
+    def refusal(self, prompt: Prompt, max_new_tokens: int) -> str | None:
         """Why `sample` would not take a prompt: what vLLM takes in silence, or fails the whole batch for."""
         vocabulary_size = len(self.model.suppressed_bias)
         if not prompt.token_ids or not all(0 <= token < vocabulary_size for token in prompt.token_ids):

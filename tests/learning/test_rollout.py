@@ -113,7 +113,7 @@ def test_threads_beside_the_trainer_take_one_core_each():
 
 def test_features_are_ready_before_their_step(model, questions, config, monkeypatch):
     """The second step decodes nothing: only the tower runs."""
-    model.keep_audio(0, None, 0)
+    model.set_audio_cache(0, None, 0)
     with source_of(model, questions, config) as source:
         source.take(0, PhaseTimer(CPU))
         source._prepared[1].result()
@@ -174,7 +174,7 @@ def test_sampling_ahead_disturbs_neither_sampling_nor_training(make_model, quest
 
 
 def test_a_twin_shares_every_weight_and_no_hook(lora_model):
-    twin = lora_model.twin()
+    twin = lora_model.copy_sharing_weights()
     own = dict(lora_model.module.named_parameters()) | dict(lora_model.module.named_buffers())
     theirs = dict(twin.module.named_parameters()) | dict(twin.module.named_buffers())
     assert own.keys() == theirs.keys()

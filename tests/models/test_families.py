@@ -23,8 +23,8 @@ from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.models.checkpoint import save_model
 from tars_fast.models.families import phi4_multimodal, qwen2_5_omni, qwen2_audio
 from tars_fast.models.preset import THINK_PROMPT
-from tars_fast.models.presets import FAMILIES, PRESETS, architecture_of, family_of, find_preset
 from tars_fast.models.prompts import load_prompt_format
+from tars_fast.models.registry import FAMILIES, PRESETS, architecture_of, family_of, find_preset
 from tars_fast.models.speech_model import SpeechModel, load_module, make_trainable
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.policy import choose_engine
@@ -78,7 +78,7 @@ def items(tmp_path) -> list[Question]:
 
 
 def embed(model: SpeechModel, waves: list[np.ndarray]) -> list[torch.Tensor]:
-    return model.embed([model.prompts.features(one) for one in waves])
+    return model.encode_clips([model.prompts.features(one) for one in waves])
 
 
 def encode(model: SpeechModel, items: list[Question]) -> list:
@@ -223,8 +223,8 @@ def test_long_recordings_become_clips_of_one_prompt(name, folder, tmp_path):
     assert prompt.token_ids.count(model.prompts.audio_token_id) == sum(len(clip) for clip in prompt.audio_clips)
     (size,) = model.prompts.check_questions([question], 8)
     assert (size.num_tokens, size.seconds) == (len(prompt.token_ids), 2.5)
-    assert "1 of 1 recordings are longer than the 1 s" in model.prompts.tell_long([size])
-    assert "heard as several clips" in model.prompts.tell_long([size])
+    assert "1 of 1 recordings are longer than the 1 s" in model.prompts.long_audio_notice([size])
+    assert "heard as several clips" in model.prompts.long_audio_notice([size])
     refusing = dataclasses.replace(model.prompts, long_audio="refuse")
     with pytest.raises(UserError, match=r"item 'long': recording .*2\.50 s.*the model hears at most 1 s"):
         refusing.check_questions([question], 8)
@@ -232,14 +232,14 @@ def test_long_recordings_become_clips_of_one_prompt(name, folder, tmp_path):
         refusing.check_questions([question, dataclasses.replace(question, id="again")], 8)
     cut = dataclasses.replace(model.prompts, long_audio="truncate")
     assert cut.check_questions([question], 8)[0].num_tokens < size.num_tokens
-    assert "only the beginning" in cut.tell_long([size])
+    assert "only the beginning" in cut.long_audio_notice([size])
 
 
 def test_rollout_and_trainer_agree(speech_model, items):
     """Greedy tokens with a cache, their log-probabilities in one packed forward pass."""
     completions = greedy(speech_model, items)
     assert len({completion.token_ids for completion in completions}) > 3, "different prompts are answered differently"
-    layout = speech_model.lay_out(encode(speech_model, items), completions)
+    layout = speech_model.pack(encode(speech_model, items), completions)
     with torch.no_grad():
         logits = speech_model.head(speech_model.forward(layout)) + speech_model.suppressed_bias
     logprobs = logits.log_softmax(-1).gather(-1, layout.targets[:, None])[:, 0]
@@ -305,7 +305,7 @@ def test_gradient_checkpointing_changes_nothing(folder, items):
         )
         prompts = encode(model, items)
         completions = [Completion(0, prompt.modality, (5, 6, 7, 8), (), "", False) for prompt in prompts]
-        model.forward(model.lay_out(prompts, completions)).pow(2).sum().backward()
+        model.forward(model.pack(prompts, completions)).pow(2).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.trainable_parameters() if p.grad is not None]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
 

@@ -187,25 +187,25 @@ def test_a_recording_that_grew_too_long_costs_that_item_only(model, own_data, mo
     engine = TransformersEngine(model, 8)
     (longer,) = model.encode_prompts(questions[2:], Modality.SPEECH)
 
-    def refuses(prompt, _max_new_tokens):
+    def refusal(prompt, _max_new_tokens):
         same = prompt.audio_clips[0].shape == longer.audio_clips[0].shape
         return "too long" if same and torch.equal(prompt.audio_clips[0], longer.audio_clips[0]) else None
 
-    monkeypatch.setattr(engine, "refuses", refuses)
+    monkeypatch.setattr(engine, "refusal", refusal)
     kept, prompts, told = encode_batch(model, engine, prepare_batch(model, questions), 40)
     assert kept == [0, 1]
     assert len(prompts) == 4
     assert told == [f"item {questions[2].id!r} is left out of this step: too long"]
-    assert "1000 new ones are more than the engine's 1024" in TransformersEngine(model, 8).refuses(longer, 1000)
+    assert "1000 new ones are more than the engine's 1024" in TransformersEngine(model, 8).refusal(longer, 1000)
 
 
 def test_a_tower_that_makes_nan_of_a_recording_costs_that_item_only(model, own_data, monkeypatch):
     questions = load_questions(own_data)[:3]
-    embed = model.embed
+    encode = model.encode_clips
 
     def ruin(when) -> None:
         monkeypatch.setattr(
-            model, "embed", lambda clips: [state * torch.nan if when(clips) else state for state in embed(clips)]
+            model, "encode_clips", lambda clips: [state * torch.nan if when(clips) else state for state in encode(clips)]
         )
 
     ruin(lambda clips: len(clips) > 1)
@@ -213,7 +213,7 @@ def test_a_tower_that_makes_nan_of_a_recording_costs_that_item_only(model, own_d
     kept, _, _ = encode_batch(model, engine, prepare_batch(model, questions), 40)
     assert kept == [0, 1, 2], "in a batch of one each is fine again"
     ruin(lambda clips: True)
-    model.keep_audio(0, None, 0)
+    model.set_audio_cache(0, None, 0)
     with pytest.raises(TrainingError, match=r"no recording of this step could be used.*NaN or infinity"):
         encode_batch(model, engine, prepare_batch(model, questions), 40)
 

@@ -13,7 +13,7 @@ import torch
 from checkpoints import MAKERS
 
 from tars_fast.data.audio import SAMPLE_RATE
-from tars_fast.models.presets import find_preset
+from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
 from tars_fast.rollout import transformers_engine
 from tars_fast.rollout.engine import SampledCompletion, Sampling

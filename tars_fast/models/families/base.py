@@ -57,7 +57,7 @@ class Family:
     """End a completion, beside those that the checkpoint names."""
     features: Callable[[Any, np.ndarray], Features]
     """(feature extractor, clip of [samples] at 16 kHz); needs no weights."""
-    embed: Callable[[PolicyModule, Sequence[Features]], list[Tensor]]
+    encode_clips: Callable[[PolicyModule, Sequence[Features]], list[Tensor]]
     """(module, N clips) to [A, D] each."""
     num_audio_tokens: Callable[[Any, int], int]
     """(feature extractor, samples) to A."""

@@ -18,7 +18,7 @@ from tars_fast.models.modules import PolicyModule
 from tars_fast.models.preset import PAPER, Preset
 
 
-def _embed(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
+def _encode_clips(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
     model: Any = module.model
     audio = model.embed_tokens_extend.audio_embed
     embedded = []
@@ -51,7 +51,7 @@ FAMILY = Family(
     audio_token="<|audio|>",
     stop_tokens=("<|end|>", "<|endoftext|>"),
     features=_features,
-    embed=_embed,
+    encode_clips=_encode_clips,
     num_audio_tokens=_num_audio_tokens,
     # Its template joins strings; lists of parts are only understood by later revisions.
     user_turn=lambda num_recordings, instruction: "<|audio|>" * num_recordings + instruction,

@@ -14,11 +14,11 @@ from tars_fast.models.families import qwen
 from tars_fast.models.families.base import Family, Features, batches, stacked
 from tars_fast.models.modules import PolicyModule
 from tars_fast.models.preset import PAPER, Preset
-from tars_fast.models.weights import Part
+from tars_fast.models.weights import WeightMapping
 from tars_fast.support.requirements import is_at_least
 
 
-def _embed(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
+def _encode_clips(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
     hear: Any = module.get_audio_features
     embedded = []
     for batch in batches(clips):
@@ -48,7 +48,7 @@ FAMILY = Family(
     audio_token="<|AUDIO|>",
     stop_tokens=qwen.STOP_TOKENS,
     features=_features,
-    embed=_embed,
+    encode_clips=_encode_clips,
     num_audio_tokens=qwen.num_audio_tokens,
     user_turn=qwen.user_turn,
     unused=(f"{_OMNI}visual",),
@@ -57,9 +57,9 @@ FAMILY = Family(
     nested_prefix="thinker.",
     without_the_rest={"enable_audio_output": False},
     engine_names=(
-        Part(f"{_OMNI_DECODER}.", "language_model.model.", fused=qwen.FUSED),
-        Part("lm_head", "language_model.lm_head"),
-        Part(f"{_OMNI}audio_tower.", "audio_tower."),
+        WeightMapping(f"{_OMNI_DECODER}.", "language_model.model.", fused=qwen.FUSED),
+        WeightMapping("lm_head", "language_model.lm_head"),
+        WeightMapping(f"{_OMNI}audio_tower.", "audio_tower."),
     ),
 )
 

@@ -15,7 +15,7 @@ from tars_fast.models.families import qwen
 from tars_fast.models.families.base import Family, Features, batches, stacked
 from tars_fast.models.modules import PolicyModule
 from tars_fast.models.preset import PAPER, Preset
-from tars_fast.models.weights import Part
+from tars_fast.models.weights import WeightMapping
 
 
 def embed_audio(module: PolicyModule, features: Tensor, feature_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def embed_audio(module: PolicyModule, features: Tensor, feature_mask: Tensor) ->
     return model.multi_modal_projector(states), token_lengths
 
 
-def _embed(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
+def _encode_clips(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
     embedded = []
     for batch in batches(clips):
         features, mask = stacked(module, batch)
@@ -75,7 +75,7 @@ FAMILY = Family(
     audio_token="<|AUDIO|>",
     stop_tokens=qwen.STOP_TOKENS,
     features=_features,
-    embed=_embed,
+    encode_clips=_encode_clips,
     num_audio_tokens=qwen.num_audio_tokens,
     user_turn=qwen.user_turn,
     default_template=_template,
@@ -86,10 +86,10 @@ FAMILY = Family(
         ("model.", ""),
     ),
     engine_names=(
-        Part("model.language_model.", "language_model.model.", fused=qwen.FUSED),
-        Part("lm_head", "language_model.lm_head"),
-        Part("model.audio_tower.", "audio_tower."),
-        Part("model.multi_modal_projector.", "multi_modal_projector."),
+        WeightMapping("model.language_model.", "language_model.model.", fused=qwen.FUSED),
+        WeightMapping("lm_head", "language_model.lm_head"),
+        WeightMapping("model.audio_tower.", "audio_tower."),
+        WeightMapping("model.multi_modal_projector.", "multi_modal_projector."),
     ),
 )
 
