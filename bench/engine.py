@@ -48,7 +48,8 @@ from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import SpeechModel, make_trainable
 from tars_fast.rollout.engine import Sampling
-from tars_fast.rollout.vllm_engine import VllmEngine, VllmSettings, as_request, vllm_refusal
+from tars_fast.rollout.vllm_engine import VllmEngine, as_request, vllm_refusal
+from tars_fast.rollout.vllm_internals import VllmSettings
 from tars_fast.support.provenance import provenance
 from tars_fast.support.timing import PhaseTimer
 from tars_fast.types import Modality, Prompt, Question

@@ -14,7 +14,8 @@ from tars_fast.models.speech_model import SpeechModel, load_module
 from tars_fast.models.weights import SharingError, assert_shared
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.transformers_engine import TransformersEngine
-from tars_fast.rollout.vllm_engine import VllmEngine, VllmSettings, vllm_refusal
+from tars_fast.rollout.vllm_engine import VllmEngine, vllm_refusal
+from tars_fast.rollout.vllm_internals import VllmSettings
 from tars_fast.types import UserError
 
 __all__ = ["SharingError", "assert_shared", "choose_engine", "load_policy"]

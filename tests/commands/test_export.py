@@ -267,7 +267,8 @@ def test_an_interrupted_export_leaves_no_folder(adapter, tmp_path, monkeypatch):
 def test_vllm_serves_the_export(adapter, tmp_path):
     """The project's own engine loads the merged folder and answers as transformers does."""
     from tars_fast.models.prompts import load_prompt_format
-    from tars_fast.rollout.vllm_engine import VllmEngine, VllmSettings
+    from tars_fast.rollout.vllm_engine import VllmEngine
+    from tars_fast.rollout.vllm_internals import VllmSettings
 
     folder = exported(adapter, tmp_path / "merged")
     prompts = load_prompt_format(find_preset(str(folder)), str(folder))

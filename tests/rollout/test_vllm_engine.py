@@ -31,7 +31,8 @@ from tars_fast.models.speech_model import SpeechModel, load_module, make_trainab
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.policy import SharingError
 from tars_fast.rollout.transformers_engine import TransformersEngine
-from tars_fast.rollout.vllm_engine import VllmEngine, VllmSettings
+from tars_fast.rollout.vllm_engine import VllmEngine
+from tars_fast.rollout.vllm_internals import VllmSettings
 from tars_fast.types import Modality, Prompt, TrainingError, UserError
 
 pytestmark = pytest.mark.vllm
