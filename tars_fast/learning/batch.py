@@ -27,7 +27,7 @@ from tars_fast.learning.rewards import AnswerRewards, TextSimilarity, answer_rew
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.speech_model import PreparedPrompt, SpeechModel
 from tars_fast.rollout.encode import encode_speech, prepare_speech
-from tars_fast.rollout.engine import RolloutEngine, SampledCompletion, Sampling, as_completions
+from tars_fast.rollout.engine import RolloutEngine, SampledCompletion, Sampling, decode_completions
 from tars_fast.support.timing import PhaseTimer
 from tars_fast.types import Completion, Modality, Prompt, Question, TrainingError, UserError
 
@@ -141,7 +141,7 @@ def collect_rollout(
     asked = [question for question in range(len(questions)) for _ in Modality]
 
     def read(number: int, sampled: list[SampledCompletion]) -> tuple[list[Completion], AnswerRewards]:
-        completions = as_completions(model.prompts, prompts[number], asked[number], sampled)
+        completions = decode_completions(model.prompts, prompts[number], asked[number], sampled)
         return completions, answer_rewards(completions, questions)
 
     seed = config.seed * 1_000_003 + step + workers.rank * 2**56

@@ -25,7 +25,7 @@ from tars_fast.models.hub import base_of
 from tars_fast.models.prompts import PromptFormat
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.models.weights import EngineNames, SharingError, assert_shared, engine_place, move_buffers, share_weights
-from tars_fast.rollout.engine import RolloutEngine, SampledCompletion, Sampling, engine_refusal, too_long
+from tars_fast.rollout.engine import RolloutEngine, SampledCompletion, Sampling, engine_refusal, length_refusal
 from tars_fast.rollout.vllm_internals import VllmInternals, VllmSettings
 from tars_fast.support.requirements import in_order, installed, supported
 from tars_fast.types import Prompt, UserError
@@ -155,7 +155,7 @@ class VllmEngine(RolloutEngine):
         vocabulary_size = len(self.model.suppressed_bias)
         if not prompt.token_ids or not all(0 <= token < vocabulary_size for token in prompt.token_ids):
             return f"empty, or holds a token outside the vocabulary of {vocabulary_size}"
-        reason = too_long(prompt, max_new_tokens, self._settings.max_tokens)
+        reason = length_refusal(prompt, max_new_tokens, self._settings.max_tokens)
         if reason is not None:
             return reason
         token = self.model.prompts.audio_token_id

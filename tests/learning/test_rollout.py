@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def source_of(model: SpeechModel, questions, config: RunConfig, *, engine=None, text_similarity=None) -> RolloutSource:
-    engine = engine or TransformersEngine(model, config.rollout_batch_size, apart=bool(config.rollout_ahead))
+    engine = engine or TransformersEngine(model, config.rollout_batch_size, own_modules=bool(config.rollout_ahead))
     return RolloutSource(model, engine, text_similarity or HashedNgrams(), questions, config, ALONE)
 
 
@@ -60,7 +60,7 @@ def test_what_needs_no_device_runs_in_threads(model, questions, config, monkeypa
 
         monkeypatch.setattr(rollout_module, name, watched)
 
-    for name in ("prepare_batch", "as_completions", "answer_rewards", "behaviour_rewards"):
+    for name in ("prepare_batch", "decode_completions", "answer_rewards", "behaviour_rewards"):
         watch(name)
     first_read, sampled_on = threading.Event(), []
 
@@ -86,7 +86,7 @@ def test_what_needs_no_device_runs_in_threads(model, questions, config, monkeypa
         taken.rollout.behaviour.result()
     assert {thread for _, thread in events} == {"background"}
     assert [name for name, _ in events].count("prepare_batch") == 2, "this step's batch and the next one's"
-    assert [name for name, _ in events].count("as_completions") == len(sampled_on) == 4
+    assert [name for name, _ in events].count("decode_completions") == len(sampled_on) == 4
     assert [name for name, _ in events].count("behaviour_rewards") == 1
 
 
@@ -195,7 +195,7 @@ def test_the_optimiser_waits_for_sampling_to_end(model, questions, ahead, monkey
 
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (order.append("stepped"), step(self))[1])
-    engine = SlowEngine(model, 8, apart=True)
+    engine = SlowEngine(model, 8, own_modules=True)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.0)
     with source_of(model, questions, ahead, engine=engine) as source:
         for number in range(3):
@@ -242,7 +242,7 @@ def test_what_goes_wrong_beside_the_step_stops_the_run(model, questions, ahead):
             super().sample(*arguments)
 
     with ExitStack() as stack:
-        source = stack.enter_context(source_of(model, questions, ahead, engine=Broken(model, 8, apart=True)))
+        source = stack.enter_context(source_of(model, questions, ahead, engine=Broken(model, 8, own_modules=True)))
         source.take(0, PhaseTimer(CPU))
         source.wait()
         with pytest.raises(TrainingError, match="the sampler broke"):
@@ -370,7 +370,7 @@ def test_leaving_does_not_wait_for_a_whole_rollout(model, questions, ahead):
             super().sample(*arguments)
 
     rollouts: list[int] = []
-    with source_of(model, questions, ahead, engine=Endless(model, 8, apart=True)) as source:
+    with source_of(model, questions, ahead, engine=Endless(model, 8, own_modules=True)) as source:
         source.take(0, PhaseTimer(CPU))
         assert going.wait(30)
     assert len(tokens) <= 3

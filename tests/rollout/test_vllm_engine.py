@@ -28,8 +28,8 @@ from tars_fast.models.memory import Workload
 from tars_fast.models.prompts import load_prompt_format
 from tars_fast.models.registry import PRESETS, architecture_of
 from tars_fast.models.speech_model import SpeechModel, load_module, make_trainable
+from tars_fast.models.weights import SharingError
 from tars_fast.rollout.engine import Sampling
-from tars_fast.rollout.policy import SharingError
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.rollout.vllm_engine import VllmEngine
 from tars_fast.rollout.vllm_internals import VllmSettings
