@@ -21,6 +21,7 @@ from rich.console import Console
 
 from tars_fast.data.audio import LongRecordingError
 from tars_fast.data.items import HELD_OUT_DATA, load_questions, or_embedded
+from tars_fast.data.splits import data_fingerprint
 from tars_fast.data.transcription import normalised
 from tars_fast.evaluation.answering import TRANSCRIBE, EvaluationSettings, Part, evaluate_rounds, slices
 from tars_fast.evaluation.results import (
@@ -31,7 +32,6 @@ from tars_fast.evaluation.results import (
     by_data,
     change_since,
     check_same_items,
-    data_fingerprint,
     overall,
     overall_change,
     read_predictions,

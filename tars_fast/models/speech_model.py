@@ -461,8 +461,8 @@ def make_trainable(
             module.get_submodule(constant).requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing = True
-        # Layers use no random numbers, so torch's generator need not be restored; to restore it would make an engine that samples
-        # meanwhile repeat its random numbers. `gradient_checkpointing_enable` is the name before transformers 5.23.
+        # Layers use no random numbers, so torch's generator need not be restored; restoring it would make an engine that
+        # samples meanwhile repeat its random numbers. `gradient_checkpointing_enable` is the name before transformers 5.23.
         enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
         enable({"use_reentrant": False, "preserve_rng_state": False})
     module.eval()

@@ -20,7 +20,8 @@ from items import first_items
 from tars_fast import evaluate
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA, load_questions
-from tars_fast.evaluation.results import data_fingerprint, read_predictions
+from tars_fast.data.splits import data_fingerprint
+from tars_fast.evaluation.results import read_predictions
 from tars_fast.learning.update import update_policy
 from tars_fast.models.checkpoint import NUM_KEPT
 from tars_fast.models.registry import PRESETS, find_preset, list_checkpoints
