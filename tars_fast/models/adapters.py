@@ -134,11 +134,11 @@ def _read_adapter(family: Family, folder: Path) -> tuple[LoraConfig, dict[str, T
 
     config = read_adapter_config(folder)
     if not isinstance(config.target_modules, str | None):
-        config.target_modules = [family.decoder_name(name) for name in config.target_modules]
-    config.rank_pattern = {family.decoder_name(name): rank for name, rank in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {family.decoder_name(name): alpha for name, alpha in (config.alpha_pattern or {}).items()}
+        config.target_modules = [family.installed_name(name) for name in config.target_modules]
+    config.rank_pattern = {family.installed_name(name): rank for name, rank in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {family.installed_name(name): alpha for name, alpha in (config.alpha_pattern or {}).items()}
     weights = load_file(folder / ADAPTER_WEIGHTS)
-    return config, {family.decoder_name(name.removeprefix(_PREFIX)): value for name, value in weights.items()}
+    return config, {family.installed_name(name.removeprefix(_PREFIX)): value for name, value in weights.items()}
 
 
 def _set_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -68,14 +68,14 @@ def _save_weights(module: PolicyModule, prompts: PromptFormat, folder: Path) -> 
         if (value.data_ptr(), value.shape) not in seen:
             seen.add((value.data_ptr(), value.shape))
             weights[family.published_name(name, nested=is_nested)] = value.detach().to("cpu", copy=True)
-    unused = tuple(family.published_name(f"{part}.", nested=is_nested) for part in family.unused)
+    unused = tuple(family.published_name(f"{part}.", nested=is_nested) for part in family.unused_parts)
     weights |= read_weights(prompts.source, unused)
     save_torch_state_dict(weights, folder)
     module.config.architectures = [family.model_class]
     module.config.save_pretrained(folder)
     prompts.generation_config.save_pretrained(folder)
     if is_nested:
-        written |= {family.nested_config: module.config.to_dict(), **family.without_the_rest}
+        written |= {family.nested_config: module.config.to_dict(), **family.saved_config_entries}
         (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 

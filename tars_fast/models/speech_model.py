@@ -457,7 +457,7 @@ def make_trainable(
         model.audio_is_trained = True
         for part in model.audio_parts:
             part.requires_grad_(True)
-        for constant in model.family.constants:
+        for constant in model.family.frozen_parts:
             module.get_submodule(constant).requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing = True

@@ -124,7 +124,7 @@ def check_plain(folder: Path, source: str, merged):
     parameters = dict(module.named_parameters())
     own = dict(merged.module.named_parameters())
     assert all(torch.equal(value, parameters[name]) for name, value in own.items())
-    unused = tuple(f"{part}." for part in merged.prompts.family.unused)
+    unused = tuple(f"{part}." for part in merged.prompts.family.unused_parts)
     rest = parameters.keys() - own.keys()
     assert all(name.startswith(unused) for name in rest)
     assert bool(rest) == bool(unused)

@@ -1,4 +1,4 @@
-"""A recording is heard once: by content, within bounds, and from disk in the next run where that is asked for."""
+"""The audio tower encodes a recording once: by content, within bounds, and from disk in later runs if that is configured."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def towers_calls(model):
     return calls
 
 
-def test_the_same_content_under_another_name_is_heard_once(model, questions, towers_calls, tmp_path):
+def test_the_same_content_under_another_name_is_encoded_once(model, questions, towers_calls, tmp_path):
     copy = tmp_path / "other_name.ogg"
     shutil.copy(questions[0].audio, copy)
     (first,) = encode(model, [questions[0].audio])[0]
@@ -37,7 +37,7 @@ def test_the_same_content_under_another_name_is_heard_once(model, questions, tow
     assert towers_calls == [1]
 
 
-def test_changed_content_under_the_same_name_is_heard_again(model, questions, towers_calls, tmp_path):
+def test_changed_content_under_the_same_name_is_encoded_again(model, questions, towers_calls, tmp_path):
     path = tmp_path / "a.ogg"
     shutil.copy(questions[0].audio, path)
     (first,) = encode(model, [path])[0]
@@ -85,7 +85,7 @@ def test_the_next_run_hears_nothing_again(make_model, questions, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == len(paths)
 
     second = make_model()
-    second.module.model.audio_tower.register_forward_hook(lambda *_: pytest.fail("heard again"))
+    second.module.model.audio_tower.register_forward_hook(lambda *_: pytest.fail("encoded again"))
     second.set_audio_cache(2**20, tmp_path, 2**30)
     assert all(torch.equal(a, b) for (a,), (b,) in zip(first, encode(second, paths), strict=True))
 
@@ -105,7 +105,7 @@ def test_another_tower_hears_for_itself(make_model, questions, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["half", "one bit"])
-def test_a_damaged_file_is_heard_again_and_replaced(make_model, questions, tmp_path, damage):
+def test_a_damaged_file_is_encoded_again_and_replaced(make_model, questions, tmp_path, damage):
     model = make_model()
     model.set_audio_cache(2**20, tmp_path, 2**30)
     ((expected,),) = encode(model, [questions[0].audio])

@@ -175,9 +175,9 @@ def test_audio_embeddings_are_those_of_the_models_own_forward_pass(name, folder,
     with torch.no_grad():
         theirs = module(input_ids=ids, attention_mask=torch.ones_like(ids), **given).logits
         ours = module(inputs_embeds=embeddings, attention_mask=torch.ones_like(ids)).logits
-        deaf = module(inputs_embeds=embeddings.index_fill(1, torch.arange(1, 1 + len(clip)), 0.0)).logits
+        without_audio = module(inputs_embeds=embeddings.index_fill(1, torch.arange(1, 1 + len(clip)), 0.0)).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert (ours[0, -1] - deaf[0, -1]).abs().max() > 0.1, "a model that does not listen would pass"
+    assert (ours[0, -1] - without_audio[0, -1]).abs().max() > 0.1, "a model that ignores the audio would pass"
 
 
 EXTRACTION = {
@@ -253,8 +253,8 @@ def test_every_stop_token_ends_a_completion(speech_model):
     expected = set(tokenizer.convert_tokens_to_ids(list(speech_model.family.stop_tokens)))
     assert len(expected) == 2
     assert set(speech_model.prompts.stop_token_ids) == expected
-    silent = dataclasses.replace(speech_model.prompts, generation_config=type("None", (), {"eos_token_id": None}))
-    assert set(silent.stop_token_ids) == expected
+    without_stop_tokens = dataclasses.replace(speech_model.prompts, generation_config=type("None", (), {"eos_token_id": None}))
+    assert set(without_stop_tokens.stop_token_ids) == expected
 
 
 def train_lora(model: SpeechModel) -> None:
@@ -292,7 +292,7 @@ def test_full_fine_tuning_leaves_audio_alone_unless_asked(speech_model):
     assert trained
     assert not trained & audio
     make_trainable(speech_model, freeze_audio=False, **settings)
-    constants = {id(p) for c in speech_model.family.constants for p in speech_model.module.get_submodule(c).parameters()}
+    constants = {id(p) for c in speech_model.family.frozen_parts for p in speech_model.module.get_submodule(c).parameters()}
     assert {id(p) for p in speech_model.trainable_parameters()} & audio == audio - constants
 
 
@@ -319,7 +319,7 @@ def test_phi_listens_through_its_speech_adapter(checkpoints, tmp_path):
     base = Phi4MultimodalForCausalLM.from_pretrained(folder).eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        deaf = base(ids).logits
+        without_audio = base(ids).logits
         adapter = shutil.copytree(folder / "speech-lora", tmp_path / "adapter")
         described = json.loads((adapter / "adapter_config.json").read_text())
         described["target_modules"] = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -330,7 +330,7 @@ def test_phi_listens_through_its_speech_adapter(checkpoints, tmp_path):
         theirs = theirs(ids).logits
         ours = load(folder).module(ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert (ours - deaf).abs().max() > 0.1
+    assert (ours - without_audio).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -358,12 +358,12 @@ def test_checkpoints_come_back_and_load_in_plain_transformers(name, folder, item
     assert not found["missing_keys"]
     assert not found["mismatched_keys"]
     for path, value in plain.named_parameters():
-        if not path.startswith(model.family.unused):
+        if not path.startswith(model.family.unused_parts):
             assert torch.equal(value, model.module.get_parameter(path)), path
-    eyes = getattr(transformers, model.family.model_class).from_pretrained(folder)
+    whole = getattr(transformers, model.family.model_class).from_pretrained(folder)
     for path, value in plain.named_parameters():
-        if path.startswith(model.family.unused):
-            assert torch.equal(value, eyes.get_parameter(path)), f"{path} is not what the base had"
+        if path.startswith(model.family.unused_parts):
+            assert torch.equal(value, whole.get_parameter(path)), f"{path} is not what the base had"
 
 
 def test_adapter_names_base_and_revision(checkpoints, tmp_path):
@@ -384,9 +384,12 @@ def test_a_checkpoint_that_lacks_weights_is_refused(checkpoints, tmp_path):
 
 
 def test_other_architectures_are_refused(tmp_path):
-    for model_type, told in (("llama", "supported are qwen2_audio, qwen2_5_omni, phi4_multimodal"), ("phi4mm", "refs/pr/70")):
+    for model_type, message in (
+        ("llama", "supported are qwen2_audio, qwen2_5_omni, phi4_multimodal"),
+        ("phi4mm", "refs/pr/70"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             load(tmp_path)
 
 
@@ -473,7 +476,7 @@ def test_adapters_of_other_releases_of_transformers_load(name, folder, items, tm
     expected = greedy(model, items)
     decoder = model.family.language_model
     weights = load_file(tmp_path / "here" / "adapter_model.safetensors")
-    for number, other in enumerate(model.family.decoder_names):
+    for number, other in enumerate(model.family.decoder_aliases):
         there = shutil.copytree(tmp_path / "here", tmp_path / str(number))
         renamed = {
             key.replace(f"base_model.model.{decoder}.", f"base_model.model.{other}."): value for key, value in weights.items()

