@@ -33,8 +33,8 @@ from tars_fast.evaluation.results import change_since as accuracy_change_since
 from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.models.hub import weights_fingerprint
 from tars_fast.models.preset import Preset
-from tars_fast.models.presets import find_preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
+from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import SpeechModel, choose_device, load_module
 from tars_fast.reports.analysis_page import Analysed, draw_analysis, item_results, write_analysis
 from tars_fast.reports.log import open_console, print_analysis, print_failures, say
@@ -175,7 +175,7 @@ def answer(
 ) -> list[ItemResult]:
     """The evaluation of `evaluate`, greedy; `what` is what the progress display calls it."""
     how = EvaluationSettings(settings.max_new_tokens, num_samples=0, temperature=1.0, seed=settings.seed)
-    sizes = model.prompts.try_questions(questions, settings.max_new_tokens)
+    sizes = model.prompts.prompt_sizes(questions, settings.max_new_tokens)
     refused = {q.id: str(size) for q, size in zip(questions, sizes, strict=True) if isinstance(size, UserError)}
     with item_progress(console, len(questions), what=f"items, {what}") as advance:
         # Probes change accuracies, which is all that is reported of them: the cheapest text similarity will do.
@@ -304,7 +304,7 @@ def analyse(job: Prepared, compared: Compared | None) -> int:
     with explain_out_of_memory("loading the model"):
         model = SpeechModel(load_module(job.prompts, job.preset.source, device, job.dtype), job.prompts)
     say(console, f"{config.model} on {device}, {job.dtype}; {len(questions)} items to analyse; writing to {output_dir}")
-    if long := job.prompts.tell_long(job.sizes):
+    if long := job.prompts.long_audio_notice(job.sizes):
         say(console, long)
     calibrations = [Calibration(layer) for layer in config.calibrate]
     engine = TransformersEngine(model, job.preset.rollout_batch_size)

@@ -43,8 +43,8 @@ from tars_fast.learning.rewards.behaviour import load_text_similarity
 from tars_fast.learning.workers import Workers, join_workers
 from tars_fast.models.hub import adapter_rank, weights_fingerprint
 from tars_fast.models.memory import GB, Workload
-from tars_fast.models.presets import find_preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
+from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import choose_device
 from tars_fast.reports.figure import FIGURE, accuracy_figure, can_draw, write_png
 from tars_fast.reports.log import open_console, print_evaluation, say
@@ -368,7 +368,7 @@ def evaluate_parts(
     config, prompts, data, preset = job.config, job.prompts, job.data, job.prompts.preset
     # All items, not only the pending ones: the engine's settings, and with them rounding, must not depend on what is left.
     sizes = {
-        name: workers.spread(lambda share: prompts.try_questions(share, preset.max_new_tokens), questions)
+        name: workers.spread(lambda share: prompts.prompt_sizes(share, preset.max_new_tokens), questions)
         for name, questions in data.items()
     }
     check_sizes(sizes, data, prompts)
@@ -393,7 +393,7 @@ def evaluate_parts(
     with explain_out_of_memory("loading the model"):
         model, engine = load_policy(prompts, preset.source, job.device, job.dtype, workload)
     total, left = sum(map(len, data.values())), sum(len(part.questions) for part in pending)
-    long = prompts.tell_long([size for part in sizes.values() for size in part if isinstance(size, PromptSize)])
+    long = prompts.long_audio_notice([size for part in sizes.values() for size in part if isinstance(size, PromptSize)])
     if long is not None:
         say(console, long)
     where = f"{job.device}" if workers.size == 1 else f"{job.device} in {workers.size} processes"

@@ -177,7 +177,7 @@ class Analysis:
                 self.failed[question.id] = str(speech_prompt)
                 continue
             places = self._places(speech_prompt, text_prompt)
-            if (reason := self._engine.refuses(text_prompt, limit)) is not None:
+            if (reason := self._engine.refusal(text_prompt, limit)) is not None:
                 self.failed[question.id] = reason
             elif min(map(len, places)) < FEWEST_PAIRS:
                 self.failed[question.id] = f"its prompts have fewer than {FEWEST_PAIRS} tokens of their own, too few to compare"
@@ -213,7 +213,7 @@ class Analysis:
     def _look(self, items: Sequence[_Item], weights: np.ndarray) -> dict[str, np.ndarray]:
         """One forward pass: values by name, [I, ...]; those of the prompts go to their sums at once."""
         model = self._model
-        layout = model.lay_out(
+        layout = model.pack(
             [prompt for item in items for prompt in (item.speech, item.speech, item.text)],
             [completion for item in items for completion in (item.spoken, item.written, item.written)],
         )

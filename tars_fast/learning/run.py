@@ -27,8 +27,8 @@ from tars_fast.models.architecture import find_layers
 from tars_fast.models.audio_cache import make_cache_folder
 from tars_fast.models.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint
 from tars_fast.models.memory import GB, MemoryPlan, plan_memory, remedies, size
-from tars_fast.models.presets import architecture_of, family_of, find_preset, list_checkpoints
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
+from tars_fast.models.registry import architecture_of, family_of, find_preset, list_checkpoints
 from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.policy import available_bytes, choose_engine, load_policy
@@ -151,7 +151,7 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
     with explain_out_of_memory("loading the model"):
         model, engine = load_policy(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
     with closing(engine):
-        model.keep_audio(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
+        model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
         text_similarity = load_text_similarity(run_config.behaviour_model, device)
         # Every process looks at the folder before the first one writes there.
         workers.gather(None)
@@ -227,16 +227,16 @@ def keep_usable(config: TrainConfig, prompts: PromptFormat, data: RunData, worke
     """
     questions = [*data.training, *data.held_out]
     max_new_tokens = config.as_preset(prompts.preset).max_new_tokens
-    sizes = workers.spread(lambda share: prompts.try_questions(share, max_new_tokens), questions)
+    sizes = workers.spread(lambda share: prompts.prompt_sizes(share, max_new_tokens), questions)
     usable = {q.id: size for q, size in zip(questions, sizes, strict=True) if isinstance(size, PromptSize)}
     if not config.skip_unusable or not usable:
-        prompts.refuse(questions, sizes)
+        prompts.raise_refusals(questions, sizes)
     refused = [f"item {q.id!r}: {size}" for q, size in zip(questions, sizes, strict=True) if not isinstance(size, PromptSize)]
     left_out = f"{len(refused)} of {len(questions)} items left out; the first: {refused[0]}" if refused else None
     training, held_out = ([q for q in part if q.id in usable] for part in (data.training, data.held_out))
     if not training or not held_out:
         raise UserError(f"--skip-unusable: {left_out}; nothing is left to train or to evaluate on")
-    notes = [note for note in (*data.notes, left_out, prompts.tell_long(list(usable.values()))) if note is not None]
+    notes = [note for note in (*data.notes, left_out, prompts.long_audio_notice(list(usable.values()))) if note is not None]
     return RunData(training, held_out, notes, max(size.num_tokens for size in usable.values()))
 
 

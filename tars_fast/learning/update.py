@@ -26,7 +26,7 @@ from tars_fast.learning.rewards.total import reward_weights
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.architecture import find_layers
-from tars_fast.models.speech_model import Layout, SpeechModel
+from tars_fast.models.speech_model import PackedBatch, SpeechModel
 from tars_fast.support.timing import PhaseTimer
 from tars_fast.types import Modality, Prompt, TrainingError
 
@@ -63,7 +63,7 @@ class ForwardPass:
 
     rows: list[int]
     """[N] which completions."""
-    layout: Layout
+    layout: PackedBatch
     hidden_TD: Tensor
     """Last hidden states at the positions that predict completion tokens; with a gradient where it was enabled."""
     pooled_LND: Tensor | None
@@ -141,7 +141,7 @@ class Learner:
             with self.timer.phase("encode"):
                 prompts = reencode_audio(model, rollout, rows)
         with self.timer.phase("forward"):
-            layout = model.lay_out(prompts, completions)
+            layout = model.pack(prompts, completions)
             if pooler is None:
                 return ForwardPass(rows, layout, model.forward(layout), None)
             with pooler.pooling(layout.cu_seqlens, positions=layout.positions):

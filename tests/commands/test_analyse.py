@@ -33,8 +33,8 @@ from tars_fast.data.items import HELD_OUT_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.splits import choose_by_id
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
 from tars_fast.learning.rewards.behaviour import HashedNgrams
-from tars_fast.models.presets import find_preset
 from tars_fast.models.prompts import load_prompt_format
+from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import SpeechModel, load_module
 from tars_fast.reports.analysis_page import Analysed, draw_analysis, item_results, write_analysis
 from tars_fast.reports.figure import CKA_FIGURE, DRIFT_FIGURE
@@ -137,7 +137,7 @@ def check_calibration_of_padded_prompts(model, items) -> None:
     with calibration.applied(model):
         together, alone = (TransformersEngine(model, size).generate(heard, numbers, greedy) for size in (32, 1))
         sampled = TransformersEngine(model, 32).generate(heard, numbers, drawn)
-        layout = model.lay_out([prompt for prompt in heard for _ in range(2)], sampled)
+        layout = model.pack([prompt for prompt in heard for _ in range(2)], sampled)
         logits = model.head(model.forward(layout)).float() + model.suppressed_bias
     logprobs = logits.log_softmax(-1).gather(-1, layout.targets[:, None])[:, 0]
     rollout = torch.tensor([value for one in sampled for value in one.rollout_logprobs])
@@ -255,7 +255,7 @@ def test_how_many_share_a_forward_pass_does_not_matter(model, items, monkeypatch
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_items(model, items):
-    model.keep_audio(0, None, 0)
+    model.set_audio_cache(0, None, 0)
     made = Analysis(model, TransformersEngine(model, 32), SETTINGS, [Calibration(1)])
 
     def held() -> int:

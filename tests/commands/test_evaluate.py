@@ -24,7 +24,7 @@ from tars_fast.evaluate import EvaluateConfig, main, run_evaluation
 from tars_fast.evaluation.answering import Evaluator
 from tars_fast.evaluation.results import read_predictions
 from tars_fast.models.hub import weights_fingerprint
-from tars_fast.models.presets import find_preset
+from tars_fast.models.registry import find_preset
 from tars_fast.support.cli import FAILED, INTERRUPTED
 from tars_fast.types import UserError
 

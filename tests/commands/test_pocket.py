@@ -13,7 +13,7 @@ from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.data.items import HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA, load_questions
 from tars_fast.learning.advantages import disagreeing_groups, group_indices
 from tars_fast.learning.rewards.total import text_rewards
-from tars_fast.models.presets import ASSETS, PRESETS
+from tars_fast.models.registry import ASSETS, PRESETS
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine

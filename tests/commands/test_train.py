@@ -24,7 +24,7 @@ from tars_fast.data.splits import data_fingerprint
 from tars_fast.evaluation.results import read_predictions
 from tars_fast.learning.run import check_progress, load_data
 from tars_fast.models.checkpoint import NUM_KEPT
-from tars_fast.models.presets import PRESETS, find_preset, list_checkpoints
+from tars_fast.models.registry import PRESETS, find_preset, list_checkpoints
 from tars_fast.reports.log import RunLog, print_summary
 from tars_fast.support.cli import FAILED, INTERRUPTED
 from tars_fast.train import command, run_steps, update_policy
