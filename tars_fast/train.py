@@ -30,7 +30,7 @@ import torch
 from tars_kernels import use_reference
 
 from tars_fast.config import RunConfig, TrainConfig
-from tars_fast.data.items import EMBEDDED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_embedded, read_usable
+from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_bundled, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, split_by_id, without_leaks
 from tars_fast.evaluation.answering import EvaluationSettings, evaluate
 from tars_fast.evaluation.results import ItemResult, change_since, data_fingerprint, read_predictions, report, text_reference
@@ -91,7 +91,7 @@ class Interrupt:
 
 def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list[str]]:
     """(training items, evaluation items, what to say of items left out), checked not to overlap."""
-    items, unusable = read_usable(or_embedded(config.data, TRAINING_DATA))
+    items, unusable = read_usable(or_bundled(config.data, TRAINING_DATA))
     questions: list[Question] = [item.question for item in items]
     notes = [] if unusable is None else [unusable]
     if config.disjoint_from:
@@ -102,10 +102,10 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
             raise UserError(f"--disjoint-from {listed}: has all {len(questions)} items of --data; name other data to train on")
         notes.append(f"{len(questions) - len(training)} of {len(questions)} items left out, which are in {listed} too")
         questions = training
-    if config.data not in (None, EMBEDDED) and config.eval_data is None:
+    if config.data not in (None, BUNDLED) and config.eval_data is None:
         training, held_out = split_by_id(questions, held_out_fraction=0.1)
     else:
-        training, held_out = questions, load_questions(or_embedded(config.eval_data, HELD_OUT_DATA))
+        training, held_out = questions, load_questions(or_bundled(config.eval_data, HELD_OUT_DATA))
     check_leaks(training, held_out)
     return training, choose_by_id(held_out, config.eval_items), notes
 
@@ -312,7 +312,7 @@ def train_policy(
         f"{len(training)} training and {len(held_out)} evaluation items; writing to {config.output_dir}"
     )
 
-    eval_name = Path(or_embedded(config.eval_data or config.data, HELD_OUT_DATA)).stem
+    eval_name = Path(or_bundled(config.eval_data or config.data, HELD_OUT_DATA)).stem
 
     def evaluate_now(when: str) -> list[ItemResult]:
         log.say(f"evaluating {when} training")

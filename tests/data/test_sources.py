@@ -7,7 +7,6 @@ import io
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from datasets import Audio, Dataset, DatasetDict
 
 from tars_fast.config import TrainConfig
 from tars_fast.data.audio import SAMPLE_RATE, decode
-from tars_fast.data.items import load_questions, read_usable, split_options
+from tars_fast.data.items import HELD_OUT_DATA, load_questions, read_usable, split_options
 from tars_fast.data.splits import check_leaks, split_by_id
 from tars_fast.train import load_data
 from tars_fast.types import Question, UserError
@@ -382,9 +381,8 @@ def test_unusable_rows_of_published_data_are_left_out_of_training_only(tmp_path)
         read_usable(tmp_path / "bad")
 
 
-def test_embedded_items_and_a_folder_of_paths_are_unaffected():
-    from tars_fast.data.items import HELD_OUT_DATA
-
+def test_bundled_items_are_read_like_a_users_own():
     (first, *_) = load_questions(str(HELD_OUT_DATA))
-    assert isinstance(first.audio, Path)
+    assert str(first.audio) == f"{HELD_OUT_DATA}, row 0"
+    assert first.audio.read_bytes().startswith(b"OggS")
     assert (first.category, first.transcript) == ("", None)
