@@ -25,7 +25,7 @@ from rich.console import Console
 
 from tars_fast.analysis.drift import Analysis, AnalysisSettings, change_since
 from tars_fast.analysis.probes import Calibration, repeated
-from tars_fast.data.items import EMBEDDED, HELD_OUT_DATA, load_questions, or_embedded
+from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, load_questions, or_bundled
 from tars_fast.data.splits import choose_by_id, data_fingerprint
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator, slice_data
 from tars_fast.evaluation.results import ItemResult, report, text_reference
@@ -61,7 +61,7 @@ class AnalyseConfig:
 
     model: str = "pocket"
     """A preset, or a checkpoint folder."""
-    data: str = EMBEDDED
+    data: str = BUNDLED
     """Items with a recording and a text. pocket: the embedded held-out items."""
     items: int | None = None
     """At most so many of them, chosen by a hash of their ids. None: all."""
@@ -236,7 +236,7 @@ def prepare(config: AnalyseConfig) -> Prepared:
     preset = find_preset(config.model).with_settings(config)
     output_dir = config.output_dir or new_output_folder(config.model, "analyse-")
     device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
-    source = or_embedded(config.data, HELD_OUT_DATA)
+    source = or_bundled(config.data, HELD_OUT_DATA)
     questions = choose_by_id(load_questions(source), config.items)
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     num_layers = prompts.family.architecture(prompts.config).num_layers

@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 
 from tars_fast.data.audio import LongRecordingError
-from tars_fast.data.items import HELD_OUT_DATA, load_questions, or_embedded
+from tars_fast.data.items import HELD_OUT_DATA, load_questions, or_bundled
 from tars_fast.data.splits import data_fingerprint
 from tars_fast.data.transcription import normalised
 from tars_fast.evaluation.answering import TRANSCRIBE, DataSlice, EvaluationSettings, Evaluator, slice_data
@@ -136,7 +136,7 @@ class EvaluateConfig:
                 raise UserError(f"--data {given}: give NAME=SOURCE, NAME not {OVERALL!r}")
             if name in sources:
                 raise UserError(f"--data {given}: {name!r} is there twice; tell them apart by NAME=SOURCE")
-            sources[name] = or_embedded(source, HELD_OUT_DATA)
+            sources[name] = or_bundled(source, HELD_OUT_DATA)
         return sources
 
 

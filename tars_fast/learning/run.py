@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tars_fast.config import RunConfig, TrainConfig
-from tars_fast.data.items import EMBEDDED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_embedded, read_usable
+from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_bundled, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
 from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
@@ -200,7 +200,7 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
     Raises:
         UserError: nothing readable there, a row that is no item, or an item in both parts.
     """
-    items, unusable = read_usable(or_embedded(config.data, TRAINING_DATA))
+    items, unusable = read_usable(or_bundled(config.data, TRAINING_DATA))
     questions: list[Question] = [item.question for item in items]
     notes = [] if unusable is None else [unusable]
     if config.disjoint_from:
@@ -211,10 +211,10 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
             raise UserError(f"--disjoint-from {listed}: has all {len(questions)} items of --data; name other data to train on")
         notes.append(f"{len(questions) - len(training)} of {len(questions)} items left out, which are in {listed} too")
         questions = training
-    if config.data not in (None, EMBEDDED) and config.eval_data is None:
+    if config.data not in (None, BUNDLED) and config.eval_data is None:
         training, held_out = split_by_id(questions, held_out_fraction=0.1)
     else:
-        training, held_out = questions, load_questions(or_embedded(config.eval_data, HELD_OUT_DATA))
+        training, held_out = questions, load_questions(or_bundled(config.eval_data, HELD_OUT_DATA))
     check_leaks(training, held_out)
     return training, choose_by_id(held_out, config.eval_items), notes
 

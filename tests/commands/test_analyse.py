@@ -19,6 +19,7 @@ import pytest
 import soundfile
 import torch
 from checkpoints import MAKERS
+from items import first_items
 from pages import HOSTILE, Elements, check_nothing_foreign, check_plays, on_a_phone
 from rich.console import Console
 
@@ -628,11 +629,11 @@ def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("missing", "name"), [("audio", "'audio'"), ("question", "'question'")])
 def test_items_without_both_modalities_are_refused(missing, name, tmp_path, monkeypatch, capsys):
-    line = json.loads(VALIDATION_DATA.read_text().splitlines()[0])
-    line["audio"] = str(VALIDATION_DATA.parent / line["audio"])
+    items = first_items(VALIDATION_DATA, 1, tmp_path / "items") / "items.jsonl"
+    line = json.loads(items.read_text())
     del line[missing]
-    (tmp_path / "items.jsonl").write_text(json.dumps(line) + "\n")
-    flags = ("--data", tmp_path / "items.jsonl", "--output-dir", tmp_path / "out")
+    items.write_text(json.dumps(line) + "\n")
+    flags = ("--data", items, "--output-dir", tmp_path / "out")
     status, error = run(*flags, monkeypatch=monkeypatch, capsys=capsys)
     assert status == MISUSED
     assert f"{name} missing or empty" in error

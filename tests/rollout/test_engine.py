@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from items import first_items
 from steps import rollout_of
 
 from tars_fast import train as train_command
@@ -157,15 +158,7 @@ def test_an_engine_with_another_policy_stops_the_run_before_an_update(model, que
 @pytest.fixture
 def own_data(tmp_path):
     """Twelve items in a folder of their own, whose recordings a test may spoil."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = TRAINING_DATA.read_text().splitlines()[:12]
-    for line in lines:
-        recording = json.loads(line)["audio"]
-        (folder / recording).parent.mkdir(exist_ok=True)
-        shutil.copy(TRAINING_DATA.parent / recording, folder / recording)
-    (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
+    return first_items(TRAINING_DATA, 12, tmp_path / "data")
 
 
 @pytest.mark.parametrize("how", ["deleted", "cut short", "not audio"])
@@ -263,13 +256,13 @@ def test_a_run_whose_recordings_are_gone_keeps_its_last_step(tmp_path, own_data,
     def vanishing(*arguments):
         calls.append(1)
         if len(calls) == 3:
-            (own_data / "training").rename(own_data / "elsewhere")
+            (own_data / "recordings").rename(own_data / "elsewhere")
         return original(*arguments)
 
     monkeypatch.setattr(loader, "prepare_batch", vanishing)
     with pytest.raises(TrainingError, match=r"no recording of this step could be used.*--resume"):
         command(config)
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
-    (own_data / "elsewhere").rename(own_data / "training")
+    (own_data / "elsewhere").rename(own_data / "recordings")
     assert command(dataclasses.replace(config, resume=True)) == 0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
