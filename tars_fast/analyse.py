@@ -28,8 +28,9 @@ from tars_fast.analysis.probes import Calibration, repeated
 from tars_fast.data.items import EMBEDDED, HELD_OUT_DATA, load_questions, or_embedded
 from tars_fast.data.splits import choose_by_id
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator, slice_data
-from tars_fast.evaluation.results import ItemResult, data_fingerprint, report, text_reference
-from tars_fast.evaluation.results import change_since as accuracy_change_since
+from tars_fast.evaluation.figures import change_since as accuracy_change_since
+from tars_fast.evaluation.figures import report, text_reference
+from tars_fast.evaluation.results import ItemResult, data_fingerprint
 from tars_fast.learning.rewards import HashedNgrams
 from tars_fast.models.hub import weights_fingerprint
 from tars_fast.models.preset import Preset

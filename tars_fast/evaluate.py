@@ -23,21 +23,23 @@ from tars_fast.data.audio import LongRecordingError
 from tars_fast.data.items import HELD_OUT_DATA, load_questions, or_embedded
 from tars_fast.data.transcription import normalised
 from tars_fast.evaluation.answering import TRANSCRIBE, DataSlice, EvaluationSettings, Evaluator, slice_data
-from tars_fast.evaluation.results import (
+from tars_fast.evaluation.figures import (
     OVERALL,
-    PREDICTIONS,
-    ItemResult,
     Reference,
-    by_data,
     change_since,
-    check_same_items,
-    data_fingerprint,
     overall,
     overall_change,
-    read_predictions,
-    recordings_fingerprint,
     report,
     text_reference,
+)
+from tars_fast.evaluation.results import (
+    PREDICTIONS,
+    ItemResult,
+    by_data,
+    check_same_items,
+    data_fingerprint,
+    read_predictions,
+    recordings_fingerprint,
 )
 from tars_fast.learning.rewards import load_text_similarity
 from tars_fast.learning.workers import Workers, join_workers

@@ -33,7 +33,8 @@ from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import EMBEDDED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_embedded, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, split_by_id, without_leaks
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
-from tars_fast.evaluation.results import ItemResult, change_since, data_fingerprint, read_predictions, report, text_reference
+from tars_fast.evaluation.figures import change_since, report, text_reference
+from tars_fast.evaluation.results import ItemResult, data_fingerprint, read_predictions
 from tars_fast.learning.batch import RolloutSource
 from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.rewards import TextSimilarity, load_text_similarity

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as ConsoleTable
 
-from tars_fast.evaluation.ablation import FIGURES, SMOOTHED, START, Arms
+from tars_fast.evaluation.ablation import SMOOTHED, START, Arms
+from tars_fast.evaluation.figures import FIGURES
 from tars_fast.reports.figure import can_draw, curves_figure, write_png
 from tars_fast.reports.log import say, shown
 from tars_fast.reports.page import REPORT, Section, Table, write_page

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tars_fast.data.audio import SAMPLE_RATE, decode
+from tars_fast.evaluation.figures import OVERALL
 from tars_fast.evaluation.metrics import Curve
-from tars_fast.evaluation.results import OVERALL, PREDICTIONS, Evaluated, ItemResult, Transcribed, by_data, read_predictions
+from tars_fast.evaluation.results import PREDICTIONS, Evaluated, ItemResult, Transcribed, by_data, read_predictions
 from tars_fast.reports.figure import accuracy_figure, as_svg, can_draw, curves_figure
 from tars_fast.reports.log import figure_rows, shown
 from tars_fast.reports.page import REPORT, Answer, Item, Picture, Sample, Section, Stage, Table, data_uri, write_page

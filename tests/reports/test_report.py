@@ -14,7 +14,8 @@ import soundfile
 from pages import HOSTILE, Elements, check_nothing_foreign, check_plays, on_a_phone
 
 from tars_fast.data.items import VALIDATION_DATA, load_questions
-from tars_fast.evaluation.results import OVERALL, Answered, Evaluated, ItemResult, Transcribed, change_since, overall, report
+from tars_fast.evaluation.figures import OVERALL, change_since, overall, report
+from tars_fast.evaluation.results import Answered, Evaluated, ItemResult, Transcribed
 from tars_fast.evaluation.scorers import Reading
 from tars_fast.reports import run_page as module
 from tars_fast.reports.page import REPORT, Section, Table
