@@ -38,7 +38,8 @@ from tars_fast.models.presets import find_preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
 from tars_fast.models.speech_model import SpeechModel, choose_device, load_module
 from tars_fast.reports.analysis_page import Analysed, draw_analysis, item_results, write_analysis
-from tars_fast.reports.log import open_console, print_analysis, print_failures, say
+from tars_fast.reports.console import open_console, say
+from tars_fast.reports.tables import print_analysis, print_failures
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.cli import FAILED, check_numbers, make_output_folder, new_output_folder, require_extra, run_command

@@ -48,9 +48,10 @@ from tars_fast.models.memory import GB, Workload
 from tars_fast.models.presets import find_preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
 from tars_fast.models.speech_model import choose_device
-from tars_fast.reports.figure import FIGURE, accuracy_figure, can_draw, write_png
-from tars_fast.reports.log import open_console, print_evaluation, say
+from tars_fast.reports.console import open_console, say
+from tars_fast.reports.plots import ACCURACY_PLOT, accuracy_plot, can_plot, write_png
 from tars_fast.reports.run_page import Compared, write_report
+from tars_fast.reports.tables import print_evaluation
 from tars_fast.rollout.policy import choose_engine, load_policy
 from tars_fast.support.cli import (
     FAILED,
@@ -330,7 +331,7 @@ def evaluate_data(config: EvaluateConfig, workers: Workers) -> int:
     evaluation = make_report(results, reference, compared)
     write_atomically(output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
     earlier = None if compared is None else make_report(compared, reference, None)
-    draw(output_dir / FIGURE, evaluation, earlier)
+    draw(output_dir / ACCURACY_PLOT, evaluation, earlier)
     write_report(output_dir, data, None if compared is None or earlier is None else Compared(compared, earlier))
     print_evaluation(console, evaluation)
     written = ", ".join(sorted(path.name for path in output_dir.iterdir()))
@@ -441,8 +442,8 @@ def draw(path: Path, evaluation: Mapping[str, Mapping[str, Any]], earlier: Mappi
     for name, figures in evaluation.items():
         if name != OVERALL:
             panels[name] = {"this model": figures} if earlier is None else {"before": earlier[name], "after": figures}
-    if can_draw() and all(figures["num_items"] for panel in panels.values() for figures in panel.values()):
-        write_png(path, accuracy_figure(panels))
+    if can_plot() and all(figures["num_items"] for panel in panels.values() for figures in panel.values()):
+        write_png(path, accuracy_plot(panels))
 
 
 def main() -> int:

@@ -47,9 +47,10 @@ from tars_fast.models.memory import GB, MemoryPlan, describe, plan_memory, remed
 from tars_fast.models.presets import architecture_of, family_of, find_preset, list_checkpoints
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
 from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
-from tars_fast.reports.figure import FIGURE, accuracy_figure, can_draw, write_png
-from tars_fast.reports.log import RunLog, print_summary
+from tars_fast.reports.log import RunLog
+from tars_fast.reports.plots import ACCURACY_PLOT, accuracy_plot, can_plot, write_png
 from tars_fast.reports.run_page import write_report
+from tars_fast.reports.tables import print_summary
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.policy import available_bytes, choose_engine, load_policy
 from tars_fast.support.cli import FAILED, INTERRUPTED, make_output_folder, new_output_folder, run_command
@@ -351,8 +352,8 @@ def train_policy(
     }
     write_atomically(config.output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
     parts = {part: evaluation[part] for part in ("before", "after")}
-    if can_draw() and all(part["num_items"] for part in parts.values()):
-        write_png(config.output_dir / FIGURE, accuracy_figure({"held-out items": parts}))
+    if can_plot() and all(part["num_items"] for part in parts.values()):
+        write_png(config.output_dir / ACCURACY_PLOT, accuracy_plot({"held-out items": parts}))
     write_report(config.output_dir, {eval_name: held_out})
     print_summary(log, evaluation, config.output_dir)
     return FAILED if any(part["num_failed"] for part in parts.values()) else 0

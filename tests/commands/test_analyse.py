@@ -37,9 +37,9 @@ from tars_fast.models.presets import find_preset
 from tars_fast.models.prompts import load_prompt_format
 from tars_fast.models.speech_model import SpeechModel, load_module
 from tars_fast.reports.analysis_page import Analysed, draw_analysis, item_results, write_analysis
-from tars_fast.reports.figure import CKA_FIGURE, DRIFT_FIGURE
-from tars_fast.reports.log import print_analysis
 from tars_fast.reports.page import REPORT
+from tars_fast.reports.plots import CKA_PLOT, DRIFT_PLOT
+from tars_fast.reports.tables import print_analysis
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.cli import FAILED, MISUSED
@@ -534,13 +534,13 @@ def test_the_same_analysis_gives_the_same_page_and_pictures(folders, analysed_it
     first, second = (analyse.read_analysis(folder) for folder in folders)
     write_analysis(tmp_path, second, first, "held_out", analysed_items)
     draw_analysis(tmp_path, second.figures, first.figures)
-    for name in (REPORT, DRIFT_FIGURE, CKA_FIGURE):
+    for name in (REPORT, DRIFT_PLOT, CKA_PLOT):
         assert (tmp_path / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
 def test_without_matplotlib_an_analysis_keeps_its_numbers(folders, analysed_items, tmp_path, monkeypatch):
-    for module in ("report", "analysis_page"):
-        monkeypatch.setattr(f"tars_fast.{module}.can_draw", lambda: False)
+    for module in ("sections", "analysis_page"):
+        monkeypatch.setattr(f"tars_fast.reports.{module}.can_plot", lambda: False)
     analysed = analyse.read_analysis(folders[0])
     draw_analysis(tmp_path, analysed.figures, None)
     write_analysis(tmp_path, analysed, None, "held_out", analysed_items)

@@ -24,7 +24,8 @@ from tars_fast.evaluation.results import data_fingerprint, read_predictions
 from tars_fast.learning.update import update_policy
 from tars_fast.models.checkpoint import NUM_KEPT
 from tars_fast.models.presets import PRESETS, find_preset, list_checkpoints
-from tars_fast.reports.log import RunLog, print_summary
+from tars_fast.reports.log import RunLog
+from tars_fast.reports.tables import print_summary
 from tars_fast.support.cli import FAILED, INTERRUPTED
 from tars_fast.train import check_progress, load_data, run_steps, train
 from tars_fast.types import TrainingError, UserError

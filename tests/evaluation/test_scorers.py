@@ -20,7 +20,7 @@ from tars_fast.evaluation.scorers import (
     voicebench_answer,
 )
 from tars_fast.learning.answers import extract_answer
-from tars_fast.reports.log import print_evaluation
+from tars_fast.reports.tables import print_evaluation
 from tars_fast.types import Question
 
 CASES = [
