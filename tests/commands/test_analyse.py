@@ -26,8 +26,9 @@ from tars_fast import analyse
 from tars_fast.analysis import alignment
 from tars_fast.analysis import drift as analysis
 from tars_fast.analysis.alignment import compare_layers, content_span, warp
-from tars_fast.analysis.drift import MEANS, Analysis, AnalysisSettings, _chain, _compare, change_since, first_divergence
+from tars_fast.analysis.drift import Analysis, AnalysisSettings, _chain, _compare, change_since, first_divergence
 from tars_fast.analysis.probes import Calibration, Moments, repeated
+from tars_fast.analysis.row import KINDS
 from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.data.items import HELD_OUT_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.splits import choose_by_id
@@ -71,7 +72,7 @@ def test_drift_is_what_the_evaluation_says(model, items):
     assert {record["speech_accuracy"] for record in records} == {0.0, 1.0}, "both kinds of items are there"
     means = made.report()
     assert means["num_items"] == 6
-    for kind in MEANS:
+    for kind in KINDS:
         for what in ("pooled", "tokens"):
             expected = np.mean([record[f"{kind}_{what}"] for record in records], axis=0)
             assert means["drift"][kind][what] == pytest.approx(expected)
@@ -190,7 +191,7 @@ def test_identical_prompts_give_one_everywhere(model, items, monkeypatch):
     monkeypatch.setattr(Analysis, "_places", lambda *_: (torch.arange(8, 20), torch.arange(8, 20)))
     made, _ = analysed(model, items[:4])
     report = made.report()
-    for kind in MEANS:
+    for kind in KINDS:
         for name, shape in (("pooled", (4,)), ("tokens", (4,)), ("along", (4, 10))):
             np.testing.assert_allclose(report["drift"][kind][name], np.ones(shape), atol=1e-5)
     for name in ("cka", "debiased"):
@@ -291,18 +292,18 @@ def test_an_item_that_cannot_be_heard_fails_alone(model, items, tmp_path):
 
 def test_behaviour_along_the_chain():
     """Answers right and wrong, the same and not, and none at all."""
-    asked = Question("q", "Which one?", "one", ("one", "two", "six"))
+    question = Question("q", "Which one?", "one", ("one", "two", "six"))
 
     def item(spoken: str, written: str):
         completions = [
             Completion(0, modality, tuple(map(ord, text)), (), text, truncated=False)
             for modality, text in zip(Modality, (spoken, written), strict=True)
         ]
-        return SimpleNamespace(spoken=completions[0], written=completions[1])
+        return SimpleNamespace(prompts=SimpleNamespace(question=question), spoken=completions[0], written=completions[1])
 
-    one, two, six = (f"The answer is {word}" for word in asked.choices)
+    one, two, six = (f"The answer is {word}" for word in question.choices)
     items = [item(one, one), item(one, two), item(two, six), item("Well", "Hm"), item("Well", one)]
-    chain = _chain([asked] * len(items), items, 0)
+    chain = _chain(items, 0)
     assert chain["speech_accuracy"].tolist() == [1, 1, 0, 0, 0]
     assert chain["text_accuracy"].tolist() == [1, 0, 0, 0, 1]
     assert chain["same_answer"].tolist() == [1, 0, 0, 0, 0], "two that give none do not agree"
