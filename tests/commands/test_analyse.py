@@ -166,7 +166,7 @@ def test_each_architecture(name, tmp_path, monkeypatch, capsys):
     assert len(made["probes"]) == 4
 
 
-def test_long_recordings_are_heard_as_asked(tmp_path, monkeypatch, capsys):
+def test_long_recordings_are_encoded_as_the_setting_says(tmp_path, monkeypatch, capsys):
     folder = MAKERS["qwen2-audio"](tmp_path / "model")
     write_items(tmp_path, 1.0, 31.0)
     flags = ("--model", folder, "--data", tmp_path / "items.jsonl", "--max-new-tokens", 4, "--output-dir", tmp_path / "out")
@@ -479,6 +479,12 @@ def test_the_command_before_and_after(folders, tmp_path, monkeypatch, capsys):
         assert fragment in error
         assert error.count("\n") == 1
         assert not (tmp_path / "third" / "analysis.json").exists()
+
+
+def test_the_outcome_is_what_the_folder_holds(tmp_path):
+    outcome = analyse.analyse(analyse.AnalyseConfig(items=4, output_dir=tmp_path / "out", device="cpu"))
+    assert (outcome.output_dir, outcome.num_failed) == (tmp_path / "out", 0)
+    assert outcome.analysis == json.loads((tmp_path / "out" / "analysis.json").read_text())
 
 
 @pytest.fixture(scope="module")
