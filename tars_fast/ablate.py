@@ -34,7 +34,7 @@ from tars_fast.learning.run import load_data
 from tars_fast.models.architecture import LAYER_PARTS, find_layers
 from tars_fast.models.registry import architecture_of, find_preset, list_checkpoints
 from tars_fast.reports.ablation_page import print_ablation, write_ablation_page, write_tables
-from tars_fast.reports.log import open_console, say
+from tars_fast.reports.console import open_console, say
 from tars_fast.support.cli import FAILED, INTERRUPTED, check_numbers, require_extra, run_command
 from tars_fast.support.files import write_atomically
 from tars_fast.support.progress import item_progress

@@ -35,7 +35,8 @@ from tars_kernels import use_reference
 
 from tars_fast.data.items import HELD_OUT_DATA, or_bundled
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
-from tars_fast.evaluation.results import ItemResult, change_since, read_predictions, report, text_reference
+from tars_fast.evaluation.figures import change_since, report, text_reference
+from tars_fast.evaluation.results import ItemResult, read_predictions
 from tars_fast.learning.loader import LoadedRollout, RolloutLoader
 from tars_fast.learning.metrics import TrainedTokens, completion_columns, completion_metrics
 from tars_fast.learning.optimizer import learning_rate_at
@@ -44,9 +45,10 @@ from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import join_workers
 from tars_fast.models.memory import describe
-from tars_fast.reports.figure import FIGURE, accuracy_figure, can_draw, write_png
-from tars_fast.reports.log import RunLog, print_summary
+from tars_fast.reports.log import RunLog
+from tars_fast.reports.plots import ACCURACY_PLOT, accuracy_plot, can_plot, write_png
 from tars_fast.reports.run_page import write_report
+from tars_fast.reports.tables import print_summary
 from tars_fast.support.files import write_atomically
 from tars_fast.support.progress import item_progress
 from tars_fast.support.timing import explain_out_of_memory
@@ -214,8 +216,8 @@ def write_evaluation(run: Run, log: RunLog, before: list[ItemResult], after: lis
     parts = {"before": report(before, reference), "after": report(after, reference)}
     evaluation = parts | {"change": change_since(after, before)}
     write_atomically(output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-    if can_draw() and all(part["num_items"] for part in parts.values()):
-        write_png(output_dir / FIGURE, accuracy_figure({"held-out items": parts}))
+    if can_plot() and all(part["num_items"] for part in parts.values()):
+        write_png(output_dir / ACCURACY_PLOT, accuracy_plot({"held-out items": parts}))
     write_report(output_dir, {evaluation_name(run.config): run.data.held_out})
     print_summary(log, evaluation, output_dir)
     return evaluation

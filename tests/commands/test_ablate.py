@@ -37,8 +37,9 @@ from tars_fast.ablate import (
 from tars_fast.config import TrainConfig
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA
 from tars_fast.evaluation.ablation import START, Arms, FinishedRun, check_runs
-from tars_fast.evaluation.results import Answered, Evaluated, ItemResult, text_reference
-from tars_fast.evaluation.results import report as report_of
+from tars_fast.evaluation.figures import report as report_of
+from tars_fast.evaluation.figures import text_reference
+from tars_fast.evaluation.results import Answered, Evaluated, ItemResult
 from tars_fast.evaluation.scorers import Reading
 from tars_fast.models.architecture import find_layers
 from tars_fast.reports.ablation_page import describe, difference_table, figure_table, headline_table

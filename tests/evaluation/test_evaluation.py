@@ -13,18 +13,14 @@ import torch.nn.functional as F
 
 from tars_fast.data.transcription import normalised, word_error_rate
 from tars_fast.evaluation.answering import TRANSCRIBE, EvaluationSettings, Evaluator, layer_cosines, slice_data
+from tars_fast.evaluation.figures import change_since, overall, overall_change, report, text_reference
 from tars_fast.evaluation.results import (
     Answered,
     Evaluated,
     ItemResult,
     Transcribed,
-    change_since,
     check_same_items,
-    overall,
-    overall_change,
     read_predictions,
-    report,
-    text_reference,
 )
 from tars_fast.evaluation.scorers import Reading
 from tars_fast.learning.rewards.answers import extract_answer
