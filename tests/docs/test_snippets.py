@@ -37,6 +37,7 @@ from tars_fast.models.presets import PRESETS
 from tars_fast.types import UserError
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+PAGES_WITH_CODE = [page for page in PAGES if "```" in page.read_text(encoding="utf-8")]
 MINUTES_A_PAGE = 15
 
 
@@ -325,8 +326,6 @@ def test_code_of_a_page_can_be_right(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if "```" in page.read_text(encoding="utf-8")], ids=lambda page: str(page.relative_to(ROOT))
-)
+@pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_of_a_page_runs(page, tmp_path):
     run_page(page, tmp_path)
