@@ -279,7 +279,7 @@ ls /nowhere
 
 <!-- test: --gpu-memory 3 --group-size 4 -->
 ```bash
-python -m tars_fast.plan --model pocket --gpu-memory 80 | head -1
+python -m tars_fast.plan --model pocket --gpu-memory 80 | grep "GPU of"
 for name in one two; do
     python -c "import sys; print('last', sys.argv[1])" $name
 done
