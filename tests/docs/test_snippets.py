@@ -33,7 +33,7 @@ from snippets import (
     write_script,
 )
 
-from tars_fast.models.presets import PRESETS
+from tars_fast.models.registry import PRESETS
 from tars_fast.types import UserError
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
