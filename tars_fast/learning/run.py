@@ -101,8 +101,9 @@ class Run:
         num_trainable = sum(parameter.numel() for parameter in model.trainable_parameters())
         return (
             f"{config.model} on {model.device}{processes}, {model.module.dtype}, {model.attention} over micro-batches of "
-            f"{config.tokens_per_micro_batch:,} tokens, rollouts by {self.engine.name}, {num_trainable:,} trainable "
-            f"parameters; {len(self.data.training)} training and {len(self.data.held_out)} evaluation items; writing to {config.output_dir}"
+            f"{config.tokens_per_micro_batch:,} tokens, rollouts by {self.engine.name}, "
+            f"{num_trainable:,} trainable parameters; "
+            f"{len(self.data.training)} training and {len(self.data.held_out)} evaluation items; writing to {config.output_dir}"
         )
 
     def save_checkpoint(self, num_completed: int) -> None:
