@@ -1,4 +1,4 @@
-"""Spoken questions from rows of any known format, splits by id, leaks, and the order in which training sees them."""
+"""Spoken questions from rows of any known format."""
 
 from __future__ import annotations
 
@@ -139,7 +139,39 @@ def shown_options(question: Question) -> tuple[str, list[str]]:
     return question.text, []
 
 
-def _parse_row(row: Row, kind: Format, spoken: bool, copies: Counter[str]) -> tuple[dict[str, object], Question]:
+@dataclass(frozen=True)
+class _Columns:
+    """A row's values by the field of an item that they stand for."""
+
+    row: str
+    """What messages call it: the row's place, with its id where it has one."""
+    format: Format
+    values: Mapping[str, object]
+    texts: Mapping[str, str]
+    """Those of `values` that are texts or whole numbers, without spaces around them."""
+    has_id: bool
+    """False where the format has none for it: the id comes from the content."""
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What may be answered to a question."""
+
+    listed: list[str]
+    are_options: bool
+    """Options, answered by their letter and still to be written under the question; else the answers themselves."""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return tuple(ascii_uppercase[: len(self.listed)] if self.are_options else self.listed)
+
+    def lettered(self) -> list[str]:
+        """The lines to be written under the question."""
+        pairs = zip(self.choices, self.listed, strict=True) if self.are_options else ()
+        return [f"{letter}. {option}".rstrip() for letter, option in pairs]
+
+
+def _parse_row(row: Row, format: Format, spoken: bool, copies: Counter[str]) -> tuple[dict[str, object], Question]:
     """Its fields as a jsonl line has them, and the question they are.
 
     `copies` counts the rows of the same content that have no id of their own.
@@ -147,89 +179,123 @@ def _parse_row(row: Row, kind: Format, spoken: bool, copies: Counter[str]) -> tu
     Raises:
         UserError: the first thing that is wrong with it.
     """
+    columns = _read_columns(row, format)
+    _check_columns(columns, lacks_audio=spoken and row.audio is None)
+    answers = _possible_answers(columns)
+    answer = _right_answer(columns, answers)
+    text = "\n".join([columns.texts["question"], *answers.lettered()])
+    question = Question(
+        id=columns.texts["id"] if columns.has_id else _id_of_content(text, answers.choices, answer, copies),
+        text=text,
+        answer=answer,
+        choices=answers.choices,
+        audio=row.audio if spoken else None,
+        category=columns.texts.get("category") or row.split,
+        transcript=columns.texts.get("transcript") or None,
+    )
+    return _fields(columns, answers, question), question
+
+
+def _read_columns(row: Row, format: Format) -> _Columns:
     if row.error is not None:
         raise row.error
     if not isinstance(row.values, dict):
         raise UserError(
             f"{row.place}: {row.values!r:.80} is not a JSON object; an item is {{id, question, answer, audio, options}}"
         )
-    values = {name: row.values.get(column) for name, column in kind.columns.items()}
-    ids = [row.values[column] for column in kind.id_columns if column in row.values]
-    has_id = len(ids) == len(kind.id_columns)
+    values = {name: row.values.get(column) for name, column in format.columns.items()}
+    ids = [row.values[column] for column in format.id_columns if column in row.values]
+    has_id = len(ids) == len(format.id_columns)
     if has_id:
         values["id"] = ids[0] if len(ids) == 1 else "_".join(map(str, ids))
     texts = {name: str(value).strip() for name, value in values.items() if type(value) in (str, int)}
-    item = f"{row.place}: item {texts['id']!r}" if texts.get("id") else row.place
-    needed = {"id": kind.id_columns[0]} if has_id else {}
-    needed |= {name: kind.columns[name] for name in ("question", "answer")}
-    empty = [column for name, column in needed.items() if not texts.get(name)]
-    if spoken and row.audio is None:
+    name = f"{row.place}: item {texts['id']!r}" if texts.get("id") else row.place
+    return _Columns(name, format, values, texts, has_id)
+
+
+def _check_columns(columns: _Columns, lacks_audio: bool) -> None:
+    """Raises UserError where a field that every item needs is missing, or one that it may have is no text."""
+    names = columns.format.columns
+    needed = {"id": columns.format.id_columns[0]} if columns.has_id else {}
+    needed |= {name: names[name] for name in ("question", "answer")}
+    empty = [column for name, column in needed.items() if not columns.texts.get(name)]
+    if lacks_audio:
         empty.append("audio")
     if empty:
         raise UserError(
-            f"{item}: {', '.join(map(repr, empty))} missing or empty; an item is id, question, answer, audio, options"
+            f"{columns.row}: {', '.join(map(repr, empty))} missing or empty; an item is id, question, answer, audio, options"
         )
     for name in ("category", "transcript"):
-        if values[name] is not None and name not in texts:
-            raise UserError(f"{item}: {kind.columns[name]!r} must be a text, not {values[name]!r:.80}")
-    listed, shown = _possible_answers(values, kind, item)
-    choices = tuple(ascii_uppercase[: len(listed)] if shown else listed)
-    answer = texts["answer"]
-    if kind.answers_by_index:
-        letters = {str(index): letter for index, letter in enumerate(choices)}
-        if answer not in letters:
-            raise UserError(
-                f"{item}: {kind.columns['answer']!r} is {answer}, not 0 to {len(choices) - 1}, the place of the right option "
-                "counted from 0"
-            )
-        answer = letters[answer]
-    if answer not in choices:
-        by_option = dict(zip(listed, choices, strict=True)) if shown else {}
-        remedy = f"give its letter, {by_option[answer]!r}" if answer in by_option else "correct it or the list"
-        raise UserError(f"{item}: answer {answer!r} is none of {', '.join(choices)}; {remedy}")
-    lettered = [f"{letter}. {option}".rstrip() for letter, option in zip(choices, listed, strict=True)] if shown else []
-    text = "\n".join([texts["question"], *lettered])
-    if not has_id:
-        content = hashlib.sha256(json.dumps([text, choices, answer]).encode()).hexdigest()[:16]
-        copies[content] += 1
-        texts["id"] = content if copies[content] == 1 else f"{content}-{copies[content]}"
-    category = texts.get("category") or row.split
-    transcript = texts.get("transcript") or None
-    # Published options that are empty or stand twice would be refused as one's own; inside the question they are not.
-    apart = shown and all(listed) and len(set(listed)) == len(listed)
-    fields: dict[str, object] = {"id": texts["id"]}
-    fields |= {"question": texts["question"], "options": listed} if apart else {"question": text, "answer_set": list(choices)}
-    fields |= {"answer": answer} | ({"category": category} if category else {})
-    return fields, Question(texts["id"], text, answer, choices, row.audio if spoken else None, category, transcript)
+        if columns.values[name] is not None and name not in columns.texts:
+            raise UserError(f"{columns.row}: {names[name]!r} must be a text, not {columns.values[name]!r:.80}")
 
 
-def _possible_answers(values: Mapping[str, object], kind: Format, item: str) -> tuple[list[str], bool]:
-    """(the answers, whether they are options still to be lettered and shown)."""
-    if kind.lettered:
-        letters = list(ascii_uppercase[: len(split_options(str(values["question"]))[1])])
+def _possible_answers(columns: _Columns) -> _Answers:
+    format = columns.format
+    if format.lettered:
+        letters = list(ascii_uppercase[: len(split_options(str(columns.values["question"]))[1])])
         if not letters:
             raise UserError(
-                f"{item}: {kind.columns['question']!r} holds no options (lines that begin with A., B., ...); only answers that "
-                "are given can be scored"
+                f"{columns.row}: {format.columns['question']!r} holds no options (lines that begin with A., B., ...); only "
+                "answers that are given can be scored"
             )
-        return letters, False
-    options, answer_set = values["options"], values.get("answer_set")
+        return _Answers(letters, are_options=False)
+    options, answer_set = columns.values["options"], columns.values.get("answer_set")
     if (options is None) == (answer_set is None):
-        raise UserError(f"{item}: give 'options' (lettered and shown in the prompt) or 'answer_set' (not shown), one of them")
+        raise UserError(
+            f"{columns.row}: give 'options' (lettered and shown in the prompt) or 'answer_set' (not shown), one of them"
+        )
     listed = options if answer_set is None else answer_set
     if (
         not isinstance(listed, list)
         or not 2 <= len(listed) <= 26
-        or not all(isinstance(option, str) and (option.strip() or kind.published) for option in listed)
+        or not all(isinstance(option, str) and (option.strip() or format.published) for option in listed)
     ):
-        raise UserError(f"{item}: 'options' or 'answer_set' must list 2 to 26 non-empty texts, not {listed!r:.80}")
+        raise UserError(f"{columns.row}: 'options' or 'answer_set' must list 2 to 26 non-empty texts, not {listed!r:.80}")
     listed = [option.strip() for option in listed]
     # Words said in answer are compared without regard to case, so "Yes" and "yes" would be one.
     folded = [option if len(option) == 1 or answer_set is None else option.casefold() for option in listed]
     twice = sorted({option for option in folded if folded.count(option) > 1})
-    if twice and not kind.published:
-        raise UserError(f"{item}: {twice[0]!r} is listed twice among the possible answers; remove one")
-    return listed, answer_set is None
+    if twice and not format.published:
+        raise UserError(f"{columns.row}: {twice[0]!r} is listed twice among the possible answers; remove one")
+    return _Answers(listed, are_options=answer_set is None)
+
+
+def _right_answer(columns: _Columns, answers: _Answers) -> str:
+    """One of `answers.choices`."""
+    answer = columns.texts["answer"]
+    if columns.format.answers_by_index:
+        letters = {str(index): letter for index, letter in enumerate(answers.choices)}
+        if answer not in letters:
+            raise UserError(
+                f"{columns.row}: {columns.format.columns['answer']!r} is {answer}, not 0 to {len(letters) - 1}, the place of the "
+                "right option counted from 0"
+            )
+        return letters[answer]
+    if answer not in answers.choices:
+        by_option = dict(zip(answers.listed, answers.choices, strict=True)) if answers.are_options else {}
+        remedy = f"give its letter, {by_option[answer]!r}" if answer in by_option else "correct it or the list"
+        raise UserError(f"{columns.row}: answer {answer!r} is none of {', '.join(answers.choices)}; {remedy}")
+    return answer
+
+
+def _id_of_content(text: str, choices: tuple[str, ...], answer: str, copies: Counter[str]) -> str:
+    content = hashlib.sha256(json.dumps([text, choices, answer]).encode()).hexdigest()[:16]
+    copies[content] += 1
+    return content if copies[content] == 1 else f"{content}-{copies[content]}"
+
+
+def _fields(columns: _Columns, answers: _Answers, question: Question) -> dict[str, object]:
+    """An item as a jsonl line has it, without its recording."""
+    listed = answers.listed
+    # Published options that are empty or stand twice would be refused as one's own; inside the question they are not.
+    apart = answers.are_options and all(listed) and len(set(listed)) == len(listed)
+    fields: dict[str, object] = {"id": question.id}
+    if apart:
+        fields |= {"question": columns.texts["question"], "options": listed}
+    else:
+        fields |= {"question": question.text, "answer_set": list(question.choices)}
+    return fields | {"answer": question.answer} | ({"category": question.category} if question.category else {})
 
 
 def read_items(source: str | Path, *, spoken: bool = True) -> Iterator[Item]:
@@ -246,18 +312,18 @@ def read_items(source: str | Path, *, spoken: bool = True) -> Iterator[Item]:
     copies: Counter[str] = Counter()
     for row in read_rows(str(source)):
         columns = row.values if isinstance(row.values, dict) else {}
-        kind = next((kind for kind in FORMATS if kind.marks <= columns.keys()), OWN)
+        format = next((format for format in FORMATS if format.marks <= columns.keys()), OWN)
         try:
-            fields, question = _parse_row(row, kind, spoken, copies)
+            fields, question = _parse_row(row, format, spoken, copies)
         except UserError as error:
-            yield Item(row.place, {}, row.audio, None, error, kind.published)
+            yield Item(row.place, {}, row.audio, None, error, format.published)
             continue
         if question.id in first:
             repeated = UserError(f"{row.place}: id {question.id!r} already stands in {first[question.id]}; ids must be unique")
-            yield Item(row.place, fields, row.audio, question, repeated, kind.published)
+            yield Item(row.place, fields, row.audio, question, repeated, format.published)
         else:
             first[question.id] = row.where
-            yield UsableItem(row.place, fields, row.audio, question, None, kind.published)
+            yield UsableItem(row.place, fields, row.audio, question, None, format.published)
 
 
 def load_questions(source: str | Path, *, spoken: bool = True) -> list[Question]:
