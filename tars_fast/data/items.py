@@ -1,4 +1,4 @@
-"""Spoken questions from rows of any known format."""
+"""Rows of any known format become items: a question with its answers and its recording, or what is wrong with the row."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def or_bundled(source: str | None, bundled: Path) -> str:
 
 @dataclass(frozen=True)
 class Format:
-    """One way in which questions are written down."""
+    """How a kind of data writes an item: which column holds what."""
 
     columns: Mapping[str, str]
     """Field of an item -> the column that holds it."""
     marks: frozenset[str]
-    """Columns by which it is known."""
+    """A row that has all of these columns is in this format."""
     id_columns: tuple[str, ...]
-    """Their values, joined, are the id; where the data has no such column, the id comes from the content."""
+    """Their values, joined by `_`, are the id; where a row lacks one of them, the id is a hash of the content."""
     answers_by_index: bool = False
-    """The answer is the place of the right option, counted from 0."""
+    """The answer is the index of the right option, from 0."""
     lettered: bool = False
-    """The question holds its options, on lines that begin with A., B., C."""
+    """The question itself holds the options, on lines that begin with A., B., C."""
     published: bool = True
-    """The reader cannot correct it: options that are empty or stand twice are taken as they are."""
+    """The user cannot correct the data: options that are empty or stand twice are accepted."""
 
 
 OWN = Format(
@@ -76,7 +76,7 @@ MMLU = Format(
     answers_by_index=True,
 )
 FORMATS = (VOICEBENCH, TARS, MMLU, OWN)
-"""The first whose marks are all there is taken."""
+"""A row is read in the first format whose marks it has."""
 
 
 @dataclass(frozen=True)
@@ -86,33 +86,36 @@ class Item:
     place: str
     """What messages call it: source, and line or row."""
     fields: Mapping[str, object]
-    """Written as a jsonl line has them, without the recording; empty where there is no question."""
+    """The columns of a jsonl line, without the recording; empty where there is no question."""
     audio: Recording | None
     question: Question | None
-    """None where the row is no item."""
+    """None where the row cannot be read as one."""
     error: UserError | None
-    """What is wrong with it; an item whose id stands twice has this and its question."""
+    """What is wrong with the row; an item whose id stands twice has an error and a question."""
     published: bool
-    """In a format that the reader cannot correct."""
+    """See `Format.published`."""
 
 
 @dataclass(frozen=True)
 class UsableItem(Item):
-    """A row that is an item."""
+    """A row that can be used: it has a question, and no error."""
 
     question: Question
 
 
 _INSTRUCTION = re.compile(r"\s*What is the answer to the above multiple choice question\?.*", re.DOTALL)
-"""VoiceBench's, behind the options of every item."""
+"""What VoiceBench writes behind the options of every item."""
 _OPTION = re.compile(r"\s*(?:option\s+)?\(?([A-Za-z])[.:)]+(?:\s+|$)", re.IGNORECASE)
 """`A. `, `(a) `, `Option A: ` at the beginning of a line."""
 
 
 def split_options(text: str) -> tuple[str, list[str]]:
-    """(what is asked, the options lettered under it); no options where there are not at least A and B.
+    """Take a question apart whose options stand under it on lines that begin with A., B., C.
 
-    The last lines that count A, B, C are the options: statements numbered I., II. and earlier lists stay in the question.
+    The last such list is the options: statements numbered I., II. and earlier lists stay in the question.
+
+    Returns:
+        (the question without its options, the options without their letters); no options where there are not at least two.
     """
     lines = _INSTRUCTION.sub("", text).split("\n")
     lists: list[list[int]] = []
@@ -132,52 +135,58 @@ def split_options(text: str) -> tuple[str, list[str]]:
 
 
 def shown_options(question: Question) -> tuple[str, list[str]]:
-    """As `split_options`; lettered lines that are not what is answered belong to what is asked."""
-    asked, options = split_options(question.text)
+    """As `split_options`, but lettered lines are options only where the answers are their letters or their texts."""
+    stem, options = split_options(question.text)
     if set(question.choices) in (set(ascii_uppercase[: len(options)]), set(options)):
-        return asked, options
+        return stem, options
     return question.text, []
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """A row's values by the field of an item that they stand for."""
+    """The values of a row under the names of an item's fields."""
 
     row: str
-    """What messages call it: the row's place, with its id where it has one."""
+    """What messages call the row: its place, and its id where it has one."""
     format: Format
     values: Mapping[str, object]
     texts: Mapping[str, str]
-    """Those of `values` that are texts or whole numbers, without spaces around them."""
+    """Those of `values` that are texts or whole numbers, as texts without spaces around them."""
     has_id: bool
-    """False where the format has none for it: the id comes from the content."""
+    """False where the row lacks a column of the id, which is then a hash of the content."""
 
 
 @dataclass(frozen=True)
 class _Answers:
-    """What may be answered to a question."""
+    """The possible answers of an item."""
 
     listed: list[str]
+    """As the row lists them."""
     are_options: bool
-    """Options, answered by their letter and still to be written under the question; else the answers themselves."""
+    """They are lettered and written under the question, and the letters are the answers; else they are the answers."""
 
     @property
     def choices(self) -> tuple[str, ...]:
         return tuple(ascii_uppercase[: len(self.listed)] if self.are_options else self.listed)
 
     def lettered(self) -> list[str]:
-        """The lines to be written under the question."""
+        """The lines under the question."""
         pairs = zip(self.choices, self.listed, strict=True) if self.are_options else ()
         return [f"{letter}. {option}".rstrip() for letter, option in pairs]
 
 
 def _parse_row(row: Row, format: Format, spoken: bool, copies: Counter[str]) -> tuple[dict[str, object], Question]:
-    """Its fields as a jsonl line has them, and the question they are.
+    """Make an item of a row.
 
-    `copies` counts the rows of the same content that have no id of their own.
+    Args:
+        spoken: it needs a recording; otherwise its recording is left out.
+        copies: number of rows so far for each hash of a content that is an id.
+
+    Returns:
+        (`Item.fields`, the question).
 
     Raises:
-        UserError: the first thing that is wrong with it.
+        UserError: the first thing that is wrong with the row.
     """
     columns = _read_columns(row, format)
     _check_columns(columns, lacks_audio=spoken and row.audio is None)
@@ -268,8 +277,8 @@ def _right_answer(columns: _Columns, answers: _Answers) -> str:
         letters = {str(index): letter for index, letter in enumerate(answers.choices)}
         if answer not in letters:
             raise UserError(
-                f"{columns.row}: {columns.format.columns['answer']!r} is {answer}, not 0 to {len(letters) - 1}, the place of the "
-                "right option counted from 0"
+                f"{columns.row}: {columns.format.columns['answer']!r} is {answer}, not 0 to {len(letters) - 1}, the place of "
+                "the right option counted from 0"
             )
         return letters[answer]
     if answer not in answers.choices:
@@ -286,9 +295,9 @@ def _id_of_content(text: str, choices: tuple[str, ...], answer: str, copies: Cou
 
 
 def _fields(columns: _Columns, answers: _Answers, question: Question) -> dict[str, object]:
-    """An item as a jsonl line has it, without its recording."""
+    """See `Item.fields`."""
     listed = answers.listed
-    # Published options that are empty or stand twice would be refused as one's own; inside the question they are not.
+    # Options that are empty or stand twice are accepted of published data only; inside the question they are accepted anywhere.
     apart = answers.are_options and all(listed) and len(set(listed)) == len(listed)
     fields: dict[str, object] = {"id": question.id}
     if apart:
@@ -299,14 +308,14 @@ def _fields(columns: _Columns, answers: _Answers, question: Question) -> dict[st
 
 
 def read_items(source: str | Path, *, spoken: bool = True) -> Iterator[Item]:
-    """Every row of a source, good or bad.
+    """Read every row of a source, good or bad.
 
     Args:
         source: see `load_questions`.
         spoken: items need a recording; otherwise recordings are left out.
 
     Raises:
-        UserError: nothing readable there, or it does not say which split it means.
+        UserError: there is nothing to read, or `source` does not say which split it means.
     """
     first: dict[str, str] = {}
     copies: Counter[str] = Counter()
@@ -327,7 +336,7 @@ def read_items(source: str | Path, *, spoken: bool = True) -> Iterator[Item]:
 
 
 def load_questions(source: str | Path, *, spoken: bool = True) -> list[Question]:
-    """Read items from wherever they are.
+    """Read the items of a source, all of which must be good.
 
     Args:
         source: a jsonl file or a folder with one, whose lines are `id`, `question`, `answer`, `audio` (path relative to the
@@ -338,7 +347,7 @@ def load_questions(source: str | Path, *, spoken: bool = True) -> list[Question]
         spoken: items need a recording; otherwise recordings are left out.
 
     Raises:
-        UserError: nothing readable there, or the first row that is no item.
+        UserError: there is nothing to read, or the first bad row.
     """
     questions = []
     for item in read_items(source, spoken=spoken):
@@ -356,16 +365,19 @@ def _no_items(source: str | Path) -> UserError:
 
 
 def read_usable(source: str | Path, *, spoken: bool = True) -> tuple[list[UsableItem], str | None]:
-    """(items, what to say of rows that were left out): published data, which nobody can correct, go on without bad rows.
+    """Read the good items of a source; bad rows of published data, which the user cannot correct, are left out.
 
-    For training and for speaking only: an evaluation that left items out would be another one.
+    For training and for synthesis only: an evaluation without some of its items would have other figures.
 
     Args:
         source: see `load_questions`.
         spoken: items need a recording; otherwise recordings are left out.
 
+    Returns:
+        (items, a line that says how many rows were left out and what is wrong with the first, or None).
+
     Raises:
-        UserError: nothing usable there, or the first bad row of one's own format.
+        UserError: there is no good item, or the first bad row of the user's own data.
     """
     usable: list[UsableItem] = []
     errors: list[UserError] = []

@@ -14,7 +14,7 @@ from tars_kernels import pooled_similarity
 from torch import Tensor
 
 from tars_fast.learning.answers import extract_answer, has_format
-from tars_fast.models.hub import first_line
+from tars_fast.support.cli import first_line
 from tars_fast.types import Completion, Modality, Question, UserError
 
 FORMAT_WEIGHT = 0.5
