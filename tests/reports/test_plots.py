@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tars_fast.evaluation.metrics import Curve
-from tars_fast.reports.figure import accuracy_figure, as_svg, curves_figure, heat_map_figure, write_png
+from tars_fast.reports.plots import accuracy_plot, as_svg, curves_plot, heat_map_plot, write_png
 
 NAMES = ["$\\frac{a}$", "before & <after>", "mine_$5"]
 
@@ -19,7 +19,7 @@ def texts(svg: bytes) -> list[str]:
 
 def test_names_of_users_are_no_formulas_and_stand_once_in_the_legend():
     curves = {name: Curve([1, 2, 3], [0.1, 0.2, 0.3]) for name in NAMES}
-    shown = texts(as_svg(curves_figure({NAMES[0]: curves, "second": curves}, "step", "reward")))
+    shown = texts(as_svg(curves_plot({NAMES[0]: curves, "second": curves}, "step", "reward")))
     escaped = [name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for name in NAMES]
     # The first one is a title too.
     assert [shown.count(name) for name in escaped] == [2, 1, 1]
@@ -29,15 +29,15 @@ def test_names_of_users_are_no_formulas_and_stand_once_in_the_legend():
         for modality in ("speech", "text")
         for end, value in (("", 0.5), ("_ci95", [0.4, 0.6]))
     }
-    shown = texts(as_svg(accuracy_figure({NAMES[0]: {"this model": report}})))
+    shown = texts(as_svg(accuracy_plot({NAMES[0]: {"this model": report}})))
     assert shown.count(NAMES[0]) == shown.count("speech") == shown.count("text") == 1
 
 
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: curves_figure({"a": {"b": Curve([1, 2], [0.5, None], [0.4, None], [0.6, math.nan])}}, "x", "y"),
-        lambda: heat_map_figure({"a": [[0.5, None], [math.nan, 1.0]]}, "x", "y", "CKA"),
+        lambda: curves_plot({"a": {"b": Curve([1, 2], [0.5, None], [0.4, None], [0.6, math.nan])}}, "x", "y"),
+        lambda: heat_map_plot({"a": [[0.5, None], [math.nan, 1.0]]}, "x", "y", "CKA"),
     ],
 )
 def test_the_same_figure_gives_the_same_bytes(draw, tmp_path):
@@ -48,9 +48,9 @@ def test_the_same_figure_gives_the_same_bytes(draw, tmp_path):
 
 
 def test_what_is_not_known_is_a_gap_in_a_curve_and_grey_in_a_heat_map():
-    (axis,) = curves_figure({"a": {"b": Curve(range(4), [0.5, None, math.nan, 1.0])}}, "x", "y").axes
+    (axis,) = curves_plot({"a": {"b": Curve(range(4), [0.5, None, math.nan, 1.0])}}, "x", "y").axes
     assert [math.isfinite(value) for value in axis.lines[0].get_ydata()] == [True, False, False, True]
-    figure = heat_map_figure({"a": [[0.5, None]], "b": [[math.nan, 1.0]]}, "x", "y", "CKA")
+    figure = heat_map_plot({"a": [[0.5, None]], "b": [[math.nan, 1.0]]}, "x", "y", "CKA")
     images = [axis.images[0] for axis in figure.axes[:2]]
     assert [image.get_array().mask.tolist() for image in images] == [[[False, True]], [[True, False]]]
     grey = images[0].to_rgba(images[0].get_array())[0, 1]
@@ -71,8 +71,8 @@ def test_long_curves_are_thinned_to_means_of_what_is_known():
 
 def test_many_panels_stand_in_rows_of_three():
     curve = {"b": Curve([1, 2], [0.1, 0.2])}
-    widths = [curves_figure({str(n): curve for n in range(count)}, "x", "y").get_figwidth() for count in (1, 3, 5)]
+    widths = [curves_plot({str(n): curve for n in range(count)}, "x", "y").get_figwidth() for count in (1, 3, 5)]
     assert widths == pytest.approx([widths[0], 3 * widths[0], 3 * widths[0]])
-    figure = curves_figure({str(n): curve for n in range(5)}, "x", "y")
+    figure = curves_plot({str(n): curve for n in range(5)}, "x", "y")
     assert len(figure.axes) == 5
-    assert figure.get_figheight() == pytest.approx(2 * curves_figure({"0": curve}, "x", "y").get_figheight())
+    assert figure.get_figheight() == pytest.approx(2 * curves_plot({"0": curve}, "x", "y").get_figheight())

@@ -1,4 +1,4 @@
-"""Every preset and family there is, and which of them a checkpoint belongs to."""
+"""The tables of all presets and families, and the lookups of a checkpoint in them."""
 
 from __future__ import annotations
 
@@ -36,10 +36,13 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_family(source: str, model_type: str) -> Family:
-    """The family of a checkpoint by the `model_type` of its config.json.
+    """The family that the `model_type` of a checkpoint's config.json belongs to.
+
+    Args:
+        source: for the message.
 
     Raises:
-        UserError: none of those that can be trained.
+        UserError: no family has this `model_type`.
     """
     for family in FAMILIES:
         if model_type in family.model_types:
@@ -50,10 +53,10 @@ def find_family(source: str, model_type: str) -> Family:
 
 
 def family_of(preset: Preset) -> Family:
-    """By the checkpoint's configuration, or that of an adapter's base.
+    """The family of a preset, or of its checkpoint; an adapter has its base's.
 
     Raises:
-        UserError: there is none, or it is of no family that can be trained.
+        UserError: config.json cannot be read, or no family has its `model_type`.
     """
     if preset.family is not None:
         return preset.family
@@ -62,7 +65,7 @@ def family_of(preset: Preset) -> Family:
 
 
 def architecture_of(preset: Preset) -> Architecture:
-    """Of a preset known, else read from the checkpoint's configuration, or from that of an adapter's base.
+    """The architecture from the table of presets, or else from the checkpoint's config.json; an adapter has its base's.
 
     Raises:
         UserError: see `family_of`.
@@ -78,16 +81,19 @@ def architecture_of(preset: Preset) -> Architecture:
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """(completed steps, folder) of every whole checkpoint, oldest first."""
+    """(completed steps, folder) of every complete checkpoint of a run, oldest first."""
     found = [(path.name.removeprefix("checkpoint-"), path) for path in output_dir.glob("checkpoint-*")]
     return sorted((int(number), path) for number, path in found if number.isdecimal())
 
 
 def find_preset(model: str) -> Preset:
-    """The preset called `model`; for a checkpoint the preset it was trained from, else the paper's settings.
+    """The preset for `--model`: by its name, by its checkpoint, by the preset.json in a checkpoint, or else `PAPER`.
+
+    Args:
+        model: name of a preset, folder of a checkpoint, or name on the hub.
 
     Raises:
-        UserError: neither a preset, nor a folder that holds a checkpoint, nor one on the hub.
+        UserError: `model` is none of these, or its preset.json is of another version.
     """
     if model in PRESETS:
         return PRESETS[model]

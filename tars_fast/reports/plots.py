@@ -1,6 +1,6 @@
-"""Pictures of what a run found: accuracies, curves, heat maps; each a matplotlib `Figure`, written as PNG or SVG.
+"""Plots of accuracies, curves and matrices; each a matplotlib `Figure`, written as PNG or SVG.
 
-Nothing here may be called where `can_draw` says no.
+Where `can_plot` is false, nothing else here works.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-FIGURE = "accuracy.png"
-DRIFT_FIGURE = "drift.png"
-CKA_FIGURE = "cka.png"
+ACCURACY_PLOT = "accuracy.png"
+DRIFT_PLOT = "drift.png"
+CKA_PLOT = "cka.png"
 _COLOURS = {"speech": "#c06030", "text": "#4878a8"}
 _MORE_COLOURS = ("#c06030", "#4878a8", "#5a8f4a", "#8a5a9f", "#7a7a7a", "#b8912b")
 _UNKNOWN_COLOUR = "#dddddd"
@@ -32,11 +32,11 @@ _PHONE_WIDTH = 4.4
 """Inches: at this width a 9 point label is still legible on a phone, which shows the picture at about its own size."""
 _MOST_COLUMNS = 3
 _STYLE: dict[Any, object] = {
-    # Names of data are the user's: a dollar sign in one is no formula.
+    # Users choose names of data: a dollar sign in one begins no formula.
     "text.parse_math": False,
-    # Letters stay letters: smaller, and drawn in a font of the reader's.
+    # Text stays text: the file is smaller, and the reader's browser chooses the font.
     "svg.fonttype": "none",
-    # Names inside the file, which are random otherwise: the same run gives the same bytes.
+    # Names inside the file are random otherwise: the same run gives the same bytes.
     "svg.hashsalt": "tars_fast",
     "font.size": 9,
     "axes.spines.top": False,
@@ -47,13 +47,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def can_draw() -> bool:
-    """Whether matplotlib is installed; without it there are no pictures, and nothing else changes."""
+def can_plot() -> bool:
+    """Whether matplotlib is installed; without it there are no plots, and nothing else changes."""
     return find_spec("matplotlib") is not None
 
 
 def _styled(function: Callable[P, T]) -> Callable[P, T]:
-    """Some of `_STYLE` counts when a figure is made, some when it is written."""
+    """Run a function under `_STYLE`, some of which counts when a plot is made, some when it is written."""
 
     @wraps(function)
     def inside(*arguments: P.args, **named: P.kwargs) -> T:
@@ -79,7 +79,7 @@ def as_svg(figure: Figure) -> bytes:
 
 
 @_styled
-def accuracy_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
+def accuracy_plot(panels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
     """A panel for each data set, in it a pair of bars, speech and text, for each evaluation, with 95 % intervals.
 
     Args:
@@ -101,12 +101,12 @@ def accuracy_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Fi
 
 
 @_styled
-def curves_figure(panels: Mapping[str, Mapping[str, Curve]], x_label: str, y_label: str, order: Sequence[str] = ()) -> Figure:
+def curves_plot(panels: Mapping[str, Mapping[str, Curve]], x_label: str, y_label: str, order: Sequence[str] = ()) -> Figure:
     """Lines, their intervals as bands; one legend for all panels, in which a name stands for the same line everywhere.
 
     Args:
         panels: title -> name -> curve.
-        order: names that have the first colours, be they here or in other pictures beside this one.
+        order: names that have the first colours, so that they are the same in several plots.
     """
     figure, axes = _panels(panels, height=3.0, y_label=y_label, x_label=x_label)
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
@@ -115,13 +115,13 @@ def curves_figure(panels: Mapping[str, Mapping[str, Curve]], x_label: str, y_lab
         for name, curve in curves.items():
             number = places.index(name)
             colour = _MORE_COLOURS[number % len(_MORE_COLOURS)]
-            # Also told apart without colours.
+            # Lines differ in more than their colour.
             style = ("-", "--", ":", "-.")[number % 4]
-            drawn = curve.thinned()
-            marker = "." if len(drawn.x) <= 40 else None
-            axis.plot(drawn.x, _numbers(drawn.y), style, color=colour, label=name, marker=marker, linewidth=1.3)
-            if drawn.low is not None and drawn.high is not None:
-                axis.fill_between(drawn.x, _numbers(drawn.low), _numbers(drawn.high), color=colour, alpha=0.2, linewidth=0)
+            thin = curve.thinned()
+            marker = "." if len(thin.x) <= 40 else None
+            axis.plot(thin.x, _numbers(thin.y), style, color=colour, label=name, marker=marker, linewidth=1.3)
+            if thin.low is not None and thin.high is not None:
+                axis.fill_between(thin.x, _numbers(thin.low), _numbers(thin.high), color=colour, alpha=0.2, linewidth=0)
         _whole_numbers(axis.xaxis)
         axis.grid(alpha=0.3)
     _legend(figure, axes, columns=2 if len(names) == 4 or max(map(len, names)) > 15 else min(len(names), 3))
@@ -129,7 +129,7 @@ def curves_figure(panels: Mapping[str, Mapping[str, Curve]], x_label: str, y_lab
 
 
 @_styled
-def heat_map_figure(
+def heat_map_plot(
     panels: Mapping[str, Sequence[Sequence[float | None]]], x_label: str, y_label: str, colour_label: str
 ) -> Figure:
     """Values from 0 to 1, grey where nothing is known, the first row at the bottom; rows and columns count from 1.
