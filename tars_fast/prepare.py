@@ -233,6 +233,7 @@ GO_ON = "what is done stays, and the same command goes on from there"
 
 @contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that says how to go on."""
     try:
         yield
     except OSError as error:
@@ -254,12 +255,12 @@ def packed_recordings(folder: Path) -> dict[str, Recording]:
 
 
 def open_folder(
-    folder: Path, recipe: Recipe, output_format: OutputFormat, packed: Mapping[str, Recording]
-) -> dict[str, Outcome]:
+    folder: Path, recipe: Recipe, output_format: OutputFormat
+) -> tuple[dict[str, Outcome], Mapping[str, Recording]]:
     """Begin the output folder, or go on with that of an earlier run with the same settings.
 
     Returns:
-        id -> what the earlier run has finished and is still there.
+        (id -> what the earlier run has finished and is still there, `packed_recordings`).
 
     Raises:
         UserError: it holds something else, or was begun with other settings.
@@ -276,6 +277,7 @@ def open_folder(
     # A line that was cut off has no end.
     outcomes = [Outcome(**json.loads(line)) for line in lines if line.endswith("\n")]
     recordings = folder / "recordings"
+    packed = packed_recordings(folder)
     names = packed.keys() | ({path.name for path in recordings.iterdir()} if recordings.is_dir() else set())
     finished = {outcome.id: outcome for outcome in outcomes if recording_name(outcome.id, outcome.transcript) in names}
     changed = [f"--{name.replace('_', '-')} {begun.get(name)!s:.60}" for name in settings if begun.get(name) != settings[name]]
@@ -285,7 +287,7 @@ def open_folder(
     write_atomically(settings_path, json.dumps(settings, indent=2) + "\n")
     recordings.mkdir(exist_ok=True)
     write_atomically(journal, "".join(json.dumps(asdict(outcome)) + "\n" for outcome in finished.values()))
-    return finished
+    return finished, packed
 
 
 def run_workers(transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jobs: int) -> Generator[Outcome]:
@@ -308,42 +310,30 @@ def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
     """Speak the items of `data` into `folder`, and return the exit status."""
     voices = config.voices or (VOICES if config.synthesiser == ESPEAK else ("default",))
     recipe = Recipe(config.synthesiser, voices, config.recogniser, config.max_word_error_rate, config.retries, config.seed)
+    small_workers = config.synthesiser == ESPEAK and config.recogniser is None
+    jobs = config.jobs or ((os.cpu_count() or 1) if small_workers else 1)
     items, left_out = read_usable(data, spoken=False)
     if left_out is not None:
         print(left_out, flush=True)
     transcripts = {item.question.id: spoken_form(item) for item in items}
     if config.output_format == "parquet":
         check_unicode(items, transcripts)
-    failed: dict[str, str] = {}
     with explain_full_disk(folder):
-        packed = packed_recordings(folder)
-        finished = open_folder(folder, recipe, config.output_format, packed)
+        finished, packed = open_folder(folder, recipe, config.output_format)
         done = {(outcome.id, outcome.transcript) for outcome in finished.values()}
         todo = dict(item for item in transcripts.items() if item not in done)
         if len(todo) < len(items):
             print(f"{len(items) - len(todo)} of {len(items)} items are there already", flush=True)
-        small_workers = config.synthesiser == ESPEAK and config.recogniser is None
-        jobs = config.jobs or ((os.cpu_count() or 1) if small_workers else 1)
-        with (
-            (folder / "preparation" / "finished.jsonl").open("a", encoding="utf-8") as journal,
-            closing(run_workers(todo, recipe, folder / "recordings", jobs)) as outcomes,
-        ):
-            for outcome in track(outcomes, len(todo), "spoken"):
-                if outcome.error is None:
-                    finished[outcome.id] = outcome
-                    journal.write(json.dumps(asdict(outcome)) + "\n")
-                    journal.flush()
-                else:
-                    failed[outcome.id] = outcome.error
-        succeeded = [item for item in items if item.question.id not in failed]
-        spoken = [spoken_item(item, finished[item.question.id]) for item in succeeded]
+        spoken, failed = speak_items(todo, recipe, folder, jobs)
+        finished |= spoken
+        written = [spoken_item(item, finished[item.question.id]) for item in items if item.question.id not in failed]
         if config.output_format == "parquet":
-            pack_items(folder, spoken, packed)
+            pack_items(folder, written, packed)
         else:
-            write_items(folder, spoken)
+            write_items(folder, written)
         failures = [json.dumps({"id": id, "error": failed[id]}) + "\n" for id in transcripts if id in failed]
         write_atomically(folder / "preparation" / "failed.jsonl", "".join(failures))
-    lengths = [finished[item.question.id].gained["seconds"] for item in succeeded]
+    lengths = [finished[id].gained["seconds"] for id in transcripts if id not in failed]
     print(f"{len(lengths)} items, {sum(lengths):.0f} s of speech, written to {folder}")
     too_long = sum(length > config.max_seconds for length in lengths)
     if too_long:
@@ -351,6 +341,30 @@ def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
     if failed:
         print(f"{len(failed)} items failed and are left out; see {folder / 'preparation' / 'failed.jsonl'}", file=sys.stderr)
     return FAILED if failed else 0
+
+
+def speak_items(
+    transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jobs: int
+) -> tuple[dict[str, Outcome], dict[str, str]]:
+    """Speak texts, given by id, and write down each in finished.jsonl as soon as its recording is there.
+
+    Returns:
+        (id -> outcome, id -> why it failed).
+    """
+    spoken: dict[str, Outcome] = {}
+    failed: dict[str, str] = {}
+    with (
+        (folder / "preparation" / "finished.jsonl").open("a", encoding="utf-8") as journal,
+        closing(run_workers(transcripts, recipe, folder / "recordings", jobs)) as outcomes,
+    ):
+        for outcome in track(outcomes, len(transcripts), "spoken"):
+            if outcome.error is None:
+                spoken[outcome.id] = outcome
+                journal.write(json.dumps(asdict(outcome)) + "\n")
+                journal.flush()
+            else:
+                failed[outcome.id] = outcome.error
+    return spoken, failed
 
 
 def check_unicode(items: Sequence[UsableItem], transcripts: Mapping[str, str]) -> None:
