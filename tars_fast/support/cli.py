@@ -70,6 +70,12 @@ def make_output_folder(output_dir: Path) -> None:
         raise UserError(f"--output-dir {output_dir}: cannot be made ({error.strerror}); name another folder") from error
 
 
+def first_line(error: Exception) -> str:
+    """The first line of a library's error, or its type where it has no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def require_extra(extra: str) -> None:
     """Raises UserError where a package that an extra brings is not installed."""
     problem = missing(extra)
