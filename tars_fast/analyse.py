@@ -27,12 +27,12 @@ from rich.console import Console
 from tars_fast.analysis.drift import Analysis, AnalysisSettings, change_since
 from tars_fast.analysis.probes import Calibration, repeated
 from tars_fast.data.items import EMBEDDED, HELD_OUT_DATA, load_questions, or_embedded
-from tars_fast.data.splits import choose_by_id
+from tars_fast.data.splits import choose_by_id, data_fingerprint
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator, slice_data
 from tars_fast.evaluation.figures import change_since as accuracy_change_since
 from tars_fast.evaluation.figures import report, text_reference
-from tars_fast.evaluation.results import ItemResult, data_fingerprint
-from tars_fast.learning.rewards import HashedNgrams
+from tars_fast.evaluation.results import ItemResult
+from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.models.hub import weights_fingerprint
 from tars_fast.models.preset import Preset
 from tars_fast.models.presets import find_preset

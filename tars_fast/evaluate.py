@@ -22,6 +22,7 @@ from rich.console import Console
 
 from tars_fast.data.audio import LongRecordingError
 from tars_fast.data.items import HELD_OUT_DATA, load_questions, or_embedded
+from tars_fast.data.splits import data_fingerprint
 from tars_fast.data.transcription import normalised
 from tars_fast.evaluation.answering import TRANSCRIBE, DataSlice, EvaluationSettings, Evaluator, slice_data
 from tars_fast.evaluation.figures import (
@@ -38,11 +39,10 @@ from tars_fast.evaluation.results import (
     ItemResult,
     by_data,
     check_same_items,
-    data_fingerprint,
     read_predictions,
     recordings_fingerprint,
 )
-from tars_fast.learning.rewards import load_text_similarity
+from tars_fast.learning.rewards.behaviour import load_text_similarity
 from tars_fast.learning.workers import Workers, join_workers
 from tars_fast.models.hub import adapter_rank, weights_fingerprint
 from tars_fast.models.memory import GB, Workload

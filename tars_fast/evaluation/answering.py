@@ -14,7 +14,8 @@ from tars_kernels import LayerPooler, pooled_similarity
 from tars_fast.data.transcription import word_error_rate
 from tars_fast.evaluation.results import Answered, Evaluated, ItemResult, Transcribed
 from tars_fast.evaluation.scorers import read_completion
-from tars_fast.learning.rewards import TextSimilarity, answer_rewards
+from tars_fast.learning.rewards.accuracy import accuracy
+from tars_fast.learning.rewards.behaviour import TextSimilarity
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.memory import EVALUATION_TOKENS
 from tars_fast.models.speech_model import SpeechModel
@@ -185,7 +186,8 @@ class Evaluator:
         if settings.num_samples:
             sampling = Sampling(settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed + start)
             for modality, samples in self._generate(prompts, sampling).items():
-                sampled[modality] = answer_rewards(samples, questions).accuracy.view(len(questions), -1).mean(1).tolist()
+                correct = torch.tensor([accuracy(sample, questions[sample.question]) for sample in samples])
+                sampled[modality] = correct.view(len(questions), -1).mean(1).tolist()
         transcribed = self._transcribe(questions, greedy) if settings.transcribe else [None] * len(questions)
         self.engine.release_memory()
         similarities = self.text_similarity.similarity(*([c.text for c in completions[modality]] for modality in Modality))

@@ -116,14 +116,6 @@ def recordings_fingerprint(questions: Iterable[Question]) -> str:
     return hashlib.sha256("\n".join(stamp(question.audio) for question in questions).encode()).hexdigest()
 
 
-def data_fingerprint(questions: Iterable[Question]) -> str:
-    """SHA-256 over ids, texts, answers and answer sets, in order, the same on every machine; see `recordings_fingerprint`."""
-    digest = hashlib.sha256()
-    for question in questions:
-        digest.update(json.dumps([question.id, question.text, question.answer, question.choices]).encode())
-    return digest.hexdigest()
-
-
 def read_predictions(path: Path, flag: str) -> list[ItemResult]:
     """Read the results of an evaluation from its folder, its evaluation.json, or a jsonl file by itself.
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tars_fast.learning.answers import answer_blocks, extract_answer
+from tars_fast.learning.rewards.answers import answer_blocks, extract_answer
 
 VOICEBENCH_CHOICES = ("A", "B", "C", "D")
 

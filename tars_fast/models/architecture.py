@@ -67,6 +67,14 @@ LAYER_PARTS = ("shallow", "middle", "deep", "last")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
+def check_layers(given: str) -> None:
+    """Raises UserError where `--representation-layers` is none of the forms that `find_layers` knows."""
+    if given not in ("all", *LAYER_PARTS) and _RANGE.fullmatch(given) is None:
+        raise UserError(
+            f"--representation-layers {given}: all, {', '.join(LAYER_PARTS)}, a layer, or a range of them such as 11-20"
+        )
+
+
 def find_layers(given: str, num_layers: int) -> range | None:
     """Numbers, from 0, of the layers that `--representation-layers` names; None: all of them.
 

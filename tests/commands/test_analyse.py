@@ -33,7 +33,7 @@ from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.data.items import HELD_OUT_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.splits import choose_by_id
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
-from tars_fast.learning.rewards import HashedNgrams
+from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.models.presets import find_preset
 from tars_fast.models.prompts import load_prompt_format
 from tars_fast.models.speech_model import SpeechModel, load_module

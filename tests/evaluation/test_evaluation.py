@@ -23,8 +23,8 @@ from tars_fast.evaluation.results import (
     read_predictions,
 )
 from tars_fast.evaluation.scorers import Reading
-from tars_fast.learning.answers import extract_answer
-from tars_fast.learning.rewards import HashedNgrams
+from tars_fast.learning.rewards.answers import extract_answer
+from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.types import Modality, Question, UserError

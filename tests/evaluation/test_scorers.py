@@ -19,7 +19,7 @@ from tars_fast.evaluation.scorers import (
     read_completion,
     voicebench_answer,
 )
-from tars_fast.learning.answers import extract_answer
+from tars_fast.learning.rewards.answers import extract_answer
 from tars_fast.reports.tables import print_evaluation
 from tars_fast.types import Question
 

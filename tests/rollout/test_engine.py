@@ -13,14 +13,15 @@ from steps import rollout_of
 from tars_fast import train as train_command
 from tars_fast.config import TrainConfig
 from tars_fast.data.items import TRAINING_DATA, load_questions
-from tars_fast.learning import batch as rollout
+from tars_fast.learning import loader
 from tars_fast.learning.batch import encode_batch, prepare_batch
+from tars_fast.learning.update import Learner
 from tars_fast.models.families import qwen2_audio
 from tars_fast.rollout import vllm_engine
 from tars_fast.rollout.policy import choose_engine
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.timing import SETTINGS_BY_PHASE, PhaseTimer, explain_out_of_memory
-from tars_fast.train import train
+from tars_fast.train import command
 from tars_fast.types import Modality, TrainingError, UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -119,9 +120,9 @@ def test_every_phase_of_a_step_has_a_remedy(model, questions, config):
     timer = PhaseTimer(CPU)
     engine = TransformersEngine(model, config.rollout_batch_size)
     sampled = rollout_of(model, questions[:2], config, engine=engine, timer=timer)
-    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.0)
-    train_command.update_policy(model, optimizer, sampled, None, config, timer)
-    assert {name.removeprefix("seconds/") for name in timer.take()} <= SETTINGS_BY_PHASE.keys()
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=0.0), config)
+    train_command.update_policy(learner, learner.score(sampled))
+    assert {name.removeprefix("seconds/") for name in timer.take() | learner.timer.take()} <= SETTINGS_BY_PHASE.keys()
 
 
 class OtherPolicy(TransformersEngine):
@@ -139,11 +140,11 @@ def test_an_engine_with_another_policy_stops_the_run_before_an_update(model, que
     config = dataclasses.replace(config, max_logprob_diff=limit)
     engine = OtherPolicy(model, config.rollout_batch_size)
     sampled = rollout_of(model, questions[:2], config, engine=engine)
-    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=1.0)
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=1.0), config)
     before = model.head.weight.detach().clone()
 
     def update() -> dict[str, float]:
-        return train_command.update_policy(model, optimizer, sampled, None, config, PhaseTimer(CPU))[1]
+        return train_command.update_policy(learner, learner.score(sampled))
 
     if limit == 0.2:
         assert update()["logprob_diff_mean"] == pytest.approx(0.1, abs=1e-4)
@@ -175,11 +176,11 @@ def test_an_item_that_goes_bad_later_does_not_cost_the_batch(model, own_data, ho
         spoiled.unlink()
     else:
         spoiled.write_bytes(b"" if how == "cut short" else b"not audio" * 100)
-    kept, prompts, told = encode_batch(model, TransformersEngine(model, 8), prepare_batch(model, questions), 40)
-    assert kept == [0, 2, 3]
-    assert [prompt.modality for prompt in prompts] == [Modality.SPEECH, Modality.TEXT] * 3
-    assert len(told) == 1
-    assert told[0].startswith(f"item {questions[1].id!r} is left out of this step: ")
+    encoded = encode_batch(model, TransformersEngine(model, 8), prepare_batch(model, questions), 40)
+    assert encoded.usable == [0, 2, 3]
+    assert [prompt.modality for prompt in encoded.prompts] == [Modality.SPEECH, Modality.TEXT] * 3
+    (warning,) = encoded.warnings
+    assert warning.startswith(f"item {questions[1].id!r} is left out of this step: ")
 
 
 def test_a_recording_that_grew_too_long_costs_that_item_only(model, own_data, monkeypatch):
@@ -192,10 +193,10 @@ def test_a_recording_that_grew_too_long_costs_that_item_only(model, own_data, mo
         return "too long" if same and torch.equal(prompt.audio_clips[0], longer.audio_clips[0]) else None
 
     monkeypatch.setattr(engine, "refuses", refuses)
-    kept, prompts, told = encode_batch(model, engine, prepare_batch(model, questions), 40)
-    assert kept == [0, 1]
-    assert len(prompts) == 4
-    assert told == [f"item {questions[2].id!r} is left out of this step: too long"]
+    encoded = encode_batch(model, engine, prepare_batch(model, questions), 40)
+    assert encoded.usable == [0, 1]
+    assert len(encoded.prompts) == 4
+    assert encoded.warnings == [f"item {questions[2].id!r} is left out of this step: too long"]
     assert "1000 new ones are more than the engine's 1024" in TransformersEngine(model, 8).refuses(longer, 1000)
 
 
@@ -210,8 +211,9 @@ def test_a_tower_that_makes_nan_of_a_recording_costs_that_item_only(model, own_d
 
     ruin(lambda clips: len(clips) > 1)
     engine = TransformersEngine(model, 8)
-    kept, _, _ = encode_batch(model, engine, prepare_batch(model, questions), 40)
-    assert kept == [0, 1, 2], "in a batch of one each is fine again"
+    assert encode_batch(model, engine, prepare_batch(model, questions), 40).usable == [0, 1, 2], (
+        "in a batch of one each is fine again"
+    )
     ruin(lambda clips: True)
     model.keep_audio(0, None, 0)
     with pytest.raises(TrainingError, match=r"no recording of this step could be used.*NaN or infinity"):
@@ -239,7 +241,7 @@ def test_a_run_goes_on_without_the_bad_item(own_data, tmp_path, monkeypatch, cap
         return original(*arguments)
 
     monkeypatch.setattr(train_command, "run_steps", spoil_first)
-    assert train(dataclasses.replace(config, questions_per_step=11)) == 0
+    assert command(dataclasses.replace(config, questions_per_step=11)) == 0
     assert f"item {victim.id!r} is left out of this step" in " ".join(capsys.readouterr().out.split())
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -255,7 +257,7 @@ def test_a_run_whose_recordings_are_gone_keeps_its_last_step(tmp_path, own_data,
         data=own_data, eval_data=evaluation, output_dir=tmp_path / "run", num_steps=4, questions_per_step=2,
         eval_samples=0, device="cpu", audio_cache_gb=0.0,
     )  # fmt: skip
-    original = rollout.prepare_batch
+    original = loader.prepare_batch
     calls = []
 
     def vanishing(*arguments):
@@ -264,10 +266,10 @@ def test_a_run_whose_recordings_are_gone_keeps_its_last_step(tmp_path, own_data,
             (own_data / "training").rename(own_data / "elsewhere")
         return original(*arguments)
 
-    monkeypatch.setattr(rollout, "prepare_batch", vanishing)
+    monkeypatch.setattr(loader, "prepare_batch", vanishing)
     with pytest.raises(TrainingError, match=r"no recording of this step could be used.*--resume"):
-        train(config)
+        command(config)
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
     (own_data / "elsewhere").rename(own_data / "training")
-    assert train(dataclasses.replace(config, resume=True)) == 0
+    assert command(dataclasses.replace(config, resume=True)) == 0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4

@@ -1,4 +1,4 @@
-"""What a completion answered, and whether it kept to the format (METHOD: R_acc and R_fmt). Pure string functions."""
+"""What a completion answered, and whether it kept to the format: pure string functions behind R_acc and R_fmt."""
 
 from __future__ import annotations
 
