@@ -25,14 +25,15 @@ from tars_fast.ablate import (
     AblateConfig,
     Run,
     Runner,
+    ablate,
     choose_arms,
     choose_baseline,
+    command,
     list_gpus,
     open_output,
     parse_settings,
     parse_training,
     plan_runs,
-    run_ablation,
 )
 from tars_fast.config import TrainConfig
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA
@@ -44,7 +45,7 @@ from tars_fast.evaluation.scorers import Reading
 from tars_fast.models.architecture import find_layers
 from tars_fast.reports.ablation_page import describe, difference_table, figure_table, headline_table
 from tars_fast.support.cli import FAILED, INTERRUPTED
-from tars_fast.train import command
+from tars_fast.train import train
 from tars_fast.types import Question, UserError
 
 
@@ -150,8 +151,8 @@ def test_arms_of_ones_own():
 def test_values_reach_the_runs_as_they_were_given():
     config = AblateConfig(arms="tars", data="my folder/items.jsonl")
     given = ("disjoint_from=mmsu obqa", "behaviour_model=/my models/a=b", "gradient_checkpointing=true")
-    command = plan_runs(config, choose_arms(config), parse_settings("--setting", given, set()))[0].command[3:]
-    parsed = parse_training("--setting", command)
+    (run,) = plan_runs(config, choose_arms(config), parse_settings("--setting", given, set()))[:1]
+    parsed = parse_training("--setting", run.command[3:])
     assert parsed.data == "my folder/items.jsonl"
     assert parsed.disjoint_from == ("mmsu", "obqa")
     assert parsed.behaviour_model == "/my models/a=b"
@@ -195,7 +196,7 @@ def test_values_reach_the_runs_as_they_were_given():
 )
 def test_wrong_use_is_told_before_anything_runs(changes, message, small, tmp_path):
     with pytest.raises(UserError, match=message):
-        run_ablation(config_of(tmp_path / "out", small, **changes))
+        command(config_of(tmp_path / "out", small, **changes))
     assert not (tmp_path / "out").exists()
 
 
@@ -209,16 +210,18 @@ def ablation(tmp_path_factory, small) -> Path:
     config = config_of(output_dir, small, num_steps=1)
     for run in plan_runs(config, choose_arms(config), parse_settings("--setting", config.setting, set())):
         if run.name != "tars, seed 0":
-            assert command(parse_training("--arms", run.command[3:])) == 0
+            assert train(parse_training("--arms", run.command[3:])).num_failed == 0
     broken = {"arms": "grpo,tars,broken", "define": ("broken:max_logprob_diff=1e-30",), "seeds": 1}
     with redirect_stdout(io.StringIO()) as said:
-        assert run_ablation(dataclasses.replace(config, **broken)) == FAILED
+        assert command(dataclasses.replace(config, **broken)) == FAILED
     failed = output_dir.with_name("failed")
     failed.mkdir()
     for path in output_dir.glob("*.*"):
         shutil.copy(path, failed)
     (failed / "said.txt").write_text(said.getvalue())
-    assert run_ablation(config) == 0
+    outcome = ablate(config)
+    assert (outcome.output_dir, outcome.is_finished, outcome.num_failed) == (output_dir, True, 0)
+    assert outcome.ablation == json.loads((output_dir / "ablation.json").read_text())
     return output_dir
 
 
@@ -262,7 +265,7 @@ def test_what_it_writes(ablation):
 
 def test_what_is_finished_is_not_done_again(ablation, small, capsys):
     times = {path: path.stat().st_mtime_ns for path in ablation.glob("*/seed-*/metrics.jsonl")}
-    assert run_ablation(config_of(ablation, small, num_steps=1)) == 0
+    assert command(config_of(ablation, small, num_steps=1)) == 0
     assert "4 of 4 runs are finished; 1 at a time" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in ablation.glob("*/seed-*/metrics.jsonl")} == times
 
@@ -291,7 +294,7 @@ def test_runs_that_do_not_match_are_refused(ablation, small, changes, told):
     settings["arms"]["mine"] = {"clip_low": "0.3"}
     (ablation / "ablation_settings.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=rf"holds runs with other settings \(.*{told}.*\); give the same ones"):
-        run_ablation(config_of(ablation, small, **({"num_steps": 1} | changes)))
+        command(config_of(ablation, small, **({"num_steps": 1} | changes)))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +305,7 @@ def test_a_run_that_was_cut_off_is_told_before_others_train(ablation, small, tmp
     cut = tmp_path / "tars" / "seed-1" / name
     cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match=rf"tars/seed-1: not a whole run \({name} {told}\); remove the folder"):
-        run_ablation(config_of(tmp_path, small, num_steps=1, seeds=3))
+        command(config_of(tmp_path, small, num_steps=1, seeds=3))
     assert not (tmp_path / "grpo" / "seed-2").exists()
 
 
@@ -318,7 +321,7 @@ def test_arms_of_earlier_commands_stay_what_they_were(tmp_path):
 def test_a_folder_that_cannot_be_written_to(small, tmp_path):
     (tmp_path / "ablation_settings.json.partial").mkdir()
     with pytest.raises(UserError, match=r"--output-dir .*: cannot be written to \(Is a directory\); name another folder"):
-        run_ablation(config_of(tmp_path, small))
+        command(config_of(tmp_path, small))
 
 
 @pytest.mark.slow
