@@ -433,7 +433,7 @@ class Job:
     baseline: str
     runs: Sequence[Run]
     num_steps: int
-    """Of each run."""
+    """Number of steps of each run."""
     held_out: Sequence[Question]
     """The evaluation items."""
 
