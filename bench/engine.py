@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tars_fast  # noqa: F401  (before torch: threads.py)
-from tars_fast.models.presets import architecture_of
+from tars_fast.models.registry import architecture_of
 
 # isort: split
 import numpy as np
@@ -43,11 +43,12 @@ from tars_fast.learning.update import Learner
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.families import qwen2_audio
 from tars_fast.models.memory import GB, plan_memory
-from tars_fast.models.presets import PRESETS
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
+from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import SpeechModel, make_trainable
 from tars_fast.rollout.engine import Sampling
-from tars_fast.rollout.vllm_engine import VllmEngine, VllmSettings, as_request, unusable_because
+from tars_fast.rollout.vllm_engine import VllmEngine, as_request, vllm_refusal
+from tars_fast.rollout.vllm_internals import VllmSettings
 from tars_fast.support.provenance import provenance
 from tars_fast.train import update_policy
 from tars_fast.types import Modality, Prompt, Question
@@ -151,7 +152,7 @@ def make_prompts(model: SpeechModel, audio_seconds: float) -> list[Prompt]:
     """One question, spoken (noise, which costs what speech costs) and written."""
     wave = (0.1 * np.random.default_rng(0).standard_normal(int(16000 * audio_seconds))).astype(np.float32)
     with torch.no_grad():
-        (clip,) = model.embed([model.prompts.features(wave)])
+        (clip,) = model.encode_clips([model.prompts.features(wave)])
     spoken = model.prompts.token_ids(QUESTION, Modality.SPEECH, [len(clip)])
     return [
         Prompt(Modality.SPEECH, spoken, (clip,)),
@@ -313,7 +314,7 @@ def main() -> None:
     if options.arm:
         print(json.dumps(run_arm(options.arm, SHAPES[options.shape], options.source, options.num_steps)))
         return
-    reason = unusable_because(
+    reason = vllm_refusal(
         qwen2_audio.FAMILY, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16, lora_rank=8
     )
     if reason is not None:

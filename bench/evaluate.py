@@ -25,7 +25,7 @@ import torch
 from tars_fast.data.items import HELD_OUT_DATA, load_questions
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
 from tars_fast.learning.rewards.behaviour import HashedNgrams
-from tars_fast.models.presets import PRESETS
+from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import load_model
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.provenance import provenance

@@ -13,7 +13,7 @@ from tars_fast.data.items import HELD_OUT_DATA, TRAINING_DATA, load_questions
 from tars_fast.learning.batch import RolloutCollector, prepare_batch
 from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.learning.update import Learner
-from tars_fast.models.presets import PRESETS
+from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine
@@ -70,7 +70,7 @@ def test_forward_rewards_backward_update(benchmark, model, config, questions):
 def test_pooling(benchmark, model, config, questions, how):
     """Pooling while the layers run, beside keeping every layer's states and pooling afterwards."""
     rollout = collect(model, config, questions[:4])
-    layout = model.lay_out(rollout.prompts, rollout.completions)
+    layout = model.pack(rollout.prompts, rollout.completions)
     pooler = LayerPooler(model.language_model.layers, model.language_model.norm)
 
     def with_hooks() -> torch.Tensor:

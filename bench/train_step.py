@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tars_fast  # noqa: F401  (before torch: threads.py)
-from tars_fast.models.presets import architecture_of
+from tars_fast.models.registry import architecture_of
 
 # isort: split
 import torch
@@ -53,8 +53,8 @@ from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.learning.rewards.references import choose_references
 from tars_fast.learning.update import Learner
 from tars_fast.models.architecture import Architecture
-from tars_fast.models.presets import PRESETS
 from tars_fast.models.prompts import load_prompt_format
+from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.provenance import provenance

@@ -31,7 +31,7 @@ from tars_fast.config import TrainConfig
 from tars_fast.evaluation.ablation import START, Arms, FinishedRun, check_runs
 from tars_fast.learning.run import load_data
 from tars_fast.models.architecture import LAYER_PARTS, find_layers
-from tars_fast.models.presets import architecture_of, find_preset, list_checkpoints
+from tars_fast.models.registry import architecture_of, find_preset, list_checkpoints
 from tars_fast.reports.ablation_page import print_ablation, write_ablation_page, write_tables
 from tars_fast.reports.console import open_console, say
 from tars_fast.support.cli import (

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from tars_fast.analysis.drift import Analysis, AnalysisSettings, change_since
 from tars_fast.analysis.probes import Calibration, repeated
-from tars_fast.data.items import EMBEDDED, HELD_OUT_DATA, load_questions, or_embedded
+from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, load_questions, or_bundled
 from tars_fast.data.splits import choose_by_id, data_fingerprint
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator, slice_data
 from tars_fast.evaluation.figures import change_since as accuracy_change_since
@@ -35,8 +35,8 @@ from tars_fast.evaluation.results import ItemResult
 from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.models.hub import weights_fingerprint
 from tars_fast.models.preset import Preset
-from tars_fast.models.presets import find_preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
+from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import SpeechModel, choose_device, load_module
 from tars_fast.reports.analysis_page import Analysed, draw_analysis, item_results, write_analysis
 from tars_fast.reports.console import open_console, say
@@ -64,7 +64,7 @@ class AnalyseConfig:
 
     model: str = "pocket"
     """A preset, or a checkpoint folder."""
-    data: str = EMBEDDED
+    data: str = BUNDLED
     """Items with a recording and a text. pocket: the bundled held-out items."""
     items: int | None = None
     """At most so many of the items, chosen by a hash of their ids. None: all."""
@@ -186,7 +186,7 @@ def plan_job(config: AnalyseConfig) -> Job:
     preset = find_preset(config.model).with_settings(config)
     output_dir = config.output_dir or new_output_folder(config.model, "analyse-")
     device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
-    source = or_embedded(config.data, HELD_OUT_DATA)
+    source = or_bundled(config.data, HELD_OUT_DATA)
     questions = choose_by_id(load_questions(source), config.items)
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     num_layers = prompts.family.architecture(prompts.config).num_layers
@@ -289,7 +289,7 @@ def run_probes(
 
 def answer(evaluator: Evaluator, questions: Sequence[Question], console: Console, what: str) -> list[ItemResult]:
     """Answer the items greedily; `what` is the title of the progress display."""
-    sizes = evaluator.model.prompts.try_questions(questions, evaluator.settings.max_new_tokens)
+    sizes = evaluator.model.prompts.prompt_sizes(questions, evaluator.settings.max_new_tokens)
     refused = {q.id: str(size) for q, size in zip(questions, sizes, strict=True) if isinstance(size, UserError)}
     with item_progress(console, len(questions), what=f"items, {what}") as advance:
         return evaluator.evaluate(questions, "", advance, refused)
@@ -336,7 +336,7 @@ def run_job(job: Job, compared: Compared | None) -> AnalysisOutcome:
         console,
         f"{job.config.model} on {job.device}, {job.dtype}; {len(job.questions)} items to analyse; writing to {job.output_dir}",
     )
-    if long := job.prompts.tell_long(job.sizes):
+    if long := job.prompts.long_audio_notice(job.sizes):
         say(console, long)
     calibrations = [Calibration(layer) for layer in job.config.calibrate]
     engine = TransformersEngine(model, job.preset.rollout_batch_size)

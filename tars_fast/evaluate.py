@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 
 from tars_fast.data.audio import LongRecordingError
-from tars_fast.data.items import HELD_OUT_DATA, load_questions, or_embedded
+from tars_fast.data.items import HELD_OUT_DATA, load_questions, or_bundled
 from tars_fast.data.splits import data_fingerprint
 from tars_fast.data.transcription import normalised
 from tars_fast.evaluation.answering import TRANSCRIBE, DataSlice, EvaluationSettings, Evaluator, slice_data
@@ -46,8 +46,8 @@ from tars_fast.learning.rewards.behaviour import load_text_similarity
 from tars_fast.learning.workers import Workers, join_workers
 from tars_fast.models.hub import adapter_rank, weights_fingerprint
 from tars_fast.models.memory import GB, Workload
-from tars_fast.models.presets import find_preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
+from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import choose_device
 from tars_fast.reports.console import open_console, say
 from tars_fast.reports.plots import ACCURACY_PLOT, accuracy_plot, can_plot, write_png
@@ -140,7 +140,7 @@ class EvaluateConfig:
                 raise UserError(f"--data {given}: give NAME=SOURCE, NAME not {OVERALL!r}")
             if name in sources:
                 raise UserError(f"--data {given}: {name!r} is there twice; tell them apart by NAME=SOURCE")
-            sources[name] = or_embedded(source, HELD_OUT_DATA)
+            sources[name] = or_bundled(source, HELD_OUT_DATA)
         return sources
 
 
@@ -417,7 +417,7 @@ def answer_slices(job: Job, pending: Sequence[DataSlice], done: Mapping[tuple[st
     """
     config, prompts, workers, preset = job.config, job.prompts, job.workers, job.prompts.preset
     sizes = {
-        name: workers.spread(lambda share: prompts.try_questions(share, preset.max_new_tokens), questions)
+        name: workers.spread(lambda share: prompts.prompt_sizes(share, preset.max_new_tokens), questions)
         for name, questions in job.data.items()
     }
     check_sizes(sizes, job.data, prompts)
@@ -425,7 +425,7 @@ def answer_slices(job: Job, pending: Sequence[DataSlice], done: Mapping[tuple[st
         model, engine = load_policy(prompts, preset.source, job.device, job.dtype, find_workload(job, sizes))
     with closing(engine):
         num_items, num_pending = sum(map(len, job.data.values())), sum(len(part.questions) for part in pending)
-        long = prompts.tell_long([size for own in sizes.values() for size in own if isinstance(size, PromptSize)])
+        long = prompts.long_audio_notice([size for own in sizes.values() for size in own if isinstance(size, PromptSize)])
         if long is not None:
             say(console, long)
         where = f"{job.device}" if workers.size == 1 else f"{job.device} in {workers.size} processes"

@@ -33,7 +33,7 @@ from typing import Any
 
 from tars_kernels import use_reference
 
-from tars_fast.data.items import HELD_OUT_DATA, or_embedded
+from tars_fast.data.items import HELD_OUT_DATA, or_bundled
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
 from tars_fast.evaluation.figures import change_since, report, text_reference
 from tars_fast.evaluation.results import ItemResult, read_predictions
@@ -194,7 +194,7 @@ def describe_run(run: Run) -> str:
 
 def evaluation_name(config: TrainConfig) -> str:
     """What the evaluation items are called in predictions and reports."""
-    return Path(or_embedded(config.eval_data or config.data, HELD_OUT_DATA)).stem
+    return Path(or_bundled(config.eval_data or config.data, HELD_OUT_DATA)).stem
 
 
 def evaluate_now(run: Run, log: RunLog, when: str) -> list[ItemResult]:

@@ -153,7 +153,7 @@ class Analysis:
                 self.failed[question.id] = str(speech)
                 continue
             places = self._places(speech, text)
-            if (reason := self._engine.refuses(text, limit)) is not None:
+            if (reason := self._engine.refusal(text, limit)) is not None:
                 self.failed[question.id] = reason
             elif min(map(len, places)) < FEWEST_PAIRS:
                 self.failed[question.id] = f"its prompts have fewer than {FEWEST_PAIRS} tokens of their own, too few to compare"

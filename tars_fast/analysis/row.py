@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tars_fast.analysis.alignment import relative_pairs
 from tars_fast.analysis.probes import Calibration
 from tars_fast.models.modules import Decoder
-from tars_fast.models.speech_model import Layout, SpeechModel
+from tars_fast.models.speech_model import PackedBatch, SpeechModel
 from tars_fast.types import Completion, Modality, Prompt, Question
 
 NUM_STRETCHES = 10
@@ -79,7 +79,7 @@ class Row:
     """A packed row and the places in it of everything that is compared."""
 
     num_items: int
-    layout: Layout
+    packed: PackedBatch
     content_places: Tensor
     """[C] places of the content of each prompt, spoken and written in turn."""
     content_lengths: list[int]
@@ -93,12 +93,12 @@ class Row:
 
     @classmethod
     def pack(cls, model: SpeechModel, items: Sequence[AnsweredItem]) -> Row:
-        layout = model.lay_out(
+        packed = model.pack(
             [prompt for item in items for prompt in (item.prompts.speech, item.prompts.speech, item.prompts.text)],
             [completion for item in items for completion in (item.spoken, item.written, item.written)],
         )
-        bounds = layout.cu_seqlens.tolist()
-        starts = [layout.groups.num_prompt_tokens + bound for bound in bounds]
+        bounds = packed.cu_seqlens.tolist()
+        starts = [packed.groups.num_prompt_tokens + bound for bound in bounds]
         completion_pairs = []
         x_places, y_places, cells = [], [], []
         for item in range(len(items)):
@@ -110,11 +110,11 @@ class Row:
                 x_places.append(starts[after_speech] + x)
                 y_places.append(starts[text] + y)
                 cells.append((2 * item + kind) * NUM_STRETCHES + torch.arange(len(x)) * NUM_STRETCHES // len(x))
-        prompt_starts = accumulate(layout.groups.prompt_lengths[:-1], initial=0)
+        prompt_starts = accumulate(packed.groups.prompt_lengths[:-1], initial=0)
         contents = [places for item in items for places in (item.prompts.audio_places, item.prompts.word_places)]
         return cls(
             num_items=len(items),
-            layout=layout,
+            packed=packed,
             content_places=torch.cat([start + places for start, places in zip(prompt_starts, contents, strict=True)]).to(
                 model.device
             ),
@@ -170,13 +170,13 @@ def run_row(model: SpeechModel, row: Row, calibrations: Sequence[Calibration]) -
         if layer == 0:
             return
         contents.append(content)
-        vectors = pool_sequences(states, row.layout.cu_seqlens, positions=row.layout.positions)
+        vectors = pool_sequences(states, row.packed.cu_seqlens, positions=row.packed.positions)
         pooled.append(pooled_similarity(vectors[None], row.completion_pairs)[:, 0])
         cosines = token_similarity([states[row.token_pairs[0]]], [states[row.token_pairs[1]]])[0]
         sums.append(cosines.new_zeros(num_cells).index_add_(0, row.cells, cosines))
 
     with reading_states(model.language_model, read):
-        model.forward(row.layout)
+        model.forward(row.packed)
     shape = (row.num_items, len(KINDS), NUM_STRETCHES)
     return RowStates(
         pooled_cosines=np.moveaxis(torch.stack(pooled).view(-1, *shape[:2]).double().cpu().numpy(), 0, -1),

@@ -64,7 +64,7 @@ def layer_cosines(
     for start in range(0, num_items, items_per_forward):
         items = slice(start, start + items_per_forward)
         chosen_prompts = [prompt for modality in Modality for prompt in prompts[modality][items]]
-        layout = model.lay_out(chosen_prompts, [c for modality in Modality for c in completions[modality][items]])
+        layout = model.pack(chosen_prompts, [c for modality in Modality for c in completions[modality][items]])
         with pooler.pooling(layout.cu_seqlens, positions=layout.positions):
             model.forward(layout)
         count = len(chosen_prompts) // 2

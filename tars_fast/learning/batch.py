@@ -25,7 +25,7 @@ from tars_fast.learning.rewards.total import text_rewards
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.speech_model import PreparedPrompt, SpeechModel
 from tars_fast.rollout.encode import encode_speech, prepare_speech
-from tars_fast.rollout.engine import RolloutEngine, SampledCompletion, Sampling, as_completions
+from tars_fast.rollout.engine import RolloutEngine, SampledCompletion, Sampling, decode_completions
 from tars_fast.support.timing import PhaseTimer
 from tars_fast.types import Completion, Modality, Prompt, Question, TrainingError, UserError
 
@@ -177,7 +177,7 @@ class RolloutCollector:
         scored: dict[int, Future[tuple[list[Completion], dict[str, Tensor]]]] = {}
 
         def score(number: int, sampled: list[SampledCompletion]) -> tuple[list[Completion], dict[str, Tensor]]:
-            completions = as_completions(self.model.prompts, prompts[number], number // len(Modality), sampled)
+            completions = decode_completions(self.model.prompts, prompts[number], number // len(Modality), sampled)
             return completions, text_rewards(completions, questions)
 
         def on_sampled(number: int, sampled: list[SampledCompletion]) -> None:

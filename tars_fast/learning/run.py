@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tars_fast.config import RunConfig, TrainConfig
-from tars_fast.data.items import EMBEDDED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_embedded, read_usable
+from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_bundled, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
 from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
@@ -27,8 +27,8 @@ from tars_fast.models.architecture import find_layers
 from tars_fast.models.audio_cache import make_cache_folder
 from tars_fast.models.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint
 from tars_fast.models.memory import GB, MemoryPlan, plan_memory, remedies, size
-from tars_fast.models.presets import architecture_of, family_of, find_preset, list_checkpoints
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
+from tars_fast.models.registry import architecture_of, family_of, find_preset, list_checkpoints
 from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.policy import available_bytes, choose_engine, load_policy
@@ -151,7 +151,7 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
     with explain_out_of_memory("loading the model"):
         model, engine = load_policy(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
     with closing(engine):
-        model.keep_audio(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
+        model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
         text_similarity = load_text_similarity(run_config.behaviour_model, device)
         # Every process looks at the folder before the first one writes there.
         workers.gather(None)
@@ -200,7 +200,7 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
     Raises:
         UserError: nothing readable there, a row that is no item, or an item in both parts.
     """
-    items, unusable = read_usable(or_embedded(config.data, TRAINING_DATA))
+    items, unusable = read_usable(or_bundled(config.data, TRAINING_DATA))
     questions: list[Question] = [item.question for item in items]
     notes = [] if unusable is None else [unusable]
     if config.disjoint_from:
@@ -211,10 +211,10 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
             raise UserError(f"--disjoint-from {listed}: has all {len(questions)} items of --data; name other data to train on")
         notes.append(f"{len(questions) - len(training)} of {len(questions)} items left out, which are in {listed} too")
         questions = training
-    if config.data not in (None, EMBEDDED) and config.eval_data is None:
+    if config.data not in (None, BUNDLED) and config.eval_data is None:
         training, held_out = split_by_id(questions, held_out_fraction=0.1)
     else:
-        training, held_out = questions, load_questions(or_embedded(config.eval_data, HELD_OUT_DATA))
+        training, held_out = questions, load_questions(or_bundled(config.eval_data, HELD_OUT_DATA))
     check_leaks(training, held_out)
     return training, choose_by_id(held_out, config.eval_items), notes
 
@@ -227,16 +227,16 @@ def keep_usable(config: TrainConfig, prompts: PromptFormat, data: RunData, worke
     """
     questions = [*data.training, *data.held_out]
     max_new_tokens = config.as_preset(prompts.preset).max_new_tokens
-    sizes = workers.spread(lambda share: prompts.try_questions(share, max_new_tokens), questions)
+    sizes = workers.spread(lambda share: prompts.prompt_sizes(share, max_new_tokens), questions)
     usable = {q.id: size for q, size in zip(questions, sizes, strict=True) if isinstance(size, PromptSize)}
     if not config.skip_unusable or not usable:
-        prompts.refuse(questions, sizes)
+        prompts.raise_refusals(questions, sizes)
     refused = [f"item {q.id!r}: {size}" for q, size in zip(questions, sizes, strict=True) if not isinstance(size, PromptSize)]
     left_out = f"{len(refused)} of {len(questions)} items left out; the first: {refused[0]}" if refused else None
     training, held_out = ([q for q in part if q.id in usable] for part in (data.training, data.held_out))
     if not training or not held_out:
         raise UserError(f"--skip-unusable: {left_out}; nothing is left to train or to evaluate on")
-    notes = [note for note in (*data.notes, left_out, prompts.tell_long(list(usable.values()))) if note is not None]
+    notes = [note for note in (*data.notes, left_out, prompts.long_audio_notice(list(usable.values()))) if note is not None]
     return RunData(training, held_out, notes, max(size.num_tokens for size in usable.values()))
 
 

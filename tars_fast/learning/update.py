@@ -26,7 +26,7 @@ from tars_fast.learning.rewards.total import reward_weights
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.architecture import find_layers
-from tars_fast.models.speech_model import Layout, SpeechModel
+from tars_fast.models.speech_model import PackedBatch, SpeechModel
 from tars_fast.support.timing import PhaseTimer
 from tars_fast.types import Modality, Prompt, TrainingError
 
@@ -63,7 +63,7 @@ class ForwardPass:
 
     rows: list[int]
     """[N] which completions."""
-    layout: Layout
+    packed: PackedBatch
     hidden_TD: Tensor
     """Last hidden states at the positions that predict completion tokens; with a gradient where it was enabled."""
     pooled_LND: Tensor | None
@@ -141,12 +141,12 @@ class Learner:
             with self.timer.phase("encode"):
                 prompts = reencode_audio(model, rollout, rows)
         with self.timer.phase("forward"):
-            layout = model.lay_out(prompts, completions)
+            packed = model.pack(prompts, completions)
             if pooler is None:
-                return ForwardPass(rows, layout, model.forward(layout), None)
-            with pooler.pooling(layout.cu_seqlens, positions=layout.positions):
-                hidden_TD = model.forward(layout)
-            return ForwardPass(rows, layout, hidden_TD, pooler.pooled)
+                return ForwardPass(rows, packed, model.forward(packed), None)
+            with pooler.pooling(packed.cu_seqlens, positions=packed.positions):
+                hidden_TD = model.forward(packed)
+            return ForwardPass(rows, packed, hidden_TD, pooler.pooled)
 
     def reward(self, scored: ScoredRollout, batch: MicroBatch) -> None:
         """Add R_rep, from the pooled states of whole questions; with it their rewards and advantages are known."""
@@ -178,7 +178,7 @@ class Learner:
             logprobs_T, entropies_T = linear_logprob(
                 states.hidden_TD,
                 self.model.head,
-                states.layout.targets,
+                states.packed.targets,
                 bias=self.model.suppressed_bias,
                 temperature=self.config.temperature,
                 return_entropy=True,
@@ -193,9 +193,9 @@ class Learner:
             loss = linear_policy_loss(
                 states.hidden_TD,
                 self.model.head,
-                states.layout.targets,
+                states.packed.targets,
                 scored.advantages_N[rows].to(device),
-                cu_seqlens=states.layout.cu_seqlens,
+                cu_seqlens=states.packed.cu_seqlens,
                 # None: the pass itself has them, so the probability ratio is 1.
                 old_logprobs=None if is_first_update else torch.cat([scored.logprobs[row] for row in rows]),
                 rollout_logprobs=torch.tensor([x for c in completions for x in c.rollout_logprobs], device=device),
@@ -267,6 +267,6 @@ def reencode_audio(model: SpeechModel, rollout: Rollout, rows: Sequence[int]) ->
 
 
 def _record(scored: ScoredRollout, states: ForwardPass, logprobs_T: Tensor, entropies_T: Tensor) -> None:
-    lengths = [length for group in states.layout.groups.completion_lengths for length in group]
+    lengths = [length for group in states.packed.groups.completion_lengths for length in group]
     for row, logprobs, entropies in zip(states.rows, logprobs_T.split(lengths), entropies_T.split(lengths), strict=True):
         scored.logprobs[row], scored.entropies[row] = logprobs, entropies

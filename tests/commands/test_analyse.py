@@ -19,6 +19,7 @@ import pytest
 import soundfile
 import torch
 from checkpoints import MAKERS
+from items import first_items
 from pages import HOSTILE, Elements, check_nothing_foreign, check_plays, on_a_phone
 from rich.console import Console
 
@@ -34,8 +35,8 @@ from tars_fast.data.items import HELD_OUT_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.splits import choose_by_id
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
 from tars_fast.learning.rewards.behaviour import HashedNgrams
-from tars_fast.models.presets import find_preset
 from tars_fast.models.prompts import load_prompt_format
+from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import SpeechModel, load_module
 from tars_fast.reports.analysis_page import Analysed, draw_analysis, item_results, write_analysis
 from tars_fast.reports.page import REPORT
@@ -138,7 +139,7 @@ def check_calibration_of_padded_prompts(model, items) -> None:
     with calibration.applied(model):
         together, alone = (TransformersEngine(model, size).generate(heard, numbers, greedy) for size in (32, 1))
         sampled = TransformersEngine(model, 32).generate(heard, numbers, drawn)
-        layout = model.lay_out([prompt for prompt in heard for _ in range(2)], sampled)
+        layout = model.pack([prompt for prompt in heard for _ in range(2)], sampled)
         logits = model.head(model.forward(layout)).float() + model.suppressed_bias
     logprobs = logits.log_softmax(-1).gather(-1, layout.targets[:, None])[:, 0]
     rollout = torch.tensor([value for one in sampled for value in one.rollout_logprobs])
@@ -256,7 +257,7 @@ def test_how_many_share_a_forward_pass_does_not_matter(model, items, monkeypatch
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_items(model, items):
-    model.keep_audio(0, None, 0)
+    model.set_audio_cache(0, None, 0)
     made = Analysis(model, TransformersEngine(model, 32), SETTINGS, [Calibration(1)])
 
     def held() -> int:
@@ -635,11 +636,11 @@ def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("missing", "name"), [("audio", "'audio'"), ("question", "'question'")])
 def test_items_without_both_modalities_are_refused(missing, name, tmp_path, monkeypatch, capsys):
-    line = json.loads(VALIDATION_DATA.read_text().splitlines()[0])
-    line["audio"] = str(VALIDATION_DATA.parent / line["audio"])
+    items = first_items(VALIDATION_DATA, 1, tmp_path / "items") / "items.jsonl"
+    line = json.loads(items.read_text())
     del line[missing]
-    (tmp_path / "items.jsonl").write_text(json.dumps(line) + "\n")
-    flags = ("--data", tmp_path / "items.jsonl", "--output-dir", tmp_path / "out")
+    items.write_text(json.dumps(line) + "\n")
+    flags = ("--data", items, "--output-dir", tmp_path / "out")
     status, error = run(*flags, monkeypatch=monkeypatch, capsys=capsys)
     assert status == MISUSED
     assert f"{name} missing or empty" in error

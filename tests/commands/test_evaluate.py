@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -18,13 +19,14 @@ import pytest
 import soundfile
 
 from tars_fast import evaluate as module
-from tars_fast.data.items import VALIDATION_DATA, load_questions
+from tars_fast.data.audio import SAMPLE_RATE, decode
+from tars_fast.data.items import VALIDATION_DATA, load_questions, read_items
 from tars_fast.data.sources import read_rows, stamp
 from tars_fast.evaluate import EvaluateConfig, command, evaluate, main
 from tars_fast.evaluation.answering import Evaluator
 from tars_fast.evaluation.results import read_predictions
 from tars_fast.models.hub import weights_fingerprint
-from tars_fast.models.presets import find_preset
+from tars_fast.models.registry import find_preset
 from tars_fast.support.cli import FAILED, INTERRUPTED
 from tars_fast.types import UserError
 
@@ -38,12 +40,10 @@ def kept_items(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("kept") / "items"
     folder.mkdir()
     lines = []
-    for line in VALIDATION_DATA.read_text().splitlines()[:10]:
-        item = json.loads(line)
-        wave, rate = soundfile.read(VALIDATION_DATA.parent / item["audio"])
-        item["audio"] = f"{item['id']}.wav"
-        soundfile.write(folder / item["audio"], wave, rate, subtype="FLOAT")
-        lines.append(json.dumps(item) + "\n")
+    for item in islice(read_items(VALIDATION_DATA), 10):
+        audio = f"{item.question.id}.wav"
+        soundfile.write(folder / audio, decode(item.audio), SAMPLE_RATE, subtype="FLOAT")
+        lines.append(json.dumps({**item.fields, "audio": audio}) + "\n")
     (folder / "items.jsonl").write_text("".join(lines))
     return folder
 

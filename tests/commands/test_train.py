@@ -19,14 +19,14 @@ from items import first_items
 
 from tars_fast import evaluate
 from tars_fast.config import RunConfig, TrainConfig
+from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.splits import data_fingerprint
 from tars_fast.evaluation.results import read_predictions
 from tars_fast.learning.run import check_progress, load_data
 from tars_fast.models.checkpoint import NUM_KEPT
-from tars_fast.models.presets import PRESETS, find_preset, list_checkpoints
-from tars_fast.reports.log import RunLog
-from tars_fast.reports.tables import print_summary
+from tars_fast.models.registry import PRESETS, find_preset, list_checkpoints
+from tars_fast.reports.log import RunLog, print_summary
 from tars_fast.support.cli import FAILED, INTERRUPTED
 from tars_fast.train import command, run_steps, update_policy
 from tars_fast.types import TrainingError, UserError
@@ -363,14 +363,12 @@ def test_own_data_is_read_through_the_same_path(small_eval, tmp_path):
     import soundfile
 
     lines = []
-    for index, line in enumerate(TRAINING_DATA.read_text().splitlines()[:24]):
-        item = json.loads(line)
-        wave, rate = soundfile.read(TRAINING_DATA.parent / item["audio"])
-        soundfile.write(tmp_path / f"{index}.wav", wave, rate)
-        options = [item["answer"], *(word for word in item["answer_set"] if word != item["answer"])][:4]
+    for index, item in enumerate(load_questions(TRAINING_DATA)[:24]):
+        soundfile.write(tmp_path / f"{index}.wav", decode(item.audio), SAMPLE_RATE)
+        options = [item.answer, *(word for word in item.choices if word != item.answer)][:4]
         record = {
             "id": f"own-{index}",
-            "question": item["question"],
+            "question": item.text,
             "options": options,
             "answer": "A",
             "audio": f"{index}.wav",

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def loader_of(model: SpeechModel, questions, config: RunConfig, *, engine=None, text_similarity=None) -> RolloutLoader:
-    engine = engine or TransformersEngine(model, config.rollout_batch_size, apart=bool(config.rollout_ahead))
+    engine = engine or TransformersEngine(model, config.rollout_batch_size, own_modules=bool(config.rollout_ahead))
     return RolloutLoader(model, engine, text_similarity or HashedNgrams(), questions, config, ALONE)
 
 
@@ -62,7 +62,7 @@ def test_what_needs_no_device_runs_in_threads(model, questions, config, monkeypa
         monkeypatch.setattr(module, name, watched)
 
     watch(loader, "prepare_batch")
-    for name in ("as_completions", "text_rewards", "behaviour_rewards"):
+    for name in ("decode_completions", "text_rewards", "behaviour_rewards"):
         watch(batch, name)
     first_read, sampled_on = threading.Event(), []
 
@@ -88,7 +88,7 @@ def test_what_needs_no_device_runs_in_threads(model, questions, config, monkeypa
         loaded.rollout.behaviour.result()
     assert {thread for _, thread in events} == {"background"}
     assert [name for name, _ in events].count("prepare_batch") == 2, "this step's batch and the next one's"
-    assert [name for name, _ in events].count("as_completions") == len(sampled_on) == 4
+    assert [name for name, _ in events].count("decode_completions") == len(sampled_on) == 4
     assert [name for name, _ in events].count("behaviour_rewards") == 1
 
 
@@ -115,7 +115,7 @@ def test_threads_beside_the_trainer_take_one_core_each():
 
 def test_features_are_ready_before_their_step(model, questions, config, monkeypatch):
     """The second step decodes nothing: only the tower runs."""
-    model.keep_audio(0, None, 0)
+    model.set_audio_cache(0, None, 0)
     with loader_of(model, questions, config) as rollouts:
         rollouts.next_batch(0, PhaseTimer(CPU))
         rollouts._prepared[1].result()
@@ -176,7 +176,7 @@ def test_sampling_ahead_disturbs_neither_sampling_nor_training(make_model, quest
 
 
 def test_a_twin_shares_every_weight_and_no_hook(lora_model):
-    twin = lora_model.twin()
+    twin = lora_model.copy_sharing_weights()
     own = dict(lora_model.module.named_parameters()) | dict(lora_model.module.named_buffers())
     theirs = dict(twin.module.named_parameters()) | dict(twin.module.named_buffers())
     assert own.keys() == theirs.keys()
@@ -197,7 +197,7 @@ def test_the_optimiser_waits_for_sampling_to_end(model, questions, ahead, monkey
 
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (order.append("stepped"), step(self))[1])
-    engine = SlowEngine(model, 8, apart=True)
+    engine = SlowEngine(model, 8, own_modules=True)
     learner = Learner(model, torch.optim.AdamW(model.trainable_parameters(), lr=0.0), ahead)
     with loader_of(model, questions, ahead, engine=engine) as rollouts:
         for number in range(3):
@@ -244,7 +244,7 @@ def test_what_goes_wrong_beside_the_step_stops_the_run(model, questions, ahead):
             super().sample(*arguments)
 
     with ExitStack() as stack:
-        rollouts = stack.enter_context(loader_of(model, questions, ahead, engine=Broken(model, 8, apart=True)))
+        rollouts = stack.enter_context(loader_of(model, questions, ahead, engine=Broken(model, 8, own_modules=True)))
         rollouts.next_batch(0, PhaseTimer(CPU))
         rollouts.wait()
         with pytest.raises(TrainingError, match="the sampler broke"):
@@ -362,7 +362,7 @@ def test_leaving_does_not_wait_for_a_whole_rollout(model, questions, ahead):
             super().sample(*arguments)
 
     started: list[int] = []
-    with loader_of(model, questions, ahead, engine=Endless(model, 8, apart=True)) as rollouts:
+    with loader_of(model, questions, ahead, engine=Endless(model, 8, own_modules=True)) as rollouts:
         rollouts.next_batch(0, PhaseTimer(CPU))
         assert going.wait(30)
     assert len(tokens) <= 3

@@ -45,7 +45,7 @@ def alone(model: SpeechModel, prompt, completion) -> tuple[torch.Tensor, torch.T
 def test_batched_forward_equals_each_completion_alone(model, questions, config):
     """Defects 1 and 3: each completion under its own prompt, padding never between prompt and completion."""
     rollout = rollout_of(model, questions[:3], config)
-    layout = model.lay_out(rollout.prompts, rollout.completions)
+    layout = model.pack(rollout.prompts, rollout.completions)
     pooler = LayerPooler(model.language_model.layers, model.language_model.norm)
     with pooler.pooling(layout.cu_seqlens, positions=layout.positions):
         hidden = model.forward(layout)
@@ -329,7 +329,7 @@ def test_audio_stands_at_prompt_positions_only(model, questions):
     (prompt,) = model.encode_prompts(questions[:1], Modality.SPEECH)
     tokens = (40, model.prompts.audio_token_id, 41, model.prompts.audio_token_id, 42)
     completion = Completion(0, Modality.SPEECH, tokens, (0.0,) * 5, "", truncated=False)
-    layout = model.lay_out([prompt], [completion])
+    layout = model.pack([prompt], [completion])
     states = model.forward(layout)
     logprobs = (model.head(states)).log_softmax(-1).gather(-1, layout.targets[:, None])[:, 0]
     model.suppressed_bias.zero_()

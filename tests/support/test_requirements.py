@@ -71,6 +71,7 @@ def test_everything_imported_is_declared_where_it_is_needed():
         peers = requirements.supported(extra).keys() - development
         assert imported(folder).keys() <= development | peers | {"vllm"}, folder
     assert {name for name, at_top in imported("tests").items() if at_top} <= development
+    assert imported("docs").keys() <= requirements.supported("docs").keys() | used.keys()
 
 
 def test_ranges_bind_nobody_who_only_wants_the_kernels():
@@ -87,7 +88,7 @@ def test_ranges_bind_nobody_who_only_wants_the_kernels():
 
 def test_a_wheel_has_the_same_ranges(monkeypatch):
     """Its metadata is written as setuptools writes it."""
-    extras = ("train", "analysis", "speech", "vllm", "dev", "bench")
+    extras = ("train", "analysis", "speech", "vllm", "dev", "bench", "docs")
     expected = {extra: requirements.supported(extra) for extra in extras}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = list(project["dependencies"])
