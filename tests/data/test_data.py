@@ -10,7 +10,7 @@ import pytest
 
 from tars_fast.data.items import HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA, load_questions, read_usable, shown_options
 from tars_fast.data.splits import check_leaks, choose_by_id, split_by_id, without_leaks
-from tars_fast.learning.batch import batch_of_step
+from tars_fast.learning.loader import batch_of_step
 from tars_fast.types import Question, UserError
 
 LETTERED = {"id": "q1", "question": "Which is red?", "answer": "B", "options": ["grass", "blood", "snow"], "audio": "q1.wav"}
