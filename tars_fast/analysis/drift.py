@@ -124,22 +124,23 @@ class Analysis:
         usable = self._prompts(questions)
         if not usable:
             return []
-        items = self._answer(usable)
-        records: list[dict[str, Any]] = []
-        for batch in _batches(items):
-            weights = np.stack([resampling(self.settings.seed, item.prompts.question.id) for item in batch])
-            row = Row.pack(self._model, batch)
-            with self._timed("forward"):
-                states = run_row(self._model, row, self._calibrations)
-            values = states.similarities() | _chain(batch, self.settings.seed)
-            with self._timed("align"):
-                prompts = row.contents(states.contents)
-                for number, (speech, text) in enumerate(zip(prompts[::2], prompts[1::2], strict=True)):
-                    self._align(speech, text, weights[number : number + 1])
-            self.means.add(weights, values)
-            records += _records(batch, values)
+        records = [record for batch in _batches(self._answer(usable)) for record in self._add_batch(batch)]
         self.num_items += len(records)
         return records
+
+    def _add_batch(self, items: Sequence[AnsweredItem]) -> list[dict[str, Any]]:
+        """One forward pass over some items, whose states are gone when this returns."""
+        weights = np.stack([resampling(self.settings.seed, item.prompts.question.id) for item in items])
+        row = Row.pack(self._model, items)
+        with self._timed("forward"):
+            states = run_row(self._model, row, self._calibrations)
+        values = states.similarities() | _chain(items, self.settings.seed)
+        with self._timed("align"):
+            prompts = row.contents(states.contents)
+            for number, (speech, text) in enumerate(zip(prompts[::2], prompts[1::2], strict=True)):
+                self._align(speech, text, weights[number : number + 1])
+        self.means.add(weights, values)
+        return _records(items, values)
 
     def _prompts(self, questions: Sequence[Question]) -> list[ItemPrompts]:
         """Encode the prompts of all items; those that cannot be used are put into `failed`."""
