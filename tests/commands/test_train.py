@@ -27,7 +27,8 @@ from tars_fast.learning.metrics import check_progress
 from tars_fast.learning.run import load_data
 from tars_fast.models.checkpoint import NUM_KEPT
 from tars_fast.models.registry import PRESETS, find_preset, list_checkpoints
-from tars_fast.reports.log import RunLog, print_summary
+from tars_fast.reports.log import RunLog
+from tars_fast.reports.tables import print_summary
 from tars_fast.support.cli import FAILED, INTERRUPTED
 from tars_fast.train import command, run_steps, update_policy
 from tars_fast.types import TrainingError, UserError
