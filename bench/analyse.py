@@ -27,8 +27,8 @@ import torch
 
 from tars_fast.analysis.drift import Analysis, AnalysisSettings
 from tars_fast.data.items import HELD_OUT_DATA, load_questions
-from tars_fast.evaluation.answering import slices
-from tars_fast.models.presets import PRESETS
+from tars_fast.evaluation.answering import slice_data
+from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import SpeechModel, load_model
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine
@@ -69,14 +69,14 @@ def released_structure(model: SpeechModel, questions: Sequence[Question], writte
 def measure(contender: str, num_items: int) -> dict[str, object]:
     preset = PRESETS["pocket"]
     model = load_model(preset, preset.source, torch.device("cpu"), torch.float32)
-    model.keep_audio(0, None, 0)
+    model.set_audio_cache(0, None, 0)
     engine = TransformersEngine(model, preset.rollout_batch_size)
     questions = load_questions(HELD_OUT_DATA)[:num_items]
     if contender == "ours":
         analysis = Analysis(model, engine, SETTINGS)
         started = time.perf_counter()
-        for _, _, part in slices("", questions):
-            analysis.add(part)
+        for part in slice_data("", questions):
+            analysis.add(part.questions)
         report = analysis.report()
         seconds = time.perf_counter() - started
         drift = analysis.seconds["encode"] + analysis.seconds["forward"]
@@ -101,7 +101,7 @@ def growth(num_items: int) -> dict[int, int]:
 
     preset = PRESETS["pocket"]
     model = load_model(preset, preset.source, torch.device("cpu"), torch.float32)
-    model.keep_audio(0, None, 0)
+    model.set_audio_cache(0, None, 0)
     analysis = Analysis(model, TransformersEngine(model, preset.rollout_batch_size), SETTINGS)
     questions = load_questions(HELD_OUT_DATA)
     used = {}

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tars_fast  # noqa: F401  (before torch: threads.py)
-from tars_fast.models.presets import architecture_of
+from tars_fast.models.registry import architecture_of
 
 # isort: split
 import numpy as np
@@ -37,20 +37,20 @@ import torch
 
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.learning.advantages import group_indices
-from tars_fast.learning.batch import Rollout, finished
+from tars_fast.learning.batch import Rollout, completed
 from tars_fast.learning.optimizer import make_optimizer
-from tars_fast.learning.rewards import AnswerRewards
-from tars_fast.learning.update import update_policy
+from tars_fast.learning.update import Learner
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.families import qwen2_audio
 from tars_fast.models.memory import GB, plan_memory
-from tars_fast.models.presets import PRESETS
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
+from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import SpeechModel, make_trainable
 from tars_fast.rollout.engine import Sampling
-from tars_fast.rollout.vllm_engine import VllmEngine, VllmSettings, as_request, unusable_because
+from tars_fast.rollout.vllm_engine import VllmEngine, as_request, vllm_refusal
+from tars_fast.rollout.vllm_internals import VllmSettings
 from tars_fast.support.provenance import provenance
-from tars_fast.support.timing import PhaseTimer
+from tars_fast.train import update_policy
 from tars_fast.types import Modality, Prompt, Question
 
 ARMS = ("shared", "shared_eager", "shared_no_adapter", "two_copies")
@@ -152,7 +152,7 @@ def make_prompts(model: SpeechModel, audio_seconds: float) -> list[Prompt]:
     """One question, spoken (noise, which costs what speech costs) and written."""
     wave = (0.1 * np.random.default_rng(0).standard_normal(int(16000 * audio_seconds))).astype(np.float32)
     with torch.no_grad():
-        (clip,) = model.embed([model.prompts.features(wave)])
+        (clip,) = model.encode_clips([model.prompts.features(wave)])
     spoken = model.prompts.token_ids(QUESTION, Modality.SPEECH, [len(clip)])
     return [
         Prompt(Modality.SPEECH, spoken, (clip,)),
@@ -245,14 +245,15 @@ def train_on(model: SpeechModel, optimizer, distinct, completions, config: RunCo
         spoken=[],
         completions=[dataclasses.replace(one, truncated=False) for one in completions],
         # Random weights answer nothing; rewards that differ give the update something to do.
-        answers=AnswerRewards(torch.tensor([0.0, 1.0] * 4), torch.zeros(8), torch.zeros(8)),
+        text_rewards={"accuracy": torch.tensor([0.0, 1.0] * 4), "format": torch.zeros(8), "unparsed": torch.zeros(8)},
         references=[5] * 4 + [None] * 4,
-        behaviour=finished(torch.linspace(0, 1, 8)),
+        behaviour=completed(torch.linspace(0, 1, 8)),
         groups_N=group_indices([0] * 8, [one.modality for one in completions]),
     )
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
-    _, metrics = update_policy(model, optimizer, rollout, None, config, PhaseTimer(model.device))
+    learner = Learner(model, optimizer, config)
+    metrics = update_policy(learner, learner.score(rollout))
     optimizer.zero_grad(set_to_none=True)
     return metrics
 
@@ -313,7 +314,7 @@ def main() -> None:
     if options.arm:
         print(json.dumps(run_arm(options.arm, SHAPES[options.shape], options.source, options.num_steps)))
         return
-    reason = unusable_because(
+    reason = vllm_refusal(
         qwen2_audio.FAMILY, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16, lora_rank=8
     )
     if reason is not None:

@@ -30,15 +30,15 @@ from rich.markup import escape
 
 from tars_fast.config import TrainConfig
 from tars_fast.evaluation.ablation import START, Arms, FinishedRun, check_runs
+from tars_fast.learning.run import load_data
 from tars_fast.models.architecture import LAYER_PARTS, find_layers
-from tars_fast.models.presets import architecture_of, find_preset, list_checkpoints
+from tars_fast.models.registry import architecture_of, find_preset, list_checkpoints
 from tars_fast.reports.ablation_page import print_ablation, write_ablation_page, write_tables
-from tars_fast.reports.log import open_console, say
+from tars_fast.reports.console import open_console, say
 from tars_fast.support.cli import FAILED, INTERRUPTED, check_numbers, require_extra, run_command
 from tars_fast.support.files import write_atomically
 from tars_fast.support.progress import item_progress
 from tars_fast.support.provenance import provenance
-from tars_fast.train import load_data
 from tars_fast.types import Question, UserError
 
 if TYPE_CHECKING:

@@ -1,17 +1,23 @@
-"""Every setting of a training run, flat; the command line is generated from it. What differs between models is a preset."""
+"""Every setting of a training run, flat; the command line is generated from it. What differs between models is a preset.
+
+Loads neither torch nor transformers, so that `--help` is there at once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from tars_fast.models.architecture import _RANGE, LAYER_PARTS, Architecture
+from tars_fast.models.architecture import Architecture, check_layers
 from tars_fast.models.memory import GB, Workload, assumed_longest_prompt
-from tars_fast.models.preset import Preset
 from tars_fast.support.cli import check_numbers
 from tars_fast.types import LongAudio, UserError
+
+if TYPE_CHECKING:
+    # It brings torch, which nobody who asks for --help should wait for.
+    from tars_fast.models.preset import Preset
 
 _EMBEDDER_BYTES = int(1.2e9)
 """Qwen3-Embedding-0.6B in bfloat16, planned with for any text embedder that is a model."""
@@ -143,11 +149,7 @@ class TrainConfig:
             raise UserError("--resume: needs the --output-dir of the run to continue")
         if self.group_size < 4 or self.group_size % 2:
             raise UserError(f"--group-size {self.group_size}: must be even and at least 4, two completions of each modality")
-        if self.representation_layers not in ("all", *LAYER_PARTS) and _RANGE.fullmatch(self.representation_layers) is None:
-            raise UserError(
-                f"--representation-layers {self.representation_layers}: all, {', '.join(LAYER_PARTS)}, a layer, or a range of "
-                "them such as 11-20"
-            )
+        check_layers(self.representation_layers)
         if not 0 <= self.clip_low < 1:
             raise UserError(f"--clip-low {self.clip_low}: must be at least 0 and below 1; the ratio is held above 1 - clip_low")
         if not 0 <= self.warmup_fraction <= 1:
@@ -174,7 +176,7 @@ class TrainConfig:
         """
         filled = self.as_preset(preset)
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
-        values |= {name: getattr(filled, name) for name in values.keys() & {field.name for field in dataclasses.fields(Preset)}}
+        values |= {name: getattr(filled, name) for name in values.keys() & {field.name for field in dataclasses.fields(filled)}}
         return RunConfig(**values | {"output_dir": output_dir, "tokens_per_micro_batch": tokens_per_micro_batch})
 
     def workload(
@@ -240,10 +242,3 @@ class RunConfig(TrainConfig):
     tokens_per_micro_batch: int = dataclasses.field()
     gradient_checkpointing: bool = dataclasses.field()
     rollout_batch_size: int = dataclasses.field()
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then linear decay to 0 after the last step (METHOD step 5); a pure function, so nothing to save."""
-        warmup_steps = round(self.warmup_fraction * self.num_steps)
-        rising = (step + 1) / (warmup_steps + 1)
-        falling = (self.num_steps - step) / max(1, self.num_steps - warmup_steps)
-        return self.learning_rate * min(1.0, rising, falling)

@@ -21,8 +21,8 @@ from tars_fast.models.adapters import ADAPTER_WEIGHTS, merge_adapter
 from tars_fast.models.checkpoint import atomic_folder, save_model
 from tars_fast.models.hub import adapter_config, base_of, checkpoint_folder, copy_processor
 from tars_fast.models.modules import PolicyModule
-from tars_fast.models.presets import PRESETS, find_preset
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
+from tars_fast.models.registry import PRESETS, find_preset
 from tars_fast.models.speech_model import SpeechModel, load_module
 from tars_fast.support.cli import run_command
 from tars_fast.types import UserError

@@ -8,7 +8,7 @@ from typing import Literal
 
 from tars_fast.config import TrainConfig
 from tars_fast.models.memory import GB, describe, plan_memory
-from tars_fast.models.presets import architecture_of, family_of, find_preset
+from tars_fast.models.registry import architecture_of, family_of, find_preset
 from tars_fast.rollout.engine import engine_refusal
 from tars_fast.support.cli import check_numbers, run_command
 from tars_fast.types import UserError

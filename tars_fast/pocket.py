@@ -15,7 +15,7 @@ The tokenizer is an asset that was trained once and is never trained again, so t
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import random
 import sys
@@ -31,12 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tars_fast.data.audio import SAMPLE_RATE
+from tars_fast.data.parquet import write_parquet
 from tars_fast.data.synthesis import ACCENTS, SPEAKERS, Synthesiser
 from tars_fast.models.checkpoint import atomic_folder
 from tars_fast.models.families import qwen2_audio
 from tars_fast.models.families.qwen2_audio import embed_audio
-from tars_fast.models.presets import ASSETS, PRESETS
 from tars_fast.models.prompts import PromptFormat
+from tars_fast.models.registry import ASSETS, PRESETS
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.support.cli import require_extra, run_command
 from tars_fast.types import Modality, Prompt, Question
@@ -386,7 +387,7 @@ def train_thinking(
 
 
 def write_recordings(folder: Path, seed: int) -> None:
-    """The shipped data: training, validation and held-out items with Ogg Opus recordings, disjoint by operands and voices."""
+    """Write the bundled data: a file each of training, validation and held-out items, disjoint by operands and voices."""
     import soundfile
 
     rng = random.Random(seed)
@@ -397,14 +398,17 @@ def write_recordings(folder: Path, seed: int) -> None:
         "validation": (splits.validation, VALIDATION_SPEAKERS),
         "held_out": (splits.held_out, HELD_OUT_SPEAKERS),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     with Synthesiser() as synthesiser:
         for name, (problems, speakers) in parts.items():
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            lines = []
+            items = []
+            recordings: dict[str, bytes] = {}
             for number, problem in enumerate(problems):
                 wave, voice = speak(synthesiser, problem, speakers, rng)
-                audio = f"{name}/{number:04}.ogg"
-                soundfile.write(folder / audio, wave, SAMPLE_RATE, format="OGG", subtype="OPUS")
+                audio = f"{number:04}.ogg"
+                buffer = io.BytesIO()
+                soundfile.write(buffer, wave, SAMPLE_RATE, format="OGG", subtype="OPUS")
+                recordings[audio] = buffer.getvalue()
                 item = {
                     "id": f"{name}-{number:04}",
                     "question": problem.question,
@@ -413,8 +417,8 @@ def write_recordings(folder: Path, seed: int) -> None:
                     "audio": audio,
                     "voice": voice,
                 }
-                lines.append(json.dumps(item) + "\n")
-            (folder / f"{name}.jsonl").write_text("".join(lines))
+                items.append(item)
+            write_parquet(folder / f"{name}.parquet", items, recordings.__getitem__)
 
 
 @dataclass(frozen=True)

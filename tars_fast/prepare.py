@@ -2,8 +2,8 @@
 
 Every item is spoken by a voice, and with a seed, that follow from --seed and its id alone: the same recordings come of any
 number of jobs, in any order, and of a run that was interrupted. A recording appears whole or not at all; a line in
-`finished.jsonl` says that it is there and how it came about, so that the next run goes on with what is left. `items.jsonl`, in
-the format that training reads, is written last.
+`finished.jsonl` says that it is there and how it came about, so that the next run goes on with what is left. The items are
+written last, as training reads them: `items.jsonl` beside the recordings, or `items.parquet` with the recordings inside.
 
 Left out on purpose: more than one machine (give each a part of the items, and join the folders), and noise or rooms around the
 speech (a synthesiser of your own may add them).
@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -30,22 +31,25 @@ from dataclasses import asdict, dataclass
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from tars_fast.data.audio import MIN_SECONDS, SAMPLE_RATE, resample
 from tars_fast.data.items import UsableItem, read_items, read_usable, shown_options
+from tars_fast.data.parquet import write_parquet
 from tars_fast.data.quality import NOTES, UNUSABLE, Finding, Inspection, inspect_items
 from tars_fast.data.recognition import load_recogniser
+from tars_fast.data.sources import read_rows
 from tars_fast.data.synthesis import VOICES, Synthesiser
 from tars_fast.data.transcription import word_error_rate
 from tars_fast.support.cli import FAILED, check_numbers, load_function, require_extra, run_command
 from tars_fast.support.files import write_atomically
 from tars_fast.support.progress import track
-from tars_fast.types import UserError
+from tars_fast.types import Recording, UserError
 
 ESPEAK = "espeak-ng"
+OutputFormat = Literal["jsonl", "parquet"]
 Speak = Callable[[str, str, int], tuple[np.ndarray, int]]
 """(text, voice, seed) -> ([samples] float32 mono in [-1, 1], sample rate in Hz)."""
 
@@ -57,7 +61,9 @@ class PrepareConfig:
     data: str | None = None
     """Text items: id, question, options or answer_set, answer. A jsonl file, a parquet file or a dataset of the hub."""
     output_dir: Path | None = None
-    """New folder, or that of an interrupted run of the same settings: recordings/, items.jsonl, preparation/."""
+    """New folder, or that of an earlier run of the same settings, which goes on: the items, and preparation/."""
+    output_format: OutputFormat = "jsonl"
+    """jsonl: items.jsonl, and a file in recordings/ for each item. parquet: items.parquet, with the recordings inside."""
     synthesiser: str = ESPEAK
     """espeak-ng, or module:function with the signature (text, voice, seed) -> (wave, rate)."""
     voices: tuple[str, ...] = ()
@@ -88,6 +94,8 @@ class PrepareConfig:
             raise UserError("--output-dir: name the folder for the spoken items")
         if self.output is not None and not self.output.parent.is_dir():
             raise UserError(f"--output {self.output}: no folder {self.output.parent}; make it first")
+        if self.check is not None and self.output_format != "jsonl":
+            raise UserError(f"--output-format {self.output_format}: --check makes no items; leave it out")
 
 
 @dataclass(frozen=True)
@@ -230,24 +238,42 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
         raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror or error}); {GO_ON}") from error
 
 
-def open_folder(folder: Path, recipe: Recipe) -> dict[str, Outcome]:
+def packed_recordings(folder: Path) -> dict[str, Recording]:
+    """What an earlier run has written into items.parquet, by file name.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = folder / "items.parquet"
+    packed: dict[str, Recording] = {}
+    for row in read_rows(str(path)) if path.is_file() else ():
+        if isinstance(row.values, dict) and row.audio is not None:
+            packed[recording_name(str(row.values.get("id")), str(row.values.get("transcript")))] = row.audio
+    return packed
+
+
+def open_folder(
+    folder: Path, recipe: Recipe, output_format: OutputFormat, packed: Mapping[str, Recording]
+) -> dict[str, Outcome]:
     """Begin the folder, or find out what an earlier run with the same settings has finished there.
 
     Raises:
         UserError: it holds something else.
     """
     settings_path, journal = (folder / "preparation" / name for name in ("settings.json", "finished.jsonl"))
-    settings = json.loads(json.dumps(asdict(recipe)))
+    settings = json.loads(json.dumps(asdict(recipe) | {"output_format": output_format}))
     begun = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
+    if begun:
+        # What this was before there was a choice.
+        begun.setdefault("output_format", "jsonl")
     if not begun and folder.exists() and (not folder.is_dir() or any(path.name != "preparation" for path in folder.iterdir())):
         raise UserError(f"--output-dir {folder}: holds something else; name a new folder")
     lines = journal.read_text(encoding="utf-8").splitlines(keepends=True) if journal.is_file() else []
     # A line that was cut off has no end.
     outcomes = [Outcome(**json.loads(line)) for line in lines if line.endswith("\n")]
     recordings = folder / "recordings"
-    finished = {
-        outcome.id: outcome for outcome in outcomes if (recordings / recording_name(outcome.id, outcome.transcript)).is_file()
-    }
+    names = packed.keys() | ({path.name for path in recordings.iterdir()} if recordings.is_dir() else set())
+    finished = {outcome.id: outcome for outcome in outcomes if recording_name(outcome.id, outcome.transcript) in names}
     changed = [f"--{name.replace('_', '-')} {begun.get(name)!s:.60}" for name in settings if begun.get(name) != settings[name]]
     if finished and changed:
         raise UserError(f"--output-dir {folder}: was begun with {', '.join(changed)}; give the same, or name a new folder")
@@ -282,9 +308,12 @@ def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
     if left_out is not None:
         print(left_out, flush=True)
     transcripts = {item.question.id: spoken_form(item) for item in items}
+    if config.output_format == "parquet":
+        check_unicode(items, transcripts)
     failed: dict[str, str] = {}
     with explain_full_disk(folder):
-        finished = open_folder(folder, recipe)
+        packed = packed_recordings(folder)
+        finished = open_folder(folder, recipe, config.output_format, packed)
         done = {(outcome.id, outcome.transcript) for outcome in finished.values()}
         todo = dict(item for item in transcripts.items() if item not in done)
         if len(todo) < len(items):
@@ -303,8 +332,11 @@ def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
                 else:
                     failed[outcome.id] = outcome.error
         made = [item for item in items if item.question.id not in failed]
-        lines = [spoken_line(item, finished[item.question.id]) for item in made]
-        write_atomically(folder / "items.jsonl", "".join(lines))
+        spoken = [spoken_item(item, finished[item.question.id]) for item in made]
+        if config.output_format == "parquet":
+            pack_items(folder, spoken, packed)
+        else:
+            write_items(folder, spoken)
         failures = [json.dumps({"id": id, "error": failed[id]}) + "\n" for id in transcripts if id in failed]
         write_atomically(folder / "preparation" / "failed.jsonl", "".join(failures))
     lengths = [finished[item.question.id].gained["seconds"] for item in made]
@@ -317,10 +349,40 @@ def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
     return FAILED if failed else 0
 
 
-def spoken_line(item: UsableItem, outcome: Outcome) -> str:
-    """An item as training reads it."""
-    audio = f"recordings/{recording_name(outcome.id, outcome.transcript)}"
-    return json.dumps({**item.fields, "audio": audio, "transcript": outcome.transcript, **outcome.gained}) + "\n"
+def check_unicode(items: Sequence[UsableItem], transcripts: Mapping[str, str]) -> None:
+    """Raises UserError for a text that JSON can hold and parquet cannot."""
+    for item in items:
+        try:
+            json.dumps([item.fields, transcripts[item.question.id]], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{item.place}: a text is not valid Unicode ({error.reason}), which parquet needs; correct it, or leave "
+                "--output-format out"
+            ) from error
+
+
+def spoken_item(item: UsableItem, outcome: Outcome) -> dict[str, object]:
+    """An item as training reads it; `audio` is the recording's name."""
+    audio = recording_name(outcome.id, outcome.transcript)
+    return {**item.fields, "audio": audio, "transcript": outcome.transcript, **outcome.gained}
+
+
+def write_items(folder: Path, items: Sequence[Mapping[str, object]]) -> None:
+    """Write items.jsonl, whose recordings stand beside it."""
+    lines = [json.dumps({**item, "audio": f"recordings/{item['audio']}"}) + "\n" for item in items]
+    write_atomically(folder / "items.jsonl", "".join(lines))
+
+
+def pack_items(folder: Path, items: Sequence[Mapping[str, object]], packed: Mapping[str, Recording]) -> None:
+    """Write items.parquet, and delete the recordings that then stand inside; `packed` are those of the file it replaces."""
+    recordings = folder / "recordings"
+
+    def read_recording(name: str) -> bytes:
+        path = recordings / name
+        return path.read_bytes() if path.is_file() else packed[name].read_bytes()
+
+    write_parquet(folder / "items.parquet", items, read_recording)
+    shutil.rmtree(recordings)
 
 
 def check(config: PrepareConfig, data: str) -> int:

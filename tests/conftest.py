@@ -17,7 +17,7 @@ from pages import CHROMIUM
 
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import TRAINING_DATA, load_questions
-from tars_fast.models.presets import PRESETS
+from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
 from tars_fast.support.requirements import installed, missing, supported
 from tars_fast.types import UserError

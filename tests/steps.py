@@ -8,14 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from tars_fast.config import RunConfig
-from tars_fast.learning.batch import Rollout, collect_rollout, prepare_batch
-from tars_fast.learning.rewards import HashedNgrams
-from tars_fast.learning.update import Scored, update_policy
+from tars_fast.learning.batch import Rollout, RolloutCollector, prepare_batch
+from tars_fast.learning.rewards.behaviour import HashedNgrams
+from tars_fast.learning.scored import ScoredRollout
+from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.timing import PhaseTimer
+from tars_fast.train import update_policy
 from tars_fast.types import Question
 
 
@@ -34,17 +36,28 @@ def rollout_of(
     timer = timer or PhaseTimer(model.device)
     batch = prepare_batch(model, questions)
     with ThreadPoolExecutor(2) as background:
-        rollout, left_out = collect_rollout(model, engine, HashedNgrams(), batch, config, step, timer, background, workers)
+        collector = RolloutCollector(model, engine, HashedNgrams(), config, background, workers)
+        rollout, left_out = collector.collect(batch, step, timer)
     assert not left_out
     return rollout
 
 
 def update(
-    model: SpeechModel, rollout: Rollout, config: RunConfig, scored: Scored | None = None, learning_rate: float = 0.0
-) -> tuple[Scored, dict[str, float]]:
-    """One update by plain gradient descent, which leaves the gradients where they are."""
-    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=learning_rate)
-    return update_policy(model, optimizer, rollout, scored, config, PhaseTimer(model.device))
+    model: SpeechModel, rollout: Rollout | ScoredRollout, config: RunConfig, learning_rate: float = 0.0
+) -> tuple[ScoredRollout, dict[str, float]]:
+    """One update by plain gradient descent, which leaves the gradients where they are; a later one of a scored rollout."""
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=learning_rate), config)
+    if isinstance(rollout, ScoredRollout):
+        learner.score(rollout.rollout)
+        scored = rollout
+    else:
+        scored = learner.score(rollout)
+    return scored, update_policy(learner, scored)
+
+
+def base_rewards(rollout: Rollout) -> torch.Tensor:
+    """[N] `R_base = R_acc + 0.5 R_fmt`."""
+    return rollout.text_rewards["accuracy"] + 0.5 * rollout.text_rewards["format"]
 
 
 def gradients(model: SpeechModel) -> torch.Tensor:

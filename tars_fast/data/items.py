@@ -15,16 +15,16 @@ from tars_fast.data.sources import Row, read_rows
 from tars_fast.types import Question, Recording, UserError
 
 ASSETS = Path(__file__).parents[1] / "assets" / "spoken-arithmetic"
-TRAINING_DATA = ASSETS / "training.jsonl"
-VALIDATION_DATA = ASSETS / "validation.jsonl"
-HELD_OUT_DATA = ASSETS / "held_out.jsonl"
-EMBEDDED = "pocket"
-"""What commands call the embedded data, like the embedded model: to train on the training items, else the held-out ones."""
+TRAINING_DATA = ASSETS / "training.parquet"
+VALIDATION_DATA = ASSETS / "validation.parquet"
+HELD_OUT_DATA = ASSETS / "held_out.parquet"
+BUNDLED = "pocket"
+"""What commands call the bundled data, like the bundled model: to train on the training items, else the held-out ones."""
 
 
-def or_embedded(source: str | None, embedded: Path) -> str:
-    """`source`, or where it is None or `EMBEDDED` the embedded items."""
-    return str(embedded) if source in (None, EMBEDDED) else source
+def or_bundled(source: str | None, bundled: Path) -> str:
+    """`source`, or `bundled` where `source` is None or `BUNDLED`."""
+    return str(bundled) if source in (None, BUNDLED) else source
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tars_fast.data.items import shown_options
 from tars_fast.types import Question, UserError
@@ -70,3 +71,11 @@ def check_leaks(training: Sequence[Question], held_out: Sequence[Question]) -> N
             raise UserError(
                 f"evaluation item {question.id!r} asks what training item {texts[_normalised(question)]!r} asks; {_REMEDY}"
             )
+
+
+def data_fingerprint(questions: Iterable[Question]) -> str:
+    """SHA-256 over ids, texts, answers and answer sets, in order, the same on every machine; see `recordings_fingerprint`."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(json.dumps([question.id, question.text, question.answer, question.choices]).encode())
+    return digest.hexdigest()

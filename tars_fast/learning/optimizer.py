@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tars_fast.config import RunConfig
+
 
 def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
     """bfloat16 neighbours of float32 values, the nearer one the likelier, so that the mean over draws is the value itself.
@@ -91,3 +93,11 @@ def make_optimizer(parameters: list[nn.Parameter], weight_decay: float, seed: in
     # Fused needs no temporaries as large as all parameters; on a CPU there is no such kernel to gain from.
     fused = all(parameter.is_cuda for parameter in parameters)
     return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=fused or None)
+
+
+def learning_rate_at(config: RunConfig, step: int) -> float:
+    """Linear warm-up, then linear decay to 0 after the last step; a pure function of the step, so there is nothing to save."""
+    warmup_steps = round(config.warmup_fraction * config.num_steps)
+    rising = (step + 1) / (warmup_steps + 1)
+    falling = (config.num_steps - step) / max(1, config.num_steps - warmup_steps)
+    return config.learning_rate * min(1.0, rising, falling)

@@ -1,4 +1,4 @@
-"""LoRA adapters through peft's own functions, so that no release of transformers decides whether they work.
+"""LoRA adapters through peft's own functions, so that they do not depend on transformers' code for adapters.
 
 On disk an adapter is peft's: adapter_config.json beside adapter_model.safetensors, whose names begin with `base_model.model.`.
 """
@@ -27,13 +27,14 @@ _PREFIX = "base_model.model."
 
 
 def has_adapter(module: nn.Module) -> bool:
+    """Whether any layer of `module` carries LoRA weights."""
     return any(".lora_" in name for name, _ in module.named_parameters())
 
 
 def add_adapter(module: nn.Module, config: LoraConfig) -> None:
-    """Wrap the layers that `config` names; until it is trained or loaded the adapter changes nothing.
+    """Add LoRA weights to the layers that `config` names, in place; new ones change nothing, because B is 0.
 
-    Its weights are float32 whatever the layers are: bfloat16 cannot hold a step of learning rate 2e-5, and adapters are small.
+    They are float32, whatever the layers are: bfloat16 would round away a step at a learning rate of 2e-5.
     """
     from peft import inject_adapter_in_model
 
@@ -44,40 +45,50 @@ def add_adapter(module: nn.Module, config: LoraConfig) -> None:
 
 
 def load_adapter(module: nn.Module, family: Family, source: str) -> None:
-    """Put the adapter `source` on top of its base, frozen like it; nothing where `source` has weights of its own.
+    """Add the adapter `source` to its base, frozen like the base; does nothing where `source` is a whole model.
+
+    Args:
+        module: the base, changed in place.
 
     Raises:
-        UserError: it cannot be read, or does not fit the module.
+        UserError: the adapter cannot be read, or does not fit the module.
     """
     if adapter_config(source) is None:
         return
     folder = checkpoint_folder(source, weights=True)
-    with _one_line(source):
+    with _errors_as_user_errors(source):
         config, weights = _read_adapter(family, folder)
         add_adapter(module, config)
         _set_weights(module, weights)
-    # Its layers are made in training mode, where their dropout is active.
+    # peft makes its layers in training mode, with dropout.
     module.requires_grad_(False).eval()
 
 
 def load_adapter_weights(module: nn.Module, family: Family, folder: Path) -> None:
-    """Give the adapter that `module` has the weights of a checkpoint. Raises UserError where they do not fit."""
-    with _one_line(str(folder)):
+    """Load a checkpoint's weights into the adapter that `module` has. Raises UserError where they do not fit."""
+    with _errors_as_user_errors(str(folder)):
         _set_weights(module, _read_adapter(family, folder)[1])
 
 
 def merge_adapter(module: nn.Module, family: Family, folder: Path) -> PolicyModule:
-    """Add the adapter in `folder` to the weights of `module`, in the dtype they have.
+    """Add the product of an adapter's matrices to the weights of `module`, in the weights' dtype.
+
+    Args:
+        module: the base, whose weights change in place.
+        folder: holds the adapter.
+
+    Returns:
+        `module` without any adapter.
 
     Raises:
-        UserError: it cannot be read, does not fit the module, or changes nothing.
+        UserError: the adapter cannot be read, does not fit the module, or changes nothing.
     """
     from peft import get_peft_model
 
-    with _one_line(str(folder)):
+    with _errors_as_user_errors(str(folder)):
         config, weights = _read_adapter(family, folder)
         if isinstance(config.target_modules, str):
-            # Written for the decoder alone, which here stands inside another module.
+            # The pattern was written for the decoder alone, whose names here begin with those of the modules around it.
             config.target_modules = rf"(.*\.)?({config.target_modules})"
         adapted = get_peft_model(module, config)
         _set_weights(adapted, {_PREFIX + name: value for name, value in weights.items()})
@@ -88,25 +99,25 @@ def merge_adapter(module: nn.Module, family: Family, folder: Path) -> PolicyModu
 
 
 def save_adapter(module: nn.Module, folder: Path) -> None:
-    """Write the adapter of `module` as peft and transformers load it."""
+    """Write the adapter of `module` into `folder`, in the files that peft and transformers read."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     configs: Any = module.peft_config
     config = copy.copy(configs["default"])
-    # In full: peft shortens names as far as this model has no others like them, and the vision tower is not loaded here.
+    # Full names, not peft's shortened ones: those are unique in this module only, which lacks the whole model's vision tower.
     config.target_modules = sorted(name for name, layer in module.named_modules() if hasattr(layer, "lora_A"))
     config.save_pretrained(folder)
-    # "auto" would ask the hub whether the base has the same vocabulary.
+    # With "auto" peft compares vocabularies with the base on the hub, over the network.
     weights = get_peft_model_state_dict(module, save_embedding_layers=False)
     weights = {_PREFIX + name: value.detach().to("cpu").contiguous() for name, value in weights.items()}
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 @contextmanager
-def _one_line(source: str) -> Iterator[None]:
-    """Whatever peft, torch and safetensors raise over an adapter that is broken or of another model, as UserError."""
+def _errors_as_user_errors(source: str) -> Iterator[None]:
+    """Turn what peft, torch and safetensors raise over a broken adapter, or one of another model, into a UserError."""
     from safetensors import SafetensorError
 
     try:
@@ -118,19 +129,20 @@ def _one_line(source: str) -> Iterator[None]:
 
 
 def _read_adapter(family: Family, folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """(configuration, weights by name without prefix), for the module tree of the transformers that is installed."""
+    """(configuration, weights by name), with module names as in the transformers that is installed, without peft's prefix."""
     from safetensors.torch import load_file
 
     config = read_adapter_config(folder)
     if not isinstance(config.target_modules, str | None):
-        config.target_modules = [family.decoder_name(name) for name in config.target_modules]
-    config.rank_pattern = {family.decoder_name(name): rank for name, rank in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {family.decoder_name(name): alpha for name, alpha in (config.alpha_pattern or {}).items()}
+        config.target_modules = [family.installed_name(name) for name in config.target_modules]
+    config.rank_pattern = {family.installed_name(name): rank for name, rank in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {family.installed_name(name): alpha for name, alpha in (config.alpha_pattern or {}).items()}
     weights = load_file(folder / ADAPTER_WEIGHTS)
-    return config, {family.decoder_name(name.removeprefix(_PREFIX)): value for name, value in weights.items()}
+    return config, {family.installed_name(name.removeprefix(_PREFIX)): value for name, value in weights.items()}
 
 
 def _set_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError where the names of `weights` and those of the module's adapter differ."""
     from peft import set_peft_model_state_dict
 
     result: Any = set_peft_model_state_dict(module, weights)

@@ -1,4 +1,4 @@
-"""The shape of a speech LLM, enough to count its parameters and memory without its weights."""
+"""The sizes of a speech LLM: all that counting its parameters and planning its memory needs, without its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VOCABULARY_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder with gated feed-forward layers, and whatever stands beside it."""
+    """Sizes of a decoder with gated feed-forward layers, and the number of all other parameters."""
 
     hidden_size: int
     num_layers: int
@@ -27,13 +27,13 @@ class Architecture:
     fused_layers: bool
     """Query, key and value are one linear layer, gate and up another."""
     num_other_parameters: int
-    """Of all that is not decoder, embeddings and head: tower and projector."""
+    """Parameters outside decoder, embeddings and head: those of audio tower and projector."""
     max_tokens: int
     """Longest prompt plus completion."""
 
     @property
     def key_value_size(self) -> int:
-        """Width of the keys of one token in one layer."""
+        """Numbers in the keys of one token in one layer."""
         return self.num_key_value_heads * self.hidden_size // self.num_heads
 
     @property
@@ -41,7 +41,11 @@ class Architecture:
         return -(-self.vocabulary_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
     def num_text_parameters(self, *, padded: bool = False) -> int:
-        """Of decoder, embeddings and head, with the engine's padding of the vocabulary if asked for."""
+        """Parameters of decoder, embeddings and head.
+
+        Args:
+            padded: whether the vocabulary is padded, as engines do.
+        """
         hidden, keys = self.hidden_size, self.key_value_size
         attention = 2 * hidden * hidden + 2 * hidden * keys + (hidden + 2 * keys if self.biased_attention else 0)
         layer = attention + 3 * hidden * self.intermediate_size + 2 * hidden
@@ -49,7 +53,7 @@ class Architecture:
         return self.num_layers * layer + hidden + rows * hidden * (1 if self.tied_head else 2)
 
     def num_lora_parameters(self, rank: int) -> int:
-        """Of adapters on every linear layer of the decoder."""
+        """Parameters of LoRA on every linear layer of the decoder."""
         hidden, keys, inner = self.hidden_size, self.key_value_size, self.intermediate_size
         ends = 2 * hidden + inner + hidden
         if self.fused_layers:
@@ -59,6 +63,7 @@ class Architecture:
         return self.num_layers * rank * ends
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Bytes of one token's keys and values in all layers."""
         return 2 * self.num_layers * self.key_value_size * dtype_bytes
 
 
@@ -67,20 +72,32 @@ LAYER_PARTS = ("shallow", "middle", "deep", "last")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
-def find_layers(given: str, num_layers: int) -> range | None:
-    """Numbers, from 0, of the layers that `--representation-layers` names; None: all of them.
+def check_layers(given: str) -> None:
+    """Raises UserError where `--representation-layers` is none of the forms that `find_layers` knows."""
+    if given not in ("all", *LAYER_PARTS) and _RANGE.fullmatch(given) is None:
+        raise UserError(
+            f"--representation-layers {given}: all, {', '.join(LAYER_PARTS)}, a layer, or a range of them such as 11-20"
+        )
 
-    Of 32 layers shallow are 1 to 10, middle 11 to 20, deep 21 to 30, last 31 and 32 (paper, Fig. 3).
+
+def find_layers(given: str, num_layers: int) -> range | None:
+    """The layers that `--representation-layers` names, counted from 0; None for all of them.
+
+    Of 32 layers, `shallow` are 1 to 10, `middle` 11 to 20, `deep` 21 to 30, `last` 31 and 32 (paper, Fig. 3).
+
+    Args:
+        given: `all`, a part, a layer's number from 1, or a range like `5-8`.
+        num_layers: of the model.
 
     Raises:
-        UserError: the model does not have them.
+        UserError: the model has no such layers.
     """
     if given == "all":
         return None
     if given in LAYER_PARTS:
         if num_layers < len(LAYER_PARTS):
             raise UserError(f"--representation-layers {given}: a model of {num_layers} layers has no such parts; give numbers")
-        # A model of four layers has one for each part.
+        # In a model of four layers each part is one layer.
         num_before = num_layers - (2 if num_layers > len(LAYER_PARTS) else 1)
         ends = [round(num_before * third / 3) for third in range(4)] + [num_layers]
         part = LAYER_PARTS.index(given)

@@ -1,4 +1,4 @@
-"""Audio embeddings by content: what a frozen tower heard once it need not hear again, in this run or the next."""
+"""A cache of audio embeddings by a recording's content: a frozen tower encodes each recording once, also across runs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from torch import Tensor, nn
 from tars_fast.support.files import make_readable
 from tars_fast.types import Recording, UserError
 
-Clips = tuple[Tensor, ...]
-"""Embeddings of one recording, [A, D] for each clip of it."""
+ClipEmbeddings = tuple[Tensor, ...]
+"""Embeddings of one recording: [A, D] for each of its clips."""
 
 
 class AudioCache:
-    """Least recently used out first, in host memory and, where a folder is given, on disk too, which runs may share.
+    """Embeddings in host memory and, where a folder is given, on disk; what was not used for longest is dropped first.
 
-    Several threads may use it.
+    Several threads may use it, and several runs may share the folder.
 
     Args:
-        max_bytes: of embeddings kept in host memory.
+        max_bytes: of the embeddings in host memory.
         folder: where embeddings outlive the process; None keeps them in memory only.
-        max_folder_bytes: of all files in `folder`; the ones longest unused are deleted first.
-        fingerprint: of the tower and of how it is used, which stands in the file names: another one hears other things.
+        max_folder_bytes: of all files in `folder`.
+        fingerprint: of the tower's weights and settings. It is part of the file names, so that another tower's embeddings are
+            never taken.
     """
 
     def __init__(self, max_bytes: int, folder: Path | None = None, max_folder_bytes: int = 0, fingerprint: str = ""):
@@ -36,7 +37,7 @@ class AudioCache:
         self._folder = folder
         self._max_folder_bytes = max_folder_bytes
         self._fingerprint = fingerprint
-        self._held: OrderedDict[str, Clips] = OrderedDict()
+        self._held: OrderedDict[str, ClipEmbeddings] = OrderedDict()
         self._num_bytes = 0
         self._lock = threading.Lock()
         self._digests: dict[tuple[Recording, tuple[int, int] | None], str] = {}
@@ -45,7 +46,7 @@ class AudioCache:
             self._folder_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
     def key(self, recording: Recording) -> str:
-        """SHA-256 of the file's content; an unchanged file is read once a run.
+        """SHA-256 of the recording's bytes; a file whose size and time of change stay the same is read once a run.
 
         Raises:
             UserError: it cannot be read.
@@ -59,8 +60,8 @@ class AudioCache:
             raise UserError(f"{recording}: cannot be read ({error.strerror})") from error
         return self._digests[place]
 
-    def get(self, key: str) -> Clips | None:
-        """On the host, or None."""
+    def get(self, key: str) -> ClipEmbeddings | None:
+        """The embeddings on the host, or None where they are neither in memory nor, whole, on disk."""
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)
@@ -74,7 +75,7 @@ class AudioCache:
                 clips = tuple(file.get_tensor(str(number)) for number in range(len(file.keys())))
                 written = (file.metadata() or {}).get("sha256")
         except (OSError, SafetensorError):
-            # Half a file, or a foreign one: as good as none, and written again.
+            # A file that is cut off or is none of the cache's: the caller computes the embeddings, and `put` replaces it.
             return None
         if written != _checksum(clips):
             return None
@@ -83,18 +84,18 @@ class AudioCache:
         self._hold(key, clips)
         return clips
 
-    def put(self, key: str, clips: Clips) -> None:
-        """Keep the clips of a recording, moved to the host."""
+    def put(self, key: str, clips: ClipEmbeddings) -> None:
+        """Move the clips of a recording to the host and keep them."""
         clips = tuple(clip.detach().cpu() for clip in clips)
         self._hold(key, clips)
         if self._folder is not None:
-            # A full disk, or a folder that went away, costs time, not the run.
+            # A full disk, or a folder that has gone, must not end the run: the embeddings are computed again.
             from safetensors import SafetensorError
 
             with suppress(OSError, SafetensorError):
                 self._write(self._folder, key, clips)
 
-    def _hold(self, key: str, clips: Clips) -> None:
+    def _hold(self, key: str, clips: ClipEmbeddings) -> None:
         with self._lock:
             if key in self._held:
                 self._num_bytes -= _num_bytes(self._held.pop(key))
@@ -104,7 +105,7 @@ class AudioCache:
                 _, oldest = self._held.popitem(last=False)
                 self._num_bytes -= _num_bytes(oldest)
 
-    def _write(self, folder: Path, key: str, clips: Clips) -> None:
+    def _write(self, folder: Path, key: str, clips: ClipEmbeddings) -> None:
         from safetensors.torch import save_file
 
         path = self._path(folder, key)
@@ -117,7 +118,7 @@ class AudioCache:
         if self._folder_bytes > self._max_folder_bytes:
             states = [(path.stat(), path) for path in folder.glob("*.safetensors")]
             self._folder_bytes = sum(state.st_size for state, _ in states)
-            # A tenth at a time, so that not every new recording lists the folder.
+            # Down to nine tenths of the limit, so that the folder is not listed again for each new recording.
             for state, oldest in sorted(states, key=lambda entry: entry[0].st_mtime_ns):
                 if self._folder_bytes <= 0.9 * self._max_folder_bytes:
                     break
@@ -129,18 +130,18 @@ class AudioCache:
 
 
 def make_cache_folder(folder: Path) -> None:
-    """Raises UserError where it cannot be made."""
+    """Make the folder of `--audio-cache-dir`. Raises UserError where that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--audio-cache-dir {folder}: cannot be made ({error.strerror}); name another") from error
 
 
-def _num_bytes(clips: Clips) -> int:
+def _num_bytes(clips: ClipEmbeddings) -> int:
     return sum(clip.nbytes for clip in clips)
 
 
-def _checksum(clips: Clips) -> str:
+def _checksum(clips: ClipEmbeddings) -> str:
     digest = hashlib.sha256()
     for clip in clips:
         digest.update(f"{tuple(clip.shape)} {clip.dtype}".encode())
@@ -149,12 +150,12 @@ def _checksum(clips: Clips) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """Of a tensor on the host, in any dtype."""
+    """The bytes of a tensor on the host, of any dtype."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """Of weights, bit for bit, with their dtype and kind of device: what decides an embedding's every bit."""
+    """A short hash of weights, bit for bit, with their dtype and kind of device: all that an embedding's bits depend on."""
     digest = hashlib.sha256()
     for module in modules:
         for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""Checkpoints that appear whole or not at all."""
+"""Writing and reading checkpoints; a folder called `checkpoint-<steps>` is always complete."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from torch import Tensor
 from tars_fast.models.adapters import has_adapter, save_adapter
 from tars_fast.models.hub import checkpoint_folder, copy_processor, read_weights
 from tars_fast.models.modules import PolicyModule
-from tars_fast.models.presets import list_checkpoints
 from tars_fast.models.prompts import PromptFormat
+from tars_fast.models.registry import list_checkpoints
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.support.files import PARTIAL, make_readable
 from tars_fast.types import UserError
 
 _STATE = "trainer_state.pt"
 NUM_KEPT = 2
+"""Checkpoints of a run that stay; older ones are deleted."""
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which takes `target`'s name only once the block has ended well and all is on disk."""
+    """Yields a temporary folder, which is renamed to `target` when the block has ended without error and all is on disk."""
     partial = target.with_name(target.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -43,7 +44,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def save_model(model: SpeechModel, folder: Path) -> None:
-    """Write what plain transformers and vLLM load: the weights, or the adapter alone where there is one, with its processor."""
+    """Write what transformers and vLLM load: the weights, or only the adapter if there is one, and the processor."""
     module, prompts = model.module, model.prompts
     if has_adapter(module):
         save_adapter(module, folder)
@@ -54,7 +55,7 @@ def save_model(model: SpeechModel, folder: Path) -> None:
 
 
 def _save_weights(module: PolicyModule, prompts: PromptFormat, folder: Path) -> None:
-    """Under the names of published checkpoints; those that transformers would write are not known to vLLM."""
+    """Write the weights under the names of published checkpoints; vLLM does not know those that transformers 5 writes."""
     from huggingface_hub import save_torch_state_dict
 
     family = prompts.family
@@ -63,23 +64,23 @@ def _save_weights(module: PolicyModule, prompts: PromptFormat, folder: Path) -> 
     weights: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, value in module.state_dict().items():
-        # What is tied stands there once; slices of an engine's fused weights each become a tensor of their own, on the host.
+        # Tied weights are written once. Views of an engine's fused weights are copied, so that each is a tensor of its own.
         if (value.data_ptr(), value.shape) not in seen:
             seen.add((value.data_ptr(), value.shape))
             weights[family.published_name(name, nested=is_nested)] = value.detach().to("cpu", copy=True)
-    unused = tuple(family.published_name(f"{part}.", nested=is_nested) for part in family.unused)
+    unused = tuple(family.published_name(f"{part}.", nested=is_nested) for part in family.unused_parts)
     weights |= read_weights(prompts.source, unused)
     save_torch_state_dict(weights, folder)
     module.config.architectures = [family.model_class]
     module.config.save_pretrained(folder)
     prompts.generation_config.save_pretrained(folder)
     if is_nested:
-        written |= {family.nested_config: module.config.to_dict(), **family.without_the_rest}
+        written |= {family.nested_config: module.config.to_dict(), **family.saved_config_entries}
         (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def save_checkpoint(output_dir: Path, num_completed: int, model: SpeechModel, optimizer: torch.optim.Optimizer) -> Path:
-    """Write `checkpoint-<steps>/`, see `save_model`, and drop all but the newest two."""
+    """Write `checkpoint-<steps>/`, see `save_model`, with the optimiser's state, and delete all but the newest two."""
     target = output_dir / f"checkpoint-{num_completed}"
     with atomic_folder(target) as folder:
         save_model(model, folder)
@@ -90,7 +91,7 @@ def save_checkpoint(output_dir: Path, num_completed: int, model: SpeechModel, op
 
 
 def latest_checkpoint(output_dir: Path) -> Path:
-    """Raises UserError where there is none to resume from."""
+    """The folder of the newest checkpoint. Raises UserError where there is none."""
     found = list_checkpoints(output_dir)
     if not found:
         raise UserError(f"--resume: no checkpoint in {output_dir}; start without --resume")
@@ -98,7 +99,7 @@ def latest_checkpoint(output_dir: Path) -> Path:
 
 
 def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> int:
-    """Restore the optimiser; returns the number of completed steps."""
+    """Load the optimiser's state; returns the number of completed steps."""
     state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     return state["num_completed"]

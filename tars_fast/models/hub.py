@@ -1,4 +1,7 @@
-"""Where a checkpoint's files are: a folder, or a repository on the Hugging Face hub, an adapter or a model of its own."""
+"""Finding and reading a checkpoint's files, in a folder or on the Hugging Face hub, of a whole model or of an adapter.
+
+A `source` is a folder, `owner/name` or `owner/name@revision`. An adapter names its base, which is a source too.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +31,17 @@ def checkpoint_folder(source: str, *, weights: bool) -> Path:
 
     Args:
         source: a folder, or `owner/name` or `owner/name@revision` on the hub.
-        weights: with them, not only configuration and tokenizer.
+        weights: whether the weights are needed; without them only configuration and tokenizer are downloaded.
 
     Raises:
-        UserError: neither a folder nor to be had from the hub.
+        UserError: it is neither a folder nor can be downloaded from the hub.
     """
     return Path(source) if Path(source).is_dir() else _download(source, weights)
 
 
 @cache
 def _download(source: str, weights: bool) -> Path:
-    """Once a process: each asks the hub what is new, and a run must not see two states of a repository."""
+    """Download once a process: a second call would ask the hub again, and could see another state of the repository."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = source.partition("@")
@@ -54,7 +57,7 @@ def base_of(source: str) -> str:
     """The checkpoint whose weights `source` needs: itself, or the base that an adapter names.
 
     Raises:
-        UserError: it cannot be found, or is an adapter whose description cannot be read.
+        UserError: `source` cannot be found, or is an adapter whose adapter_config.json cannot be read or names no base.
     """
     config = adapter_config(source)
     if config is None:
@@ -66,16 +69,16 @@ def base_of(source: str) -> str:
 
 
 def adapter_rank(source: str) -> int:
-    """Largest of a LoRA checkpoint; 0 for any other. Raises UserError as `base_of` does."""
+    """The largest rank of a LoRA checkpoint; 0 for a whole model. Raises UserError as `base_of` does."""
     config = adapter_config(source)
     return 0 if config is None else max([config.r, *(config.rank_pattern or {}).values()])
 
 
 def adapter_config(source: str) -> LoraConfig | None:
-    """peft's description of an adapter, None for a checkpoint with weights of its own.
+    """The adapter_config.json of an adapter; None for a whole model.
 
     Raises:
-        UserError: it cannot be found or read.
+        UserError: `source` cannot be found, or its file cannot be read.
     """
     folder = checkpoint_folder(source, weights=False)
     if not (folder / "adapter_config.json").is_file():
@@ -87,7 +90,7 @@ def adapter_config(source: str) -> LoraConfig | None:
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """Of an adapter that peft wrote. Raises ValueError for one that is not LoRA, or what peft raises."""
+    """The adapter_config.json in `folder`. Raises ValueError where it is not of LoRA, or whatever peft raises."""
     from peft import LoraConfig, PeftConfig
 
     config = PeftConfig.from_pretrained(str(folder))
@@ -97,10 +100,10 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 
 
 def weights_fingerprint(source: str) -> str:
-    """SHA-256 over what tells a checkpoint's weights from others without reading them.
+    """A cheap fingerprint that changes when a checkpoint's weights change, without reading them.
 
-    That is, of the checkpoint and of the base of an adapter: the commit of one from the hub; names, sizes and times of the last
-    change of a folder's weight files, which a copy need not keep.
+    SHA-256 over the commit of a checkpoint from the hub, or names, sizes and times of change of a folder's weight files; of
+    an adapter also over its base's. A copy of a folder may have another fingerprint.
 
     Raises:
         UserError: see `base_of`.
@@ -108,7 +111,7 @@ def weights_fingerprint(source: str) -> str:
     digest = hashlib.sha256()
     for part in dict.fromkeys((source, base_of(source))):
         if not Path(part).is_dir():
-            # The folder of a download is called like its commit.
+            # The hub's cache names the folder of a download after its commit.
             digest.update(f"{part} {checkpoint_folder(part, weights=False).name}\n".encode())
             continue
         paths = [*Path(part).rglob("*.safetensors"), *Path(part).glob("adapter_config.json")]
@@ -119,10 +122,10 @@ def weights_fingerprint(source: str) -> str:
 
 
 def model_type(source: str) -> str:
-    """What config.json of a checkpoint with weights of its own calls its architecture.
+    """The `model_type` in config.json of a whole model.
 
     Raises:
-        UserError: there is none that could be read.
+        UserError: there is no config.json, or none that names it.
     """
     try:
         config = json.loads((checkpoint_folder(source, weights=False) / "config.json").read_text(encoding="utf-8"))
@@ -132,7 +135,7 @@ def model_type(source: str) -> str:
 
 
 def read_weights(source: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """Those of a checkpoint whose names begin with one of `prefixes`, on the host."""
+    """The weights of a checkpoint whose names begin with one of `prefixes`, on the host."""
     from safetensors import safe_open
 
     found: dict[str, Tensor] = {}
@@ -143,7 +146,7 @@ def read_weights(source: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def copy_processor(source: str, folder: Path) -> None:
-    """Copy all that turns text and sound into a checkpoint's inputs, as it is."""
+    """Copy the files of tokenizer, feature extractor and chat template from a checkpoint into `folder`."""
     held = checkpoint_folder(source, weights=False)
     for name in _PROCESSOR_FILES:
         path = held / name
@@ -152,10 +155,11 @@ def copy_processor(source: str, folder: Path) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What fits into one line of whatever a library had to say."""
+    """The first line of an error's message, or the error's type where it has none."""
     said = str(error).strip().splitlines()
     return said[0] if said else type(error).__name__
 
 
 def cannot_be_loaded(source: str, error: Exception) -> UserError:
+    """The UserError for a checkpoint over which a library raised `error`."""
     return UserError(f"--model {source}: cannot be loaded ({first_line(error)}); check the path, or the network")

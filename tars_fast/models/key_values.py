@@ -1,9 +1,11 @@
-"""Keys and values of prompts, and of their completions, which grow side by side, a token at a time.
+"""The KV cache of the transformers engine: keys and values of prompts, and of their completions as they grow.
 
-Handed to a decoder's attention as a keyword, as `PackedGroups` are (`packed_attention.py`), so that transformers keeps no cache
-and makes no mask. The prompts are run as one row, behind each other. Then each has a row: its own keys, padded on the right,
-and behind them those of its completions, the first token of each, then the second. All rows grow in the same columns, in
-place; a prompt is held once, and one pass over a row serves all completions.
+It reaches a decoder's attention as the keyword `key_values`, as `PackedGroups` reach it as `groups` (`packed_attention.py`),
+so that transformers keeps no cache and makes no mask. The prompts go through the model as one row, one after the other. Then
+every prompt has a row of the cache: its keys, padded on the right, followed by the first token of each of its completions,
+then the second of each, and so on. The cache stores a prompt once, and one pass over a row serves all its completions:
+
+    row of prompt r | p p p p - - | a1 b1 c1 d1 | a2 b2 c2 d2 | ...     N = 4 completions a, b, c, d; - is padding
 
 Shapes: R prompts, N completions of each, H heads, H' heads of keys and values, E head size, S tokens of a row, C columns.
 """
@@ -18,8 +20,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 
-class PromptKeys:
-    """Of passes over prompts.
+class PromptKeyValues:
+    """Attention over prompts, keeping their keys and values.
 
     Args:
         lengths: [R] tokens of each prompt.
@@ -34,7 +36,7 @@ class PromptKeys:
         """H / H'."""
 
     def passes(self, max_tokens: int) -> Iterator[range]:
-        """Numbers of the prompts of each pass, of at most so many tokens or one prompt; `attend` belongs to the last ones."""
+        """Split the prompts into passes of at most `max_tokens`, or of one prompt; `attend` works on those yielded last."""
         start = 0
         while start < len(self.lengths):
             end = start + 1
@@ -45,7 +47,7 @@ class PromptKeys:
             start = end
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """[1, S, H, E] attention of queries [1, H, S, E] within their prompts; keys and values [1, H', S, E] are kept."""
+        """[1, S, H, E] causal attention of queries [1, H, S, E] within each prompt; keeps keys and values [1, H', S, E]."""
         lengths = [self.lengths[prompt] for prompt in self._running]
         outputs = [
             scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
@@ -61,16 +63,16 @@ class PromptKeys:
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-class CompletionKeys:
-    """Of passes over a token of every completion, each after a `grow`.
+class CompletionKeyValues:
+    """Attention of one new token of every completion, keeping its keys and values; call `grow` before each token.
 
     Args:
-        prompts: those of the pass over prompts, which are taken from it.
+        prompts: the keys and values of the prompts, which this object takes over.
         num_completions: N
         room: tokens of a completion that memory is taken for at a time.
     """
 
-    def __init__(self, prompts: PromptKeys, num_completions: int, room: int):
+    def __init__(self, prompts: PromptKeyValues, num_completions: int, room: int):
         self._layers = prompts.layers
         self._num_completions, self._room = num_completions, room
         keys = self._layers[0][0]
@@ -78,18 +80,18 @@ class CompletionKeys:
         lengths = torch.tensor(prompts.lengths, device=keys.device)
         padding = torch.arange(self._num_columns, device=keys.device) >= lengths[:, None]
         others = ~torch.eye(num_completions, dtype=torch.bool, device=keys.device)
-        self._own_columns = _hidden(others.repeat(prompts.heads_per_key, room), keys.dtype)
-        """[H / H' * N, room * N] for each completion all columns hidden but its own."""
-        self._mask = _hidden(padding, keys.dtype)[:, None, None].expand(-1, -1, len(self._own_columns), -1)
-        """[R, 1, H / H' * N, C with room] added to the scores."""
+        self._own_columns = _mask(others.repeat(prompts.heads_per_key, room), keys.dtype)
+        """[H / H' * N, room * N] mask under which each completion sees its own columns only."""
+        self._mask = _mask(padding, keys.dtype)[:, None, None].expand(-1, -1, len(self._own_columns), -1)
+        """[R, 1, H / H' * N, C with room] added to the attention scores."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """[R, N, H, E] attention of queries [R, H, N, E] to prompt and completion; keys and values [R, H', N, E] are kept."""
+        """[R, N, H, E] attention of queries [R, H, N, E] to prompt and completion; keeps keys and values [R, H', N, E]."""
         start, end = self._num_columns - self._num_completions, self._num_columns
         keys, values = self._layers[layer]
         keys[:, :, start:end] = key
         values[:, :, start:end] = value
-        # Heads that share keys are further queries of one head, so that no key is repeated.
+        # Query heads that share a key head are treated as further queries of it, so that no key is copied.
         queries = query.reshape(*key.shape[:2], -1, key.shape[3])
         output = scaled_dot_product_attention(
             queries, keys[:, :, :end], values[:, :, :end], attn_mask=self._mask[..., :end], scale=scale
@@ -97,26 +99,30 @@ class CompletionKeys:
         return output.reshape(query.shape).transpose(1, 2)
 
     def grow(self) -> None:
-        """Make a place for one more token of every completion."""
+        """Make room for one more token of every completion."""
         if self._num_columns == self._mask.shape[3]:
             self._mask = torch.cat([self._mask, self._own_columns.expand(len(self._mask), 1, -1, -1)], dim=3)
             self._change(lambda held: pad(held, (0, 0, 0, self._own_columns.shape[1])))
         self._num_columns += self._num_completions
 
     def select(self, rows: Tensor) -> None:
-        """Only the completions of these prompts go on."""
+        """Keep the rows of these prompts and drop the others.
+
+        Args:
+            rows: int64 numbers of rows.
+        """
         self._mask = self._mask[rows]
         self._change(lambda held: held[rows])
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        # Layer by layer, so that one at a time is there twice.
+        # Layer by layer, so that memory holds no more than one of them twice.
         for layer, (keys, values) in self._layers.items():
             self._layers[layer] = change(keys), change(values)
 
 
-KeyValues = PromptKeys | CompletionKeys
+KeyValues = PromptKeyValues | CompletionKeyValues
 
 
-def _hidden(where: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to scores so that these count for nothing."""
-    return torch.zeros_like(where, dtype=dtype).masked_fill_(where, -torch.inf)
+def _mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """An additive mask: -inf where `hidden`, else 0."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)

@@ -1,4 +1,4 @@
-"""What a run will need of a GPU's memory, phase by phase, before anything is loaded; arithmetic only."""
+"""How much of a GPU's memory a run will need in each phase, computed from sizes alone, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from tars_fast.models.architecture import Architecture
 
 GB = 10**9
 _USABLE = 0.95
-"""Of a GPU's memory; the rest goes to fragments of the allocator."""
+"""Share of a GPU's memory that is planned with; the rest is left for fragmentation of the allocator."""
 _CONTEXT_BYTES = int(0.8 * GB)
 """CUDA context, cuBLAS workspaces and loaded kernels."""
 PREFILL_TOKENS = 2048
-"""Tokens of one forward pass of the engine, which bound its activations."""
+"""Most tokens in one forward pass of the engine over prompts, which bound its activations."""
 BLOCK_TOKENS = 32
-"""Tokens of a block of the KV cache; vLLM's CPU build takes multiples of 32 only."""
+"""Tokens in a block of vLLM's KV cache; its CPU build takes multiples of 32 only."""
 ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM allocates adapter buffers for."""
+"""The ranks that vLLM allocates adapter buffers for."""
 _GRAPH_BYTES = int(0.6 * GB)
-"""Captured CUDA graphs and attention workspaces of the engine; an estimate."""
+"""CUDA graphs and attention workspaces of vLLM; an estimate."""
 EVALUATION_TOKENS = 16_384
-"""Tokens of one forward pass of the evaluation."""
+"""Most tokens in one forward pass of the evaluation."""
 UPDATE_BYTES = 16
-"""A weight's share of what `StochasticAdamW` holds at once beside weights, gradients and moments."""
+"""Bytes that `StochasticAdamW` needs for each weight of the parameter it updates, beside weights, gradients and moments."""
 _LOGIT_TOKENS, _PRODUCT_TOKENS = 512, 1024
-"""Tokens whose logits and probabilities `tars_kernels.linear_policy_loss` holds at a time."""
+"""Tokens whose float32 logits and whose probabilities `tars_kernels.linear_policy_loss` keeps at a time."""
 _MOST_TOKENS = {True: 16_384, False: 4096}
-"""Of a micro-batch on a GPU or a CPU; more make neither busier."""
+"""Most tokens of a micro-batch, by whether the device is a GPU; larger ones do not compute faster."""
 _FEWEST_TOKENS = 1024
+"""Of a micro-batch, on any device."""
 _ASSUMED_PROMPT_TOKENS = 900
-"""Where no data says better: 30 s of speech at 25 tokens a second, inside the paper's instructions."""
+"""Longest prompt where the data is not known: 30 s of speech at 25 tokens a second, inside the paper's instructions."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The settings that memory depends on."""
+    """The sizes and settings of a run that its memory depends on."""
 
     architecture: Architecture
     engine: str
@@ -46,35 +47,38 @@ class Workload:
     group_size: int
     max_new_tokens: int
     longest_prompt: int
+    """Tokens."""
     rollout_batch_size: int
     """Completions in flight."""
     given_micro_batch: int | None = None
-    """Tokens of a micro-batch; None: what is free allows, at most what keeps the device busy."""
+    """Tokens of a micro-batch; None: as many as fit into free memory, at most `_MOST_TOKENS`."""
     gradient_checkpointing: bool = False
     embedder_bytes: int = 0
-    """Text embedder of R_beh, on the same device."""
+    """Of the text embedder of R_beh, on the same device."""
     given_kv_cache: int | None = None
-    """Bytes of vLLM's KV cache; None: what the completions in flight need, at most what is free."""
+    """Bytes of vLLM's KV cache; None: as many as the completions in flight need, at most what is free."""
     rollout_ahead: bool = False
-    """Whether sampling and training go on at the same time."""
+    """Whether sampling and training run at the same time."""
     trains: bool = True
     """False: evaluation only, without optimiser."""
     on_gpu: bool = True
 
     @property
     def weights(self) -> int:
+        """Bytes of the one copy of the weights; vLLM pads the vocabulary."""
         text = self.architecture.num_text_parameters(padded=self.engine == "vllm")
         return (text + self.architecture.num_other_parameters) * self.dtype_bytes
 
     @property
     def num_trained(self) -> int:
+        """Parameters that the optimiser updates."""
         if self.lora_rank:
             return self.architecture.num_lora_parameters(self.lora_rank)
         return self.architecture.num_text_parameters()
 
     @property
     def adapters(self) -> int:
-        """float32 masters, and with vLLM their copies in the weights' dtype, at a rank that vLLM knows."""
+        """Bytes of LoRA weights in float32, and of vLLM's buffers for them, in the weights' dtype and the next of its ranks."""
         if not self.lora_rank:
             return 0
         buffers = self.architecture.num_lora_parameters(engine_rank(self.lora_rank)) * self.dtype_bytes
@@ -82,16 +86,17 @@ class Workload:
 
     @property
     def optimiser(self) -> int:
-        """Two float32 moments a trained parameter."""
+        """Bytes of AdamW's state: two float32 moments for each trained parameter."""
         return 8 * self.num_trained if self.trains else 0
 
     @property
     def gradients(self) -> int:
+        """Bytes of gradients: float32 for LoRA, else in the weights' dtype."""
         return self.num_trained * (4 if self.lora_rank else self.dtype_bytes)
 
     @property
     def resident(self) -> dict[str, int]:
-        """What no phase is without."""
+        """Bytes that every phase needs, by what they are for."""
         parts = {"weights": self.weights, "adapters": self.adapters, "optimiser": self.optimiser}
         context = _CONTEXT_BYTES if self.on_gpu else 0
         graphs = _GRAPH_BYTES if self.on_gpu and self.engine == "vllm" else 0
@@ -103,17 +108,17 @@ class Workload:
 
     @property
     def sequence_bytes(self) -> int:
-        """KV cache of one longest prompt with one longest completion, and the block that vLLM keeps for itself."""
+        """Bytes of KV cache for the longest prompt with one longest completion, and for a block that vLLM reserves."""
         return (_blocks(self.longest_prompt + self.max_new_tokens) + BLOCK_TOKENS) * self.kv_bytes_per_token
 
     @property
     def kv_needed(self) -> int:
-        """KV cache of all completions in flight; with vLLM those of one prompt share it."""
+        """Bytes of KV cache for all completions in flight; in vLLM those of one prompt share the prompt's blocks."""
         if self.engine != "vllm":
-            # In a greedy evaluation each has a prompt of its own.
+            # In a greedy evaluation every completion has another prompt.
             return self.rollout_batch_size * (self.longest_prompt + self.max_new_tokens) * self.kv_bytes_per_token
         num_prompts = -(-self.rollout_batch_size // (self.group_size // 2))
-        # A completion starts in a block of its own, half filled by the prompt's end.
+        # A completion's first block also holds the end of the prompt, hence one more block for each.
         tokens = num_prompts * _blocks(self.longest_prompt) + self.rollout_batch_size * (
             _blocks(self.max_new_tokens) + BLOCK_TOKENS
         )
@@ -121,9 +126,10 @@ class Workload:
 
     @property
     def rollout_workspace(self) -> int:
-        """Activations of a prefill and the logits of one token of every sequence, as logits, float32 and probabilities.
+        """Bytes that sampling needs beside the KV cache.
 
-        The transformers engine also sums the probabilities, in float64.
+        These are activations of a forward pass over prompts, and for one token of every completion logits, float32 logits and
+        probabilities; the transformers engine also cumulates the probabilities, in float64.
         """
         shape = self.architecture
         tokens = max(PREFILL_TOKENS, self.longest_prompt + self.max_new_tokens)
@@ -134,26 +140,28 @@ class Workload:
 
     @property
     def question_tokens(self) -> int:
-        """The longest a question can get: both prompts, all completions."""
+        """Tokens of a question with the longest prompts and completions: both prompts, all completions."""
         return 2 * self.longest_prompt + self.group_size * self.max_new_tokens
 
     def activations(self, tokens: int) -> int:
-        """Kept for the backward pass: every layer's input, and inside one layer (all layers without checkpointing) the rest.
+        """Bytes kept for the backward pass: the input of every layer, and what is computed inside a layer.
+
+        With gradient checkpointing the latter exists for one layer at a time, without it for all.
 
         Args:
-            tokens: of a micro-batch; whole questions, so at least one.
+            tokens: of a micro-batch; as it consists of whole questions, at least `question_tokens` are counted.
         """
         shape = self.architecture
         tokens = max(tokens, self.question_tokens)
         inside = tokens * (5 * shape.intermediate_size + 10 * shape.hidden_size) * self.dtype_bytes
         if self.lora_rank:
-            # Adapters see their input in float32.
+            # LoRA computes with its input in float32.
             inside += tokens * (6 * shape.hidden_size + shape.intermediate_size) * 4
         layers = 1 if self.gradient_checkpointing else shape.num_layers
         return shape.num_layers * tokens * shape.hidden_size * self.dtype_bytes + layers * inside + self.masks(tokens)
 
     def masks(self, tokens: int) -> int:
-        """What masked attention needs in the place of FlashAttention, which takes half precision on a GPU only."""
+        """Bytes of attention masks; 0 with FlashAttention, which is used on a GPU in half precision."""
         if self.on_gpu and self.dtype_bytes == 2:
             return 0
         group = self.group_size // 2 * self.max_new_tokens
@@ -161,73 +169,81 @@ class Workload:
 
     @property
     def evaluation_activations(self) -> int:
-        """Inside one layer, of spoken and written completions in one forward pass without gradient."""
+        """Bytes inside one layer in a forward pass without gradient over spoken and written completions."""
         shape = self.architecture
         width = self.longest_prompt + self.max_new_tokens
         tokens = max(EVALUATION_TOKENS, 2 * width)
         return tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size) * self.dtype_bytes
 
     def logits(self, tokens: int) -> int:
-        """Of the fused loss, and the completion states with their gradient."""
+        """Bytes of the fused loss, and of the completions' states with their gradient.
+
+        Args:
+            tokens: of a micro-batch.
+        """
         shape = self.architecture
         chunk = _LOGIT_TOKENS * 4 + _PRODUCT_TOKENS * self.dtype_bytes
         return chunk * shape.vocabulary_size + 2 * max(tokens, self.question_tokens) * shape.hidden_size * self.dtype_bytes
 
 
 def engine_rank(rank: int) -> int:
-    """The smallest rank that vLLM has buffers for, beyond its largest the rank itself."""
+    """The smallest of vLLM's ranks that is at least `rank`, or `rank` where there is none."""
     return next((known for known in ENGINE_LORA_RANKS if known >= rank), rank)
 
 
 def _blocks(tokens: int) -> int:
-    """Rounded up to whole blocks of the KV cache."""
+    """`tokens` rounded up to whole blocks of the KV cache."""
     return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 def assumed_longest_prompt(architecture: Architecture) -> int:
-    """Where no data says better, at most half of what the model takes."""
+    """Tokens to plan with where the data is not known: `_ASSUMED_PROMPT_TOKENS`, at most half of the model's longest input."""
     return min(_ASSUMED_PROMPT_TOKENS, architecture.max_tokens // 2)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by phase and part on one GPU."""
+    """How the memory of one GPU is used, in bytes, by phase and by what it is for."""
 
     workload: Workload
     device_bytes: int
     kv_cache: int
+    """Bytes."""
     micro_batch: int
     """Tokens."""
     phases: dict[str, dict[str, int]]
+    """Bytes of each phase by what they are for."""
 
     @property
     def peaks(self) -> dict[str, int]:
+        """Bytes of each phase."""
         return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
 
     @property
     def sequences_in_flight(self) -> int:
-        """Completions that the KV cache holds at their longest."""
+        """Completions of the greatest length that the KV cache has room for at once."""
         workload = self.workload
         return min(workload.rollout_batch_size, workload.rollout_batch_size * self.kv_cache // max(1, workload.kv_needed))
 
     @property
     def fits(self) -> bool:
-        # vLLM lets completions wait for room in its cache; transformers runs a batch whole.
+        """Whether the run can work in `device_bytes`."""
+        # vLLM lets completions wait for room in its cache; the transformers engine samples whole batches.
         least = self.workload.sequence_bytes if self.workload.engine == "vllm" else self.workload.kv_needed
         return self.kv_cache >= least and max(self.peaks.values()) <= _USABLE * self.device_bytes
 
 
 def plan_memory(workload: Workload, device_bytes: int) -> MemoryPlan:
-    """Peak memory of each phase, the KV cache sized by what the other parts leave free.
+    """Plan the memory of each phase; KV cache and micro-batch get what the rest leaves free, unless their size is given.
 
     Args:
-        device_bytes: memory of the GPU.
+        device_bytes: memory of the GPU, or what is free of it.
     """
     kv_cache = workload.given_kv_cache
     rollout = workload.resident | {"activations": workload.rollout_workspace}
     usable = int(_USABLE * device_bytes)
     training = workload.resident | {"gradients": workload.gradients}
-    # What `StochasticAdamW` computes in float32, one parameter at a time, the embedding being the largest.
+    # `StochasticAdamW` computes one parameter at a time in float32; the embedding is the largest.
     largest = workload.architecture.vocabulary_size * workload.architecture.hidden_size
     update = 0 if workload.lora_rank or workload.dtype_bytes == 4 else UPDATE_BYTES * largest
     stepping = training | {"float32 update": update}
@@ -263,9 +279,9 @@ def plan_memory(workload: Workload, device_bytes: int) -> MemoryPlan:
 
 
 def remedies(plan: MemoryPlan) -> list[str]:
-    """What to change so that the run fits: single settings where one is enough, else the fewest that do together.
+    """Changes of settings that make the run fit, as text: single ones where any is enough, else a few together.
 
-    The mildest come first: those that change neither the method nor its rewards.
+    Those that change neither the method nor its rewards come first.
     """
     workload = plan.workload
     half = workload.max_new_tokens // 2
@@ -282,23 +298,23 @@ def remedies(plan: MemoryPlan) -> list[str]:
     ]
     changes = [(flag, name, value) for flag, name, value in changes if getattr(workload, name) != value]
     if workload.given_micro_batch is None:
-        # As small as it gets already.
+        # The plan has lowered it as far as needed already.
         changes = [change for change in changes if change[1] != "given_micro_batch"]
 
     def with_changes(values: dict[str, Any]) -> MemoryPlan:
         return plan_memory(dataclasses.replace(workload, **values), plan.device_bytes)
 
-    def told(flags: str, changed: MemoryPlan) -> str:
+    def remedy(flags: str, changed: MemoryPlan) -> str:
         return f"{flags}: peak {size(max(changed.peaks.values()))}, fits"
 
     found = []
     sized: dict[str, Any] = {"given_kv_cache": None}
     if workload.given_kv_cache is not None and (changed := with_changes(sized)).fits:
-        found.append(told(f"without --kv-cache-gb ({size(changed.kv_cache)} then)", changed))
+        found.append(remedy(f"without --kv-cache-gb ({size(changed.kv_cache)} then)", changed))
     for flag, name, value in changes:
         changed = with_changes({name: value})
         if changed.fits:
-            found.append(told(flag, changed))
+            found.append(remedy(flag, changed))
     if found:
         return found
     flags: dict[str, str] = {}
@@ -307,24 +323,24 @@ def remedies(plan: MemoryPlan) -> list[str]:
         flags[name], values[name] = flag, value
         together = with_changes(sized | values)
         if together.fits:
-            # Whatever turns out not to be needed goes again.
+            # Leave out what is not needed after all.
             for other in list(values)[:-1]:
                 fewer = {kept: values[kept] for kept in values if kept != other}
                 if (smaller := with_changes(sized | fewer)).fits:
                     values, together = fewer, smaller
-            return [told(" ".join(flags[name] for name in values), together)]
+            return [remedy(" ".join(flags[name] for name in values), together)]
     least = with_changes(sized | values).workload
     stays = f"{size(sum(least.resident.values()))} stay at the least, {size(least.weights)} of them weights"
     return [f"no setting: {stays}, beside which each phase needs room of its own"]
 
 
 def size(num_bytes: int) -> str:
-    """With its unit, in powers of ten."""
+    """A number of bytes as text, in GB of 1e9 or MB of 1e6 bytes."""
     return f"{num_bytes / GB:.2f} GB" if num_bytes >= GB else f"{num_bytes / 10**6:.2f} MB"
 
 
 def describe(plan: MemoryPlan) -> str:
-    """The plan as text, in GB of 1e9 bytes, for small models in MB."""
+    """The plan as a table, in GB of 1e9 bytes or for small models in MB, with the verdict and remedies."""
     workload = plan.workload
     trained = f"LoRA rank {workload.lora_rank}" if workload.lora_rank else "full fine-tuning"
     unit, name_of_unit = (GB, "GB (1e9 bytes)") if max(plan.peaks.values()) >= 10 * GB else (GB // 1000, "MB (1e6 bytes)")

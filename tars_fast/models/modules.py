@@ -1,6 +1,6 @@
-"""What is used of transformers' classes, as types: those leave most of it to whatever a checkpoint holds.
+"""Types for what this package uses of transformers' models and tokenizers, which have few types themselves.
 
-Nothing is made of these classes; models and tokenizers are transformers' own.
+For type checkers only: no object is made of these classes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class Decoder(nn.Module):
-    """The stack of layers of a language model, called with embeddings."""
+    """The layers of a language model without its head, called with embeddings."""
 
     layers: nn.ModuleList
     norm: nn.Module
@@ -22,7 +22,7 @@ class Decoder(nn.Module):
 
 
 class PolicyModule(nn.Module):
-    """A model with a head."""
+    """A speech LLM with its language-model head."""
 
     config: Any
     generation_config: Any
@@ -36,7 +36,7 @@ class PolicyModule(nn.Module):
 
 
 class Tokenizer(Protocol):
-    """Of a checkpoint."""
+    """A checkpoint's tokenizer."""
 
     chat_template: str | None
     eos_token: str

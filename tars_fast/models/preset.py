@@ -1,4 +1,4 @@
-"""What differs between models; the training loop knows none of it."""
+"""`Preset`: a checkpoint with the settings that suit it. The table of all of them is `PRESETS` in registry.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRESET_FILE = "preset.json"
 
 @dataclass(frozen=True)
 class Preset:
-    """What differs between models; the loop knows none of it."""
+    """A checkpoint and the defaults of its settings, which `TrainConfig` may replace."""
 
     source: str
     """Hub id or local path."""
@@ -38,19 +38,23 @@ class Preset:
     rollout_batch_size: int
     """Completions in flight: bounded by the memory of their KV cache."""
     family: Family | None = None
-    """None: what config.json says."""
+    """None: the one that `model_type` in config.json names."""
     architecture: Architecture | None = None
-    """None: what config.json says."""
+    """None: read from config.json."""
 
     def with_settings(self, config: object) -> Preset:
-        """The same with what the user gave a command in the place of its own; `None` and `auto` mean that nothing was given."""
+        """A copy with the settings that the user gave; `None` and `"auto"` in `config` mean that the user gave none.
+
+        Args:
+            config: a command's settings; fields that a preset does not have are ignored.
+        """
         given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(self)}
         return dataclasses.replace(self, **{name: value for name, value in given.items() if value not in (None, "auto")})
 
     def save(self, folder: Path) -> None:
-        """Leave a note beside a checkpoint, from which `find_preset` makes the same preset for it."""
+        """Write preset.json into a checkpoint's folder, from which `find_preset` makes the same preset again."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        # These are the checkpoint's own business.
+        # These follow from the checkpoint itself.
         del values["source"], values["family"], values["architecture"]
         (folder / PRESET_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""How questions become tokens for one checkpoint: processor, chat template, limits. Needs no weights."""
+"""How questions become tokens for one checkpoint: its tokenizer, chat template, feature extractor and limits, no weights."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tars_fast.models.families.base import Family, Features
 from tars_fast.models.hub import base_of, cannot_be_loaded, checkpoint_folder, model_type
 from tars_fast.models.modules import Tokenizer
 from tars_fast.models.preset import Preset
-from tars_fast.models.presets import find_family
+from tars_fast.models.registry import find_family
 from tars_fast.types import LongAudio, Modality, Question, Recording, UserError
 
 PLAIN_PROMPT = "You are a helpful assistant."
-"""System prompt around an instruction that is not a question."""
+"""System prompt of an instruction that is not a question, such as transcribing."""
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """What a checkpoint makes of a question before any of its weights are involved."""
+    """All that turns a question into a prompt's tokens and audio features, without the checkpoint's weights."""
 
     family: Family
     config: Any
@@ -32,15 +32,17 @@ class PromptFormat:
     generation_config: Any
     tokenizer: Tokenizer
     feature_extractor: Any
-    """What it is called with and has is the family's business."""
+    """Used through `family` only, because its arguments and attributes differ between families."""
     chat_template: str
     preset: Preset
     source: str
     """Where tokenizer and configuration come from: the checkpoint, or the base that an adapter names."""
     long_audio: LongAudio = "refuse"
+    """What to do with recordings longer than `max_audio_seconds`, see `tars_fast.data.audio.load_clips`."""
 
     @property
     def audio_token(self) -> str:
+        """The placeholder that a prompt holds once for each audio token."""
         return getattr(self.tokenizer, "audio_token", None) or self.family.audio_token
 
     @property
@@ -49,17 +51,17 @@ class PromptFormat:
 
     @property
     def max_audio_seconds(self) -> float:
-        """Longest clip that the model hears at once."""
+        """Longest clip, in seconds, that the audio tower takes."""
         return self.family.max_audio_seconds or self.feature_extractor.chunk_length
 
     @property
     def max_tokens(self) -> int:
-        """Longest prompt plus completion."""
+        """Longest prompt plus completion, in tokens."""
         return self.family.max_tokens(self.config)
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Every token that ends a completion: the checkpoint's own and the family's."""
+        """Every token that ends a completion: those of the checkpoint and of its family, in rising order."""
         configured = self.generation_config.eos_token_id
         listed = configured if isinstance(configured, list) else [configured]
         vocabulary = self.tokenizer.get_vocab()
@@ -68,27 +70,30 @@ class PromptFormat:
 
     @property
     def pad_token_id(self) -> int:
+        """The tokenizer's, or a stop token where it has none."""
         pad = self.tokenizer.pad_token_id
         return self.stop_token_ids[0] if pad is None else pad
 
     @cached_property
     def control_tokens(self) -> list[str]:
-        """What a question's text must not hold."""
+        """The tokenizer's added tokens, none of which a question's text may contain."""
         return list(self.tokenizer.get_added_vocab())
 
     def load_clips(self, recording: Recording) -> tuple[list[np.ndarray], float]:
-        """(what the model hears of a recording, seconds of the whole), see `tars_fast.data.audio.load_clips`."""
+        """(clips of [samples] at 16 kHz, seconds of the whole recording), see `tars_fast.data.audio.load_clips`."""
         return load_clips(recording, self.max_audio_seconds, self.long_audio)
 
     def features(self, clip: np.ndarray) -> Features:
-        """What the tower takes of a clip of [samples] at 16 kHz."""
+        """The audio tower's input for a clip of [samples] at 16 kHz."""
         return self.family.features(self.feature_extractor, clip)
 
     def render(self, question: Question, modality: Modality, num_clips: int = 1, instruction: str | None = None) -> str:
-        """The chat template's own text, one placeholder a clip.
+        """The prompt as text, by the checkpoint's chat template, with one audio placeholder for each clip.
 
         Args:
-            instruction: what to do with the recording instead of answering it; the system prompt then does not ask to think.
+            num_clips: of the recording; a written prompt has none, whatever is given.
+            instruction: what to do with the recording instead of answering the question in it, such as transcribing it; it
+                replaces the preset's system prompt by `PLAIN_PROMPT`.
         """
         system = self.preset.system_prompt if instruction is None else PLAIN_PROMPT
         content = self.family.user_turn(num_clips, instruction or "") if modality is Modality.SPEECH else question.text
@@ -100,10 +105,10 @@ class PromptFormat:
     def token_ids(
         self, question: Question, modality: Modality, audio_tokens: Sequence[int] = (), instruction: str | None = None
     ) -> tuple[int, ...]:
-        """The rendered prompt's tokens, each audio placeholder repeated as often as its clip has audio tokens.
+        """The tokens of the rendered prompt, each audio placeholder repeated as often as its clip has audio tokens.
 
         Args:
-            audio_tokens: of each clip of the recording, in order.
+            audio_tokens: number of audio tokens of each clip of the recording, in order.
             instruction: see `render`.
         """
         token_ids: list[int] = []
@@ -114,16 +119,16 @@ class PromptFormat:
         return tuple(token_ids)
 
     def num_audio_tokens(self, wave: np.ndarray) -> int:
-        """Audio tokens that the tower will make of a clip."""
+        """Audio tokens of a clip of [samples] at 16 kHz."""
         return self.family.num_audio_tokens(self.feature_extractor, len(wave))
 
-    def measure(self, question: Question, max_new_tokens: int) -> PromptSize:
-        """Sizes of an item's prompts, without running anything.
+    def prompt_size(self, question: Question, max_new_tokens: int) -> PromptSize:
+        """Length of an item's prompts in tokens, and of its recording in seconds.
 
         Raises:
-            LongRecordingError: the recording is longer than the model hears, and `long_audio` refuses that.
-            UserError: any other reason for which the model cannot take the item: its recording cannot be read, it leaves no
-                room for the completion, or its text would be taken for speech.
+            LongRecordingError: the recording is longer than `max_audio_seconds`, and `long_audio` is "refuse".
+            UserError: the model cannot take the item for another reason: its recording is missing or cannot be read, the prompt
+                leaves no room for a completion of `max_new_tokens`, or its text holds a control token.
         """
         if question.audio is None:
             raise UserError("has no recording; give 'audio'")
@@ -143,16 +148,20 @@ class PromptFormat:
         return PromptSize(longest, seconds)
 
     def check_questions(self, questions: Sequence[Question], max_new_tokens: int) -> list[PromptSize]:
-        """Find every item the model cannot take, before any work on it.
+        """`prompt_size` of each item, where the model can take all of them.
 
         Raises:
-            UserError: for the first item, in order, that `measure` refuses; for recordings that are too long, with their
-                number.
+            UserError: see `raise_refusals`.
         """
-        return self.refuse(questions, self.try_questions(questions, max_new_tokens))
+        return self.raise_refusals(questions, self.prompt_sizes(questions, max_new_tokens))
 
-    def refuse(self, questions: Sequence[Question], sizes: Sequence[PromptSize | UserError]) -> list[PromptSize]:
-        """The sizes, where none is a refusal. Raises UserError as `check_questions` does."""
+    def raise_refusals(self, questions: Sequence[Question], sizes: Sequence[PromptSize | UserError]) -> list[PromptSize]:
+        """Return the sizes that `prompt_sizes` found, if there is no error among them.
+
+        Raises:
+            UserError: of the first item that the model cannot take, with its id; if its recording is too long, also with the
+                number of recordings that are.
+        """
         long = [size for size in sizes if isinstance(size, LongRecordingError)]
         for question, size in zip(questions, sizes, strict=True):
             if isinstance(size, UserError):
@@ -160,8 +169,8 @@ class PromptFormat:
                 raise UserError(f"item {question.id!r}: {size}{more}")
         return [size for size in sizes if isinstance(size, PromptSize)]
 
-    def tell_long(self, sizes: Sequence[PromptSize]) -> str | None:
-        """What becomes of recordings that are longer than the model hears at once; None where there are none."""
+    def long_audio_notice(self, sizes: Sequence[PromptSize]) -> str | None:
+        """A line that says how recordings longer than `max_audio_seconds` are used; None where there are none."""
         long = [size.seconds for size in sizes if size.seconds > self.max_audio_seconds]
         if not long:
             return None
@@ -171,41 +180,45 @@ class PromptFormat:
             f"once (the longest {max(long):.0f} s): {heard} (--long-audio {self.long_audio})"
         )
 
-    def try_questions(self, questions: Sequence[Question], max_new_tokens: int) -> list[PromptSize | UserError]:
-        """What `measure` says of each item, in order, its refusals included."""
+    def prompt_sizes(self, questions: Sequence[Question], max_new_tokens: int) -> list[PromptSize | UserError]:
+        """`prompt_size` of each item, in order, or the error that it raised; in several threads."""
 
-        def attempt(question: Question) -> PromptSize | UserError:
+        def size_or_error(question: Question) -> PromptSize | UserError:
             try:
-                return self.measure(question, max_new_tokens)
+                return self.prompt_size(question, max_new_tokens)
             except UserError as error:
                 return error
 
         with ThreadPoolExecutor() as pool:
-            return list(pool.map(attempt, questions))
+            return list(pool.map(size_or_error, questions))
 
 
 @dataclass(frozen=True)
 class PromptSize:
-    """What an item takes."""
+    """How long an item is."""
 
     num_tokens: int
-    """Of its longer prompt."""
+    """Of the longer one of its prompts, without a completion."""
     seconds: float
-    """Of its recording, all of it."""
+    """Of its whole recording."""
 
 
 def load_prompt_format(preset: Preset, source: str, long_audio: LongAudio = "refuse") -> PromptFormat:
-    """Read a checkpoint's configuration, tokenizer and template, or those of the base that an adapter names.
+    """Read configuration, tokenizer, feature extractor and chat template of a checkpoint, or of an adapter's base.
 
-    Only what speech and text need is read: whole processors of models that also see ask for torchvision.
+    `AutoProcessor` is not used, because processors of models with a vision tower need torchvision.
+
+    Args:
+        source: the checkpoint or adapter, see `hub.py`.
+        long_audio: see `PromptFormat.long_audio`.
 
     Raises:
-        UserError: it cannot be found or read, or is of no family that can be trained.
+        UserError: the checkpoint cannot be found or read, has no chat template, or belongs to no family.
     """
     from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig, ProcessorMixin
     from transformers.utils import logging
 
-    # Of its warnings none is news here: weights that are missing are refused when they are loaded, others are not needed.
+    # transformers warns of weights that are missing, which `load_module` refuses, and of others, which are not needed.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     base = base_of(source)

@@ -1,4 +1,7 @@
-"""Speech LLMs behind one small surface: prompts, audio embeddings, and the forward pass over completions.
+"""`SpeechModel`, a speech LLM of any family: prompts, audio embeddings, and the packed forward pass over completions.
+
+The way of a training step: `encode_prompts` (or `prepare` and `encode`) makes prompts with their audio embeddings, `pack`
+puts prompts and completions into one row without padding, `forward` runs it.
 
 Shapes: N completions, R groups (a prompt with its completions), P prompt tokens, T completion tokens, S = P + T, A audio
 tokens, D hidden size, V vocabulary.
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tars_fast.models.adapters import add_adapter, has_adapter, load_adapter, load_adapter_weights, merge_adapter
-from tars_fast.models.audio_cache import AudioCache, Clips, fingerprint
+from tars_fast.models.audio_cache import AudioCache, ClipEmbeddings, fingerprint
 from tars_fast.models.families.base import Features
 from tars_fast.models.hub import base_of, cannot_be_loaded, checkpoint_folder
 from tars_fast.models.key_values import KeyValues
@@ -30,12 +33,12 @@ from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.types import Completion, Modality, Prompt, Question, Recording, UserError
 
 _AUDIO_CACHE_BYTES = 10**9
-"""Audio embeddings kept between epochs: all of the embedded data, or some 160 recordings of 30 s at 7B's width."""
+"""Audio embeddings kept between epochs: those of all bundled recordings, or of some 160 recordings of 30 s at 7B's width."""
 
 
 @dataclass(frozen=True)
 class LoadedAudio:
-    """A recording on the host, ready for the tower, or what the tower made of it before."""
+    """A recording on the host: the features that the tower needs, or the tower's embeddings from the cache."""
 
     recording: Recording
     key: str
@@ -43,20 +46,27 @@ class LoadedAudio:
     num_tokens: list[int]
     """Audio tokens of each clip."""
     features: Sequence[Features] = ()
-    embeddings: Clips | None = None
+    """Of each clip; empty where `embeddings` are there."""
+    embeddings: ClipEmbeddings | None = None
 
 
 @dataclass(frozen=True)
 class PreparedPrompt:
-    """A prompt that only lacks what the tower hears."""
+    """A tokenised prompt whose recording has not gone through the audio tower yet."""
 
     modality: Modality
     token_ids: tuple[int, ...]
     audio: LoadedAudio | None
+    """None for a written prompt."""
 
 
 class SpeechModel:
-    """A speech LLM with its processor, as trainer and rollout engine share it."""
+    """A speech LLM with its processor, shared by trainer and rollout engine.
+
+    Args:
+        module: the model in eval mode, on its device; its attention is replaced by packed attention.
+        prompts: of the same checkpoint.
+    """
 
     def __init__(self, module: PolicyModule, prompts: PromptFormat):
         self.module = module
@@ -68,7 +78,7 @@ class SpeechModel:
         self._audio_cache = AudioCache(_AUDIO_CACHE_BYTES)
         vocabulary_size = module.get_output_embeddings().weight.shape[0]
         self.suppressed_bias = torch.zeros(vocabulary_size, device=module.device)
-        """[V] -inf where the policy may not go: the audio token, which no text can hold."""
+        """[V] added to logits before sampling: -inf for the audio token, which no completion may hold, 0 for all others."""
         self.suppressed_bias[prompts.audio_token_id] = -torch.inf
 
     @property
@@ -77,60 +87,68 @@ class SpeechModel:
 
     @property
     def head(self) -> nn.Linear:
+        """The language-model head: [*, D] states to [*, V] logits."""
         return self.module.get_output_embeddings()
 
     @property
     def language_model(self) -> Decoder:
-        """The decoder stack: `layers`, `norm`, called with embeddings."""
+        """The decoder without the head."""
         return self.family.decoder_of(self.module)
 
     @property
     def audio_parts(self) -> list[nn.Module]:
-        """Tower and projector."""
+        """Audio tower and projector."""
         return [self.module.get_submodule(part) for part in self.family.audio_parts]
 
     @property
     def attention(self) -> str:
-        """How the trainer's forward pass attends."""
+        """The kind of attention in the trainer's forward pass, as messages name it."""
         attention: Any = self.language_model.layers[0].self_attn
         return "FlashAttention" if uses_flash(self.device, self.module.dtype, attention.head_dim) else "masked attention"
 
-    def keep_audio(self, max_bytes: int, folder: Path | None, max_folder_bytes: int) -> None:
-        """Bound the embeddings kept for later epochs, and keep them in `folder` too, where later runs find them.
+    def set_audio_cache(self, max_bytes: int, folder: Path | None, max_folder_bytes: int) -> None:
+        """Replace the cache of audio embeddings by an empty one.
+
+        Args:
+            max_bytes: of embeddings in host memory.
+            folder: also keeps them on disk, for later runs; None: memory only.
+            max_folder_bytes: of embeddings in `folder`.
 
         Raises:
             UserError: the folder cannot be made.
         """
-        heard = "" if folder is None else f"{fingerprint(*self.audio_parts)}-{self.prompts.long_audio}"
-        self._audio_cache = AudioCache(max_bytes, folder, max_folder_bytes, heard)
+        # Embeddings depend on the tower's weights and on how long recordings are cut.
+        name = "" if folder is None else f"{fingerprint(*self.audio_parts)}-{self.prompts.long_audio}"
+        self._audio_cache = AudioCache(max_bytes, folder, max_folder_bytes, name)
 
-    def twin(self) -> SpeechModel:
-        """The same weights in modules of their own, which hooks and flags of this one's forward pass do not reach."""
+    def copy_sharing_weights(self) -> SpeechModel:
+        """A copy with the same parameters in other modules, so that hooks and flags set on this model do not affect it."""
         weights = {id(weight): weight for weight in (*self.module.parameters(), *self.module.buffers())}
         return SpeechModel(copy.deepcopy(self.module, memo=weights), self.prompts)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
+        """What the optimiser updates, see `make_trainable`."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def encode_prompts(self, questions: Sequence[Question], modality: Modality, instruction: str | None = None) -> list[Prompt]:
-        """Tokenise prompts; each recording goes through the tower once, however many completions follow.
+        """Prompts of questions, with audio embeddings where `modality` is speech.
 
         Args:
             instruction: see `PromptFormat.render`.
 
         Raises:
-            UserError: a recording that the model cannot take.
+            UserError: see `prepare` and `encode_audio`.
         """
         return self.encode([self.prepare(question, modality, instruction) for question in questions])
 
     def prepare(self, question: Question, modality: Modality, instruction: str | None = None) -> PreparedPrompt:
-        """All of a prompt that needs no weights; another thread may do it while the device works.
+        """The part of making a prompt that needs no weights, so that another thread may do it while the device works.
 
         Args:
             instruction: see `PromptFormat.render`.
 
         Raises:
-            UserError: a recording that cannot be read, or is not there.
+            UserError: the question has no recording, or one that cannot be read.
         """
         if modality is Modality.TEXT:
             return PreparedPrompt(modality, self.prompts.token_ids(question, modality), None)
@@ -140,19 +158,21 @@ class SpeechModel:
         return PreparedPrompt(modality, self.prompts.token_ids(question, modality, audio.num_tokens, instruction), audio)
 
     def encode(self, prepared: Sequence[PreparedPrompt]) -> list[Prompt]:
-        """Prompts with what the tower makes of their recordings.
+        """Prompts with the embeddings of their recordings.
 
         Raises:
-            UserError: see `hear`.
+            UserError: see `encode_audio`.
         """
-        heard = iter(self.hear([prompt.audio for prompt in prepared if prompt.audio is not None]))
-        return [Prompt(one.modality, one.token_ids, () if one.audio is None else next(heard)) for one in prepared]
+        embeddings = iter(self.encode_audio([prompt.audio for prompt in prepared if prompt.audio is not None]))
+        return [
+            Prompt(prompt.modality, prompt.token_ids, () if prompt.audio is None else next(embeddings)) for prompt in prepared
+        ]
 
     def load_audio(self, recording: Recording) -> LoadedAudio:
-        """What the cache holds of a recording, else the tower's features of it.
+        """The embeddings of a recording from the cache, or else its features, read from the file.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the recording cannot be read.
         """
         key = self._audio_cache.key(recording)
         if not self.audio_is_trained and (held := self._audio_cache.get(key)) is not None:
@@ -161,11 +181,14 @@ class SpeechModel:
         features = [self.prompts.features(wave) for wave in waves]
         return LoadedAudio(recording, key, [clip.num_tokens for clip in features], features=features)
 
-    def hear(self, recordings: Sequence[LoadedAudio]) -> list[Clips]:
-        """Embeddings of each recording; each different one goes through the tower once.
+    def encode_audio(self, recordings: Sequence[LoadedAudio]) -> list[ClipEmbeddings]:
+        """Audio embeddings of each recording, on the model's device; each different recording goes through the tower once.
+
+        Returns:
+            for each recording [A, D] of each of its clips.
 
         Raises:
-            UserError: a recording that makes the tower's output NaN or infinite.
+            UserError: the tower's output for a recording is NaN or infinite.
         """
         different = {audio.recording: audio for audio in recordings}
         new = [audio for audio in different.values() if audio.embeddings is None]
@@ -174,27 +197,27 @@ class SpeechModel:
             for audio in different.values()
             if audio.embeddings is not None
         }
-        embedded = iter(self.embed([clip for audio in new for clip in audio.features]))
+        clips = iter(self.encode_clips([clip for audio in new for clip in audio.features]))
         for audio in new:
-            heard = tuple(next(embedded) for _ in audio.features)
-            if not all(clip.isfinite().all() for clip in heard):
+            embeddings = tuple(next(clips) for _ in audio.features)
+            if not all(clip.isfinite().all() for clip in embeddings):
                 raise UserError(f"{audio.recording}: the audio tower makes NaN or infinity of it; remove the item")
-            known[audio.recording] = heard
+            known[audio.recording] = embeddings
             if not self.audio_is_trained:
-                self._audio_cache.put(audio.key, heard)
+                self._audio_cache.put(audio.key, embeddings)
         return [known[audio.recording] for audio in recordings]
 
-    def embed(self, clips: Sequence[Features]) -> list[Tensor]:
-        """[A, D] for each clip."""
-        return self.family.embed(self.module, clips)
+    def encode_clips(self, clips: Sequence[Features]) -> list[Tensor]:
+        """[A, D] audio embeddings of each clip, by audio tower and projector."""
+        return self.family.encode_clips(self.module, clips)
 
     def embed_tokens(self, token_ids: Tensor, prompts: Sequence[Prompt], starts: Sequence[int]) -> Tensor:
-        """Input embeddings with audio at prompt positions only, never at a token that the policy sampled.
+        """Input embeddings of tokens, with audio embeddings in the place of the prompts' audio tokens.
 
         Args:
-            token_ids: [N, S]
-            prompts: some of those in there.
-            starts: where each of them begins in the flattened N * S.
+            token_ids: [N, S] of prompts and completions.
+            prompts: those of them that have audio, or all.
+            starts: where each of `prompts` begins in the flattened N * S.
 
         Returns:
             [N, S, D].
@@ -213,11 +236,11 @@ class SpeechModel:
         flat = flat.index_copy(0, torch.cat(places).to(flat.device), torch.cat(audio).to(flat.dtype))
         return flat.view_as(embeddings)
 
-    def lay_out(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Layout:
-        """One row without padding: each prompt once, then all completions.
+    def pack(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> PackedBatch:
+        """Put prompts and completions into one row without padding: each prompt once, then all completions.
 
         Args:
-            prompts: [N] the prompt of each completion; neighbours with the same (identical) prompt share it.
+            prompts: [N] the prompt of each completion; neighbours whose prompt is the same object share it.
             completions: [N]
         """
         pairs = list(zip(prompts, completions, strict=True))
@@ -230,11 +253,11 @@ class SpeechModel:
         prompt_ends = list(accumulate(groups.prompt_lengths))
         lengths = [length for group in groups.completion_lengths for length in group]
         ends = torch.tensor([0, *accumulate(lengths)])
-        # A completion's first token is predicted by its prompt's last, the others by the one before.
+        # The last token of a prompt predicts the first of each completion; every other is predicted by the token before it.
         predictors = torch.arange(prompt_ends[-1] - 1, prompt_ends[-1] - 1 + sum(lengths))
         last_of_prompt = [end - 1 for end, row in zip(prompt_ends, rows, strict=True) for _ in row]
         predictors[ends[:-1]] = torch.tensor(last_of_prompt)
-        # Each continues from its prompt's end, as if it stood there alone.
+        # Positions of every completion continue from its prompt's end.
         positions = [torch.arange(length) for length in groups.prompt_lengths]
         positions += [
             torch.arange(start, start + length)
@@ -243,7 +266,7 @@ class SpeechModel:
         ]
         token_ids = [token for row in rows for token in row[0][0].token_ids]
         token_ids += [token for completion in completions for token in completion.token_ids]
-        layout = Layout(
+        batch = PackedBatch(
             prompts=[row[0][0] for row in rows],
             groups=groups,
             token_ids=torch.tensor(token_ids),
@@ -251,34 +274,35 @@ class SpeechModel:
             predictors=predictors,
             cu_seqlens=ends,
         )
-        return layout.to(self.device)
+        return batch.to(self.device)
 
-    def forward(self, layout: Layout) -> Tensor:
-        """[T, D] the states that predict the completions' tokens, ready for the head."""
-        starts = accumulate(layout.groups.prompt_lengths[:-1], initial=0)
-        inputs = self.embed_tokens(layout.token_ids[None], layout.prompts, list(starts))
-        # Layers recompute only where their own flag says training. Their parts keep eval mode, so that nothing drops out, and
-        # the flag falls again afterwards.
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """[T, D] the last layer's states that predict the completions' tokens, after the final norm, for `head`."""
+        starts = accumulate(batch.groups.prompt_lengths[:-1], initial=0)
+        inputs = self.embed_tokens(batch.token_ids[None], batch.prompts, list(starts))
+        # transformers checkpoints a layer only where the layer's own flag says training. The modules inside it stay in eval
+        # mode, without dropout, and the flag is reset afterwards.
         for layer in self.language_model.layers:
             layer.training = self.gradient_checkpointing and torch.is_grad_enabled()
-        states = self.run_decoder(inputs, layout.position_ids[None], groups=layout.groups)
+        states = self.run_decoder(inputs, batch.position_ids[None], groups=batch.groups)
         for layer in self.language_model.layers:
             layer.training = False
-        return states[0, layout.predictors]
+        return states[0, batch.predictors]
 
     def run_decoder(
         self, inputs: Tensor, position_ids: Tensor, *, groups: PackedGroups | None = None, key_values: KeyValues | None = None
     ) -> Tensor:
-        """[N, S, D] states behind the last layer, ready for the head.
+        """[N, S, D] states of the last layer, after the final norm, for `head`.
 
         Args:
-            inputs: [N, S, D]
+            inputs: [N, S, D] input embeddings.
             position_ids: [N, S]
-            groups: see `packed_attention`, and so `key_values`; one of them is given.
+            groups: what attends to what in a packed row, see `packed_attention`.
+            key_values: the KV cache while completions are sampled; either this or `groups` is given.
         """
         return self.language_model(
             inputs_embeds=inputs,
-            # Of four dimensions, so that transformers makes none of its own; packed attention reads none.
+            # A mask of four dimensions keeps transformers from making one; packed attention reads none.
             attention_mask=inputs.new_zeros(1, 1, 1, 1),
             position_ids=position_ids,
             use_cache=False,
@@ -288,8 +312,8 @@ class SpeechModel:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A micro-batch as one row: P prompt tokens, T completion tokens, no padding."""
+class PackedBatch:
+    """A micro-batch as one row without padding: P prompt tokens, then T completion tokens."""
 
     prompts: list[Prompt]
     """[R]"""
@@ -298,15 +322,15 @@ class Layout:
     token_ids: Tensor
     """[S] int64."""
     position_ids: Tensor
-    """[S] int64; every completion continues from its prompt's end."""
+    """[S] int64; those of every completion continue from its prompt's end."""
     predictors: Tensor
-    """[T] places of the states that predict each completion token."""
+    """[T] int64 places in the row of the states that predict each completion token."""
     cu_seqlens: Tensor
     """[N + 1] int64 boundaries of completions among the T tokens."""
 
     @cached_property
     def positions(self) -> Tensor:
-        """[T] places of completion tokens."""
+        """[T] int64 places in the row of completion tokens."""
         return torch.arange(self.groups.num_prompt_tokens, len(self.token_ids), device=self.token_ids.device)
 
     @property
@@ -314,13 +338,18 @@ class Layout:
         """[T] int64 completion tokens."""
         return self.token_ids[self.groups.num_prompt_tokens :]
 
-    def to(self, device: torch.device) -> Layout:
+    def to(self, device: torch.device) -> PackedBatch:
+        """A copy whose tensors are on `device`."""
         moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **moved)
 
 
 def choose_device(device: str, dtype: str, *, uses_lora: bool) -> tuple[torch.device, torch.dtype]:
-    """Resolve `auto`: CUDA where there is one; bfloat16 there for weights that stay frozen, else float32.
+    """Resolve `auto`: CUDA if there is a GPU; bfloat16 on CUDA with LoRA, else float32.
+
+    Args:
+        device: `auto`, `cuda` or `cpu`.
+        dtype: `auto`, or the name of a torch dtype.
 
     Raises:
         UserError: CUDA is asked for and there is none.
@@ -334,10 +363,14 @@ def choose_device(device: str, dtype: str, *, uses_lora: bool) -> tuple[torch.de
 
 
 def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype: torch.dtype) -> PolicyModule:
-    """Load a checkpoint, or an adapter on top of the base it names, with plain transformers.
+    """Load a checkpoint, or an adapter on top of its base, by transformers; frozen, in eval mode.
+
+    Args:
+        prompts: of the same checkpoint.
+        source: the checkpoint or adapter, see `hub.py`.
 
     Raises:
-        UserError: it cannot be found or read.
+        UserError: it cannot be found or read, or lacks weights.
     """
     from safetensors import SafetensorError
 
@@ -354,7 +387,8 @@ def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype:
         if found["missing_keys"]:
             raise ValueError(f"{len(found['missing_keys'])} weights are not in it, {min(found['missing_keys'])} the first")
         if adapted:
-            # Merged once, in float32: without it the base is deaf, and one policy answers speech and text alike.
+            # The checkpoint's own speech adapter (Phi-4-multimodal): without it the base does not understand speech. It is
+            # merged in float32, and also answers written prompts, so that there is one policy.
             module = merge_adapter(module, family, folder / family.adapter_folder).to(dtype)
     except (OSError, ValueError, SafetensorError) as error:
         raise cannot_be_loaded(source, error) from error
@@ -364,7 +398,7 @@ def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype:
 
 
 def load_model(preset: Preset, source: str, device: torch.device, dtype: torch.dtype) -> SpeechModel:
-    """A checkpoint with weights of its own. Raises UserError where it cannot be read."""
+    """Load a checkpoint or adapter with its processor. Raises UserError where it cannot be read."""
     prompts = load_prompt_format(preset, source)
     return SpeechModel(load_module(prompts, source, device, dtype), prompts)
 
@@ -378,19 +412,20 @@ def make_trainable(
     gradient_checkpointing: bool,
     adapter: Path | None,
 ) -> None:
-    """Choose what training changes: LoRA on all linear layers of the language model, or the whole of it with its head.
+    """Choose the parameters that training updates: LoRA on all linear layers of the language model, or all of it with its head.
 
-    The module stays in eval mode throughout: dropout, LoRA's included, would make rollout, reward and loss three policies.
+    The module stays in eval mode, without dropout, also in LoRA's layers: with dropout, rollout, rewards and loss would each be
+    computed with another policy.
 
     Args:
         lora_rank: 0 for full fine-tuning.
-        lora_alpha: updates are scaled by `lora_alpha / lora_rank`.
-        freeze_audio: leave audio tower and projector alone.
-        gradient_checkpointing: compute each layer of the language model again for the backward pass.
-        adapter: a checkpoint whose LoRA weights to continue from.
+        lora_alpha: LoRA's product is scaled by `lora_alpha / lora_rank`.
+        freeze_audio: whether audio tower and projector stay as they are.
+        gradient_checkpointing: whether each layer of the language model is computed again in the backward pass.
+        adapter: a checkpoint whose LoRA weights to continue from; None: new ones.
 
     Raises:
-        UserError: the model already carries an adapter.
+        UserError: the model already has an adapter, or the weights of `adapter` do not fit.
     """
     module = model.module
     if has_adapter(module):
@@ -401,19 +436,19 @@ def make_trainable(
         model.language_model.requires_grad_(True)
         model.head.requires_grad_(True)
         for part in model.audio_parts:
-            # Some architectures keep it inside the decoder.
+            # In some architectures it is a part of the decoder.
             part.requires_grad_(False)
     else:
         from peft import LoraConfig
 
-        # By full name: the tower has layers of the same last names.
+        # By full names, because layers of the audio tower have the same last names.
         layers = f"{model.family.language_model}.layers."
         targets = [name for name, layer in module.named_modules() if name.startswith(layers) and isinstance(layer, nn.Linear)]
         base, _, revision = model.prompts.source.partition("@")
-        # peft multiplies by it, whole or not.
+        # peft's type is int, but it computes with floats too.
         alpha: Any = lora_alpha
         config = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
-        # What was loaded may be a folder of the hub's cache, which means nothing elsewhere.
+        # peft would write the folder that was loaded, which may be a folder of this machine's hub cache.
         config.base_model_name_or_path, config.revision = base, revision or None
         add_adapter(module, config)
         if adapter is not None:
@@ -422,12 +457,12 @@ def make_trainable(
         model.audio_is_trained = True
         for part in model.audio_parts:
             part.requires_grad_(True)
-        for constant in model.family.constants:
+        for constant in model.family.frozen_parts:
             module.get_submodule(constant).requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing = True
-        # Nothing is drawn inside a layer; and to restore torch's generator would make a sampler beside it repeat its draws.
-        # The other name is that of transformers before 5.23; from then on it warns.
+        # Layers use no random numbers, so torch's generator need not be restored; restoring it would make an engine that
+        # samples meanwhile repeat its random numbers. `gradient_checkpointing_enable` is the name before transformers 5.23.
         enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
         enable({"use_reentrant": False, "preserve_rng_state": False})
     module.eval()

@@ -1,8 +1,8 @@
 """One copy of the weights: a transformers module whose parameters are views of those an inference engine has loaded.
 
-Engines fuse what transformers keeps apart (query, key and value; gate and up) by stacking rows, and pad the vocabulary. A
-slice of rows is a contiguous view, so a trainer can own it as a parameter: an optimiser that updates it in place updates the
-engine.
+An engine stacks the rows of weights that transformers keeps apart (query, key and value; gate and up), and pads the
+vocabulary. A slice of rows is a contiguous view, so it can be a parameter of the trainer's module: an optimiser that updates
+it in place updates the engine's weights.
 """
 
 from __future__ import annotations
@@ -16,37 +16,39 @@ from torch import Tensor, nn
 from tars_fast.types import TrainingError
 
 _CPU_PRODUCT = "cpu_linear"
-"""Where layers of vLLM's CPU build keep the function they multiply with."""
+"""Attribute of a layer in vLLM's CPU build: the function that multiplies with its weight."""
 
 
 class SharingError(TrainingError):
-    """Trainer and engine no longer compute with the same memory."""
+    """Trainer and engine do not, or no longer, compute with the same memory."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Where an engine keeps one part of the model."""
+class WeightMapping:
+    """What the engine calls the modules whose names begin alike in transformers."""
 
     prefix: str
-    """Of transformers' module names."""
+    """Beginning of the modules' names in transformers."""
     engine_prefix: str
+    """What the engine has in its place."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Engine's fused module to the transformers modules whose rows it stacks, in order."""
+    """Engine's fused module (`qkv_proj`) to the transformers modules whose rows it stacks, in order (`q_proj`, ...)."""
 
 
-EngineNames = tuple[Part, ...]
+EngineNames = tuple[WeightMapping, ...]
+"""For all modules of a model that have weights; the first mapping whose prefix fits counts."""
 
 
 def engine_place(name: str, names: EngineNames) -> tuple[str, tuple[str, ...]]:
-    """(engine's module, names before this one among the modules fused there) of a transformers module.
+    """(the engine's module, the modules whose rows it stacks before this one's) of a transformers module.
 
     Raises:
-        KeyError: nothing is known of where the engine keeps it.
+        KeyError: no prefix in `names` fits.
     """
-    for part in names:
-        if name.startswith(part.prefix):
-            parent, dot, leaf = (part.engine_prefix + name.removeprefix(part.prefix)).rpartition(".")
-            for fused, stacked in part.fused.items():
+    for mapping in names:
+        if name.startswith(mapping.prefix):
+            parent, dot, leaf = (mapping.engine_prefix + name.removeprefix(mapping.prefix)).rpartition(".")
+            for fused, stacked in mapping.fused.items():
                 if leaf in stacked:
                     return f"{parent}{dot}{fused}", stacked[: stacked.index(leaf)]
             return f"{parent}{dot}{leaf}", ()
@@ -54,7 +56,7 @@ def engine_place(name: str, names: EngineNames) -> tuple[str, tuple[str, ...]]:
 
 
 def base_layer(module: nn.Module) -> nn.Module:
-    """The layer inside an adapter's wrapper; peft and vLLM give it the same name."""
+    """The layer inside a LoRA wrapper, of peft or of vLLM, or the layer itself."""
     return getattr(module, "base_layer", module)
 
 
@@ -62,8 +64,8 @@ def engine_views(module: nn.Module, engine_module: nn.Module, names: EngineNames
     """(transformers parameter name, view of the engine's memory) for every parameter but adapters.
 
     Args:
-        module: transformers' model, on any device or on meta; adapters are left out, wrappers seen through.
-        engine_module: the engine's, with its weights loaded.
+        module: transformers' model, on any device or on meta, with or without LoRA wrappers.
+        engine_module: the engine's model, with its weights loaded.
 
     Raises:
         SharingError: the engine has no such parameter, or one of another shape.
@@ -80,7 +82,7 @@ def engine_views(module: nn.Module, engine_module: nn.Module, names: EngineNames
         parent = owner.rpartition(".")[0]
         siblings = [base_layer(module.get_submodule(f"{parent}.{sibling}")) for sibling in stacked_before]
         start = sum(len(getattr(sibling, leaf)) for sibling in siblings)
-        # Rows beyond the vocabulary are the engine's padding.
+        # Leaves out the engine's padding of the vocabulary.
         view = held[start : start + len(parameter)]
         if view.shape != parameter.shape:
             raise SharingError(f"{name}: {tuple(parameter.shape)}, but {tuple(held.shape)} in the engine's {place}.{leaf}")
@@ -88,12 +90,12 @@ def engine_views(module: nn.Module, engine_module: nn.Module, names: EngineNames
 
 
 def share_weights(module: nn.Module, engine_module: nn.Module, names: EngineNames) -> None:
-    """Replace every parameter of `module`, built on meta, by a view of the engine's memory; nothing is copied.
+    """Replace every parameter of `module`, built on the meta device, by a view of the engine's memory; nothing is copied.
 
-    What the engine ties (a head that is the embedding) becomes one parameter here too, which an optimiser sees once.
+    Weights that the engine ties, like a head that is the embedding, become one parameter, so that an optimiser updates it once.
 
     Raises:
-        SharingError: the two do not fit together.
+        SharingError: names or shapes of the two modules do not fit.
     """
     placed: dict[int, nn.Parameter] = {}
     for name, view in list(engine_views(module, engine_module, names)):
@@ -105,11 +107,11 @@ def share_weights(module: nn.Module, engine_module: nn.Module, names: EngineName
 def assert_shared(module: nn.Module, engine_module: nn.Module, names: EngineNames) -> None:
     """Check that trainer and engine compute with the same memory: address, shape, stride and dtype of every parameter.
 
-    `.to()`, `load_state_dict(assign=True)`, `resize_token_embeddings` or a reload inside the engine break it silently; so does
-    the packed copy that vLLM's CPU build computes with unless it is told not to.
+    It finds what would otherwise end the sharing unnoticed: `.to()`, `load_state_dict(assign=True)`, `resize_token_embeddings`,
+    a reload inside the engine, and the packed copies of weights that vLLM's CPU build makes by default.
 
     Raises:
-        SharingError: names the first parameter that is a copy.
+        SharingError: with the name of the first parameter that is a copy.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, view in engine_views(module, engine_module, names):
@@ -126,7 +128,7 @@ def assert_shared(module: nn.Module, engine_module: nn.Module, names: EngineName
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:
-    """Put the buffers of a module that was built on meta, which are real and on the CPU, where its parameters are."""
+    """Move the buffers of a module to `device`, in place; one built by `Family.on_meta` has them on the CPU."""
     for name, buffer in list(module.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, buffer.to(device))

@@ -1,4 +1,4 @@
-"""Recordings of a batch into prompts; one that cannot be used costs no other."""
+"""Spoken prompts of a batch, with their audio embeddings; a recording that cannot be used does not fail the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tars_fast.types import Modality, Prompt, Question, UserError
 def prepare_speech(
     model: SpeechModel, questions: Sequence[Question], instruction: str | None = None
 ) -> list[PreparedPrompt | UserError]:
-    """Spoken prompts before the tower hears them, or why a recording cannot be used.
+    """All of the spoken prompts that needs no weights; for each item whose recording cannot be used, the reason instead.
 
     Args:
         instruction: see `PromptFormat.render`.
@@ -30,19 +30,27 @@ def prepare_speech(
 def encode_speech(
     model: SpeechModel, engine: RolloutEngine, prepared: Sequence[PreparedPrompt | UserError], max_new_tokens: int
 ) -> list[Prompt | UserError]:
-    """Spoken prompts, or for each that cannot be used the reason; one bad recording does not cost the others."""
-    usable = {number: one for number, one in enumerate(prepared) if isinstance(one, PreparedPrompt)}
-    made: dict[int, Prompt | UserError] = {number: one for number, one in enumerate(prepared) if isinstance(one, UserError)}
+    """Spoken prompts with their audio embeddings, in order; for each that cannot be used, the reason instead.
+
+    Args:
+        prepared: of `prepare_speech`.
+        max_new_tokens: of the completions that are to follow, for which the engine must have room.
+    """
+    usable = {number: prompt for number, prompt in enumerate(prepared) if isinstance(prompt, PreparedPrompt)}
+    results: dict[int, Prompt | UserError] = {
+        number: error for number, error in enumerate(prepared) if isinstance(error, UserError)
+    }
     try:
-        made |= zip(usable, model.encode(list(usable.values())), strict=True)
+        results |= zip(usable, model.encode(list(usable.values())), strict=True)
     except UserError:
-        for number, one in usable.items():
+        # One by one, to find those at fault.
+        for number, prepared_prompt in usable.items():
             try:
-                (made[number],) = model.encode([one])
+                (results[number],) = model.encode([prepared_prompt])
             except UserError as error:
-                made[number] = error
+                results[number] = error
     for number in usable:
-        prompt = made[number]
-        if isinstance(prompt, Prompt) and (reason := engine.refuses(prompt, max_new_tokens)) is not None:
-            made[number] = UserError(reason)
-    return [made[number] for number in range(len(prepared))]
+        prompt = results[number]
+        if isinstance(prompt, Prompt) and (reason := engine.refusal(prompt, max_new_tokens)) is not None:
+            results[number] = UserError(reason)
+    return [results[number] for number in range(len(prepared))]

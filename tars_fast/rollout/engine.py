@@ -1,4 +1,4 @@
-"""What the loop asks of a rollout engine: prompts in, completions with the log-probabilities they were sampled at out."""
+"""The interface of a rollout engine: prompts in, completions with the log-probabilities they were sampled at out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Sampling:
     """How completions are sampled: from the full distribution, no top-k, no top-p."""
 
     num_completions: int
-    """Completions of each prompt."""
+    """Of each prompt."""
     max_new_tokens: int
     temperature: float
     """0 takes the most likely token."""
@@ -27,16 +27,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SampledCompletion:
-    """One continuation as an engine hands it back."""
+    """One continuation of a prompt, as an engine returns it."""
 
     token_ids: Sequence[int]
     """The stop token is included where one was produced."""
     logprobs: Sequence[float]
+    """Of each token, in nats, under the distribution it was sampled from."""
     truncated: bool
+    """No stop token within `max_new_tokens`."""
 
 
 class RolloutEngine(ABC):
-    """A source of completions from the policy that is being trained."""
+    """Samples completions from the policy that is being trained."""
 
     name: str
     prompt_format: PromptFormat
@@ -44,27 +46,29 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def wake_up(self) -> None:
-        """Take the weights as they are now, and the memory that sampling needs."""
+        """Make ready for one `sample`: take the memory that it needs, and the weights as they are now."""
 
     @abstractmethod
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, on_sampled: Callable[[int, list[SampledCompletion]], None]
     ) -> None:
-        """Sample `sampling.num_completions` continuations of each prompt, after a `wake_up` of its own.
+        """Sample `sampling.num_completions` continuations of each prompt; call `wake_up` before each call.
 
         Args:
             prompts: spoken and written ones alike.
-            on_sampled: told a prompt's number and its continuations as soon as they are there, while others still run.
+            on_sampled: called with a prompt's number and its continuations as soon as all of them are complete, while those of
+                other prompts are still being sampled.
 
         Raises:
-            ValueError: a prompt that `refuses` gives a reason for.
+            ValueError: a prompt that `refusal` gives a reason for.
+            TrainingError: `stop` was called.
         """
 
     def generate(self, prompts: Sequence[Prompt], questions: Sequence[int], sampling: Sampling) -> list[Completion]:
         """`sampling.num_completions` completions of each prompt, in prompt order, from the weights as they are now.
 
         Args:
-            questions: for each prompt, the question number its completions are to carry.
+            questions: for each prompt, the `Completion.question` of its completions.
 
         Raises:
             ValueError: see `sample`.
@@ -76,19 +80,19 @@ class RolloutEngine(ABC):
         return [
             completion
             for number, prompt in enumerate(prompts)
-            for completion in as_completions(self.prompt_format, prompt, questions[number], sampled[number])
+            for completion in decode_completions(self.prompt_format, prompt, questions[number], sampled[number])
         ]
 
     @abstractmethod
-    def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
-        """Why `sample` would not take this prompt, or None."""
+    def refusal(self, prompt: Prompt, max_new_tokens: int) -> str | None:
+        """Why `sample` cannot take this prompt; None where it can."""
 
     @abstractmethod
     def release_memory(self) -> None:
         """Give back what only sampling needs (the KV cache) until the next `wake_up`."""
 
     def stop(self) -> None:
-        """Have a `sample` in another thread end at its next token, for good. It raises TrainingError there."""
+        """Make a `sample` that runs in another thread raise TrainingError at its next token, and every later one too."""
         self._stopped = True
 
     def check_stopped(self) -> None:
@@ -101,44 +105,48 @@ class RolloutEngine(ABC):
         """End the engine."""
 
 
-def too_long(prompt: Prompt, max_new_tokens: int, max_tokens: int) -> str | None:
-    """Why a completion would not fit behind the prompt, or None."""
+def length_refusal(prompt: Prompt, max_new_tokens: int, max_tokens: int) -> str | None:
+    """Why prompt and completion together are too long; None where they are not."""
     if len(prompt.token_ids) + max_new_tokens <= max_tokens:
         return None
     return f"{len(prompt.token_ids)} tokens and {max_new_tokens} new ones are more than the engine's {max_tokens}"
 
 
-def as_completions(
+def decode_completions(
     prompt_format: PromptFormat, prompt: Prompt, question: int, sampled: Sequence[SampledCompletion]
 ) -> list[Completion]:
-    """Give the continuations of a prompt their text.
+    """The continuations of a prompt with their text.
+
+    Args:
+        question: the `Completion.question` of all of them.
 
     Raises:
         TrainingError: a log-probability is NaN or infinite.
     """
-    if not all(math.isfinite(logprob) for one in sampled for logprob in one.logprobs):
+    if not all(math.isfinite(logprob) for completion in sampled for logprob in completion.logprobs):
         raise TrainingError(
             "the policy's logits are not finite; lower --learning-rate; the last checkpoint, if there is one, is good"
         )
     # Special tokens other than the stop token stay visible: a completion that holds one has not kept to the format.
     texts = prompt_format.tokenizer.batch_decode(
-        [list(one.token_ids if one.truncated else one.token_ids[:-1]) for one in sampled], skip_special_tokens=False
+        [list(completion.token_ids if completion.truncated else completion.token_ids[:-1]) for completion in sampled],
+        skip_special_tokens=False,
     )
     return [
         Completion(
             question=question,
             modality=prompt.modality,
-            token_ids=tuple(one.token_ids),
-            rollout_logprobs=tuple(one.logprobs),
+            token_ids=tuple(completion.token_ids),
+            rollout_logprobs=tuple(completion.logprobs),
             text=text,
-            truncated=one.truncated,
+            truncated=completion.truncated,
         )
-        for one, text in zip(sampled, texts, strict=True)
+        for completion, text in zip(sampled, texts, strict=True)
     ]
 
 
 def engine_refusal(family: Family, lora_rank: int, *, float32: bool, on_cuda: bool) -> str | None:
-    """Why vLLM cannot serve a policy, wherever it is installed, with the remedy; None where it can."""
+    """Why no vLLM can serve a policy, with the remedy; None where it can. `vllm_refusal` also looks at what is installed."""
     if family.engine_names is None:
         return f"{family.engine_refusal}; use --engine transformers"
     if lora_rank > ENGINE_LORA_RANKS[-1]:

@@ -1,4 +1,8 @@
-"""The policy: a speech LLM and the rollout engine that samples from those very weights."""
+"""Chooses a rollout engine, and loads a policy: the model that the trainer updates, and the engine that samples from it.
+
+Both use one copy of the weights. With the transformers engine, transformers loads them, and the engine runs the trainer's
+module. With vLLM, vLLM loads them, and the trainer's parameters are views of vLLM's memory (`vllm_engine.py`).
+"""
 
 from __future__ import annotations
 
@@ -11,26 +15,27 @@ from tars_fast.models.families.base import Family
 from tars_fast.models.memory import Workload, plan_memory, size
 from tars_fast.models.prompts import PromptFormat
 from tars_fast.models.speech_model import SpeechModel, load_module
-from tars_fast.models.weights import SharingError, assert_shared
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.transformers_engine import TransformersEngine
-from tars_fast.rollout.vllm_engine import VllmEngine, VllmSettings, unusable_because
+from tars_fast.rollout.vllm_engine import VllmEngine, vllm_refusal
+from tars_fast.rollout.vllm_internals import VllmSettings
 from tars_fast.types import UserError
-
-__all__ = ["SharingError", "assert_shared", "choose_engine", "load_policy"]
 
 
 def choose_engine(
     name: Literal["auto", "vllm", "transformers"], family: Family, device: torch.device, dtype: torch.dtype, lora_rank: int
 ) -> Literal["vllm", "transformers"]:
-    """Resolve `auto`: on CUDA vLLM where a supported version of it is installed and can serve the policy, else transformers.
+    """Resolve `--engine auto`: vLLM on CUDA where a supported version is installed and can serve the policy, or transformers.
+
+    Args:
+        lora_rank: 0 for full fine-tuning.
 
     Raises:
-        UserError: vLLM is asked for and cannot be used; says what to install.
+        UserError: `--engine vllm` is given and cannot be used, with the remedy.
     """
     if name == "transformers":
         return name
-    reason = unusable_because(family, device, dtype, lora_rank)
+    reason = vllm_refusal(family, device, dtype, lora_rank)
     if name == "vllm" and reason is not None:
         raise UserError(f"--engine vllm: {reason}")
     return "vllm" if reason is None and (name == "vllm" or device.type == "cuda") else "transformers"
@@ -45,18 +50,22 @@ def load_policy(
     *,
     cuda_graphs: bool = True,
 ) -> tuple[SpeechModel, RolloutEngine]:
-    """Load the weights once, for trainer and engine alike; an adapter goes on top of its base.
+    """Load the weights once, for trainer and engine; an adapter is put on top of its base.
 
     Args:
-        workload: names the engine, and what its memory is sized by.
+        source: the checkpoint, or an adapter.
+        workload: which engine, and the settings that its KV cache is sized by.
         cuda_graphs: see `TrainConfig`.
 
+    Returns:
+        (the model that the trainer updates, the engine that samples from its weights).
+
     Raises:
-        UserError: the checkpoint cannot be read, or the engine does not fit beside it.
+        UserError: the checkpoint cannot be read, or the KV cache does not fit into the memory that is free.
     """
     if workload.engine == "transformers":
         model = SpeechModel(load_module(prompts, source, device, dtype), prompts)
-        return model, TransformersEngine(model, workload.rollout_batch_size, apart=workload.rollout_ahead)
+        return model, TransformersEngine(model, workload.rollout_batch_size, own_modules=workload.rollout_ahead)
     plan = plan_memory(workload, available_bytes(device))
     if plan.kv_cache < workload.sequence_bytes:
         given = "free for it here" if workload.given_kv_cache is None else "given by --kv-cache-gb"
@@ -83,7 +92,7 @@ def load_policy(
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of the GPU, or what the host can give to a run on the CPU."""
+    """Free bytes of the GPU, or of the host for a run on the CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil

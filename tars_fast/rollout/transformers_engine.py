@@ -1,7 +1,7 @@
-"""Rollouts by the very module being trained, decoded token by token: one set of weights, nothing to hand over.
+"""Rollouts by the module that is being trained, decoded token by token.
 
-transformers' `generate` does the same, but makes its masks anew and copies its cache for every token, holds a prompt once for
-each completion, and goes on with completions that have ended.
+Written because transformers' `generate` makes its masks anew and copies its cache for every token, keeps the keys and values
+of a prompt once for each completion, and goes on computing for completions that have ended.
 
 Shapes: R prompts, N completions of each, D hidden size.
 """
@@ -14,58 +14,60 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tars_fast.models.key_values import CompletionKeys, PromptKeys
+from tars_fast.models.key_values import CompletionKeyValues, PromptKeyValues
 from tars_fast.models.memory import PREFILL_TOKENS
 from tars_fast.models.speech_model import SpeechModel
-from tars_fast.rollout.engine import RolloutEngine, SampledCompletion, Sampling, too_long
+from tars_fast.rollout.engine import RolloutEngine, SampledCompletion, Sampling, length_refusal
 from tars_fast.types import Prompt
 
 _ROOM = 64
-"""New tokens that memory is taken for at a time: 1,024 of 64 completions would be 34 GB at 7B, and most end earlier."""
+"""New tokens of a completion that memory is taken for at a time: 1,024 of 64 completions would be 34 GB at 7B, and most end
+earlier."""
 _FEWEST_RUNNING = 0.75
-"""Share of a batch that has not ended; below it the others are dropped, which copies the keys and values of those that stay."""
+"""Completed prompts leave a batch when fewer than this share of its prompts remain: it copies the others' keys and values."""
 
 
 class TransformersEngine(RolloutEngine):
-    """Batches of completions; each distinct prompt is run once.
+    """Samples in batches; each prompt goes through the model once, however many completions it gets.
 
     Args:
         max_batch_size: completions in flight.
-        apart: run modules of its own around the same weights, so that it can sample while the model trains.
+        own_modules: sample with modules of its own that share the model's weights, so that another thread can train meanwhile.
     """
 
     name = "transformers"
 
-    def __init__(self, model: SpeechModel, max_batch_size: int, *, apart: bool = False):
+    def __init__(self, model: SpeechModel, max_batch_size: int, *, own_modules: bool = False):
         self.prompt_format = model.prompts
         self._model = model
         self._max_batch_size = max_batch_size
-        self._apart = apart
+        self._needs_own_modules = own_modules
 
     def wake_up(self) -> None:
-        """The weights are those of the model at any moment."""
-        if self._apart:
-            # Not earlier, because adapters come after the engine.
-            self._model, self._apart = self._model.twin(), False
+        """See `RolloutEngine.wake_up`; the weights are the model's own, so there are none to take."""
+        if self._needs_own_modules:
+            # Not in `__init__`, because adapters are added to the model after the engine was made.
+            self._model, self._needs_own_modules = self._model.copy_sharing_weights(), False
 
     @torch.inference_mode()
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, on_sampled: Callable[[int, list[SampledCompletion]], None]
     ) -> None:
+        """See `RolloutEngine.sample`."""
         generator = torch.Generator(self._model.device).manual_seed(sampling.seed)
         prompts_per_batch = max(1, self._max_batch_size // sampling.num_completions)
-        # Prompts of like length share a batch: less padding to attend over.
+        # Prompts of similar length share a batch, which leaves less padding to attend over.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].token_ids))
         for start in range(0, len(order), prompts_per_batch):
             chosen = order[start : start + prompts_per_batch]
-            groups = [[_Growing() for _ in range(sampling.num_completions)] for _ in chosen]
-            for place in self._draw_batch([prompts[index] for index in chosen], groups, sampling, generator):
-                on_sampled(chosen[place], [one.sampled() for one in groups[place]])
+            groups = [[_RunningCompletion() for _ in range(sampling.num_completions)] for _ in chosen]
+            for place in self._sample_batch([prompts[index] for index in chosen], groups, sampling, generator):
+                on_sampled(chosen[place], [completion.sampled() for completion in groups[place]])
 
-    def _draw_batch(
-        self, prompts: Sequence[Prompt], groups: list[list[_Growing]], sampling: Sampling, generator: torch.Generator
+    def _sample_batch(
+        self, prompts: Sequence[Prompt], groups: list[list[_RunningCompletion]], sampling: Sampling, generator: torch.Generator
     ) -> Iterator[int]:
-        """Write completions, one group a prompt; yields the number of each prompt when its group is complete."""
+        """Fill `groups`, the completions of each prompt; yields a prompt's place when its completions have ended."""
         model = self._model
         stop_tokens = set(model.prompts.stop_token_ids)
         key_values, hidden, positions = self._run_prompts(prompts, sampling)
@@ -73,14 +75,14 @@ class TransformersEngine(RolloutEngine):
         unfinished = set(rows)
         for tokens_left in reversed(range(sampling.max_new_tokens)):
             self.check_stopped()
-            tokens, logprobs = self._sample(hidden, sampling.temperature, generator)
+            tokens, logprobs = self._sample_tokens(hidden, sampling.temperature, generator)
             for row, row_tokens, row_logprobs in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-                for one, token, logprob in zip(groups[row], row_tokens, row_logprobs, strict=True):
-                    if not one.ended:
-                        one.token_ids.append(token)
-                        one.logprobs.append(logprob)
-                        one.ended = token in stop_tokens
-            complete = {row for row in unfinished if not tokens_left or all(one.ended for one in groups[row])}
+                for completion, token, logprob in zip(groups[row], row_tokens, row_logprobs, strict=True):
+                    if not completion.ended:
+                        completion.token_ids.append(token)
+                        completion.logprobs.append(logprob)
+                        completion.ended = token in stop_tokens
+            complete = {row for row in unfinished if not tokens_left or all(running.ended for running in groups[row])}
             yield from sorted(complete)
             unfinished -= complete
             if not unfinished:
@@ -95,10 +97,10 @@ class TransformersEngine(RolloutEngine):
             hidden = model.run_decoder(inputs, positions, key_values=key_values)
             positions = positions + 1
 
-    def _run_prompts(self, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[CompletionKeys, Tensor, Tensor]:
-        """Keys and values, [R, N, D] states that predict the first tokens, [R, N] where those will stand."""
+    def _run_prompts(self, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[CompletionKeyValues, Tensor, Tensor]:
+        """(keys and values, [R, N, D] states that predict the first tokens, [R, N] positions of those tokens)."""
         model, copies = self._model, sampling.num_completions
-        prompt_keys = PromptKeys([len(prompt.token_ids) for prompt in prompts])
+        prompt_keys = PromptKeyValues([len(prompt.token_ids) for prompt in prompts])
         last_states = []
         for numbers in prompt_keys.passes(PREFILL_TOKENS):
             chosen = [prompts[number] for number in numbers]
@@ -110,37 +112,39 @@ class TransformersEngine(RolloutEngine):
             last_states.append(states[ends.to(model.device) - 1])
         first_places = torch.tensor(prompt_keys.lengths, device=model.device)[:, None].repeat(1, copies)
         hidden = torch.cat(last_states)[:, None].repeat(1, copies, 1)
-        return CompletionKeys(prompt_keys, copies, min(_ROOM, sampling.max_new_tokens)), hidden, first_places
+        return CompletionKeyValues(prompt_keys, copies, min(_ROOM, sampling.max_new_tokens)), hidden, first_places
 
-    def _sample(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """[R, N] tokens sampled from the full distribution, and their log-probability: NaN where a logit is NaN or infinite."""
+    def _sample_tokens(self, hidden: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """([R, N] tokens from the full distribution, [R, N] their log-probabilities, NaN where a logit is not finite)."""
         logits = self._model.head(hidden).float()
         logprobs = ((logits + self._model.suppressed_bias) / (temperature or 1.0)).log_softmax(-1)
         if temperature:
-            # By inversion, in double precision: torch.multinomial draws a random number for every word of the vocabulary.
+            # By inversion of the cumulated distribution, in double precision. torch.multinomial would need a random number for
+            # every token of the vocabulary.
             cumulated = logprobs.exp().cumsum(-1, dtype=torch.float64)
             uniform = torch.rand(*hidden.shape[:-1], 1, dtype=torch.float64, device=hidden.device, generator=generator)
-            # Below the last sum, so that it finds a token of some probability; not among NaNs, hence the clamp.
+            # The number is below the last sum, so that the token found has some probability; among NaNs none is found: clamp.
             tokens = torch.searchsorted(cumulated, uniform * cumulated[..., -1:], right=True).clamp_(max=logits.shape[-1] - 1)
         else:
             tokens = logprobs.argmax(-1, keepdim=True)
-        flaws = (logits * 0).sum(-1)
-        return tokens[..., 0], logprobs.gather(-1, tokens)[..., 0] + flaws
+        # 0, or NaN where a logit is not finite.
+        not_finite = (logits * 0).sum(-1)
+        return tokens[..., 0], logprobs.gather(-1, tokens)[..., 0] + not_finite
 
-    def refuses(self, prompt: Prompt, max_new_tokens: int) -> str | None:
-        """Why `sample` would not take a prompt."""
-        return too_long(prompt, max_new_tokens, self._model.prompts.max_tokens)
+    def refusal(self, prompt: Prompt, max_new_tokens: int) -> str | None:
+        """See `RolloutEngine.refusal`."""
+        return length_refusal(prompt, max_new_tokens, self._model.prompts.max_tokens)
 
     def release_memory(self) -> None:
-        """Nothing to give back: keys and values go with their batch."""
+        """See `RolloutEngine.release_memory`; keys and values are freed with each batch already."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """See `RolloutEngine.close`; there is nothing to end."""
 
 
 @dataclass
-class _Growing:
-    """A completion in the making."""
+class _RunningCompletion:
+    """A completion while it is being sampled."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

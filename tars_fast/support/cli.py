@@ -21,6 +21,21 @@ INTERRUPTED = 130
 """What shells give a process that Ctrl-C ended."""
 
 
+def answer_early(name: str, config_class: type[Config], program: str) -> None:
+    """Answer `--help` and wrong settings where a module is run as a command, before its imports that take seconds.
+
+    Args:
+        name: the module's `__name__`.
+
+    Raises:
+        SystemExit: with status 0 after the help, 2 after one line about a wrong setting.
+    """
+    if name == "__main__":
+        status = run_command(lambda _: 0, config_class, program)
+        if status:
+            sys.exit(status)
+
+
 def run_command(command: Callable[[Config], int], config_class: type[Config], program: str) -> int:
     """Parse the command line into `config_class`, run `command`, and return its exit status.
 

@@ -37,13 +37,14 @@ from tars_fast.ablate import (
 from tars_fast.config import TrainConfig
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA
 from tars_fast.evaluation.ablation import START, Arms, FinishedRun, check_runs
-from tars_fast.evaluation.results import Answered, Evaluated, ItemResult, text_reference
-from tars_fast.evaluation.results import report as report_of
+from tars_fast.evaluation.figures import report as report_of
+from tars_fast.evaluation.figures import text_reference
+from tars_fast.evaluation.results import Answered, Evaluated, ItemResult
 from tars_fast.evaluation.scorers import Reading
 from tars_fast.models.architecture import find_layers
 from tars_fast.reports.ablation_page import describe, difference_table, figure_table, headline_table
 from tars_fast.support.cli import FAILED, INTERRUPTED
-from tars_fast.train import train
+from tars_fast.train import command
 from tars_fast.types import Question, UserError
 
 
@@ -208,7 +209,7 @@ def ablation(tmp_path_factory, small) -> Path:
     config = config_of(output_dir, small, num_steps=1)
     for run in plan_runs(config, choose_arms(config), parse_settings("--setting", config.setting, set())):
         if run.name != "tars, seed 0":
-            assert train(parse_training("--arms", run.command[3:])) == 0
+            assert command(parse_training("--arms", run.command[3:])) == 0
     broken = {"arms": "grpo,tars,broken", "define": ("broken:max_logprob_diff=1e-30",), "seeds": 1}
     with redirect_stdout(io.StringIO()) as said:
         assert run_ablation(dataclasses.replace(config, **broken)) == FAILED

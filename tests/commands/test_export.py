@@ -14,8 +14,8 @@ from tars_fast.data.items import HELD_OUT_DATA, load_questions
 from tars_fast.export import ExportConfig, export, name_of
 from tars_fast.models.adapters import has_adapter
 from tars_fast.models.checkpoint import save_checkpoint
-from tars_fast.models.presets import find_preset
 from tars_fast.models.prompts import PLAIN_PROMPT
+from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import load_model, load_module, make_trainable
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine
@@ -65,7 +65,7 @@ def logits(model, questions) -> torch.Tensor:
     """[T, V] over three given tokens behind each spoken and written prompt."""
     prompts = [prompt for modality in Modality for prompt in model.encode_prompts(questions, modality)]
     said = [Completion(0, prompt.modality, (5, 6, 7), (0.0,) * 3, "", False) for prompt in prompts]
-    return model.head(model.forward(model.lay_out(prompts, said)))
+    return model.head(model.forward(model.pack(prompts, said)))
 
 
 def exported(checkpoint: Path, output_dir: Path, **changes) -> Path:
@@ -124,7 +124,7 @@ def check_plain(folder: Path, source: str, merged):
     parameters = dict(module.named_parameters())
     own = dict(merged.module.named_parameters())
     assert all(torch.equal(value, parameters[name]) for name, value in own.items())
-    unused = tuple(f"{part}." for part in merged.prompts.family.unused)
+    unused = tuple(f"{part}." for part in merged.prompts.family.unused_parts)
     rest = parameters.keys() - own.keys()
     assert all(name.startswith(unused) for name in rest)
     assert bool(rest) == bool(unused)
@@ -267,7 +267,8 @@ def test_an_interrupted_export_leaves_no_folder(adapter, tmp_path, monkeypatch):
 def test_vllm_serves_the_export(adapter, tmp_path):
     """The project's own engine loads the merged folder and answers as transformers does."""
     from tars_fast.models.prompts import load_prompt_format
-    from tars_fast.rollout.vllm_engine import VllmEngine, VllmSettings
+    from tars_fast.rollout.vllm_engine import VllmEngine
+    from tars_fast.rollout.vllm_internals import VllmSettings
 
     folder = exported(adapter, tmp_path / "merged")
     prompts = load_prompt_format(find_preset(str(folder)), str(folder))

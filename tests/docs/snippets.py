@@ -7,6 +7,7 @@ A marker is an HTML comment before a block, which readers of the page do not see
     <!-- test: --num-steps 1 ... -->      settings added to each command of the block that has them
     <!-- test: replace OLD by NEW -->     in the code that is run
     <!-- test: first CODE -->             run before the block, in its language; may go over several lines
+    <!-- test: last CODE -->              run behind it
     <!-- test: continue -->               a Python block that goes on where the page's last one ended
     <!-- test: file NAME -->              the block is the content of a file of that name
 
@@ -58,6 +59,7 @@ class Block:
     """Each is a flag with its values."""
     replacements: list[tuple[str, str]] = field(default_factory=list)
     first: str = ""
+    last: str = ""
     continues: bool = False
     file: str = ""
 
@@ -98,6 +100,8 @@ class Block:
             self.replacements.append((old, new))
         elif kind == "first":
             self.first += f"{dedent(rest)}\n"
+        elif kind == "last":
+            self.last += f"{dedent(rest)}\n"
         elif marker == "continue":
             self.continues = True
         elif kind == "file":
@@ -168,7 +172,7 @@ def write_script(blocks: list[Block], settings: list[dict[str, str]], folder: Pa
         elif block.skip:
             continue
         elif block.language == "python":
-            python_code = (python_code if block.continues else "") + block.first + block.run_text()
+            python_code = (python_code if block.continues else "") + block.first + block.run_text() + block.last
             content.write_text(python_code)
             lines.append(f'"$PYTHON" {shlex.quote(str(content))}')
         elif block.language in SHELL:
@@ -182,6 +186,7 @@ def write_script(blocks: list[Block], settings: list[dict[str, str]], folder: Pa
                 lines.append(f"diff {shlex.quote(str(content))} <(\n{block.run_text()}\n)")
             else:
                 lines.append(block.run_text())
+            lines.append(block.last)
     script = folder / "page.sh"
     script.write_text("\n".join(lines) + "\n")
     return script

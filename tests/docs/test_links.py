@@ -116,7 +116,7 @@ def is_file(name: str) -> bool:
 
 def names_of_code(code: str) -> list[str]:
     """Names rather than words: they have an underscore, or a capital after a small letter."""
-    return [name for name in re.findall(r"[A-Za-z]\w+", code) if re.search(r"_|[a-z][A-Z]", name)]
+    return [name for name in re.findall(r"(?<!\w)[A-Za-z_]\w+", code) if re.search(r"_|[a-z][A-Z]", name)]
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT)))

@@ -33,7 +33,7 @@ from snippets import (
     write_script,
 )
 
-from tars_fast.models.presets import PRESETS
+from tars_fast.models.registry import PRESETS
 from tars_fast.types import UserError
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
@@ -94,7 +94,8 @@ def check_command(words: Sequence[str]) -> None:
         if name.startswith("tars_fast."):
             command = name.removeprefix("tars_fast.")
             assert command in COMMANDS, f"no command {name}"
-            check_settings(command, arguments[module + 1 :])
+            if arguments[module + 1 :]:
+                check_settings(command, arguments[module + 1 :])
         else:
             assert find_spec(name), f"no module {name}"
             if name == "pytest":
@@ -149,7 +150,7 @@ def check_page(page: Path, folder: Path) -> None:
         Block(page, token.map[0] + 1, "bash", child.content.removesuffix("...").rstrip())
         for token in parse_markdown(page.read_text(encoding="utf-8"))
         for child in token.children or ()
-        if child.type == "code_inline" and re.search(r"-m tars_fast\.\w+ ", child.content)
+        if child.type == "code_inline" and re.match(r"(python|torchrun) .*-m tars_fast\.", child.content)
     ]
     for block in blocks:
         assert block.language in LANGUAGES, f"{block}: say the language behind the fence, one of {sorted(LANGUAGES)}"
@@ -279,7 +280,7 @@ ls /nowhere
 
 <!-- test: --gpu-memory 3 --group-size 4 -->
 ```bash
-python -m tars_fast.plan --model pocket --gpu-memory 80 | head -1
+python -m tars_fast.plan --model pocket --gpu-memory 80 | grep "GPU of"
 for name in one two; do
     python -c "import sys; print('last', sys.argv[1])" $name
 done

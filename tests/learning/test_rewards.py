@@ -7,13 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tars_fast.learning.rewards import (
-    HASHED_NGRAMS,
-    SentenceEmbedder,
-    answer_rewards,
-    behaviour_rewards,
-    load_text_similarity,
-)
+from tars_fast.learning.rewards.behaviour import HASHED_NGRAMS, SentenceEmbedder, behaviour_rewards, load_text_similarity
+from tars_fast.learning.rewards.total import text_rewards, total_reward
 from tars_fast.types import Completion, Modality, Question, UserError
 
 CPU = torch.device("cpu")
@@ -82,8 +77,8 @@ def test_answer_rewards_follow_each_completions_question():
         completion("<think>so</think> <answer>The answer is B.</answer>", question=1),
         completion("<think>so</think> <answer>B</answer>", question=1),
     ]
-    rewards = answer_rewards(completions, questions)
-    assert rewards.accuracy.tolist() == [1, 1, 1, 0]
-    assert rewards.format.tolist() == [1, 0, 1, 0]
-    assert rewards.unparsed.tolist() == [0, 0, 0, 1]
-    assert rewards.base.tolist() == [1.5, 1.0, 1.5, 0.0]
+    rewards = text_rewards(completions, questions)
+    assert rewards["accuracy"].tolist() == [1, 1, 1, 0]
+    assert rewards["format"].tolist() == [1, 0, 1, 0]
+    assert rewards["unparsed"].tolist() == [0, 0, 0, 1]
+    assert total_reward(rewards, {"accuracy": 1.0, "format": 0.5}).tolist() == [1.5, 1.0, 1.5, 0.0]

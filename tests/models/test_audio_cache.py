@@ -1,4 +1,4 @@
-"""A recording is heard once: by content, within bounds, and from disk in the next run where that is asked for."""
+"""The audio tower encodes a recording once: by content, within bounds, and from disk in later runs if that is configured."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def embeddings(value: float, num_tokens: int = 10) -> torch.Tensor:
     return torch.full((num_tokens, 4), value)
 
 
-def hear(model, recordings):
-    return model.hear([model.load_audio(recording) for recording in recordings])
+def encode(model, recordings):
+    return model.encode_audio([model.load_audio(recording) for recording in recordings])
 
 
 @pytest.fixture
@@ -28,22 +28,22 @@ def towers_calls(model):
     return calls
 
 
-def test_the_same_content_under_another_name_is_heard_once(model, questions, towers_calls, tmp_path):
+def test_the_same_content_under_another_name_is_encoded_once(model, questions, towers_calls, tmp_path):
     copy = tmp_path / "other_name.ogg"
-    shutil.copy(questions[0].audio, copy)
-    (first,) = hear(model, [questions[0].audio])[0]
-    (second,) = hear(model, [copy])[0]
+    copy.write_bytes(questions[0].audio.read_bytes())
+    (first,) = encode(model, [questions[0].audio])[0]
+    (second,) = encode(model, [copy])[0]
     assert torch.equal(first, second)
     assert towers_calls == [1]
 
 
-def test_changed_content_under_the_same_name_is_heard_again(model, questions, towers_calls, tmp_path):
+def test_changed_content_under_the_same_name_is_encoded_again(model, questions, towers_calls, tmp_path):
     path = tmp_path / "a.ogg"
-    shutil.copy(questions[0].audio, path)
-    (first,) = hear(model, [path])[0]
-    shutil.copy(questions[1].audio, path)
+    path.write_bytes(questions[0].audio.read_bytes())
+    (first,) = encode(model, [path])[0]
+    path.write_bytes(questions[1].audio.read_bytes())
     os.utime(path, ns=(1, 1))
-    (second,) = hear(model, [path])[0]
+    (second,) = encode(model, [path])[0]
     assert towers_calls == [1, 1]
     assert first.shape != second.shape or not torch.equal(first, second)
 
@@ -70,7 +70,7 @@ def test_putting_again_does_not_count_twice():
 
 
 def test_no_memory_at_all_still_works(model, questions, towers_calls):
-    model.keep_audio(0, None, 0)
+    model.set_audio_cache(0, None, 0)
     first = model.encode_prompts(questions[:2], Modality.SPEECH)
     second = model.encode_prompts(questions[:2], Modality.SPEECH)
     assert towers_calls == [2, 2]
@@ -80,14 +80,14 @@ def test_no_memory_at_all_still_works(model, questions, towers_calls):
 def test_the_next_run_hears_nothing_again(make_model, questions, tmp_path):
     paths = [question.audio for question in questions]
     model = make_model()
-    model.keep_audio(2**20, tmp_path, 2**30)
-    first = hear(model, paths)
+    model.set_audio_cache(2**20, tmp_path, 2**30)
+    first = encode(model, paths)
     assert len(list(tmp_path.glob("*.safetensors"))) == len(paths)
 
     second = make_model()
-    second.module.model.audio_tower.register_forward_hook(lambda *_: pytest.fail("heard again"))
-    second.keep_audio(2**20, tmp_path, 2**30)
-    assert all(torch.equal(a, b) for (a,), (b,) in zip(first, hear(second, paths), strict=True))
+    second.module.model.audio_tower.register_forward_hook(lambda *_: pytest.fail("encoded again"))
+    second.set_audio_cache(2**20, tmp_path, 2**30)
+    assert all(torch.equal(a, b) for (a,), (b,) in zip(first, encode(second, paths), strict=True))
 
 
 def test_another_tower_hears_for_itself(make_model, questions, tmp_path):
@@ -96,36 +96,36 @@ def test_another_tower_hears_for_itself(make_model, questions, tmp_path):
         model = make_model()
         with torch.no_grad():
             model.module.model.multi_modal_projector.linear.bias[3] += change
-        model.keep_audio(2**20, tmp_path, 2**30)
+        model.set_audio_cache(2**20, tmp_path, 2**30)
         model.module.model.audio_tower.register_forward_hook(lambda *_: calls.append(1))
-        hear(model, [questions[0].audio])
+        encode(model, [questions[0].audio])
     assert len(calls) == 2
     linear = nn.Linear(4, 4)
     assert fingerprint(linear) != fingerprint(nn.Linear(4, 4).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("damage", ["half", "one bit"])
-def test_a_damaged_file_is_heard_again_and_replaced(make_model, questions, tmp_path, damage):
+def test_a_damaged_file_is_encoded_again_and_replaced(make_model, questions, tmp_path, damage):
     model = make_model()
-    model.keep_audio(2**20, tmp_path, 2**30)
-    ((expected,),) = hear(model, [questions[0].audio])
+    model.set_audio_cache(2**20, tmp_path, 2**30)
+    ((expected,),) = encode(model, [questions[0].audio])
     (path,) = tmp_path.glob("*.safetensors")
     content = bytearray(path.read_bytes())
     content[-7] ^= 1
     path.write_bytes(path.read_bytes()[:50] if damage == "half" else content)
     again = make_model()
-    again.keep_audio(2**20, tmp_path, 2**30)
-    assert torch.equal(hear(again, [questions[0].audio])[0][0], expected)
+    again.set_audio_cache(2**20, tmp_path, 2**30)
+    assert torch.equal(encode(again, [questions[0].audio])[0][0], expected)
     third = AudioCache(2**20, tmp_path, 2**30, path.name.rpartition("-")[0])
     assert torch.equal(third.get(third.key(questions[0].audio))[0], expected)
 
 
 def test_a_folder_that_goes_away_costs_time_and_not_the_run(make_model, questions, tmp_path):
     model = make_model()
-    model.keep_audio(0, tmp_path / "cache", 2**30)
+    model.set_audio_cache(0, tmp_path / "cache", 2**30)
     shutil.rmtree(tmp_path / "cache")
-    (expected,) = hear(make_model(), [questions[0].audio])[0]
-    assert torch.equal(hear(model, [questions[0].audio])[0][0], expected)
+    (expected,) = encode(make_model(), [questions[0].audio])[0]
+    assert torch.equal(encode(model, [questions[0].audio])[0][0], expected)
 
 
 def test_the_folder_is_bounded_too(tmp_path):
@@ -153,7 +153,7 @@ def test_a_tower_in_training_is_never_answered_from_the_cache(make_model, questi
 
 def test_what_cannot_be_read_or_made(model, tmp_path):
     with pytest.raises(UserError, match=r"missing\.wav: cannot be read"):
-        hear(model, [tmp_path / "missing.wav"])
+        encode(model, [tmp_path / "missing.wav"])
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--audio-cache-dir .*cannot be made"):
-        model.keep_audio(0, tmp_path / "file" / "folder", 0)
+        model.set_audio_cache(0, tmp_path / "file" / "folder", 0)

@@ -23,8 +23,8 @@ from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.models.checkpoint import save_model
 from tars_fast.models.families import phi4_multimodal, qwen2_5_omni, qwen2_audio
 from tars_fast.models.preset import THINK_PROMPT
-from tars_fast.models.presets import FAMILIES, PRESETS, architecture_of, family_of, find_preset
 from tars_fast.models.prompts import load_prompt_format
+from tars_fast.models.registry import FAMILIES, PRESETS, architecture_of, family_of, find_preset
 from tars_fast.models.speech_model import SpeechModel, load_module, make_trainable
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.policy import choose_engine
@@ -78,7 +78,7 @@ def items(tmp_path) -> list[Question]:
 
 
 def embed(model: SpeechModel, waves: list[np.ndarray]) -> list[torch.Tensor]:
-    return model.embed([model.prompts.features(one) for one in waves])
+    return model.encode_clips([model.prompts.features(one) for one in waves])
 
 
 def encode(model: SpeechModel, items: list[Question]) -> list:
@@ -175,9 +175,9 @@ def test_audio_embeddings_are_those_of_the_models_own_forward_pass(name, folder,
     with torch.no_grad():
         theirs = module(input_ids=ids, attention_mask=torch.ones_like(ids), **given).logits
         ours = module(inputs_embeds=embeddings, attention_mask=torch.ones_like(ids)).logits
-        deaf = module(inputs_embeds=embeddings.index_fill(1, torch.arange(1, 1 + len(clip)), 0.0)).logits
+        without_audio = module(inputs_embeds=embeddings.index_fill(1, torch.arange(1, 1 + len(clip)), 0.0)).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert (ours[0, -1] - deaf[0, -1]).abs().max() > 0.1, "a model that does not listen would pass"
+    assert (ours[0, -1] - without_audio[0, -1]).abs().max() > 0.1, "a model that ignores the audio would pass"
 
 
 EXTRACTION = {
@@ -223,8 +223,8 @@ def test_long_recordings_become_clips_of_one_prompt(name, folder, tmp_path):
     assert prompt.token_ids.count(model.prompts.audio_token_id) == sum(len(clip) for clip in prompt.audio_clips)
     (size,) = model.prompts.check_questions([question], 8)
     assert (size.num_tokens, size.seconds) == (len(prompt.token_ids), 2.5)
-    assert "1 of 1 recordings are longer than the 1 s" in model.prompts.tell_long([size])
-    assert "heard as several clips" in model.prompts.tell_long([size])
+    assert "1 of 1 recordings are longer than the 1 s" in model.prompts.long_audio_notice([size])
+    assert "heard as several clips" in model.prompts.long_audio_notice([size])
     refusing = dataclasses.replace(model.prompts, long_audio="refuse")
     with pytest.raises(UserError, match=r"item 'long': recording .*2\.50 s.*the model hears at most 1 s"):
         refusing.check_questions([question], 8)
@@ -232,14 +232,14 @@ def test_long_recordings_become_clips_of_one_prompt(name, folder, tmp_path):
         refusing.check_questions([question, dataclasses.replace(question, id="again")], 8)
     cut = dataclasses.replace(model.prompts, long_audio="truncate")
     assert cut.check_questions([question], 8)[0].num_tokens < size.num_tokens
-    assert "only the beginning" in cut.tell_long([size])
+    assert "only the beginning" in cut.long_audio_notice([size])
 
 
 def test_rollout_and_trainer_agree(speech_model, items):
     """Greedy tokens with a cache, their log-probabilities in one packed forward pass."""
     completions = greedy(speech_model, items)
     assert len({completion.token_ids for completion in completions}) > 3, "different prompts are answered differently"
-    layout = speech_model.lay_out(encode(speech_model, items), completions)
+    layout = speech_model.pack(encode(speech_model, items), completions)
     with torch.no_grad():
         logits = speech_model.head(speech_model.forward(layout)) + speech_model.suppressed_bias
     logprobs = logits.log_softmax(-1).gather(-1, layout.targets[:, None])[:, 0]
@@ -253,8 +253,8 @@ def test_every_stop_token_ends_a_completion(speech_model):
     expected = set(tokenizer.convert_tokens_to_ids(list(speech_model.family.stop_tokens)))
     assert len(expected) == 2
     assert set(speech_model.prompts.stop_token_ids) == expected
-    silent = dataclasses.replace(speech_model.prompts, generation_config=type("None", (), {"eos_token_id": None}))
-    assert set(silent.stop_token_ids) == expected
+    without_stop_tokens = dataclasses.replace(speech_model.prompts, generation_config=type("None", (), {"eos_token_id": None}))
+    assert set(without_stop_tokens.stop_token_ids) == expected
 
 
 def train_lora(model: SpeechModel) -> None:
@@ -292,7 +292,7 @@ def test_full_fine_tuning_leaves_audio_alone_unless_asked(speech_model):
     assert trained
     assert not trained & audio
     make_trainable(speech_model, freeze_audio=False, **settings)
-    constants = {id(p) for c in speech_model.family.constants for p in speech_model.module.get_submodule(c).parameters()}
+    constants = {id(p) for c in speech_model.family.frozen_parts for p in speech_model.module.get_submodule(c).parameters()}
     assert {id(p) for p in speech_model.trainable_parameters()} & audio == audio - constants
 
 
@@ -305,7 +305,7 @@ def test_gradient_checkpointing_changes_nothing(folder, items):
         )
         prompts = encode(model, items)
         completions = [Completion(0, prompt.modality, (5, 6, 7, 8), (), "", False) for prompt in prompts]
-        model.forward(model.lay_out(prompts, completions)).pow(2).sum().backward()
+        model.forward(model.pack(prompts, completions)).pow(2).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.trainable_parameters() if p.grad is not None]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
 
@@ -319,7 +319,7 @@ def test_phi_listens_through_its_speech_adapter(checkpoints, tmp_path):
     base = Phi4MultimodalForCausalLM.from_pretrained(folder).eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        deaf = base(ids).logits
+        without_audio = base(ids).logits
         adapter = shutil.copytree(folder / "speech-lora", tmp_path / "adapter")
         described = json.loads((adapter / "adapter_config.json").read_text())
         described["target_modules"] = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -330,7 +330,7 @@ def test_phi_listens_through_its_speech_adapter(checkpoints, tmp_path):
         theirs = theirs(ids).logits
         ours = load(folder).module(ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert (ours - deaf).abs().max() > 0.1
+    assert (ours - without_audio).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -358,12 +358,12 @@ def test_checkpoints_come_back_and_load_in_plain_transformers(name, folder, item
     assert not found["missing_keys"]
     assert not found["mismatched_keys"]
     for path, value in plain.named_parameters():
-        if not path.startswith(model.family.unused):
+        if not path.startswith(model.family.unused_parts):
             assert torch.equal(value, model.module.get_parameter(path)), path
-    eyes = getattr(transformers, model.family.model_class).from_pretrained(folder)
+    whole = getattr(transformers, model.family.model_class).from_pretrained(folder)
     for path, value in plain.named_parameters():
-        if path.startswith(model.family.unused):
-            assert torch.equal(value, eyes.get_parameter(path)), f"{path} is not what the base had"
+        if path.startswith(model.family.unused_parts):
+            assert torch.equal(value, whole.get_parameter(path)), f"{path} is not what the base had"
 
 
 def test_adapter_names_base_and_revision(checkpoints, tmp_path):
@@ -384,9 +384,12 @@ def test_a_checkpoint_that_lacks_weights_is_refused(checkpoints, tmp_path):
 
 
 def test_other_architectures_are_refused(tmp_path):
-    for model_type, told in (("llama", "supported are qwen2_audio, qwen2_5_omni, phi4_multimodal"), ("phi4mm", "refs/pr/70")):
+    for model_type, message in (
+        ("llama", "supported are qwen2_audio, qwen2_5_omni, phi4_multimodal"),
+        ("phi4mm", "refs/pr/70"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             load(tmp_path)
 
 
@@ -473,7 +476,7 @@ def test_adapters_of_other_releases_of_transformers_load(name, folder, items, tm
     expected = greedy(model, items)
     decoder = model.family.language_model
     weights = load_file(tmp_path / "here" / "adapter_model.safetensors")
-    for number, other in enumerate(model.family.decoder_names):
+    for number, other in enumerate(model.family.decoder_aliases):
         there = shutil.copytree(tmp_path / "here", tmp_path / str(number))
         renamed = {
             key.replace(f"base_model.model.{decoder}.", f"base_model.model.{other}."): value for key, value in weights.items()

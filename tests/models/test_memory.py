@@ -18,7 +18,7 @@ from tars_fast.config import TrainConfig
 from tars_fast.models.adapters import save_adapter
 from tars_fast.models.families import qwen2_audio
 from tars_fast.models.memory import GB, describe, plan_memory, remedies
-from tars_fast.models.presets import PRESETS, architecture_of
+from tars_fast.models.registry import PRESETS, architecture_of
 
 PAPER = TrainConfig().workload(PRESETS["qwen2-audio-7b"], PRESETS["qwen2-audio-7b"].architecture, "vllm", 2)
 
@@ -145,7 +145,7 @@ def test_settings_that_help_together_are_named_together():
     assert "--rollout-batch-size" not in line
 
 
-def test_too_small_a_gpu_is_told_so():
+def test_too_small_a_gpu_is_reported():
     (line,) = remedies(plan_memory(PAPER, 16 * GB))
     assert line.startswith("no setting: 18.")
     assert "16.79 GB of them weights" in line
@@ -188,7 +188,7 @@ def test_plan_command_needs_no_network_and_says_whether_it_fits(monkeypatch, cap
     status, output = run_plan(monkeypatch, capsys, "--lora-rank", "0", "--gpu-memory", "80")
     assert status == 1
     assert "what would help:" in output
-    for flags, told in (
+    for flags, expected in (
         (("--max-new-tokens", "100000"), "more than the model's 8192"),
         (("--lora-rank", "600", "--engine", "vllm"), "a rank of at most 512"),
         (("--dtype", "float32", "--engine", "vllm"), "take no float32"),
@@ -196,7 +196,7 @@ def test_plan_command_needs_no_network_and_says_whether_it_fits(monkeypatch, cap
     ):
         status, output = run_plan(monkeypatch, capsys, *flags)
         assert status == 2
-        assert told in output
+        assert expected in output
     status, output = run_plan(monkeypatch, capsys, "--model", "phi-4-multimodal")
     assert status == 0
     assert "rollouts by transformers" in output
@@ -228,7 +228,7 @@ def test_plan_of_an_adapter_is_that_of_its_base(monkeypatch, capsys, make_model,
 
 
 def test_dry_run_prints_the_plan_and_loads_nothing(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("tars_fast.train.load_policy", lambda *_: pytest.fail("loaded weights"))
+    monkeypatch.setattr("tars_fast.learning.run.load_policy", lambda *_: pytest.fail("loaded weights"))
     monkeypatch.setattr(
         "sys.argv",
         ["train", "--model", "qwen2-audio-7b", "--dry-run", "--engine", "auto", "--output-dir", str(tmp_path / "run")],

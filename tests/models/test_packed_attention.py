@@ -15,7 +15,7 @@ from torch import Tensor
 from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.models import packed_attention
 from tars_fast.models.packed_attention import PackedGroups, SharedPromptAttention
-from tars_fast.models.presets import find_preset
+from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
 from tars_fast.types import Completion, Modality, Prompt, Question
 
@@ -84,7 +84,7 @@ def assert_close(got: Tensor, expected: Tensor, what: str) -> None:
 
 def packed(model: SpeechModel, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> tuple[Tensor, Tensor]:
     """(log-probabilities of all tokens, pooled states [L, N, D]) as the trainer computes them."""
-    layout = model.lay_out(prompts, completions)
+    layout = model.pack(prompts, completions)
     assert len(layout.token_ids) == sum(len(prompt.token_ids) for prompt in set(prompts)) + len(layout.targets), "no padding"
     pooler = LayerPooler(model.language_model.layers, model.language_model.norm, differentiable=torch.is_grad_enabled())
     with pooler.pooling(layout.cu_seqlens, positions=layout.positions):
@@ -168,7 +168,7 @@ def test_positions_continue_from_the_prompt(checkpoints, items, name):
     with torch.no_grad():
         (prompt,) = model.encode_prompts(items[1:], Modality.SPEECH)
     prompts, completions = completions_of(model, [prompt], (5, 8))
-    layout = model.lay_out(prompts, completions)
+    layout = model.pack(prompts, completions)
     for index, completion in enumerate(completions):
         ids = torch.tensor([prompt.token_ids + completion.token_ids])
         expected = torch.arange(ids.shape[1]).expand(3, 1, -1)

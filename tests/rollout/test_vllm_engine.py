@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import MAKERS
+from items import first_items
 from safetensors.torch import load_file
 from steps import gradients, rollout_of, update
 
@@ -25,13 +26,14 @@ from tars_fast.models.adapters import load_adapter
 from tars_fast.models.checkpoint import save_model
 from tars_fast.models.hub import copy_processor
 from tars_fast.models.memory import Workload
-from tars_fast.models.presets import PRESETS, architecture_of
 from tars_fast.models.prompts import load_prompt_format
+from tars_fast.models.registry import PRESETS, architecture_of
 from tars_fast.models.speech_model import SpeechModel, load_module, make_trainable
+from tars_fast.models.weights import SharingError
 from tars_fast.rollout.engine import Sampling
-from tars_fast.rollout.policy import SharingError
 from tars_fast.rollout.transformers_engine import TransformersEngine
-from tars_fast.rollout.vllm_engine import VllmEngine, VllmSettings
+from tars_fast.rollout.vllm_engine import VllmEngine
+from tars_fast.rollout.vllm_internals import VllmSettings
 from tars_fast.types import Modality, Prompt, TrainingError, UserError
 
 pytestmark = pytest.mark.vllm
@@ -99,7 +101,7 @@ def trainer_logprobs(engine: VllmEngine, prompts, completions, temperature: floa
     """[T] what the trainer's own forward pass says of the completions' tokens."""
     model = engine.model
     per_prompt = len(completions) // len(prompts)
-    layout = model.lay_out([prompt for prompt in prompts for _ in range(per_prompt)], completions)
+    layout = model.pack([prompt for prompt in prompts for _ in range(per_prompt)], completions)
     logits = (model.head(model.forward(layout)).float() + model.suppressed_bias) / temperature
     return logits.log_softmax(-1).gather(-1, layout.targets[:, None])[:, 0]
 
@@ -123,7 +125,7 @@ def train_a_little(engine: VllmEngine, questions, num_steps: int = 2, learning_r
     completions = engine.generate(prompts, range(len(prompts)), GREEDY)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=learning_rate)
     for _ in range(num_steps):
-        layout = model.lay_out(prompts, completions)
+        layout = model.pack(prompts, completions)
         logprobs = model.head(model.forward(layout)).log_softmax(-1).gather(-1, layout.targets[:, None])
         logprobs.mean().backward()
         optimizer.step()
@@ -242,7 +244,7 @@ def test_a_draw_needs_a_hand_over_of_its_own(full_engine, questions):
         full_engine.sample(prompts, GREEDY, lambda *_: None)
 
 
-def test_continuations_are_told_as_soon_as_they_are_there(full_engine, questions):
+def test_completions_are_handed_over_as_soon_as_a_prompt_has_all_of_its_own(full_engine, questions):
     """Short answers are handed over while longer ones still run."""
     prompts = prompts_of(full_engine, questions)
     unfinished = []
@@ -288,7 +290,7 @@ def test_audio_goes_through_the_tower_once_and_never_in_the_engine(full_engine, 
         id(tower): tower for tower in (full_engine.model.module.model.audio_tower, full_engine._internals.module.audio_tower)
     }
     handles = [tower.register_forward_hook(lambda *_: calls.append(1)) for tower in towers.values()]
-    full_engine.model.keep_audio(2**20, None, 0)
+    full_engine.model.set_audio_cache(2**20, None, 0)
     try:
         prompts = prompts_of(full_engine, questions)
         assert len(calls) == 1, "one batch of new recordings"
@@ -383,8 +385,8 @@ def test_a_bad_prompt_never_reaches_the_engine(full_engine, questions, monkeypat
     expected = full_engine.generate(prompts, range(12), GREEDY)
     with monkeypatch.context() as patch:
         patch.setattr(full_engine._internals, "generate", lambda *_, **__: pytest.fail("reached the engine"))
-        for told, prompt in bad_prompts(prompts[0]).items():
-            with pytest.raises(ValueError, match=f"prompt 1: .*{told}|prompt 1: {told}"):
+        for message, prompt in bad_prompts(prompts[0]).items():
+            with pytest.raises(ValueError, match=f"prompt 1: .*{message}|prompt 1: {message}"):
                 full_engine.generate([prompts[0], prompt], range(2), GREEDY)
     assert full_engine.generate(prompts, range(12), GREEDY) == expected
 
@@ -570,9 +572,7 @@ def run_training(output_dir: Path, *flags: object) -> list[dict[str, float]]:
     """A run in a process of its own, as a user starts it, evaluated on eight items."""
     items = output_dir.parent / "items"
     if not items.exists():
-        items.mkdir()
-        (items / "validation").symlink_to(VALIDATION_DATA.parent / "validation")
-        (items / "items.jsonl").write_text("\n".join(VALIDATION_DATA.read_text().splitlines()[:8]) + "\n")
+        first_items(VALIDATION_DATA, 8, items)
     command = [sys.executable, "-m", "tars_fast.train", "--output-dir", output_dir, "--eval-data", items, "--eval-samples", 0]
     subprocess.run([str(part) for part in (*command, *flags)], check=True, capture_output=True, text=True)
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
@@ -692,11 +692,11 @@ def test_families_share_weights_and_speak_alike(name, lora_rank, tmp_path):
     whole = model.prompts
     window = dataclasses.replace(whole.family, max_audio_seconds=1.0)
     model.prompts = dataclasses.replace(whole, long_audio="chunk", family=window)
-    model.keep_audio(0, None, 0)
+    model.set_audio_cache(0, None, 0)
     assert len(prompts_of(engine, questions)[0].audio_clips) > 1
     assert_same_policy(engine, questions, tolerance=1e-4)
     model.prompts = whole
-    model.keep_audio(0, None, 0)
+    model.set_audio_cache(0, None, 0)
 
     saved = tmp_path / "saved"
     saved.mkdir()

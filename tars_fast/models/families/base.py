@@ -1,8 +1,7 @@
-"""The architectures of speech LLMs that can be trained, and all that differs between them.
+"""`Family`: everything in which the architectures of speech LLMs differ, as data and functions that the other modules use.
 
-Outside this file only presets and vLLM's classes know a model by name: all else asks the family where the language model is,
-how it hears, how a prompt holds recordings, what ends a completion, and where vLLM keeps each weight. Templates and special
-tokens come from the checkpoint.
+That is: where the language model is, how audio is encoded, how a prompt holds recordings, which tokens end a completion, and
+where vLLM keeps each weight. Chat templates and the ids of special tokens come from the checkpoint.
 
 Shapes: A audio tokens of a recording, D hidden size, N recordings, M mel bins, F mel frames.
 """
@@ -22,81 +21,82 @@ from tars_fast.models.modules import Decoder, PolicyModule
 from tars_fast.models.weights import EngineNames
 
 _FRAMES_PER_BATCH = 96_000
-"""Mel frames in one pass of an audio tower, whose activations grow with them: 32 windows of 30 s."""
+"""Most mel frames in one pass of an audio tower, whose activations grow with them: 32 windows of 30 s."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What an audio tower takes of a clip, on the host."""
+    """An audio tower's input for one clip, on the host."""
 
     values: Tensor
-    """[M, F] log-mel spectrogram; of Phi-4-multimodal [F, M]."""
+    """[M, F] log-mel spectrogram; [F, M] for Phi-4-multimodal."""
     mask: Tensor
     """[F] 1 where there is speech."""
     num_tokens: int
-    """Audio tokens that the clip becomes."""
+    """Audio tokens that the tower makes of the clip."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture, as transformers implements it."""
+    """One architecture, as transformers implements it. Names of parts are those of modules inside `model_class`."""
 
     model_types: tuple[str, ...]
-    """Of config.json."""
+    """Every `model_type` of config.json that belongs to it; messages name the first."""
     model_class: str
-    """Of transformers, with a head."""
+    """Name of transformers' class with a language-model head."""
     language_model: str
-    """The decoder stack inside it: its `layers` are pooled and adapted, its `norm` ends the last."""
-    decoder_names: tuple[str, ...]
-    """What other releases of transformers, published checkpoints and peft's shortened names call `language_model`."""
+    """The decoder: a module with `layers`, and with `norm` after the last of them."""
+    decoder_aliases: tuple[str, ...]
+    """Other names of `language_model`: in other releases of transformers, in published checkpoints, and shortened by peft."""
     audio_parts: tuple[str, ...]
-    """Tower and projector inside it."""
+    """Audio tower and projector."""
     audio_token: str
-    """Stands in a prompt once for each audio token."""
+    """The placeholder that a prompt holds once for each audio token."""
     stop_tokens: tuple[str, ...]
-    """End a completion, beside those that the checkpoint names."""
+    """Tokens that end a completion, beside those that the checkpoint's configuration names."""
     features: Callable[[Any, np.ndarray], Features]
-    """(feature extractor, clip of [samples] at 16 kHz); needs no weights."""
-    embed: Callable[[PolicyModule, Sequence[Features]], list[Tensor]]
-    """(module, N clips) to [A, D] each."""
+    """From (feature extractor, clip of [samples] at 16 kHz); needs no weights."""
+    encode_clips: Callable[[PolicyModule, Sequence[Features]], list[Tensor]]
+    """From (module, N clips) to [A, D] embeddings of each."""
     num_audio_tokens: Callable[[Any, int], int]
-    """(feature extractor, samples) to A."""
+    """From (feature extractor, number of samples) to A."""
     user_turn: Callable[[int, str], object]
-    """(recordings, instruction behind them) to the content of a chat message."""
+    """From (number of clips, instruction behind them, which may be empty) to the content of the user's chat message."""
     default_template: Callable[[], str | None] = lambda: None
-    """Chat template of checkpoints that bring none."""
+    """The chat template of checkpoints without one."""
     max_audio_seconds: float | None = None
-    """Longest recording it hears at once. None: its feature extractor's window."""
-    constants: tuple[str, ...] = ()
-    """Parameters of `audio_parts` that are never trained."""
-    unused: tuple[str, ...] = ()
-    """Parts inside it that neither speech nor text goes through; no memory is spent on them."""
+    """Longest clip that the tower takes; None: the feature extractor's window."""
+    frozen_parts: tuple[str, ...] = ()
+    """Parts of `audio_parts` that are never trained."""
+    unused_parts: tuple[str, ...] = ()
+    """Parts that are not loaded because neither speech nor text passes through them, like the vision tower."""
     nested_config: str = ""
-    """Where the configuration of a checkpoint of the whole model has the one of `model_class`. Empty: it is that one."""
-    published: tuple[tuple[str, str], ...] = ()
-    """(beginning of a weight's name in `model_class`, that in published checkpoints), where they differ."""
+    """For models of which `model_class` is a part: the entry of the whole model's config.json that configures the part."""
+    published_prefixes: tuple[tuple[str, str], ...] = ()
+    """(beginning of a weight's name in `model_class`, its beginning in published checkpoints), where they differ."""
     nested_prefix: str = ""
-    """What a checkpoint of the whole model has before these."""
-    without_the_rest: Mapping[str, object] = field(default_factory=dict)
-    """Configuration of a whole model that has no other parts."""
+    """Put before published names in a checkpoint of the whole model."""
+    saved_config_entries: Mapping[str, object] = field(default_factory=dict)
+    """Entries that config.json of the whole model gets when it is saved without its other parts."""
     adapter_folder: str = ""
-    """LoRA weights inside a checkpoint, without which its base does not understand speech."""
+    """Folder inside a checkpoint with the LoRA weights without which its base does not understand speech."""
     engine_names: EngineNames | None = None
-    """Where vLLM keeps the weights. None: it cannot run the architecture."""
+    """What vLLM calls every module that has weights; None where vLLM cannot run the architecture."""
     engine_refusal: str = ""
-    """Why not."""
+    """Why vLLM cannot run it, as a message says it."""
 
     def config_of(self, config: Any) -> Any:
-        """The configuration of `model_class` in the one of a checkpoint."""
+        """The configuration of `model_class`, from a checkpoint's, which may be that of the whole model."""
         return getattr(config, self.nested_config, config) if self.nested_config else config
 
     def transformers_class(self) -> Any:
+        """The class called `model_class`."""
         import transformers
 
         return getattr(transformers, self.model_class)
 
     def on_meta(self, config: Any, dtype: torch.dtype | None = None) -> PolicyModule:
-        """The model without memory for its parameters; buffers, which are small, are real.
+        """The model with parameters on the meta device, which need no memory; its buffers, which are small, are on the CPU.
 
         Args:
             config: of `model_class`.
@@ -108,36 +108,37 @@ class Family:
         return self.without_unused(module)
 
     def decoder_of(self, module: nn.Module) -> Decoder:
-        """The language model's layers inside `module`."""
+        """The module called `language_model` inside `module`."""
         return cast(Decoder, module.get_submodule(self.language_model))
 
     def published_name(self, name: str, *, nested: bool = True) -> str:
-        """Of a weight, as checkpoints have it and other programs expect it.
+        """A weight's name in published checkpoints, which other programs expect.
 
         Args:
-            nested: in a checkpoint of the whole model, where that is another.
+            name: in `model_class`.
+            nested: whether the checkpoint is one of the whole model, see `nested_config`.
         """
         prefix = self.nested_prefix if nested else ""
-        for own, published in self.published:
+        for own, published in self.published_prefixes:
             if name.startswith(own):
                 return prefix + published + name.removeprefix(own)
         return prefix + name
 
-    def decoder_name(self, name: str) -> str:
-        """A module or weight of an adapter, as the transformers that is installed calls it."""
-        for decoder in self.decoder_names:
+    def installed_name(self, name: str) -> str:
+        """The name of an adapter's module or weight in the installed release of transformers."""
+        for decoder in self.decoder_aliases:
             if name.startswith(f"{decoder}.layers."):
                 return self.language_model + name.removeprefix(decoder)
         return name
 
     def without_unused(self, module: PolicyModule) -> PolicyModule:
-        """`module`, changed in place."""
-        for part in self.unused:
+        """Replace `unused_parts` of `module` by nothing, in place, and return it."""
+        for part in self.unused_parts:
             module.set_submodule(part, nn.Identity())
         return module
 
     def architecture(self, config: Any) -> Architecture:
-        """The shape of a model, counted on the model itself.
+        """The sizes of a model, counted on the model itself on the meta device.
 
         Args:
             config: of `model_class`.
@@ -166,15 +167,15 @@ class Family:
         )
 
     def max_tokens(self, config: Any) -> int:
-        """Longest prompt plus completion.
+        """Longest prompt plus completion, in tokens.
 
         Args:
             config: of `model_class`.
         """
         text = config.get_text_config()
-        # Beyond it Phi's rotary embedding changes to other factors, also for the tokens before.
+        # Beyond its original length Phi's rotary embedding uses other factors, also for the tokens before.
         longest = getattr(text, "original_max_position_embeddings", None) or text.max_position_embeddings
-        # The trainer's attention has no window; up to its width there is no difference.
+        # The trainer's attention has no sliding window, which makes no difference up to the window's width.
         return min(longest, getattr(text, "sliding_window", None) or longest)
 
 
@@ -182,16 +183,16 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def stacked(module: PolicyModule, clips: Sequence[Features]) -> tuple[Tensor, Tensor]:
-    """([N, M, F] spectrograms, [N, F] mask) as wide as the longest."""
+def stack_features(module: PolicyModule, clips: Sequence[Features]) -> tuple[Tensor, Tensor]:
+    """([N, M, F] spectrograms, [N, F] mask) on the module's device, padded to the longest clip."""
     width = max(len(clip.mask) for clip in clips)
     values = torch.stack([nn.functional.pad(clip.values, (0, width - len(clip.mask))) for clip in clips])
     masks = torch.stack([nn.functional.pad(clip.mask, (0, width - len(clip.mask))) for clip in clips])
     return values.to(module.device, module.dtype), masks.to(module.device)
 
 
-def batches(clips: Sequence[Features]) -> Iterator[list[Features]]:
-    """Clips in order, as many at a time as a tower takes."""
+def batch_clips(clips: Sequence[Features]) -> Iterator[list[Features]]:
+    """The clips in order, in batches of at most `_FRAMES_PER_BATCH` mel frames or one clip."""
     batch: list[Features] = []
     frames = 0
     for clip in clips:

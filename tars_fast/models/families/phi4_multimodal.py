@@ -1,4 +1,4 @@
-"""Phi-4-multimodal, whose speech side is a conformer and a LoRA adapter that the checkpoint brings."""
+"""Phi-4-multimodal: a conformer as audio tower, and a LoRA adapter for speech that is part of the checkpoint."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tars_fast.models.modules import PolicyModule
 from tars_fast.models.preset import PAPER, Preset
 
 
-def _embed(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
+def _encode_clips(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
     model: Any = module.model
     audio = model.embed_tokens_extend.audio_embed
     embedded = []
-    # One at a time: its convolutions see the padding of a batch.
+    # One clip at a time, because the tower's convolutions would see the padding of a batch.
     for clip in clips:
         places = torch.full((1, clip.num_tokens), module.config.audio_config.audio_token_id, device=module.device)
         holes = torch.zeros(1, clip.num_tokens, module.config.hidden_size, device=module.device, dtype=module.dtype)
@@ -36,7 +36,7 @@ def _features(feature_extractor: Any, wave: np.ndarray) -> Features:
 
 
 def _num_audio_tokens(feature_extractor: Any, samples: int) -> int:
-    """As `Phi4MultimodalFeatureExtractor._compute_audio_embed_size` has it."""
+    """Audio tokens of a clip (transformers' `Phi4MultimodalFeatureExtractor._compute_audio_embed_size`)."""
     frames = (samples - feature_extractor.win_length) // feature_extractor.hop_length + 1
     frames *= feature_extractor.audio_feat_stride
     return math.ceil(math.ceil(frames / feature_extractor.audio_compression_rate) / feature_extractor.audio_downsample_rate)
@@ -46,18 +46,18 @@ FAMILY = Family(
     model_types=("phi4_multimodal",),
     model_class="Phi4MultimodalForCausalLM",
     language_model="model",
-    decoder_names=(),
+    decoder_aliases=(),
     audio_parts=("model.embed_tokens_extend.audio_embed",),
     audio_token="<|audio|>",
     stop_tokens=("<|end|>", "<|endoftext|>"),
     features=_features,
-    embed=_embed,
+    encode_clips=_encode_clips,
     num_audio_tokens=_num_audio_tokens,
-    # Its template joins strings; lists of parts are only understood by later revisions.
+    # The checkpoint's template joins strings; only later revisions understand lists of parts.
     user_turn=lambda num_recordings, instruction: "<|audio|>" * num_recordings + instruction,
-    # At 12.5 tokens a second, what leaves room for prompt and completion below the 4,096 where its positions change meaning.
+    # At 12.5 audio tokens a second this leaves room for prompt and completion within 4,096 tokens, see `Family.max_tokens`.
     max_audio_seconds=200.0,
-    unused=("model.embed_tokens_extend.image_embed",),
+    unused_parts=("model.embed_tokens_extend.image_embed",),
     adapter_folder="speech-lora",
     engine_refusal="vLLM knows only the remote-code variant of Phi-4-multimodal, transformers' native one has other names",
 )

@@ -1,4 +1,4 @@
-"""What Qwen's audio models have in common: Whisper's features and towers, and the names of fused weights.
+"""What the families of Qwen's audio models share: Whisper's features, stop tokens, and the names of fused weights.
 
 Shapes: N recordings, M mel bins, F mel frames.
 """
@@ -13,12 +13,12 @@ from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.models.families.base import Features
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""vLLM's weight, and those of transformers that lie in it one after the other."""
+"""vLLM's fused module, and the modules of transformers whose rows it stacks, in order."""
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 def whisper_features(feature_extractor: Any, wave: np.ndarray, samples: int) -> Features:
-    """The log-mel spectrogram of a recording padded to `samples`."""
+    """The log-mel spectrogram of a clip padded to `samples`."""
     batch = feature_extractor(
         wave,
         sampling_rate=SAMPLE_RATE,
@@ -31,10 +31,11 @@ def whisper_features(feature_extractor: Any, wave: np.ndarray, samples: int) -> 
 
 
 def num_audio_tokens(feature_extractor: Any, samples: int) -> int:
-    """Both towers halve the frames twice (`_get_feat_extract_output_lengths` of transformers)."""
+    """Audio tokens of a clip: both towers halve its frames twice (transformers' `_get_feat_extract_output_lengths`)."""
     frames = -(-samples // feature_extractor.hop_length)
     return ((frames - 1) // 2 + 1 - 2) // 2 + 1
 
 
 def user_turn(num_recordings: int, instruction: str) -> list[dict[str, str]]:
+    """The parts of the user's message, as Qwen's chat templates take them."""
     return [{"type": "audio"}] * num_recordings + ([{"type": "text", "text": instruction}] if instruction else [])

@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni's thinker; the talker is not loaded, the vision tower neither."""
+"""Qwen2.5-Omni: its thinker, without the talker and the vision tower, which are not loaded."""
 
 from __future__ import annotations
 
@@ -11,55 +11,55 @@ from torch import Tensor
 
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.families import qwen
-from tars_fast.models.families.base import Family, Features, batches, stacked
+from tars_fast.models.families.base import Family, Features, batch_clips, stack_features
 from tars_fast.models.modules import PolicyModule
 from tars_fast.models.preset import PAPER, Preset
-from tars_fast.models.weights import Part
+from tars_fast.models.weights import WeightMapping
 from tars_fast.support.requirements import is_at_least
 
 
-def _embed(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
-    hear: Any = module.get_audio_features
+def _encode_clips(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
+    get_audio_features: Any = module.get_audio_features
     embedded = []
-    for batch in batches(clips):
-        features, mask = stacked(module, batch)
-        states = hear(features, feature_attention_mask=mask).last_hidden_state
+    for batch in batch_clips(clips):
+        features, mask = stack_features(module, batch)
+        states = get_audio_features(features, feature_attention_mask=mask).last_hidden_state
         embedded += [state.clone() for state in states.split([clip.num_tokens for clip in batch])]
     return embedded
 
 
 def _features(feature_extractor: Any, wave: np.ndarray) -> Features:
-    # The checkpoint's own window is 300 s. A window of silence behind the recording gives the same spectrogram.
+    # The checkpoint's own window is 300 s; one analysis window of silence behind the clip gives the same spectrogram.
     samples = len(wave) + feature_extractor.n_fft
     return qwen.whisper_features(
         feature_extractor, wave, -(-samples // feature_extractor.hop_length) * feature_extractor.hop_length
     )
 
 
-# From 5.21 on transformers has decoder and towers inside a `model` of their own.
+# From transformers 5.21 on, decoder and towers are modules of `model`.
 _OMNI, _OMNI_DECODER = ("model.", "model.language_model") if is_at_least("transformers", "5.21") else ("", "model")
 
 FAMILY = Family(
     model_types=("qwen2_5_omni", "qwen2_5_omni_thinker"),
     model_class="Qwen2_5OmniThinkerForConditionalGeneration",
     language_model=_OMNI_DECODER,
-    decoder_names=("model", "model.language_model", "language_model", "thinker.model", "thinker.model.language_model"),
+    decoder_aliases=("model", "model.language_model", "language_model", "thinker.model", "thinker.model.language_model"),
     audio_parts=(f"{_OMNI}audio_tower",),
     audio_token="<|AUDIO|>",
     stop_tokens=qwen.STOP_TOKENS,
     features=_features,
-    embed=_embed,
+    encode_clips=_encode_clips,
     num_audio_tokens=qwen.num_audio_tokens,
     user_turn=qwen.user_turn,
-    unused=(f"{_OMNI}visual",),
+    unused_parts=(f"{_OMNI}visual",),
     nested_config="thinker_config",
-    published=((f"{_OMNI_DECODER}.", "model."), (_OMNI, "")),
+    published_prefixes=((f"{_OMNI_DECODER}.", "model."), (_OMNI, "")),
     nested_prefix="thinker.",
-    without_the_rest={"enable_audio_output": False},
+    saved_config_entries={"enable_audio_output": False},
     engine_names=(
-        Part(f"{_OMNI_DECODER}.", "language_model.model.", fused=qwen.FUSED),
-        Part("lm_head", "language_model.lm_head"),
-        Part(f"{_OMNI}audio_tower.", "audio_tower."),
+        WeightMapping(f"{_OMNI_DECODER}.", "language_model.model.", fused=qwen.FUSED),
+        WeightMapping("lm_head", "language_model.lm_head"),
+        WeightMapping(f"{_OMNI}audio_tower.", "audio_tower."),
     ),
 )
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.families import qwen
-from tars_fast.models.families.base import Family, Features, batches, stacked
+from tars_fast.models.families.base import Family, Features, batch_clips, stack_features
 from tars_fast.models.modules import PolicyModule
 from tars_fast.models.preset import PAPER, Preset
-from tars_fast.models.weights import Part
+from tars_fast.models.weights import WeightMapping
 
 
 def embed_audio(module: PolicyModule, features: Tensor, feature_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Qwen2-Audio's tower and projector, without the language model.
+    """Audio embeddings by Qwen2-Audio's tower and projector.
 
     Args:
         module: a `Qwen2AudioForConditionalGeneration`.
@@ -45,10 +45,10 @@ def embed_audio(module: PolicyModule, features: Tensor, feature_mask: Tensor) ->
     return model.multi_modal_projector(states), token_lengths
 
 
-def _embed(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
+def _encode_clips(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
     embedded = []
-    for batch in batches(clips):
-        features, mask = stacked(module, batch)
+    for batch in batch_clips(clips):
+        features, mask = stack_features(module, batch)
         states, lengths = embed_audio(module, features, mask)
         embedded += [state[:length].clone() for state, length in zip(states, lengths.tolist(), strict=True)]
     return embedded
@@ -59,7 +59,7 @@ def _features(feature_extractor: Any, wave: np.ndarray) -> Features:
 
 
 def _template() -> str:
-    """Of the class: the published checkpoint has none of its own."""
+    """The chat template of transformers' processor, because the published checkpoint has none."""
     from transformers import Qwen2AudioProcessor
 
     template: Any = Qwen2AudioProcessor.default_chat_template
@@ -70,26 +70,26 @@ FAMILY = Family(
     model_types=("qwen2_audio",),
     model_class="Qwen2AudioForConditionalGeneration",
     language_model="model.language_model",
-    decoder_names=("language_model", "language_model.model"),
+    decoder_aliases=("language_model", "language_model.model"),
     audio_parts=("model.audio_tower", "model.multi_modal_projector"),
     audio_token="<|AUDIO|>",
     stop_tokens=qwen.STOP_TOKENS,
     features=_features,
-    embed=_embed,
+    encode_clips=_encode_clips,
     num_audio_tokens=qwen.num_audio_tokens,
     user_turn=qwen.user_turn,
     default_template=_template,
-    constants=("model.audio_tower.embed_positions",),
-    published=(
+    frozen_parts=("model.audio_tower.embed_positions",),
+    published_prefixes=(
         ("model.language_model.", "language_model.model."),
         ("lm_head.", "language_model.lm_head."),
         ("model.", ""),
     ),
     engine_names=(
-        Part("model.language_model.", "language_model.model.", fused=qwen.FUSED),
-        Part("lm_head", "language_model.lm_head"),
-        Part("model.audio_tower.", "audio_tower."),
-        Part("model.multi_modal_projector.", "multi_modal_projector."),
+        WeightMapping("model.language_model.", "language_model.model.", fused=qwen.FUSED),
+        WeightMapping("lm_head", "language_model.lm_head"),
+        WeightMapping("model.audio_tower.", "audio_tower."),
+        WeightMapping("model.multi_modal_projector.", "multi_modal_projector."),
     ),
 )
 

@@ -1,0 +1,126 @@
+"""Every figure that a step logs, from the rollouts of all processes, and the checks that stop a run on them.
+
+Shapes: N completions, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from tars_kernels import PolicyLoss
+from torch import Tensor
+
+from tars_fast.config import RunConfig
+from tars_fast.learning.advantages import disagreeing_groups, group_means
+from tars_fast.learning.scored import ScoredRollout
+from tars_fast.types import Modality, TrainingError
+
+MAX_LOGPROB_DIFF = {torch.float32: 0.01, torch.bfloat16: 0.1}
+"""Default of --max-logprob-diff: far above rounding (about 1e-7 and 4e-3 nats here), below what a different policy makes."""
+
+
+class TrainedTokens(NamedTuple):
+    """What one backward pass went through."""
+
+    loss: PolicyLoss
+    num_tokens: int
+    """Unmasked tokens."""
+
+
+def token_sums(losses: Sequence[TrainedTokens], scored: ScoredRollout) -> dict[str, float]:
+    """Sums over the unmasked tokens of a rollout, from which `token_metrics` makes means.
+
+    Args:
+        losses: of each backward pass.
+    """
+    completions = scored.rollout.completions
+    device = scored.logprobs[0].device
+    mask = torch.tensor([not c.truncated for c in completions for _ in c.token_ids], device=device)
+    is_speech = torch.tensor([c.modality is Modality.SPEECH for c in completions for _ in c.token_ids], device=device)
+    rollout_logprobs = torch.tensor([x for c in completions for x in c.rollout_logprobs], device=device)
+    entropy = torch.cat(scored.entropies).float()
+    difference = (torch.cat(scored.logprobs) - rollout_logprobs).masked_fill_(~mask, 0.0)
+    zero = torch.zeros((), device=device)
+    sums = {
+        "loss": sum((part.loss.loss for part in losses), zero),
+        "tokens": mask.sum(),
+        "tokens/speech": (mask & is_speech).sum(),
+        "entropy/speech": (entropy * (mask & is_speech)).sum(),
+        "entropy/text": (entropy * (mask & ~is_speech)).sum(),
+        "trained": zero + sum(part.num_tokens for part in losses),
+        "clip/low": sum((part.loss.clip_low_fraction * part.num_tokens for part in losses), zero),
+        "clip/high": sum((part.loss.clip_high_fraction * part.num_tokens for part in losses), zero),
+        "importance_ratio": (difference.exp() * mask).sum(),
+        "logprob_diff_mean": difference.abs().sum(),
+        "logprob_diff_max": difference.abs().max() if len(difference) else zero,
+    }
+    # One wait for the device instead of one a figure.
+    return dict(zip(sums, torch.stack([value.double() for value in sums.values()]).tolist(), strict=True))
+
+
+def token_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Token-level metrics of a step from the `token_sums` of every process; clip fractions are of tokens with a gradient."""
+    total = {name: sum(part[name] for part in parts) for name in parts[0]}
+    counts = {"entropy/speech": total["tokens/speech"], "entropy/text": total["tokens"] - total["tokens/speech"]}
+    counts |= {"clip/low": total["trained"], "clip/high": total["trained"]}
+    means = ("entropy/speech", "entropy/text", "clip/low", "clip/high", "importance_ratio", "logprob_diff_mean")
+    metrics = {name: total[name] / max(1.0, counts.get(name, total["tokens"])) for name in means}
+    return {"loss": total["loss"], **metrics, "logprob_diff_max": max(part["logprob_diff_max"] for part in parts)}
+
+
+def check_agreement(metrics: Mapping[str, float], config: RunConfig, dtype: torch.dtype) -> None:
+    """Raises TrainingError where trainer and rollout engine compute two different policies."""
+    limit = config.max_logprob_diff or MAX_LOGPROB_DIFF[dtype]
+    if metrics["logprob_diff_mean"] > limit:
+        raise TrainingError(
+            f"trainer and rollout engine differ by {metrics['logprob_diff_mean']:.3g} nats a token (mean; most "
+            f"{metrics['logprob_diff_max']:.3g}), more than --max-logprob-diff {limit}. Likely causes: one of them has other "
+            "weights (replaced parameters, a stale prefix cache), another dtype or temperature, audio at other places, or a "
+            "wrong kernel; --engine transformers and --kernels reference tell them apart. Only where all of that is ruled out "
+            "is it rounding, and the setting to be raised"
+        )
+
+
+def completion_columns(scored: ScoredRollout) -> dict[str, Tensor]:
+    """[N] by name: what `completion_metrics` needs of a rollout, small enough to be sent to every process."""
+    rollout = scored.rollout
+    return {
+        **scored.terms,
+        "reward": scored.rewards_N,
+        "length": torch.tensor([float(len(completion.token_ids)) for completion in rollout.completions]),
+        "truncated": torch.tensor([float(completion.truncated) for completion in rollout.completions]),
+        "is_speech": torch.tensor([completion.modality is Modality.SPEECH for completion in rollout.completions]),
+        "without_reference": torch.tensor([float(reference is None) for reference in rollout.references]),
+        "trained": scored.trained_N.float(),
+        "group": rollout.groups_N,
+        "staleness": torch.full((len(rollout.completions),), float(rollout.staleness)),
+    }
+
+
+def completion_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Completion-level metrics by modality, from the `completion_columns` of every process."""
+    first_group = 0
+    shifted = []
+    for part in parts:
+        # Every process counts its groups from 0.
+        shifted.append(part | {"group": part["group"] + first_group})
+        first_group += int(part["group"].max()) + 1
+    columns = {name: torch.cat([part[name] for part in shifted]) for name in parts[0]}
+    groups_N, is_speech_N = columns["group"], columns["is_speech"]
+    alignment = {name: columns.pop(name) for name in ("representation", "behaviour", "without_reference")}
+    disagreeing_accuracy_G = disagreeing_groups(columns["accuracy"], groups_N)
+    trained_G = group_means(columns["trained"], groups_N)
+    metrics: dict[str, float] = {}
+    for modality, chosen_N in ((Modality.SPEECH, is_speech_N), (Modality.TEXT, ~is_speech_N)):
+        for name in columns.keys() - {"trained", "group", "is_speech", "staleness"}:
+            metrics[f"{name}/{modality}"] = columns[name][chosen_N].mean().item()
+        groups = groups_N[chosen_N].unique()
+        metrics[f"disagreeing/{modality}"] = disagreeing_accuracy_G[groups].float().mean().item()
+        metrics[f"without_backward/{modality}"] = 1.0 - trained_G[groups].mean().item()
+    for name, values_N in alignment.items():
+        metrics[f"reward/{name}"] = values_N[is_speech_N].mean().item()
+    metrics["staleness"] = columns["staleness"].max().item()
+    metrics["disagreeing/any"] = disagreeing_groups(columns["reward"], groups_N).float().mean().item()
+    return metrics

@@ -1,0 +1,94 @@
+"""R_beh: whether a spoken completion says what its written reference says. Shapes: N completions, P pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tars_fast.models.hub import first_line
+from tars_fast.types import Completion, UserError
+
+
+class TextSimilarity(Protocol):
+    """Compares what two completions say."""
+
+    def similarity(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
+        """[P] fp32 cosine of each pair's embeddings; every distinct text is embedded once."""
+        ...
+
+
+def _numbered(left: Sequence[str], right: Sequence[str]) -> tuple[list[str], list[int], list[int]]:
+    """(distinct texts, index of each left text, index of each right text)."""
+    numbers: dict[str, int] = {}
+    left_indices = [numbers.setdefault(text, len(numbers)) for text in left]
+    right_indices = [numbers.setdefault(text, len(numbers)) for text in right]
+    return list(numbers), left_indices, right_indices
+
+
+class HashedNgrams:
+    """Compares hashed word 1- to 3-grams: offline, for short answers after a template."""
+
+    def __init__(self) -> None:
+        from sklearn.feature_extraction.text import HashingVectorizer
+
+        self._vectorizer = HashingVectorizer(
+            ngram_range=(1, 3), n_features=2**12, alternate_sign=False, lowercase=False, token_pattern=r"\w+|[^\w\s]"
+        )
+
+    def similarity(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
+        texts, left_indices, right_indices = _numbered(left, right)
+        vectors = self._vectorizer.transform(texts)
+        cosines = np.asarray(vectors[left_indices].multiply(vectors[right_indices]).sum(axis=1)).ravel()
+        return torch.from_numpy(cosines).float()
+
+
+class SentenceEmbedder:
+    """A sentence-transformers model, e.g. the paper's Qwen3-Embedding-0.6B."""
+
+    def __init__(self, name: str, device: torch.device):
+        from sentence_transformers import SentenceTransformer
+
+        self._model = SentenceTransformer(name, device=str(device))
+        # The embedder works beside the trainer and must not wait for it.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def similarity(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
+        texts, left_indices, right_indices = _numbered(left, right)
+        with torch.cuda.stream(self._stream):
+            vectors = self._model.encode(texts, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
+            return (vectors[left_indices] * vectors[right_indices]).sum(-1).float().cpu()
+
+
+HASHED_NGRAMS = "hashed-ngrams"
+
+
+def load_text_similarity(name: str, device: torch.device) -> TextSimilarity:
+    """`hashed-ngrams`, or a sentence-transformers model by name or path.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    if name == HASHED_NGRAMS:
+        return HashedNgrams()
+    try:
+        return SentenceEmbedder(name, device)
+    except (ImportError, OSError, ValueError) as error:
+        reason = first_line(error)
+        raise UserError(f"--behaviour-model {name}: cannot be loaded ({reason}); check the name, or the network") from error
+
+
+def behaviour_rewards(
+    completions: Sequence[Completion], references: Sequence[int | None], text_similarity: TextSimilarity
+) -> Tensor:
+    """[N] similarity of a speech completion's text with its reference's; 0 without a reference."""
+    rewards = torch.zeros(len(completions))
+    compared = {index: reference for index, reference in enumerate(references) if reference is not None}
+    if compared:
+        rewards[list(compared)] = text_similarity.similarity(
+            [completions[index].text for index in compared], [completions[index].text for index in compared.values()]
+        )
+    return rewards

@@ -1,0 +1,366 @@
+"""What stands around the training loop: data and settings of a run, its folder, resuming, signals, profiling.
+
+`open_run` checks everything that can be wrong before it loads weights, in the order in which a user would want to hear of it.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tars_fast.config import RunConfig, TrainConfig
+from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_bundled, read_usable
+from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
+from tars_fast.learning.optimizer import make_optimizer
+from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
+from tars_fast.learning.update import Learner
+from tars_fast.learning.workers import Workers
+from tars_fast.models.architecture import find_layers
+from tars_fast.models.audio_cache import make_cache_folder
+from tars_fast.models.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint
+from tars_fast.models.memory import GB, MemoryPlan, plan_memory, remedies, size
+from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
+from tars_fast.models.registry import architecture_of, family_of, find_preset, list_checkpoints
+from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
+from tars_fast.rollout.engine import RolloutEngine
+from tars_fast.rollout.policy import available_bytes, choose_engine, load_policy
+from tars_fast.support.cli import make_output_folder, new_output_folder
+from tars_fast.support.files import write_atomically
+from tars_fast.support.timing import explain_out_of_memory
+from tars_fast.types import Question, TrainingError, UserError
+
+MAX_EMPTY_STEPS = 3
+"""Consecutive steps with every completion cut off, after which waiting longer is pointless."""
+MAX_UNANIMOUS_STEPS = 10
+"""Consecutive steps in which no group disagreed in its rewards before a warning repeats."""
+PROFILED_STEPS = 3
+"""After two steps that still load and allocate."""
+MOVABLE = {
+    "output_dir",
+    "resume",
+    "device",
+    "save_every",
+    "profile",
+    "audio_cache_gb",
+    "audio_cache_dir",
+    "audio_cache_dir_gb",
+}
+"""Settings that a resumed run may change."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The items of a run that the model can take."""
+
+    training: list[Question]
+    held_out: list[Question]
+    """Items for the evaluation before and after training."""
+    notes: list[str]
+    """What was left out, or is cut."""
+    longest_prompt: int
+    """Tokens of the longest prompt."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that one training run is made of."""
+
+    config: RunConfig
+    data: RunData
+    learner: Learner
+    engine: RolloutEngine
+    text_similarity: TextSimilarity
+    num_completed: int
+    """Steps that were done before it was resumed."""
+
+    @property
+    def model(self) -> SpeechModel:
+        return self.learner.model
+
+    @property
+    def workers(self) -> Workers:
+        return self.learner.workers
+
+    def save_checkpoint(self, num_completed: int) -> None:
+        """One checkpoint for all processes, which must agree on what is in it.
+
+        Raises:
+            TrainingError: the weights are not finite, or the processes' ones differ; the last checkpoint is good.
+        """
+        parameters = self.model.trainable_parameters()
+        if not all(parameter.isfinite().all() for parameter in parameters):
+            raise TrainingError(
+                "the weights are not finite; lower --learning-rate; the last checkpoint, if there is one, is good"
+            )
+        self.workers.check_same(parameters)
+        if self.workers.is_first:
+            save_checkpoint(self.config.output_dir, num_completed, self.model, self.learner.optimizer)
+        # The others wait until it is written.
+        self.workers.gather(None)
+
+
+@contextmanager
+def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
+    """Check settings and data, load the policy, and make it trainable; the engine is closed at the end of the block.
+
+    Raises:
+        UserError: settings that contradict each other, data that cannot be used, a folder that holds another run, a checkpoint
+            that cannot be read.
+        TrainingError: memory ran out.
+    """
+    preset = config.as_preset(find_preset(config.model))
+    output_dir = config.output_dir or workers.gather(new_output_folder(config.model))[0]
+    if preset.questions_per_step < workers.size:
+        raise UserError(
+            f"--questions-per-step {preset.questions_per_step}: fewer than the {workers.size} processes; raise it, or start "
+            "fewer"
+        )
+    device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
+    find_layers(config.representation_layers, architecture_of(preset).num_layers)
+    training, held_out, notes = load_data(config)
+    adapter = latest_checkpoint(output_dir) if config.resume else None
+    source = str(adapter) if adapter is not None and preset.lora_rank == 0 else preset.source
+    prompts = load_prompt_format(preset, source, config.long_audio)
+    engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
+    data = keep_usable(config, prompts, RunData(training, held_out, notes, 0), workers)
+    workload = config.workload(
+        preset,
+        prompts.family.architecture(prompts.config),
+        engine_name,
+        dtype.itemsize,
+        data.longest_prompt,
+        on_gpu=device.type == "cuda",
+    )
+    tokens = choose_micro_batch(config, output_dir, plan_memory(workload, available_bytes(device)), workers)
+    run_config = config.resolve(preset, output_dir=output_dir, tokens_per_micro_batch=tokens)
+    settings = settings_of_run(run_config, data)
+    check_output(run_config, settings)
+    for note in data.notes:
+        if workers.is_first:
+            print(note, flush=True)
+    if config.audio_cache_dir is not None:
+        make_cache_folder(config.audio_cache_dir)
+    with explain_out_of_memory("loading the model"):
+        model, engine = load_policy(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
+    with closing(engine):
+        model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
+        text_similarity = load_text_similarity(run_config.behaviour_model, device)
+        # Every process looks at the folder before the first one writes there.
+        workers.gather(None)
+        if workers.is_first:
+            prepare_output(run_config, settings)
+        learner, num_completed = make_learner(run_config, model, adapter, workers)
+        yield Run(run_config, data, learner, engine, text_similarity, num_completed)
+
+
+def plan_run(config: TrainConfig) -> MemoryPlan:
+    """What memory each phase of the run needs, from the model's configuration alone; loads no weights and no data.
+
+    Raises:
+        UserError: see `open_run`.
+    """
+    preset = config.as_preset(find_preset(config.model))
+    device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
+    architecture = architecture_of(preset)
+    find_layers(config.representation_layers, architecture.num_layers)
+    engine_name = choose_engine(config.engine, family_of(preset), device, dtype, preset.lora_rank)
+    on_gpu = device.type == "cuda"
+    total = torch.cuda.mem_get_info(device)[1] if on_gpu else available_bytes(device)
+    return plan_memory(config.workload(preset, architecture, engine_name, dtype.itemsize, on_gpu=on_gpu), total)
+
+
+def make_learner(config: RunConfig, model: SpeechModel, adapter: Path | None, workers: Workers) -> tuple[Learner, int]:
+    """(learner, completed steps); `adapter` is the checkpoint to continue from."""
+    # Not earlier: starting vLLM seeds torch's generator with a number of its own.
+    torch.manual_seed(config.seed)
+    make_trainable(
+        model,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        freeze_audio=config.freeze_audio,
+        gradient_checkpointing=config.gradient_checkpointing,
+        adapter=adapter,
+    )
+    optimizer = make_optimizer(model.trainable_parameters(), config.weight_decay, config.seed)
+    num_completed = load_trainer_state(adapter, optimizer) if adapter is not None else 0
+    return Learner(model, optimizer, config, workers), num_completed
+
+
+def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list[str]]:
+    """(training items, evaluation items, notes on items left out), checked not to overlap.
+
+    Raises:
+        UserError: nothing readable there, a row that is no item, or an item in both parts.
+    """
+    items, unusable = read_usable(or_bundled(config.data, TRAINING_DATA))
+    questions: list[Question] = [item.question for item in items]
+    notes = [] if unusable is None else [unusable]
+    if config.disjoint_from:
+        others = [question for source in config.disjoint_from for question in load_questions(source, spoken=False)]
+        training = without_leaks(questions, others)
+        listed = " ".join(config.disjoint_from)
+        if not training:
+            raise UserError(f"--disjoint-from {listed}: has all {len(questions)} items of --data; name other data to train on")
+        notes.append(f"{len(questions) - len(training)} of {len(questions)} items left out, which are in {listed} too")
+        questions = training
+    if config.data not in (None, BUNDLED) and config.eval_data is None:
+        training, held_out = split_by_id(questions, held_out_fraction=0.1)
+    else:
+        training, held_out = questions, load_questions(or_bundled(config.eval_data, HELD_OUT_DATA))
+    check_leaks(training, held_out)
+    return training, choose_by_id(held_out, config.eval_items), notes
+
+
+def keep_usable(config: TrainConfig, prompts: PromptFormat, data: RunData, workers: Workers) -> RunData:
+    """The items whose prompts the model can take; each process looks at its share of the recordings.
+
+    Raises:
+        UserError: see `PromptFormat.check_questions`; with `--skip-unusable` only where nothing is left.
+    """
+    questions = [*data.training, *data.held_out]
+    max_new_tokens = config.as_preset(prompts.preset).max_new_tokens
+    sizes = workers.spread(lambda share: prompts.prompt_sizes(share, max_new_tokens), questions)
+    usable = {q.id: size for q, size in zip(questions, sizes, strict=True) if isinstance(size, PromptSize)}
+    if not config.skip_unusable or not usable:
+        prompts.raise_refusals(questions, sizes)
+    refused = [f"item {q.id!r}: {size}" for q, size in zip(questions, sizes, strict=True) if not isinstance(size, PromptSize)]
+    left_out = f"{len(refused)} of {len(questions)} items left out; the first: {refused[0]}" if refused else None
+    training, held_out = ([q for q in part if q.id in usable] for part in (data.training, data.held_out))
+    if not training or not held_out:
+        raise UserError(f"--skip-unusable: {left_out}; nothing is left to train or to evaluate on")
+    notes = [note for note in (*data.notes, left_out, prompts.long_audio_notice(list(usable.values()))) if note is not None]
+    return RunData(training, held_out, notes, max(size.num_tokens for size in usable.values()))
+
+
+def choose_micro_batch(config: TrainConfig, output_dir: Path, plan: MemoryPlan, workers: Workers) -> int:
+    """Tokens that the plan leaves room for, the same in all processes; a resumed run keeps its number.
+
+    Raises:
+        UserError: `--rollout-ahead` does not fit.
+    """
+    if config.rollout_ahead and not plan.fits:
+        raise UserError(
+            f"--rollout-ahead 1: sampling and training at the same time do not fit into {size(plan.device_bytes)}; "
+            f"{remedies(plan)[0]}"
+        )
+    tokens = config.tokens_per_micro_batch
+    if tokens is None and config.resume:
+        latest_checkpoint(output_dir)
+        tokens = read_settings(output_dir).get("tokens_per_micro_batch")
+    return tokens or min(workers.gather(plan.micro_batch))
+
+
+def read_settings(output_dir: Path) -> dict[str, Any]:
+    """The result of `settings_of_run` when the run began."""
+    return json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
+
+
+def settings_of_run(config: RunConfig, data: RunData) -> dict[str, object]:
+    """The content of config.json: the settings, and fingerprints of the data."""
+    fingerprint = {"training": data_fingerprint(data.training), "evaluation": data_fingerprint(data.held_out)}
+    return config.to_json() | {"data_fingerprint": fingerprint}
+
+
+def check_output(config: RunConfig, settings: Mapping[str, object]) -> None:
+    """Raises UserError where the folder holds another run, or with --resume one whose settings differ."""
+    if config.resume:
+        latest_checkpoint(config.output_dir)
+        earlier = read_settings(config.output_dir)
+        changed = sorted(name for name in settings if name not in MOVABLE and earlier.get(name) != settings[name])
+        if changed:
+            # Hashes help nobody, and follow from another setting where one changed.
+            named = [name for name in changed if name != "data_fingerprint"]
+            listed = ", ".join(f"{name} {earlier.get(name)} -> {settings[name]}" for name in named) or "other items"
+            raise UserError(f"--resume: the settings differ from those of the run ({listed}); give the same ones")
+    elif list_checkpoints(config.output_dir):
+        raise UserError(f"--output-dir {config.output_dir}: already holds a run; add --resume or name another folder")
+
+
+def prepare_output(config: RunConfig, settings: Mapping[str, object]) -> None:
+    """Make the output folder and write config.json. Raises UserError where it cannot be made."""
+    make_output_folder(config.output_dir)
+    write_atomically(config.output_dir / "config.json", json.dumps(settings, indent=2) + "\n")
+
+
+def check_progress(history: Sequence[Mapping[str, float]], warn: Callable[[str], None]) -> None:
+    """Warn of what makes the last step useless, and stop where it will not get better by itself.
+
+    Args:
+        history: metrics of every step so far.
+
+    Raises:
+        TrainingError: every completion was cut off for several steps.
+    """
+
+    def is_empty(metrics: Mapping[str, float]) -> bool:
+        return metrics["truncated/speech"] == metrics["truncated/text"] == 1
+
+    if is_empty(history[-1]):
+        warn(f"step {history[-1]['step']}: every completion was cut off; raise --max-new-tokens")
+        recent = history[-MAX_EMPTY_STEPS:]
+        if len(recent) == MAX_EMPTY_STEPS and all(is_empty(metrics) for metrics in recent):
+            raise TrainingError(f"every completion was cut off for {MAX_EMPTY_STEPS} steps; raise --max-new-tokens")
+    unanimous = 0
+    while unanimous < len(history) and history[-1 - unanimous]["disagreeing/any"] == 0:
+        unanimous += 1
+    if unanimous and (unanimous - 1) % MAX_UNANIMOUS_STEPS == 0:
+        warn(
+            f"step {history[-1]['step']}: no group disagrees in its rewards, so there is nothing to learn; "
+            "raise --temperature or choose items of middling difficulty"
+        )
+
+
+class Interrupt:
+    """Ctrl-C, or the SIGTERM of a cluster, asks to stop after the step; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if self.requested and number == signal.SIGTERM:
+            return
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("stopping after this step; once more stops at once", file=sys.stderr)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within the block signals only set `requested`."""
+        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def profiled(run: Run) -> Iterator[Callable[[], None]]:
+    """With `--profile` a Chrome trace of a few of the steps that are left; yields a function to call after each step."""
+    config, device = run.config, run.model.device
+    if not config.profile or not run.workers.is_first:
+        yield lambda: None
+        return
+    from torch._C._profiler import _ExperimentalConfig
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    idle = max(0, min(2, config.num_steps - run.num_completed - PROFILED_STEPS))
+
+    def write(profiler: profile) -> None:
+        profiler.export_chrome_trace(str(config.output_dir / "trace.json.gz"))
+
+    planned = schedule(wait=idle // 2, warmup=idle - idle // 2, active=PROFILED_STEPS, repeat=1)
+    # Without it the trace holds this thread alone.
+    all_threads = _ExperimentalConfig(profile_all_threads=True)
+    with profile(activities=activities, schedule=planned, on_trace_ready=write, experimental_config=all_threads) as profiler:
+        yield profiler.step

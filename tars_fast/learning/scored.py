@@ -1,0 +1,82 @@
+"""A rollout with its rewards and advantages, as far as they are known, and which of its completions have a gradient.
+
+Shapes: N completions of a rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tars_fast.learning.advantages import centred_advantages, disagreeing_groups
+from tars_fast.learning.batch import Rollout
+from tars_fast.learning.rewards.total import total_reward, unknown_alignment
+
+
+@dataclass
+class ScoredRollout:
+    """What the forward passes over a rollout add to it."""
+
+    rollout: Rollout
+    weights: Mapping[str, float]
+    """Of the terms of the reward, see `reward_weights`."""
+    terms: dict[str, Tensor] = field(init=False)
+    """[N] every term of the reward by name; NaN where it is not known yet."""
+    rewards_N: Tensor = field(init=False)
+    """R, NaN where a term of it is not known yet."""
+    advantages_N: Tensor = field(init=False)
+    """0 until `record_rewards`."""
+    trained_N: Tensor = field(init=False)
+    """bool: whether the last update had a backward pass through it."""
+    logprobs: list[Tensor] = field(init=False)
+    """[N] log-probabilities of each completion's tokens under the weights before the first update ("old")."""
+    entropies: list[Tensor] = field(init=False)
+    """[N] of the distributions that these tokens were sampled from, in nats."""
+
+    num_updates: int = field(init=False, default=0)
+    """Optimiser steps on it so far."""
+
+    def __post_init__(self) -> None:
+        num_completions = len(self.rollout.completions)
+        self.terms = self.rollout.text_rewards | unknown_alignment(self.rollout.references)
+        self.rewards_N = total_reward(self.terms, self.weights)
+        self.advantages_N = torch.zeros(num_completions)
+        self.trained_N = torch.zeros(num_completions, dtype=torch.bool)
+        self.logprobs = [torch.empty(0)] * num_completions
+        self.entropies = [torch.empty(0)] * num_completions
+
+    def record_rewards(self, rows: Sequence[int], representation_N: Tensor) -> None:
+        """Complete the rewards of these completions, and centre them within their groups.
+
+        Args:
+            rows: all completions of some questions, so that groups are whole.
+            representation_N: R_rep of these.
+        """
+        self.terms["representation"][rows] = representation_N
+        self.terms["behaviour"][rows] = self.rollout.behaviour.result()[rows]
+        rewards_N = total_reward({name: values_N[rows] for name, values_N in self.terms.items()}, self.weights)
+        groups_N = self.rollout.groups_N[rows].unique(return_inverse=True)[1]
+        self.rewards_N[rows] = rewards_N
+        self.advantages_N[rows] = centred_advantages(rewards_N, groups_N)
+
+    def may_have_gradient(self) -> list[bool]:
+        """[N] whether a completion's group can have a gradient, as far as rewards are known: a completion of it was not cut
+        off (those are masked out of the loss), and its rewards differ or one of them is not known yet."""
+        groups_N = self.rollout.groups_N
+        # Where a reward is not known, the group counts as disagreeing.
+        is_open_G = torch.zeros(int(groups_N.max()) + 1).index_add_(0, groups_N, self.rewards_N.isnan().float()) > 0
+        is_open_G |= disagreeing_groups(self.rewards_N.nan_to_num(), groups_N)
+        kept_N = torch.tensor([not completion.truncated for completion in self.rollout.completions])
+        return (is_open_G[groups_N] & torch.isin(groups_N, groups_N[kept_N])).tolist()
+
+    def rows_with_gradient(self, rows: Sequence[int]) -> list[int]:
+        """Those of `rows` whose group has an advantage in a completion that was not cut off; needs their rewards."""
+        if not rows:
+            return []
+        groups_N = self.rollout.groups_N[list(rows)]
+        kept_N = torch.tensor([not self.rollout.completions[row].truncated for row in rows])
+        with_advantage = groups_N[(self.advantages_N[list(rows)] != 0) & kept_N].unique()
+        return [row for row, has in zip(rows, torch.isin(groups_N, with_advantage).tolist(), strict=True) if has]

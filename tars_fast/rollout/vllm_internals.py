@@ -1,0 +1,296 @@
+"""Everything that is used of vLLM beyond its documented interface, so that a new version has to be read against one file.
+
+Supported is the range that pyproject.toml gives the extra `vllm`, in its CUDA and CPU builds.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tars_fast.models.hub import cannot_be_loaded, checkpoint_folder
+from tars_fast.models.memory import BLOCK_TOKENS, PREFILL_TOKENS, engine_rank
+from tars_fast.models.weights import SharingError
+from tars_fast.rollout.vllm_models import register_models
+
+_MAX_CLIPS = 64
+"""Audio clips that one prompt may hold; with 30 s each, more than fits into any context."""
+_ADAPTER_ID = 1
+"""vLLM's number of the only LoRA adapter, which lives in its buffers and has no file."""
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """How much of the machine the engine may take."""
+
+    max_sequences: int
+    """Completions in flight."""
+    max_tokens: int
+    """Longest prompt plus completion."""
+    kv_cache_bytes: int
+    lora_rank: int
+    """0: no adapter."""
+    cuda_graphs: bool
+    """On CUDA, where the version can give the KV cache back under them; else eager."""
+    dummy_weights: bool = False
+    """Random weights in the place of the checkpoint's, for benchmarks."""
+
+
+class VllmInternals:
+    """A running `vllm.LLM`, with its weights, KV cache and adapter slot.
+
+    Args:
+        source: a checkpoint with weights of its own.
+
+    Raises:
+        UserError: vLLM cannot load the checkpoint, or refuses the settings.
+    """
+
+    def __init__(self, source: str, device: torch.device, dtype: torch.dtype, settings: VllmSettings):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if device.type == "cpu":
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        with _quiet_start(source):
+            from vllm import LLM
+
+        self._on_cpu = device.type == "cpu"
+        # CUDA graphs hold addresses of the KV cache. To free its memory and keep them is possible from vLLM 0.32 on.
+        self._keeps_addresses = settings.cuda_graphs and not self._on_cpu and hasattr(LLM, "release_kv_cache_memory")
+        register_models()
+        adapter: dict[str, object] = {}
+        if settings.lora_rank:
+            rank = engine_rank(settings.lora_rank)
+            adapter = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
+        with self._eager_on_cpu(), _unpacked_cpu_weights(), _thread_setting_kept(), _quiet_start(source):
+            self.llm = LLM(
+                model=str(checkpoint_folder(source, weights=not settings.dummy_weights)),
+                dtype=str(dtype).removeprefix("torch."),
+                load_format="dummy" if settings.dummy_weights else "auto",
+                max_model_len=settings.max_tokens,
+                max_num_seqs=settings.max_sequences,
+                max_num_batched_tokens=max(PREFILL_TOKENS, settings.max_tokens, settings.max_sequences),
+                kv_cache_memory_bytes=settings.kv_cache_bytes,
+                # The cache's size is given above; a larger share would let vLLM refuse to start on a GPU that is in use.
+                gpu_memory_utilization=0.01,
+                block_size=BLOCK_TOKENS,
+                enforce_eager=not self._keeps_addresses,
+                enable_sleep_mode=self._keeps_addresses,
+                enable_prefix_caching=True,
+                # Prompts bring audio embeddings instead of recordings, of which vLLM would take windows of 30 s only.
+                enable_mm_embeds=True,
+                limit_mm_per_prompt={"audio": _MAX_CLIPS},
+                skip_mm_profiling=True,
+                mm_processor_cache_gb=0,
+                # Rollout log-probabilities are those of the distribution that was sampled from.
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",
+                seed=0,
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                **adapter,
+            )
+        self._runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in self._runner.kv_caches}
+        self._kv_storages = [(storage, storage.nbytes()) for storage in storages.values()]
+        self._released = False
+
+    @property
+    def module(self) -> nn.Module:
+        """The model that vLLM runs, with its weights loaded."""
+        return self._runner.get_model()
+
+    @contextmanager
+    def _eager_on_cpu(self) -> Iterator[None]:
+        """vLLM compiles parts of its sampler, which on a CPU needs a C++ compiler and takes longer than a small run."""
+        with torch.compiler.set_stance("force_eager") if self._on_cpu else nullcontext():
+            yield
+
+    def generate(
+        self,
+        requests: list[dict[str, Any]],
+        params: list[Any],
+        seed: int,
+        on_finished: Callable[[int, object], None],
+        before_token: Callable[[], None],
+        *,
+        use_adapter: bool,
+    ) -> None:
+        """`LLM.generate`, after which no request is left in the engine, even when it raised.
+
+        Args:
+            params: `SamplingParams` of each request.
+            on_finished: called with a request's number and its `RequestOutput` as soon as all its continuations are complete.
+            before_token: called before every step of the engine; what it raises ends the call.
+        """
+        from vllm.lora.request import LoRARequest
+
+        # vLLM never opens the path, because the adapter of this number is already active.
+        adapter = LoRARequest("policy", _ADAPTER_ID, "in-memory") if use_adapter else None
+        engine = self.llm.llm_engine
+        if self._on_cpu:
+            # On a CPU vLLM's sampler fails for requests with a seed of their own (torch's CPU generator has no offset), and
+            # takes its random numbers from torch's global generator instead.
+            torch.manual_seed(seed)
+            for request_params in params:
+                request_params.seed = None
+        first = self.llm.request_counter.counter
+        # `LLM.generate` takes no callback and returns only when all requests are complete; it calls `engine.step` for every
+        # token. To hand over each request as soon as it is complete, and to stop between two tokens, `step` is replaced on this
+        # engine object (not on its class) until the call ends.
+        step, replaced = engine.step, vars(engine).get("step")
+
+        def observed_step() -> list[Any]:
+            before_token()
+            outputs = step()
+            for output in outputs:
+                if output.finished:
+                    on_finished(int(output.request_id) - first, output)
+            return outputs
+
+        try:
+            engine.step = observed_step
+            with self._eager_on_cpu():
+                self.llm.generate(requests, params, use_tqdm=False, lora_request=adapter)
+        except BaseException:
+            # The next call would complete, and return, the requests that an exception or Ctrl-C left in the engine.
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
+        finally:
+            del engine.step
+            if replaced is not None:
+                engine.step = replaced
+
+    def reset_caches(self) -> None:
+        """Drop cached keys, values and audio embeddings, which belong to earlier weights or to another call.
+
+        Raises:
+            SharingError: vLLM keeps its prefix cache, so that it would continue from keys and values of earlier weights.
+        """
+        self._settle()
+        if not self.llm.reset_prefix_cache():
+            raise SharingError("vLLM did not give up its prefix cache; requests of an earlier call still hold it")
+        self.llm.llm_engine.reset_encoder_cache()
+
+    def _settle(self) -> None:
+        """Let the scheduler remove completed requests: `LLM.generate` returns before it has."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        while core.scheduler.has_requests() or core.batch_queue:
+            self.llm.llm_engine.step()
+
+    def activate_empty_adapter(self) -> None:
+        """Activate an adapter of zeros in vLLM's only slot; its buffers are written to from then on."""
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.lora_weights import LoRALayerWeights
+
+        manager = self._runner.lora_manager._adapter_manager
+        # Naming one layer is enough, because vLLM fills the buffers of all other layers with zeros.
+        name, layer = next((name, layer) for name, layer in manager.modules.items() if len(layer.lora_a_stacked) == 1)
+        a, b = layer.lora_a_stacked[0][0, 0].clone(), layer.lora_b_stacked[0][0, 0].clone()
+        weights = LoRALayerWeights(name, len(a), len(a), a.zero_(), b.zero_())
+        manager.add_adapter(LoRAModel(_ADAPTER_ID, len(a), {name: weights}))
+        manager.activate_adapter(_ADAPTER_ID)
+
+    def adapter_buffers(self, place: str, number: int) -> tuple[Tensor, Tensor] | None:
+        """vLLM's buffers of the adapter, ([rank, inputs], [outputs, rank]), or None where the layer takes no adapter.
+
+        Args:
+            place: the name of vLLM's module.
+            number: which of the modules that are fused there, from 0.
+        """
+        layer: Any = self.module.get_submodule(place)
+        if not hasattr(layer, "lora_a_stacked"):
+            return None
+        # The leading dimensions are the adapter's slot and one of size 1 that vLLM's kernels expect.
+        return layer.lora_a_stacked[number][0, 0], layer.lora_b_stacked[number][0, 0]
+
+    def release_kv_cache(self) -> None:
+        """Give the KV cache's memory back until `restore_kv_cache`."""
+        if self._released:
+            return
+        self.reset_caches()
+        if self._keeps_addresses:
+            self.llm.sleep(level=0)
+            self.llm.release_kv_cache_memory()
+        else:
+            for storage, _ in self._kv_storages:
+                storage.resize_(0)
+        self._released = True
+
+    def restore_kv_cache(self) -> None:
+        """Take the memory of the KV cache again, filled with zeros; nothing happens where it was not released."""
+        if not self._released:
+            return
+        if self._keeps_addresses:
+            # vLLM takes this memory from the driver, so PyTorch's allocator has to give back what the trainer freed.
+            gc.collect()
+            torch.cuda.empty_cache()
+            self.llm.wake_up()
+        else:
+            for storage, num_bytes in self._kv_storages:
+                storage.resize_(num_bytes)
+        # New memory may hold NaN, and attention multiplies the empty places of a block by 0, which does not remove a NaN.
+        for cache in self._runner.kv_caches:
+            cache.zero_()
+        self._released = False
+
+    def shutdown(self) -> None:
+        """End vLLM's engine."""
+        if self._keeps_addresses:
+            # vLLM unmaps its pools at the end, and must find all of them mapped.
+            self.restore_kv_cache()
+        self._kv_storages.clear()
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def _unpacked_cpu_weights() -> Iterator[None]:
+    """Keep vLLM's CPU build from making packed copies of its weights, which the trainer's updates would not reach."""
+    from vllm.model_executor.layers import utils
+
+    def leave_as_it_is(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = nn.functional.linear
+
+    original = utils.dispatch_cpu_unquantized_gemm
+    utils.dispatch_cpu_unquantized_gemm = leave_as_it_is
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = original
+
+
+@contextmanager
+def _quiet_start(source: str) -> Iterator[None]:
+    """Hide the warnings of vLLM's own imports, and turn what it raises over a checkpoint into a UserError.
+
+    Raises:
+        UserError: vLLM refuses the checkpoint or the settings.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise cannot_be_loaded(source, error) from error
+
+
+@contextmanager
+def _thread_setting_kept() -> Iterator[None]:
+    """Undo that vLLM's CPU build replaces `torch.set_num_threads` by a function that does nothing."""
+    original, number = torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = original
+        torch.set_num_threads(number)

@@ -1,0 +1,109 @@
+"""Model classes that this package registers with vLLM, in the place of those that vLLM has for the same checkpoints.
+
+A family of models needs a class here only where vLLM's own lacks one of these:
+- LoRA (`SupportsLoRA`, `packed_modules_mapping`, `get_mm_mapping`): without it vLLM allocates no adapter buffers;
+- audio given as embeddings (`enable_mm_embeds`) instead of recordings, because the trainer has encoded the audio already;
+- reading the weight names that `models/checkpoint.py` writes.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tars_fast.models.families import qwen2_audio
+
+
+def register_models() -> None:
+    """Register the classes with vLLM's `ModelRegistry`, under the names of `architectures` in config.json."""
+    from transformers import AutoFeatureExtractor, Qwen2AudioProcessor
+    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMRoPE
+    from vllm.model_executor.models.module_mapping import MultiModelKeys
+    from vllm.model_executor.models.qwen2_audio import (
+        Qwen2AudioDummyInputsBuilder,
+        Qwen2AudioForConditionalGeneration,
+        Qwen2AudioMultiModalProcessor,
+        Qwen2AudioProcessingInfo,
+    )
+    from vllm.model_executor.models.utils import (
+        AutoWeightsLoader,
+        WeightsMapper,
+        init_vllm_registered_model,
+        maybe_prefix,
+    )
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    class Qwen2AudioWithLora(Qwen2AudioForConditionalGeneration, SupportsLoRA):  # type: ignore[misc]  # vLLM's types are not read
+        """vLLM's own class takes no adapters, and does not know the names that transformers 5 writes into checkpoints."""
+
+        packed_modules_mapping: ClassVar = {
+            fused: list(names) for part in qwen2_audio.FAMILY.engine_names or () for fused, names in part.fused.items()
+        }
+        embedding_modules: ClassVar[dict[str, str]] = {}
+        checkpoint_names: ClassVar[dict[str, str | None]] = {"language_model.model.model.": "language_model.model."}
+
+        def get_mm_mapping(self) -> MultiModelKeys:
+            return MultiModelKeys.from_string_field(
+                language_model="language_model", connector="multi_modal_projector", tower_model="audio_tower"
+            )
+
+        def load_weights(self, weights: Any) -> Any:
+            mapper = WeightsMapper(orig_to_new_prefix=self.checkpoint_names)
+            return AutoWeightsLoader(self).load_weights(weights, mapper=mapper)
+
+    class OmniInfo(Qwen2AudioProcessingInfo):  # type: ignore[misc]  # vLLM's types are not read
+        """Qwen2-Audio's processor, because both write audio into prompts alike and Omni's own needs torchvision."""
+
+        def get_hf_config(self) -> Any:
+            return self.ctx.get_hf_config().thinker_config
+
+        def get_hf_processor(self, **_kwargs: object) -> Qwen2AudioProcessor:
+            extractor = AutoFeatureExtractor.from_pretrained(self.ctx.model_config.model)
+            return Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=self.get_tokenizer())
+
+    @MULTIMODAL_REGISTRY.register_processor(
+        Qwen2AudioMultiModalProcessor, info=OmniInfo, dummy_inputs=Qwen2AudioDummyInputsBuilder
+    )
+    class OmniThinker(Qwen2AudioWithLora, SupportsMRoPE):  # type: ignore[misc]  # vLLM's types are not read
+        """vLLM's own class loads the vision tower, takes no audio embeddings, and cannot be imported without torchvision."""
+
+        checkpoint_names: ClassVar[dict[str, str | None]] = {
+            "thinker.lm_head.": "language_model.lm_head.",
+            "thinker.model.": "language_model.model.",
+            "thinker.visual.": None,
+            "thinker.": "",
+            "talker.": None,
+            "token2wav.": None,
+        }
+
+        def __init__(self, *, vllm_config: Any, prefix: str = ""):
+            nn.Module.__init__(self)
+            self.config = vllm_config.model_config.hf_config.thinker_config
+            self.multimodal_config = vllm_config.model_config.multimodal_config
+            self.quant_config = vllm_config.quant_config
+            with self._mark_tower_model(vllm_config, "audio"):
+                self.audio_tower = Qwen2_5OmniAudioEncoder(self.config.audio_config)
+            text_config = copy.deepcopy(self.config.text_config)
+            # transformers reads this setting from the thinker's configuration; that of its language model defaults to True.
+            text_config.tie_word_embeddings = self.config.tie_word_embeddings
+            with self._mark_language_model(vllm_config):
+                self.language_model = init_vllm_registered_model(
+                    vllm_config=vllm_config,
+                    hf_config=text_config,
+                    prefix=maybe_prefix(prefix, "language_model"),
+                    architectures=["Qwen2ForCausalLM"],
+                )
+            self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+        def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
+            # Without images and video the positions in time, height and width are equal, for text and audio alike.
+            return torch.arange(len(input_tokens)).expand(3, -1), 0
+
+    ModelRegistry.register_model("Qwen2AudioForConditionalGeneration", Qwen2AudioWithLora)
+    for name in ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"):
+        ModelRegistry.register_model(name, OmniThinker)
