@@ -15,7 +15,7 @@ from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.data.items import HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.sources import read_rows
 from tars_fast.learning.advantages import disagreeing_groups, group_indices
-from tars_fast.learning.rewards.total import text_rewards
+from tars_fast.learning.rewards.total import completion_rewards
 from tars_fast.models.registry import ASSETS, PRESETS
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.engine import Sampling
@@ -34,7 +34,7 @@ def accuracy(model: SpeechModel, questions, modality: Modality, **sampling) -> t
     prompts = model.encode_prompts(questions, modality)
     settings = {"num_completions": 1, "max_new_tokens": 40, "temperature": 0.0, "seed": 0, **sampling}
     completions = TransformersEngine(model, 128).generate(prompts, range(len(questions)), Sampling(**settings))
-    correct = text_rewards(completions, questions)["accuracy"]
+    correct = completion_rewards(completions, questions)["accuracy"]
     groups = group_indices([c.question for c in completions], [c.modality for c in completions])
     return correct.mean().item(), disagreeing_groups(correct, groups).float().mean().item()
 

@@ -64,7 +64,7 @@ def test_diagrams_are_legible_on_a_phone(site, browser):
     page, _ = visit(browser, site, PHONE, "light")
     for name, diagrams in (("how-a-step-works", 1), ("architecture", 1)):
         page.goto((site / f"{name}.html").as_uri())
-        shown = page.locator("img.diagram")
+        shown = page.locator("img[src$='.svg']")
         assert shown.count() == diagrams
         # Drawn 460 wide with letters of 13.
         assert 13 * shown.first.bounding_box()["width"] / 460 >= 10

@@ -18,14 +18,14 @@ from tars_fast.support.cli import require_extra
 from tars_fast.types import UserError
 
 ROOT = Path(__file__).parents[2]
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "torch.utils.tensorboard": "tensorboard"}
+DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "torch.utils.tensorboard": "tensorboard"}
 """Where a package's name is not that of its modules, or is imported by another."""
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """(distribution, whether the file cannot be imported without it) of everything imported from elsewhere."""
     local = {"tars_fast", "tars_kernels"} | {
-        other.stem for folder in ("tests", "bench", "kernels/tests") for other in (ROOT / folder).rglob("*.py")
+        other.stem for folder in ("tests", "bench", "kernels/tests", "docs") for other in (ROOT / folder).rglob("*.py")
     }
     tree = ast.parse(path.read_text(encoding="utf-8"))
     at_top = {
