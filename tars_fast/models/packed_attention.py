@@ -200,7 +200,7 @@ def uses_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> bool
     )
 
 
-def packed_attention(  # transformers says what it is called with
+def packed_attention(  # noqa: PLR0913  # transformers calls it with these
     module: nn.Module,
     query: Tensor,
     key: Tensor,
