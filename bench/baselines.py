@@ -180,8 +180,8 @@ def rewards_and_advantages(rollout: Rollout, pooled_LND: Tensor, config: RunConf
     """([N] rewards, [N] advantages) on the host (METHOD steps 2 and 3)."""
     representation_N = representation_rewards(pooled_LND, rollout.references).cpu()
     rewards_N = (
-        rollout.text_rewards["accuracy"]
-        + 0.5 * rollout.text_rewards["format"]
+        rollout.completion_rewards["accuracy"]
+        + 0.5 * rollout.completion_rewards["format"]
         + config.representation_weight * representation_N
     )
     rewards_N = rewards_N + config.behaviour_weight * rollout.behaviour.result()

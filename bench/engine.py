@@ -245,7 +245,7 @@ def train_on(model: SpeechModel, optimizer, distinct, completions, config: RunCo
         spoken=[],
         completions=[dataclasses.replace(one, truncated=False) for one in completions],
         # Random weights answer nothing; rewards that differ give the update something to do.
-        text_rewards={"accuracy": torch.tensor([0.0, 1.0] * 4), "format": torch.zeros(8), "unparsed": torch.zeros(8)},
+        completion_rewards={"accuracy": torch.tensor([0.0, 1.0] * 4), "format": torch.zeros(8), "unparsed": torch.zeros(8)},
         references=[5] * 4 + [None] * 4,
         behaviour=completed(torch.linspace(0, 1, 8)),
         groups_N=group_indices([0] * 8, [one.modality for one in completions]),
@@ -253,7 +253,7 @@ def train_on(model: SpeechModel, optimizer, distinct, completions, config: RunCo
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
     learner = Learner(model, optimizer, config)
-    metrics = update_policy(learner, learner.score(rollout))
+    metrics = update_policy(learner, learner.begin_rollout(rollout))
     optimizer.zero_grad(set_to_none=True)
     return metrics
 

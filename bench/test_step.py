@@ -60,7 +60,7 @@ def test_forward_rewards_backward_update(benchmark, model, config, questions):
     rollout = collect(model, config, questions)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.0)
     learner = Learner(model, optimizer, config)
-    metrics = benchmark.pedantic(lambda: update_policy(learner, learner.score(rollout)), rounds=3, warmup_rounds=1)
+    metrics = benchmark.pedantic(lambda: update_policy(learner, learner.begin_rollout(rollout)), rounds=3, warmup_rounds=1)
     assert metrics["logprob_diff_max"] < 1e-3
 
 

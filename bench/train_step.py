@@ -223,7 +223,7 @@ def make_up_rollout(model: SpeechModel, workload: Workload) -> Rollout:
         prompts=prompts,
         spoken=[],
         completions=completions,
-        text_rewards={"accuracy": accuracy, "format": torch.ones(len(accuracy)), "unparsed": torch.zeros(len(accuracy))},
+        completion_rewards={"accuracy": accuracy, "format": torch.ones(len(accuracy)), "unparsed": torch.zeros(len(accuracy))},
         references=references,
         behaviour=completed(torch.tensor([0.0 if reference is None else draw.random() for reference in references])),
         groups_N=group_indices([one.question for one in completions], [one.modality for one in completions]),
@@ -253,7 +253,7 @@ def first_questions(rollout: Rollout, num_questions: int) -> Rollout:
         prompts=rollout.prompts[:count],
         spoken=[],
         completions=rollout.completions[:count],
-        text_rewards={name: values_N[:count] for name, values_N in rollout.text_rewards.items()},
+        completion_rewards={name: values_N[:count] for name, values_N in rollout.completion_rewards.items()},
         references=rollout.references[:count],
         behaviour=completed(rollout.behaviour.result()[:count]),
         groups_N=rollout.groups_N[:count],
@@ -276,7 +276,7 @@ def our_step(
     config = dataclasses.replace(config, tokens_per_micro_batch=tokens_of(rollout, max(1, size // config.group_size)))
     learner = Learner(model, optimizer, config)
     learner.timer = timer
-    scored = learner.score(rollout)
+    scored = learner.begin_rollout(rollout)
     update_policy(learner, scored)
     return scored.rewards_N, scored.advantages_N
 

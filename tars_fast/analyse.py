@@ -72,7 +72,7 @@ class AnalyseConfig:
     """Folder of report.html, analysis.json, items.jsonl, resamples.npz, drift.png and cka.png. None: a new folder
     runs/analyse-<model>-<date>-<time>."""
     compare: str | None = None
-    """Another model, say the one before training, which is analysed first, into OUTPUT_DIR/compared; or the folder of an
+    """Another model, for example that before training, which is analysed first, into OUTPUT_DIR/compared; or the folder of an
     analysis of the same items. Differences have intervals, paired by item."""
     base_layer: int | None = None
     """Layer, from 1, whose states pair the tokens of speech and text. None: 5, or the middle of a model of fewer than 10
@@ -145,10 +145,10 @@ class Job:
     config: AnalyseConfig
     output_dir: Path
     preset: Preset
-    """With the settings that the user gave."""
+    """The preset with the settings that the user gave."""
     prompts: PromptFormat
     source: str
-    """Of the data."""
+    """Source of the data."""
     questions: Sequence[Question]
     sizes: Sequence[PromptSize]
     settings: AnalysisSettings
@@ -256,7 +256,7 @@ def check_settings(given: str, theirs: Mapping[str, Any], settings: Mapping[str,
 
 
 def check_compared(given: str, other: Analysed, job: Job) -> None:
-    """`check_settings`; also raises UserError where another version made the other analysis."""
+    """`check_settings`; also raises UserError where another version figures the other analysis."""
     check_settings(given, other.figures["settings"], job.settings_written)
     try:
         item_results(other, "", job.questions)
@@ -267,7 +267,7 @@ def check_compared(given: str, other: Analysed, job: Job) -> None:
 def run_probes(
     job: Job, model: SpeechModel, engine: RolloutEngine, calibrations: Sequence[Calibration], console: Console
 ) -> dict[str, Any]:
-    """Accuracy without and with each change, and the paired differences; empty where no probe was asked for."""
+    """Accuracy without and with each change, and the paired differences; empty without probes."""
     probes: list[tuple[str, AbstractContextManager[None], Sequence[Question]]] = [
         *((f"calibrate_{own.layer}", own.applied(model), job.questions) for own in calibrations),
         *((f"repeat_{times}", nullcontext(), [repeated(q, times) for q in job.questions]) for times in job.config.repeat),
@@ -278,13 +278,13 @@ def run_probes(
     # Accuracies are all that is reported of probes: the cheapest text similarity will do.
     evaluator = Evaluator(model, engine, HashedNgrams(), settings)
     plain = answer(evaluator, job.questions, console, "no probe")
-    made: dict[str, Any] = {"plain": _accuracies(report(plain, text_reference(plain)))}
+    figures: dict[str, Any] = {"plain": _accuracies(report(plain, text_reference(plain)))}
     for name, changed, questions in probes:
         with changed:
             results = answer(evaluator, questions, console, name)
-        made[name] = _accuracies(report(results, text_reference(plain)))
-        made[name]["change"] = _accuracies(accuracy_change_since(results, plain))
-    return made
+        figures[name] = _accuracies(report(results, text_reference(plain)))
+        figures[name]["change"] = _accuracies(accuracy_change_since(results, plain))
+    return figures
 
 
 def answer(evaluator: Evaluator, questions: Sequence[Question], console: Console, what: str) -> list[ItemResult]:
@@ -408,7 +408,7 @@ def write_results(
 
 
 def make_folder(output_dir: Path) -> None:
-    """Raises UserError where the folder cannot be made, or holds an analysis."""
+    """Raises UserError where the folder cannot be figures, or holds an analysis."""
     if (output_dir / ANALYSIS).exists():
         raise UserError(f"--output-dir {output_dir}: holds an analysis already; name another folder")
     make_output_folder(output_dir)

@@ -385,7 +385,7 @@ def check_sizes(
 
 
 def find_workload(job: Job, sizes: Mapping[str, Sequence[PromptSize | UserError]]) -> Workload:
-    """What the memory that the engine needs depends on; of all items, so that it does not depend on which are pending."""
+    """Sizes that the engine's memory depends on; of all items, so that results do not depend on which are pending."""
     preset = job.prompts.preset
     longest_prompt = max(size.num_tokens for own in sizes.values() for size in own if isinstance(size, PromptSize))
     if job.config.transcribe:

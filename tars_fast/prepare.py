@@ -1,9 +1,9 @@
 """Text questions become spoken ones, and data are checked before they are used: `python -m tars_fast.prepare`.
 
-Every item is spoken by a voice, and with a seed, that follow from --seed and its id alone: the same recordings come of any
-number of jobs, in any order, and of a run that was interrupted. A recording appears whole or not at all; a line in
-`finished.jsonl` says that it is there and how it came about, so that the next run goes on with what is left. The items are
-written last, as training reads them: `items.jsonl` beside the recordings, or `items.parquet` with the recordings inside.
+Voice and seed of every item follow from --seed and its id alone: any number of jobs, in any order, interrupted or not, makes
+the same recordings. A recording appears whole or not at all; then a line in `finished.jsonl` says how it was made, and the next
+run goes on with what is left. The items are written last, as training reads them: `items.jsonl` beside the recordings, or
+`items.parquet` with the recordings inside.
 
 Left out on purpose: more than one machine (give each a part of the items, and join the folders), and noise or rooms around the
 speech (a synthesiser of your own may add them).
@@ -71,13 +71,13 @@ class PrepareConfig:
     recogniser: str | None = None
     """Verifies each recording: module:function, (wave, rate) -> text, or a speech recognition checkpoint. None: no check."""
     max_word_error_rate: float = 0.1
-    """Of the recogniser's text; above it the item is spoken again."""
+    """An item is spoken again where the word error rate of the recogniser's text is higher."""
     retries: int = 3
     """Further voices and seeds for an item that failed, before it is given up."""
     max_seconds: float = 30.0
-    """Longest recording that the model hears; --check refuses longer ones, preparing counts them."""
+    """Longest recording that the model takes; --check refuses longer ones, preparing counts them."""
     seed: int = 0
-    """Of voices and of the synthesiser's noise."""
+    """Seed of the choice of voices and of the synthesiser's noise."""
     jobs: int | None = None
     """Worker processes; each loads its own synthesiser and recogniser. None: one a core for espeak-ng without a recogniser,
     else 1."""
@@ -100,7 +100,7 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recording depends on besides its item."""
+    """The settings that a recording depends on."""
 
     synthesiser: str
     voices: tuple[str, ...]
@@ -112,27 +112,28 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one item: the fields that its line gains, or why it has no recording."""
+    """One item with its recording, or why there is none; a line of finished.jsonl."""
 
     id: str
     transcript: str
     gained: Mapping[str, Any]
+    """Further columns of the item: voice, seconds, word_error_rate."""
     error: str | None = None
 
 
 def spoken_form(item: UsableItem) -> str:
-    """What is said: all that the written prompt shows, so that both ask the same."""
+    """The text to be spoken: all that the written prompt shows, so that both ask the same."""
     if item.question.transcript is not None:
         return item.question.transcript
-    asked, options = shown_options(item.question)
-    lines = [asked] if asked else []
+    stem, options = shown_options(item.question)
+    lines = [stem] if stem else []
     lines += [f"Option {letter}: {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
     # A pause at the end of each, and a word for each gap to be filled in.
     return "\n".join(re.sub(r"_{2,}", " blank ", line if line[-1] in ".,;:!?" else f"{line}.") for line in lines)
 
 
 def recording_name(id: str, transcript: str) -> str:
-    """A file name that no other words of any item have, is safe anywhere, and can be recognised by a reader."""
+    """A file name that is safe on any system, unique to the item and its words, and begins with the id for a reader."""
     digest = hashlib.sha256(json.dumps([id, transcript]).encode()).hexdigest()[:12]
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', id)[:40]}-{digest}.flac"
 
@@ -141,7 +142,7 @@ def recording_name(id: str, transcript: str) -> str:
 
 
 def watch_parent() -> None:
-    """A worker ends with its parent, however that ends."""
+    """Make this worker end when its parent ends, however that ends."""
 
     def end_with_parent() -> None:
         parent = parent_process()
@@ -154,11 +155,11 @@ def watch_parent() -> None:
 
 @functools.cache
 def load_synthesiser(name: str) -> Speak:
-    """Raises UserError where it cannot be loaded."""
+    """Load espeak-ng or the user's function. Raises UserError where it cannot be loaded."""
     if name != ESPEAK:
         return load_function("--synthesiser", name)
     require_extra("speech")
-    # Lives as long as the worker, whose end closes its pipes.
+    # Never left: it runs as long as the worker, whose end closes its pipes.
     synthesiser = Synthesiser().__enter__()
 
     def speak(text: str, voice: str, seed: int) -> tuple[np.ndarray, int]:
@@ -172,30 +173,30 @@ cached_recogniser = functools.cache(load_recogniser)
 
 
 def speak_item(id: str, transcript: str, recipe: Recipe, folder: Path) -> Outcome:
-    """Write one item's recording.
+    """Synthesise one item, verify it where there is a recogniser, and write its recording.
 
     Raises:
         UserError: synthesiser or recogniser cannot be loaded.
         OSError: the recording cannot be written.
     """
     speak = load_synthesiser(recipe.synthesiser)
-    listen = None if recipe.recogniser is None else cached_recogniser(recipe.recogniser)
+    recognise = None if recipe.recogniser is None else cached_recogniser(recipe.recogniser)
     failures: list[str] = []
     for attempt in range(1 + recipe.retries):
-        drawn = json.dumps([recipe.seed, attempt, id])
-        rng = random.Random(int.from_bytes(hashlib.sha256(drawn.encode()).digest()))
+        key = json.dumps([recipe.seed, attempt, id])
+        rng = random.Random(int.from_bytes(hashlib.sha256(key.encode()).digest()))
         voice, seed = rng.choice(recipe.voices), rng.randrange(2**31)
         try:
             wave = checked_wave(*speak(transcript, voice, seed))
             gained: dict[str, Any] = {"voice": voice, "seconds": round(len(wave) / SAMPLE_RATE, 3)}
-            if listen is not None:
-                heard = listen(wave, SAMPLE_RATE)
-                gained["word_error_rate"] = round(word_error_rate(transcript, heard), 4)
+            if recognise is not None:
+                recognised = recognise(wave, SAMPLE_RATE)
+                gained["word_error_rate"] = round(word_error_rate(transcript, recognised), 4)
         except Exception as error:  # Others' code, which may raise anything: the item fails, not the run.
             failures.append(f"{voice}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
             continue
-        if listen is not None and gained["word_error_rate"] > recipe.max_word_error_rate:
-            failures.append(f"{voice}: word error rate {gained['word_error_rate']}, heard {heard[:200]!r}")
+        if recognise is not None and gained["word_error_rate"] > recipe.max_word_error_rate:
+            failures.append(f"{voice}: word error rate {gained['word_error_rate']}, heard {recognised[:200]!r}")
             continue
         write_atomically(folder / recording_name(id, transcript), encode(wave))
         return Outcome(id, transcript, gained)
@@ -203,7 +204,7 @@ def speak_item(id: str, transcript: str, recipe: Recipe, folder: Path) -> Outcom
 
 
 def checked_wave(wave: np.ndarray, rate: int) -> np.ndarray:
-    """A synthesiser's result at 16 kHz. Raises ValueError where it is no speech."""
+    """Bring a synthesiser's wave to 16 kHz. Raises ValueError where it cannot be speech."""
     wave = np.asarray(wave)
     if wave.ndim != 1 or not np.issubdtype(wave.dtype, np.floating):
         raise ValueError(f"the synthesiser gave {wave.dtype} of shape {wave.shape}, not one channel of floats in [-1, 1]")
@@ -216,7 +217,7 @@ def checked_wave(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def encode(wave: np.ndarray) -> bytes:
-    """[samples] float32 at 16 kHz -> a FLAC file, 16 bit."""
+    """Encode [samples] float32 at 16 kHz as a FLAC file of 16 bits."""
     import soundfile
 
     buffer = io.BytesIO()
@@ -232,6 +233,7 @@ GO_ON = "what is done stays, and the same command goes on from there"
 
 @contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that says how to go on."""
     try:
         yield
     except OSError as error:
@@ -239,7 +241,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
 
 
 def packed_recordings(folder: Path) -> dict[str, Recording]:
-    """What an earlier run has written into items.parquet, by file name.
+    """Recordings in the items.parquet of an earlier run, by their names.
 
     Raises:
         UserError: it cannot be read.
@@ -253,18 +255,21 @@ def packed_recordings(folder: Path) -> dict[str, Recording]:
 
 
 def open_folder(
-    folder: Path, recipe: Recipe, output_format: OutputFormat, packed: Mapping[str, Recording]
-) -> dict[str, Outcome]:
-    """Begin the folder, or find out what an earlier run with the same settings has finished there.
+    folder: Path, recipe: Recipe, output_format: OutputFormat
+) -> tuple[dict[str, Outcome], Mapping[str, Recording]]:
+    """Begin the output folder, or go on with that of an earlier run with the same settings.
+
+    Returns:
+        (id -> what the earlier run has finished and is still there, `packed_recordings`).
 
     Raises:
-        UserError: it holds something else.
+        UserError: it holds something else, or was begun with other settings.
     """
     settings_path, journal = (folder / "preparation" / name for name in ("settings.json", "finished.jsonl"))
     settings = json.loads(json.dumps(asdict(recipe) | {"output_format": output_format}))
     begun = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
     if begun:
-        # What this was before there was a choice.
+        # Written by a release that knew no other format.
         begun.setdefault("output_format", "jsonl")
     if not begun and folder.exists() and (not folder.is_dir() or any(path.name != "preparation" for path in folder.iterdir())):
         raise UserError(f"--output-dir {folder}: holds something else; name a new folder")
@@ -272,6 +277,7 @@ def open_folder(
     # A line that was cut off has no end.
     outcomes = [Outcome(**json.loads(line)) for line in lines if line.endswith("\n")]
     recordings = folder / "recordings"
+    packed = packed_recordings(folder)
     names = packed.keys() | ({path.name for path in recordings.iterdir()} if recordings.is_dir() else set())
     finished = {outcome.id: outcome for outcome in outcomes if recording_name(outcome.id, outcome.transcript) in names}
     changed = [f"--{name.replace('_', '-')} {begun.get(name)!s:.60}" for name in settings if begun.get(name) != settings[name]]
@@ -281,14 +287,14 @@ def open_folder(
     write_atomically(settings_path, json.dumps(settings, indent=2) + "\n")
     recordings.mkdir(exist_ok=True)
     write_atomically(journal, "".join(json.dumps(asdict(outcome)) + "\n" for outcome in finished.values()))
-    return finished
+    return finished, packed
 
 
 def run_workers(transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jobs: int) -> Generator[Outcome]:
-    """Speak what stands under each id, in worker processes; outcomes come as they are ready."""
+    """Speak texts, given by id, in worker processes; outcomes come as they are ready."""
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=watch_parent)
     try:
-        # Ctrl-C is for this process, where it waits for a moment; workers inherit from their first that they do not get it.
+        # Workers start with this mask and never get a Ctrl-C; this process gets it when the mask is lifted.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         futures = [pool.submit(speak_item, id, transcript, recipe, folder) for id, transcript in transcripts.items()]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -301,45 +307,33 @@ def run_workers(transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jo
 
 
 def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
-    """Speak the items of `data` into `folder`; returns the exit status."""
+    """Speak the items of `data` into `folder`, and return the exit status."""
     voices = config.voices or (VOICES if config.synthesiser == ESPEAK else ("default",))
     recipe = Recipe(config.synthesiser, voices, config.recogniser, config.max_word_error_rate, config.retries, config.seed)
+    small_workers = config.synthesiser == ESPEAK and config.recogniser is None
+    jobs = config.jobs or ((os.cpu_count() or 1) if small_workers else 1)
     items, left_out = read_usable(data, spoken=False)
     if left_out is not None:
         print(left_out, flush=True)
     transcripts = {item.question.id: spoken_form(item) for item in items}
     if config.output_format == "parquet":
         check_unicode(items, transcripts)
-    failed: dict[str, str] = {}
     with explain_full_disk(folder):
-        packed = packed_recordings(folder)
-        finished = open_folder(folder, recipe, config.output_format, packed)
+        finished, packed = open_folder(folder, recipe, config.output_format)
         done = {(outcome.id, outcome.transcript) for outcome in finished.values()}
         todo = dict(item for item in transcripts.items() if item not in done)
         if len(todo) < len(items):
             print(f"{len(items) - len(todo)} of {len(items)} items are there already", flush=True)
-        light = config.synthesiser == ESPEAK and config.recogniser is None
-        jobs = config.jobs or ((os.cpu_count() or 1) if light else 1)
-        with (
-            (folder / "preparation" / "finished.jsonl").open("a", encoding="utf-8") as journal,
-            closing(run_workers(todo, recipe, folder / "recordings", jobs)) as outcomes,
-        ):
-            for outcome in track(outcomes, len(todo), "spoken"):
-                if outcome.error is None:
-                    finished[outcome.id] = outcome
-                    journal.write(json.dumps(asdict(outcome)) + "\n")
-                    journal.flush()
-                else:
-                    failed[outcome.id] = outcome.error
-        made = [item for item in items if item.question.id not in failed]
-        spoken = [spoken_item(item, finished[item.question.id]) for item in made]
+        spoken, failed = speak_items(todo, recipe, folder, jobs)
+        finished |= spoken
+        written = [spoken_item(item, finished[item.question.id]) for item in items if item.question.id not in failed]
         if config.output_format == "parquet":
-            pack_items(folder, spoken, packed)
+            pack_items(folder, written, packed)
         else:
-            write_items(folder, spoken)
+            write_items(folder, written)
         failures = [json.dumps({"id": id, "error": failed[id]}) + "\n" for id in transcripts if id in failed]
         write_atomically(folder / "preparation" / "failed.jsonl", "".join(failures))
-    lengths = [finished[item.question.id].gained["seconds"] for item in made]
+    lengths = [finished[id].gained["seconds"] for id in transcripts if id not in failed]
     print(f"{len(lengths)} items, {sum(lengths):.0f} s of speech, written to {folder}")
     too_long = sum(length > config.max_seconds for length in lengths)
     if too_long:
@@ -347,6 +341,30 @@ def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
     if failed:
         print(f"{len(failed)} items failed and are left out; see {folder / 'preparation' / 'failed.jsonl'}", file=sys.stderr)
     return FAILED if failed else 0
+
+
+def speak_items(
+    transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jobs: int
+) -> tuple[dict[str, Outcome], dict[str, str]]:
+    """Speak texts, given by id, and write down each in finished.jsonl as soon as its recording is there.
+
+    Returns:
+        (id -> outcome, id -> why it failed).
+    """
+    spoken: dict[str, Outcome] = {}
+    failed: dict[str, str] = {}
+    with (
+        (folder / "preparation" / "finished.jsonl").open("a", encoding="utf-8") as journal,
+        closing(run_workers(transcripts, recipe, folder / "recordings", jobs)) as outcomes,
+    ):
+        for outcome in track(outcomes, len(transcripts), "spoken"):
+            if outcome.error is None:
+                spoken[outcome.id] = outcome
+                journal.write(json.dumps(asdict(outcome)) + "\n")
+                journal.flush()
+            else:
+                failed[outcome.id] = outcome.error
+    return spoken, failed
 
 
 def check_unicode(items: Sequence[UsableItem], transcripts: Mapping[str, str]) -> None:
@@ -386,7 +404,7 @@ def pack_items(folder: Path, items: Sequence[Mapping[str, object]], packed: Mapp
 
 
 def check(config: PrepareConfig, data: str) -> int:
-    """Say what is wrong with the spoken items of `data`; returns the exit status."""
+    """Show what is wrong with the spoken items of `data`, and return the exit status."""
     items = list(read_items(data))
     if not items:
         raise UserError(f"--check {data}: holds no items")
@@ -412,7 +430,7 @@ def check(config: PrepareConfig, data: str) -> int:
 
 
 def show(inspections: Sequence[Inspection], findings: Sequence[Finding]) -> None:
-    """One line a problem, with the first item that has it."""
+    """Print a table: a line a problem, with the first item that has it."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape

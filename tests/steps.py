@@ -48,16 +48,16 @@ def update(
     """One update by plain gradient descent, which leaves the gradients where they are; a later one of a scored rollout."""
     learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=learning_rate), config)
     if isinstance(rollout, ScoredRollout):
-        learner.score(rollout.rollout)
+        learner.begin_rollout(rollout.rollout)
         scored = rollout
     else:
-        scored = learner.score(rollout)
+        scored = learner.begin_rollout(rollout)
     return scored, update_policy(learner, scored)
 
 
 def base_rewards(rollout: Rollout) -> torch.Tensor:
     """[N] `R_base = R_acc + 0.5 R_fmt`."""
-    return rollout.text_rewards["accuracy"] + 0.5 * rollout.text_rewards["format"]
+    return rollout.completion_rewards["accuracy"] + 0.5 * rollout.completion_rewards["format"]
 
 
 def gradients(model: SpeechModel) -> torch.Tensor:

@@ -81,7 +81,7 @@ def warp(speech: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def thinned(path: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """At most `MOST_PAIRS` of the pairs, evenly spread, the first and the last among them."""
+    """Keep at most `MOST_PAIRS` of the pairs, evenly spread, the first and the last among them."""
     count = len(path[0])
     if count <= MOST_PAIRS:
         return path
@@ -259,7 +259,7 @@ def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def layer_numbers(best: np.ndarray) -> list[int]:
-    """As integers for JSON, with 0 in the place of NaN."""
+    """Turn layers into integers for JSON, with 0 in the place of NaN."""
     return np.nan_to_num(best).astype(int).tolist()
 
 
@@ -273,7 +273,7 @@ def describe_layers(rows: np.ndarray) -> dict[str, object]:
     same_best = share_of_same(best_layers(halves[:, 0]), best_layers(halves[:, 1]))
     resampled = best[1 : 1 + NUM_RESAMPLES]
     same_as_found = np.where(np.isfinite(resampled), resampled == best[0], np.nan)
-    made: dict[str, object] = {}
+    described: dict[str, object] = {}
     figures = {
         "best_text_layer": best,
         "band_width": widths,
@@ -282,12 +282,12 @@ def describe_layers(rows: np.ndarray) -> dict[str, object]:
         "mean_shift": mean_of_known(shift),
     }
     for name, values in figures.items():
-        made |= {name: values[0].tolist(), f"{name}_ci95": interval(values).T.tolist()}
-    made["best_text_layer"] = layer_numbers(best[0])
-    made["best_text_layer_share"] = mean_of_known(same_as_found.T).tolist()
-    made["halves"] = {
+        described |= {name: values[0].tolist(), f"{name}_ci95": interval(values).T.tolist()}
+    described["best_text_layer"] = layer_numbers(best[0])
+    described["best_text_layer_share"] = mean_of_known(same_as_found.T).tolist()
+    described["halves"] = {
         "correlation": alike.tolist(),
         "same_best_layer": same_best.tolist(),
         "mean_band_width": mean_of_known(widths)[1 + NUM_RESAMPLES :].tolist(),
     }
-    return made
+    return described

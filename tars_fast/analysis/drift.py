@@ -111,12 +111,12 @@ class Analysis:
         self.other_means = {layer: StreamedMeans() for layer in settings.other_base_layers}
 
     @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
+    def _timed(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
         if self._model.device.type == "cuda":
             torch.cuda.synchronize()
-        self.seconds[part] += time.perf_counter() - started
+        self.seconds[phase] += time.perf_counter() - started
 
     @torch.inference_mode()
     def add(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
@@ -124,22 +124,23 @@ class Analysis:
         usable = self._prompts(questions)
         if not usable:
             return []
-        items = self._answer(usable)
-        records: list[dict[str, Any]] = []
-        for batch in _batches(items):
-            weights = np.stack([resampling(self.settings.seed, item.prompts.question.id) for item in batch])
-            row = Row.pack(self._model, batch)
-            with self._timed("forward"):
-                states = run_row(self._model, row, self._calibrations)
-            values = states.similarities() | _chain(batch, self.settings.seed)
-            with self._timed("align"):
-                prompts = row.contents(states.contents)
-                for number, (speech, text) in enumerate(zip(prompts[::2], prompts[1::2], strict=True)):
-                    self._align(speech, text, weights[number : number + 1])
-            self.means.add(weights, values)
-            records += _records(batch, values)
+        records = [record for batch in _batches(self._answer(usable)) for record in self._add_batch(batch)]
         self.num_items += len(records)
         return records
+
+    def _add_batch(self, items: Sequence[AnsweredItem]) -> list[dict[str, Any]]:
+        """One forward pass over some items, whose states are gone when this returns."""
+        weights = np.stack([resampling(self.settings.seed, item.prompts.question.id) for item in items])
+        row = Row.pack(self._model, items)
+        with self._timed("forward"):
+            states = run_row(self._model, row, self._calibrations)
+        values = states.similarities() | _chain(items, self.settings.seed)
+        with self._timed("align"):
+            prompts = row.contents(states.contents)
+            for number, (speech, text) in enumerate(zip(prompts[::2], prompts[1::2], strict=True)):
+                self._align(speech, text, weights[number : number + 1])
+        self.means.add(weights, values)
+        return _records(items, values)
 
     def _prompts(self, questions: Sequence[Question]) -> list[ItemPrompts]:
         """Encode the prompts of all items; those that cannot be used are put into `failed`."""
@@ -189,13 +190,13 @@ class Analysis:
         self._text_before = text.clone()
 
     def report(self) -> dict[str, Any]:
-        """All figures, each with its 95 % interval over items beside it."""
+        """All figures, each with its 95 % interval over items."""
         means = self.means
-        made: dict[str, Any] = {"num_items": self.num_items, "num_failed": len(self.failed), "failed": self.failed}
+        figures: dict[str, Any] = {"num_items": self.num_items, "num_failed": len(self.failed), "failed": self.failed}
         if not self.num_items:
-            return made
-        made["chain"] = _figures({name: means.rows(name) for name in SCALARS})
-        made["drift"] = {
+            return figures
+        figures["chain"] = _figures({name: means.rows(name) for name in SCALARS})
+        figures["drift"] = {
             kind: _figures({name: means.rows(f"{kind}_{name}") for name in ("pooled", "tokens", "along")}) for kind in KINDS
         }
         estimates = {"cka": means.rows("cka"), "debiased": debiased(means)}
@@ -217,10 +218,10 @@ class Analysis:
             }
             for layer, other in self.other_means.items()
         }
-        made["alignment"] = alignment
+        figures["alignment"] = alignment
         items = self.num_items
-        made["cost"] = {f"{part}_seconds_per_item": seconds / items for part, seconds in self.seconds.items()}
-        return made
+        figures["cost"] = {f"{phase}_seconds_per_item": seconds / items for phase, seconds in self.seconds.items()}
+        return figures
 
     def resamples(self) -> dict[str, np.ndarray]:
         """[R, ...] of every figure, for `change_since`."""
@@ -235,36 +236,36 @@ def change_since(after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarra
 
 
 def _figures(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, values in rows.items():
         ends = np.moveaxis(interval(values), 0, -1)
-        made |= {name: values[0].tolist(), f"{name}_ci95": ends.tolist()}
-    return made
+        figures |= {name: values[0].tolist(), f"{name}_ci95": ends.tolist()}
+    return figures
 
 
 def _agreement(rows: np.ndarray, main: np.ndarray) -> dict[str, Any]:
     """Agreement of CKA under another base layer with that under the chosen one, both [R, L, L]."""
     best = best_layers(rows)
-    made = _figures(
+    figures = _figures(
         {
             "correlation": correlation(rows, main),
             "same_best_layer": share_of_same(best, best_layers(main)),
             "mean_band_width": mean_of_known(band_widths(rows)),
         }
     )
-    return made | {"best_text_layer": layer_numbers(best[0])}
+    return figures | {"best_text_layer": layer_numbers(best[0])}
 
 
 def _compare(speech: Tensor, text: Tensor, layer: int) -> dict[str, np.ndarray]:
     """Figures [1, ...] of one item whose tokens are paired by the states of a layer."""
     path = warp(speech[layer - 1], text[layer - 1])
     x, y = (places.to(speech.device) for places in thinned(path))
-    made = vars(compare_layers(speech[:, x], text[:, y])) | {"path_length": float(len(path[0]))}
-    return {name: np.asarray(value)[None] for name, value in made.items()}
+    figures = vars(compare_layers(speech[:, x], text[:, y])) | {"path_length": float(len(path[0]))}
+    return {name: np.asarray(value)[None] for name, value in figures.items()}
 
 
 def _batches(items: Sequence[AnsweredItem]) -> Iterator[list[AnsweredItem]]:
-    """In order, each as large as a forward pass takes."""
+    """Split the items, in order, into batches as large as a forward pass takes."""
     batch: list[AnsweredItem] = []
     for item in items:
         if batch and sum(other.num_tokens for other in batch) + item.num_tokens > TOKENS_PER_FORWARD:

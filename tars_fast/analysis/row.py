@@ -2,9 +2,9 @@
 
 The row of two items:
 
-    | spoken 1    | written 1   | spoken 2    | written 2   || own 1 | forced 1 | text 1 | own 2 | forced 2 | text 2 |
-    |  [audio]    |    [words]  |  [audio]    |    [words]  ||
-     \\_________________ prompts _________________________/  \\____________________ completions ____________________/
+    | spoken 1   | written 1  | spoken 2   | written 2  | own 1 | forced 1 | text 1 | own 2 | forced 2 | text 2 |
+    |  [audio]   |  [words]   |  [audio]   |  [words]   |                                                       |
+    |<-------------------- prompts -------------------->|<-------------------- completions -------------------->|
 
     own      the completion of the spoken prompt, which it attends to
     forced   the completion of the written prompt, but it attends to the spoken one
@@ -63,13 +63,13 @@ class AnsweredItem:
 
     prompts: ItemPrompts
     spoken: Completion
-    """Of the spoken prompt."""
+    """Completion of the spoken prompt."""
     written: Completion
-    """Of the written prompt."""
+    """Completion of the written prompt."""
 
     @property
     def num_tokens(self) -> int:
-        """In the row."""
+        """Number of tokens that the item takes in the row."""
         prompts = len(self.prompts.speech.token_ids) + len(self.prompts.text.token_ids)
         return prompts + len(self.spoken.token_ids) + 2 * len(self.written.token_ids)
 
@@ -81,15 +81,15 @@ class Row:
     num_items: int
     packed: PackedBatch
     content_places: Tensor
-    """[C] of the content of each prompt, spoken and written in turn."""
+    """[C] places of the content of each prompt, spoken and written in turn."""
     content_lengths: list[int]
-    """[2 I] tokens of it in each prompt."""
+    """[2 I] numbers of content tokens of each prompt."""
     completion_pairs: Tensor
-    """[2 I, 2] numbers of the completions that are compared: own and text, forced and text, of each item."""
+    """[2 I, 2] indices of the completions that are compared: own and text, forced and text, of each item."""
     token_pairs: tuple[Tensor, Tensor]
-    """Two of [T]: places of the tokens that are compared."""
+    """Two tensors [T]: the places of the tokens that are compared."""
     cells: Tensor
-    """[T] number of the (item, kind, stretch) that each pair of tokens belongs to, of 2 I K."""
+    """[T] index, below 2 I K, of the (item, kind, stretch) that each pair of tokens belongs to."""
 
     @classmethod
     def pack(cls, model: SpeechModel, items: Sequence[AnsweredItem]) -> Row:
@@ -125,13 +125,13 @@ class Row:
         )
 
     def contents(self, states: Tensor) -> list[Tensor]:
-        """[..., content of a prompt, D] of each prompt, from [..., C, D]."""
+        """Split [..., C, D] into the contents of the prompts, spoken and written in turn."""
         return list(states.split(self.content_lengths, dim=-2))
 
 
 @dataclass(frozen=True)
 class RowStates:
-    """What is kept of the states of a row."""
+    """The values that are kept of the states of a row."""
 
     pooled_cosines: np.ndarray
     """[I, kinds, L] cosine of states that are averaged over tokens."""

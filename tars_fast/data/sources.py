@@ -1,6 +1,6 @@
-"""Rows of data from wherever they are: jsonl files with recordings beside them, parquet files, datasets saved or on the hub.
+"""Rows of jsonl files with recordings beside them, of parquet files, and of datasets, saved or on the hub.
 
-What the columns mean is for `items` to say. Recordings are left where they are until their bytes are asked for.
+What the columns mean is for `items` to say. A recording is read when its bytes are asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHORT_NAMES = {
     "obqa": "hlt-lab/voicebench:openbookqa",
     "openbookqa": "hlt-lab/voicebench:openbookqa",
 }
-"""Benchmarks of the hub that a word names."""
+"""Short names of benchmarks on the hub."""
 
 _LARGEST_IN_MEMORY = 64 * 2**20
 """Bytes of parquet files up to which they are read whole: at once, and without the package datasets and a copy in its cache."""
@@ -35,14 +35,14 @@ _ROWS_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class DatasetRecording:
-    """A recording inside a dataset; its bytes are read when they are asked for, and nothing is written anywhere."""
+    """A recording inside a dataset, which is read when its bytes are asked for."""
 
     place: str
     column: pa.ChunkedArray = field(compare=False, repr=False)
     """The dataset's column `audio`: files as {bytes, path} or bytes, or paths of files."""
     row: int
     folder: Path = field(compare=False)
-    """What a path in the row is relative to."""
+    """Paths in the row are relative to it."""
     version: str = field(compare=False, repr=False)
     """Differs where the dataset differs."""
 
@@ -86,17 +86,17 @@ def stamp(recording: Recording | None) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """What a source holds in one place, before it is understood."""
+    """One row of a source as it stands there, good or bad."""
 
     source: str
     where: str
-    """Within the source: line or row."""
+    """Line or row within the source."""
     values: object
     audio: Recording | None = None
     split: str = ""
     """The part of the source it comes from, where several are joined."""
     error: UserError | None = None
-    """It cannot even be read."""
+    """Why it cannot even be read."""
 
     @property
     def place(self) -> str:
@@ -104,10 +104,10 @@ class Row:
 
 
 def read_rows(source: str) -> Iterator[Row]:
-    """Every row of a source: `PATH[@split]`, `owner/name[:configuration][@split]` of the hub, or one of `SHORT_NAMES`.
+    """Read every row of a source: `PATH[@split]`, `owner/name[:configuration][@split]` of the hub, or one of `SHORT_NAMES`.
 
     Raises:
-        UserError: nothing readable there, or it does not say which split it means.
+        UserError: there is nothing to read, or `source` does not say which split it means.
     """
     name, configuration, split = _take_apart(source)
     path = Path(name)
@@ -128,7 +128,7 @@ def read_rows(source: str) -> Iterator[Row]:
 
 
 def _take_apart(source: str) -> tuple[str, str | None, str | None]:
-    """(path or name, configuration, split); a path may hold any of the signs that separate them."""
+    """(path or name, configuration, split); a path that exists may itself hold `:` and `@`."""
     if Path(source).exists():
         return source, None, None
     base, separator, named = source.rpartition("@")
@@ -166,11 +166,11 @@ def _read_lines(path: Path) -> Iterator[Row]:
 
 
 _SPLITS_APART = frozenset({"train", "validation", "valid", "val", "dev", "test", "auxiliary_train"})
-"""Not to be mixed; splits of other names, such as the subjects of mmsu, are joined."""
+"""Splits that are never read together; splits of other names, such as the subjects of mmsu, are joined."""
 
 
 def _split_files(path: Path) -> dict[str, list[Path]]:
-    """Parquet files by the split in their name, `law-00000-of-00001.parquet` or `train.parquet`; all others together."""
+    """Parquet files by the split in their name, `law-00000-of-00001.parquet` or `train.parquet`; all others as "data"."""
     files: defaultdict[str, list[Path]] = defaultdict(list)
     for file in sorted(path.rglob("*.parquet")) if path.is_dir() else [path]:
         numbered = re.fullmatch(r"(\w+)-\d+-of-\d+", file.stem)
@@ -200,13 +200,13 @@ def _load_tables(source: str, name: str, configuration: str | None) -> dict[str,
     import datasets
     from huggingface_hub.utils import logging
 
-    # The error says it once; the hub's client says it at each of its retries.
+    # The hub's client would log what is wrong at each of its retries; the error below says it once.
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         if files:
-            # Makes a copy in its cache that rows are read from one by one, which those of parquet cannot be.
+            # A row of parquet cannot be read by itself; from the copy that this makes in its cache it can.
             named = {split: [str(file) for file in found] for split, found in files.items()}
             loaded = datasets.load_dataset("parquet", data_files=named)
         elif path.exists():
@@ -235,7 +235,7 @@ def _unreadable(source: str, path: Path, error: Exception) -> UserError:
 
 
 def _choose_splits(source: str, tables: dict[str, _Table], split: str | None) -> dict[str, _Table]:
-    """What is to be read, by the names of splits where several are to be joined, else by ""."""
+    """The splits that `source` means, by name where they are several that are joined; a single one by ""."""
     listed = ", ".join(filter(None, tables)) or "none"
     if split is not None:
         if split not in tables:

@@ -49,7 +49,7 @@ class FinishedRun:
     before: Sequence[ItemResult]
     after: Sequence[ItemResult]
     metrics: Sequence[Mapping[str, float]]
-    """By step."""
+    """Metrics of each step."""
     settings: Mapping[str, Any]
 
     @classmethod
@@ -154,36 +154,36 @@ class Arms:
         """`<name>`, `<name>_ci95`, and `<name>_by_seed` of an arm, or of the start; `layer_cosine` by layer."""
         seeds = self.seeds[arm]
         resamples = CrossedBootstrap(len(seeds), len(self.items))
-        made: dict[str, Any] = {"seeds": seeds}
+        figures: dict[str, Any] = {"seeds": seeds}
         for name in self._columns[arm]:
-            made |= with_interval(name, _estimate(self._rows(arm, name, resamples, seeds)))
-            made[f"{name}_by_seed"] = [_plain(value) for value in self._by_seed(arm, name, seeds)]
+            figures |= with_interval(name, _estimate(self._rows(arm, name, resamples, seeds)))
+            figures[f"{name}_by_seed"] = [_plain(value) for value in self._by_seed(arm, name, seeds)]
         layers = [_estimate(resamples.means(cosines)) for cosines in self._layer_cosines[arm]]
-        made["layer_cosine"] = [layer.value for layer in layers]
-        made["layer_cosine_ci95"] = [layer.interval for layer in layers]
-        return made
+        figures["layer_cosine"] = [layer.value for layer in layers]
+        figures["layer_cosine_ci95"] = [layer.interval for layer in layers]
+        return figures
 
     def differences(self, arm: str) -> dict[str, Any]:
         """The figures of `arm` minus those of the baseline, paired by seed and item, with `<name>_p` of the t-test."""
         seeds = [seed for seed in self.seeds[arm] if seed in self.seeds[self.baseline]]
-        made: dict[str, Any] = {"seeds": seeds}
+        figures: dict[str, Any] = {"seeds": seeds}
         if not seeds:
-            return made
+            return figures
         resamples = CrossedBootstrap(len(seeds), len(self.items))
         for name in self._columns[arm]:
             if name not in self._columns[self.baseline]:
                 continue
             own, other = (self._rows(either, name, resamples, seeds) for either in (arm, self.baseline))
-            made |= with_interval(name, _estimate(own - other))
+            figures |= with_interval(name, _estimate(own - other))
             sides = [self._by_seed(either, name, seeds) for either in (arm, self.baseline)]
             by_seed = [own - other for own, other in zip(*sides, strict=True)]
-            made[f"{name}_by_seed"] = [_plain(value) for value in by_seed]
-            made[f"{name}_p"] = paired_t_test(by_seed)
-        return made
+            figures[f"{name}_by_seed"] = [_plain(value) for value in by_seed]
+            figures[f"{name}_p"] = paired_t_test(by_seed)
+        return figures
 
     def report(self) -> dict[str, Any]:
         """All figures, with p-values corrected for the number of arms."""
-        made: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "baseline": self.baseline,
             "num_items": len(self.items),
             "num_items_left_out": self.num_left_out,
@@ -194,15 +194,15 @@ class Arms:
         others = [arm for arm in self.names if arm != self.baseline and self.baseline in self.names]
         differences = {arm: self.differences(arm) for arm in others}
         for name in FIGURES:
-            known = {arm: made[f"{name}_p"] for arm, made in differences.items() if made.get(f"{name}_p") is not None}
+            known = {arm: own[f"{name}_p"] for arm, own in differences.items() if own.get(f"{name}_p") is not None}
             for arm, p in zip(known, holm(list(known.values())), strict=True):
                 differences[arm][f"{name}_p_holm"] = p
-        made[f"minus_{self.baseline}"] = differences
+        figures[f"minus_{self.baseline}"] = differences
         for arm in self.names:
-            made["arms"][arm]["median_seconds_per_step"] = statistics.median(
+            figures["arms"][arm]["median_seconds_per_step"] = statistics.median(
                 step["seconds/step"] for run in self.runs[arm] for step in run.metrics
             )
-        return made
+        return figures
 
     def curves(self) -> dict[str, dict[str, Curve]]:
         """Learning curves by title and arm: smoothed, the mean over seeds, with its 95 % t-interval.

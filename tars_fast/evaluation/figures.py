@@ -1,4 +1,4 @@
-"""The figures of an evaluation: one table says how each follows from items and how it is shown; reports and changes use it.
+"""The figures of an evaluation: a table that says how each follows from items and how it is shown, and reports made from it.
 
 Figures are over the items that could be evaluated, whose number stands beside them.
 """
@@ -29,7 +29,7 @@ from tars_fast.evaluation.scorers import SCORERS
 from tars_fast.types import Modality
 
 OVERALL = "overall"
-"""What the mean over several data sets is called, which no data set may be."""
+"""Name of the mean over several data sets, which no data set may have."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Figure:
     title: str
     statistic: Statistic
     values: Callable[[Evaluated, float | None], tuple[float, ...] | None]
-    """What an item contributes, given it and the text accuracy of the fixed reference on it: a value for each column of the
-    statistic; None: nothing."""
+    """The item and the text accuracy of the fixed reference on it -> a value for each column of the statistic. None: the item
+    does not count."""
     scale: float = 100.0
     decimals: int = 1
     of_evaluations: bool = True
@@ -90,7 +90,7 @@ FIGURES: dict[str, Figure] = {
     "text_truncated": _mean_of("cut off, text %", lambda item: item.text.truncated, of_ablations=False),
     "word_error_rate": Figure("word error rate %", ratio, _word_error_values, of_ablations=False),
 }
-"""By the name that files have for it, in the order of tables.
+"""All figures by their names in files, in the order of tables.
 
 Fractions are shown in percent; the modality recovery rate is in percent already. Its fixed reference is another evaluation, or
 the model before training.
@@ -106,7 +106,7 @@ def text_reference(results: Iterable[ItemResult]) -> dict[tuple[str, str], float
 
 
 def columns_of(figure: Figure, results: Iterable[ItemResult], reference: Reference) -> list[list[float]]:
-    """`[columns, items]` values of a figure, over the items that contribute; empty where none does."""
+    """[columns, items] values of a figure, over the items that contribute; empty where none does."""
     rows = []
     for result in results:
         if result.evaluated is not None:
@@ -130,38 +130,38 @@ def report(results: Sequence[ItemResult], reference: Reference) -> dict[str, Any
     Accuracies, unparsed and truncated shares are fractions, MRR is in percent, `unparsed` counts unparseable greedy answers of
     both modalities; `word_error_rate` is that of all words together. Where nothing was evaluated only the counts are there.
     """
-    made: dict[str, Any] = _counts(results)
+    figures: dict[str, Any] = _counts(results)
     items = _evaluated(results)
     for name, columns in _columns(results, reference).items():
-        made |= with_interval(name, bootstrap_interval(FIGURES[name].statistic, *columns))
+        figures |= with_interval(name, bootstrap_interval(FIGURES[name].statistic, *columns))
     if items:
-        made |= with_interval(
+        figures |= with_interval(
             "unparsed", bootstrap_interval(total, [item.speech.is_unparsed + item.text.is_unparsed for item in items])
         )
         layers = [bootstrap_interval(mean, column) for column in zip(*(item.layer_cosine for item in items), strict=True)]
-        made["layer_cosine"] = [layer.value for layer in layers]
-        made["layer_cosine_ci95"] = [layer.interval for layer in layers]
-        made["scorers"] = {name: _scorer_report(items, name) for name in SCORERS}
+        figures["layer_cosine"] = [layer.value for layer in layers]
+        figures["layer_cosine_ci95"] = [layer.interval for layer in layers]
+        figures["scorers"] = {name: _scorer_report(items, name) for name in SCORERS}
     categories = sorted({result.category for result in results} - {""})
     if categories:
-        made["categories"] = {
+        figures["categories"] = {
             category: _category_report([result for result in results if result.category == category]) for category in categories
         }
-    made["failed"] = {result.id: result.failed for result in results if result.failed is not None}
-    return made
+    figures["failed"] = {result.id: result.failed for result in results if result.failed is not None}
+    return figures
 
 
 def overall(results: Iterable[ItemResult], reference: Reference) -> dict[str, Any]:
     """Mean over the data sets, each counting the same, as published tables have it; MRR from the mean accuracies."""
     data_sets = list(by_data(results).values())
-    columns = [_columns(one, reference) for one in data_sets]
-    counts = [_counts(one) for one in data_sets]
-    made: dict[str, Any] = {name: sum(count[name] for count in counts) for name in counts[0]}
+    columns = [_columns(own, reference) for own in data_sets]
+    counts = [_counts(own) for own in data_sets]
+    figures: dict[str, Any] = {name: sum(count[name] for count in counts) for name in counts[0]}
     for name in columns[0]:
         # A mean over data sets of a rate of all words would be of neither.
         if name != "word_error_rate" and all(name in others for others in columns):
-            made |= with_interval(name, mean_over_data(FIGURES[name].statistic, [others[name] for others in columns]))
-    return made
+            figures |= with_interval(name, mean_over_data(FIGURES[name].statistic, [others[name] for others in columns]))
+    return figures
 
 
 def change_since(results: Iterable[ItemResult], before: Iterable[ItemResult]) -> dict[str, Any]:
@@ -170,33 +170,33 @@ def change_since(results: Iterable[ItemResult], before: Iterable[ItemResult]) ->
     For greedy accuracies also how many items became right and wrong, and the p-value of McNemar's exact test.
     """
     after, first = _evaluated_by_both(results, before)
-    made: dict[str, Any] = {"num_items": len(after)}
+    figures: dict[str, Any] = {"num_items": len(after)}
     if not after:
-        return made
+        return figures
     changes = {"behaviour_similarity": (_values("behaviour_similarity", after), _values("behaviour_similarity", first))}
     for modality in Modality:
         name = f"{modality}_accuracy"
         changes[name] = pair = (_values(name, after), _values(name, first))
         gained, lost = (sum(now - then == sign for now, then in zip(*pair, strict=True)) for sign in (1, -1))
-        made |= {f"{name}_gained": gained, f"{name}_lost": lost, f"{name}_mcnemar_p": mcnemar(gained, lost)}
+        figures |= {f"{name}_gained": gained, f"{name}_lost": lost, f"{name}_mcnemar_p": mcnemar(gained, lost)}
         sampled = (_values(f"{name}_sampled", after), _values(f"{name}_sampled", first))
         if all(sampled):
             changes[f"{name}_sampled"] = sampled
     for name, pair in changes.items():
-        made |= with_interval(name, bootstrap_interval(mean_difference, *pair))
-    return made
+        figures |= with_interval(name, bootstrap_interval(mean_difference, *pair))
+    return figures
 
 
 def overall_change(results: Iterable[ItemResult], before: Iterable[ItemResult]) -> dict[str, Any]:
     """Differences of `overall` accuracies to an earlier evaluation: paired by item, each data set counting the same."""
     now, earlier = by_data(results), by_data(before)
     pairs = [_evaluated_by_both(now[name], earlier[name]) for name in now]
-    made: dict[str, Any] = {"num_items": sum(len(after) for after, _ in pairs)}
+    figures: dict[str, Any] = {"num_items": sum(len(after) for after, _ in pairs)}
     for modality in Modality if all(after for after, _ in pairs) else ():
         name = f"{modality}_accuracy"
         columns = [[_values(name, items) for items in pair] for pair in pairs]
-        made |= with_interval(name, mean_over_data(mean_difference, columns))
-    return made
+        figures |= with_interval(name, mean_over_data(mean_difference, columns))
+    return figures
 
 
 def _evaluated(results: Iterable[ItemResult]) -> list[Evaluated]:
@@ -231,7 +231,7 @@ def _counts(results: Sequence[ItemResult]) -> dict[str, int]:
 def _scorer_report(items: Sequence[Evaluated], scorer: str) -> dict[str, Any]:
     """Accuracy by modality and the shares unparsed and guessed, over the items whose answer set the scorer knows."""
     known = [item for item in items if scorer in item.speech.readings]
-    made: dict[str, Any] = {"num_items": len(known)}
+    figures: dict[str, Any] = {"num_items": len(known)}
     for modality in Modality if known else ():
         readings = [item[modality].readings[scorer] for item in known]
         columns = {
@@ -240,13 +240,13 @@ def _scorer_report(items: Sequence[Evaluated], scorer: str) -> dict[str, Any]:
             "guessed": [reading.guessed for reading in readings],
         }
         for name, column in columns.items():
-            made |= with_interval(f"{modality}_{name}", bootstrap_interval(mean, column))
-    return made
+            figures |= with_interval(f"{modality}_{name}", bootstrap_interval(mean, column))
+    return figures
 
 
 def _category_report(results: Sequence[ItemResult]) -> dict[str, Any]:
-    made: dict[str, Any] = _counts(results)
+    figures: dict[str, Any] = _counts(results)
     items = _evaluated(results)
     for name in ("speech_accuracy", "text_accuracy") if items else ():
-        made |= with_interval(name, bootstrap_interval(mean, _values(name, items)))
-    return made
+        figures |= with_interval(name, bootstrap_interval(mean, _values(name, items)))
+    return figures

@@ -75,8 +75,8 @@ class CrossedBootstrap:
         generator = np.random.default_rng(seed)
         # Items first, so that they are the same ones however many seeds there are.
         items = generator.multinomial(num_items, np.full(num_items, 1 / num_items), num_resamples) / num_items
-        drawn = max(1, num_seeds - 1)
-        seeds = generator.multinomial(drawn, np.full(num_seeds, 1 / num_seeds), num_resamples) / drawn
+        count = max(1, num_seeds - 1)
+        seeds = generator.multinomial(count, np.full(num_seeds, 1 / num_seeds), num_resamples) / count
         self._items = np.concatenate([np.full((1, num_items), 1 / num_items), items])
         self._seeds = np.concatenate([np.full((1, num_seeds), 1 / num_seeds), seeds])
 
@@ -88,7 +88,7 @@ class CrossedBootstrap:
 def paired_t_test(differences: Sequence[float]) -> float | None:
     """Two-sided p-value of Student's t-test that paired differences have mean 0.
 
-    None for one difference, where one is nan, or where they do not differ.
+    None for a single difference, where any is nan, or where all are equal.
     """
     from scipy import stats
 
@@ -158,7 +158,7 @@ class Curve:
     high: Sequence[float | None] | None = None
 
     def thinned(self, most_points: int = 150) -> Curve:
-        """At most so many points, each the mean of what is known of its neighbours."""
+        """The curve with at most so many points, each the mean over neighbours that are not None or nan."""
         size = max(1, -(-len(self.x) // most_points))
         starts = range(0, len(self.x), size)
 

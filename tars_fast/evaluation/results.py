@@ -1,4 +1,4 @@
-"""What an evaluation knows of every item: the lines of `predictions.jsonl`, and whether two evaluations are of the same items.
+"""Results of every item of an evaluation, `predictions.jsonl`, and a check that two evaluations are of the same items.
 
 The key of an item is (name of its data, id); resuming, comparing and dividing by a reference match items by it. An item that
 could not be evaluated has a result too, with the reason.
@@ -25,16 +25,16 @@ class Answered:
     """How the model answered one item in one modality."""
 
     completion: str
-    """The greedy one."""
+    """The greedy completion."""
     truncated: bool
     readings: Mapping[str, Reading]
-    """By the scorer's name."""
+    """Readings by the scorer's name."""
     sampled_accuracy: float | None
     """Share of correct sampled completions; None: there are none."""
 
     @property
     def is_correct(self) -> bool:
-        """By the strict scorer, which training rewards."""
+        """Whether the strict scorer, which training rewards, reads the right answer."""
         return self.readings["strict"].correct
 
     @property
@@ -48,7 +48,7 @@ class Transcribed:
     """A recording written down by the model."""
 
     transcription: str
-    """By the model."""
+    """What the model wrote."""
     transcript: str
     """What the recording says."""
     word_error_rate: float

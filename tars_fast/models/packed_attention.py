@@ -1,12 +1,13 @@
-"""Attention over packed question groups: every prompt once, its completions behind all prompts, none sees another's tokens.
+"""Attention over packed groups, in which the completions of a prompt share it.
 
-Registered with transformers, so that its model classes run on packed rows as they are. A call without `groups` (audio
-towers) gets PyTorch's scaled dot-product attention.
+A row holds every prompt once, then all completions; a completion attends to its own prompt and to its own earlier tokens.
+The function is registered with transformers, so that its model classes run on packed rows unchanged. A call without `groups`,
+as from audio towers, gets PyTorch's scaled dot-product attention.
 
-On CUDA in half precision a layer is two calls of FlashAttention as PyTorch ships it, over ragged sequences without mask or
-padding: every prompt and completion with itself, causally, and the completions with their prompt. Both halves of a completion's
-softmax are merged by their log-sum-exp; the backward pass of either half needs nothing but the merged result (Liu et al. 2023,
-ring attention). Elsewhere each group is two calls of masked attention.
+On CUDA in half precision a layer makes two calls of PyTorch's FlashAttention over sequences of different lengths, without mask
+or padding: every prompt and completion attends to itself, causally; the completions of a group attend to its prompt. The two
+parts of a completion's softmax are merged by their log-sum-exps, and the backward pass of either part only needs the merged
+result (Liu et al. 2023, ring attention). Elsewhere each group is two calls of masked attention.
 
 Shapes: S tokens of the row, P of them in prompts, T in completions, R groups, N completions, H heads, E head size.
 """
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +27,22 @@ from tars_fast.models.key_values import KeyValues
 from tars_fast.models.modules import Decoder
 
 PACKED_ATTENTION = "tars_fast_packed"
-"""Name among transformers' attention implementations."""
+"""The name under which transformers finds `packed_attention`."""
 
 
 @dataclass(frozen=True)
 class PackedGroups:
-    """Where prompts and completions stand in a row: P prompt tokens, group by group, then T completion tokens likewise."""
+    """Where prompts and completions are in a row: P prompt tokens, group by group, then T completion tokens likewise."""
 
     prompt_lengths: tuple[int, ...]
-    """[R]"""
+    """[R] tokens of each prompt."""
     completion_lengths: tuple[tuple[int, ...], ...]
-    """Of each completion of each group."""
+    """[R][N] tokens of each completion of each group."""
     device: torch.device
 
     @cached_property
     def group_lengths(self) -> tuple[int, ...]:
-        """[R] tokens of each group's completions together."""
+        """[R] tokens of all completions of each group."""
         return tuple(map(sum, self.completion_lengths))
 
     @cached_property
@@ -49,18 +50,18 @@ class PackedGroups:
         return sum(self.prompt_lengths)
 
     @cached_property
-    def alone(self) -> _Ragged:
-        """Every prompt and completion with itself."""
+    def within_sequences(self) -> VarlenSequences:
+        """Attention of every prompt and completion to itself."""
         lengths = [*self.prompt_lengths, *(length for group in self.completion_lengths for length in group)]
-        return _Ragged.of(lengths, lengths, self.device)
+        return VarlenSequences.of(lengths, lengths, self.device, causal=True)
 
     @cached_property
-    def under_prompt(self) -> _Ragged:
-        """The completions of each group with its prompt."""
-        return _Ragged.of(self.group_lengths, self.prompt_lengths, self.device)
+    def to_prompts(self) -> VarlenSequences:
+        """Attention of each group's completions to its prompt."""
+        return VarlenSequences.of(self.group_lengths, self.prompt_lengths, self.device, causal=False)
 
     def masks(self, dtype: torch.dtype) -> list[Tensor]:
-        """[1, 1, group, prompt + group] additive mask of each group's completions; made once, for all layers."""
+        """For each group the additive mask [1, 1, group, prompt + group] of its completions; made once for all layers."""
         if dtype not in self._masks:
             self._masks[dtype] = [self._mask(number, dtype) for number in range(len(self.prompt_lengths))]
         return self._masks[dtype]
@@ -78,54 +79,78 @@ class PackedGroups:
 
 
 @dataclass(frozen=True)
-class _Ragged:
-    """Sequences behind each other, as FlashAttention takes them."""
+class VarlenSequences:
+    """Sequences of different lengths, one after the other, as FlashAttention takes them."""
 
-    query_bounds: Tensor
-    """[sequences + 1] int32"""
-    key_bounds: Tensor
-    max_query: int
-    max_key: int
+    bounds: tuple[Tensor, Tensor]
+    """[sequences + 1] int32 boundaries of the queries, and of the keys."""
+    longest: tuple[int, int]
+    """Most queries of a sequence, and most keys."""
+    causal: bool
 
     @classmethod
-    def of(cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> _Ragged:
+    def of(
+        cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device, *, causal: bool
+    ) -> VarlenSequences:
         query_bounds, key_bounds = (
             torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
             for lengths in (query_lengths, key_lengths)
         )
-        return cls(query_bounds, key_bounds, max(query_lengths), max(key_lengths))
+        return cls((query_bounds, key_bounds), (max(query_lengths), max(key_lengths)), causal)
 
 
-def flash_forward(
-    query: Tensor, key: Tensor, value: Tensor, sequences: _Ragged, *, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """([queries, H, E] attention, [H, queries] fp32 log-sum-exp) by PyTorch's FlashAttention."""
-    bounds, longest = (sequences.query_bounds, sequences.key_bounds), (sequences.max_query, sequences.max_key)
+class QueryKeyValue(NamedTuple):
+    """What attention takes: queries of some tokens, keys and values of others or the same."""
+
+    query: Tensor
+    """[queries, H, E]"""
+    key: Tensor
+    """[keys, H', E]"""
+    value: Tensor
+    """[keys, H', E]"""
+
+
+class AttentionResult(NamedTuple):
+    """What FlashAttention returns, and its backward pass takes."""
+
+    output: Tensor
+    """[queries, H, E]"""
+    log_sums: Tensor
+    """[H, queries] fp32 log-sum-exp of the scaled scores."""
+
+
+def flash_forward(states: QueryKeyValue, sequences: VarlenSequences, scale: float) -> AttentionResult:
+    """Attention of every sequence by PyTorch's FlashAttention.
+
+    Args:
+        scale: factor of the scores.
+    """
     output, log_sums, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, value, *bounds, *longest, 0.0, causal, False, scale=scale
+        *states, *sequences.bounds, *sequences.longest, 0.0, sequences.causal, False, scale=scale
     )
-    return output, log_sums
+    return AttentionResult(output, log_sums)
 
 
 def flash_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    log_sums: Tensor,
-    sequences: _Ragged,
-    *,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; `output` and `log_sums` may be those of a softmax over more keys than these."""
-    bounds, longest = (sequences.query_bounds, sequences.key_bounds), (sequences.max_query, sequences.max_key)
-    # Where dropout drew its numbers from, and a place that is never read.
-    random_state, unused = torch.empty(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
-    return torch.ops.aten._flash_attention_backward(
-        gradient, query, key, value, output, log_sums, *bounds, *longest, 0.0, causal, random_state, unused, scale=scale
+    gradient: Tensor, states: QueryKeyValue, result: AttentionResult, sequences: VarlenSequences, scale: float
+) -> QueryKeyValue:
+    """Gradients of query, key and value.
+
+    Args:
+        gradient: [queries, H, E] of the output.
+        result: of `flash_forward`, or of a softmax over more keys than those in `states`.
+    """
+    # The state of dropout's random numbers, and an argument that is never read.
+    random_state, unused = (
+        torch.empty(2, dtype=torch.uint64, device=gradient.device),
+        torch.empty(0, device=gradient.device),
     )
+    return QueryKeyValue(
+        *torch.ops.aten._flash_attention_backward(
+            gradient, *states, *result, *sequences.bounds, *sequences.longest, 0.0, sequences.causal, random_state, unused,
+            scale=scale,
+        )
+    )  # fmt: skip
 
 
 class SharedPromptAttention(torch.autograd.Function):
@@ -134,12 +159,11 @@ class SharedPromptAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: PackedGroups, scale: float) -> Tensor:
         split = groups.num_prompt_tokens
-        output, log_sums = flash_forward(query, key, value, groups.alone, causal=True, scale=scale)
-        prompt_output, prompt_sums = flash_forward(
-            query[split:], key[:split], value[:split], groups.under_prompt, causal=False, scale=scale
-        )
+        output, log_sums = flash_forward(QueryKeyValue(query, key, value), groups.within_sequences, scale)
+        to_prompts = QueryKeyValue(query[split:], key[:split], value[:split])
+        prompt_output, prompt_sums = flash_forward(to_prompts, groups.to_prompts, scale)
         merged = torch.logaddexp(log_sums[:, split:], prompt_sums)
-        # [T, H, 1] the prompt's part of each softmax.
+        # [T, H, 1] the prompt's share of each softmax.
         share = (prompt_sums - merged).exp_().T[..., None]
         output[split:] = torch.lerp(output[split:].to(share), prompt_output.to(share), share)
         log_sums[:, split:] = merged
@@ -153,19 +177,19 @@ class SharedPromptAttention(torch.autograd.Function):
         query, key, value, output, log_sums = ctx.saved_tensors
         groups, split = ctx.groups, ctx.groups.num_prompt_tokens
         gradient = upstreams[0].contiguous()
-        gradients = flash_backward(gradient, query, key, value, output, log_sums, groups.alone, causal=True, scale=ctx.scale)
-        of_completions, of_prompt_keys, of_prompt_values = flash_backward(
-            gradient[split:], query[split:], key[:split], value[:split], output[split:], log_sums[:, split:].contiguous(),
-            groups.under_prompt, causal=False, scale=ctx.scale,
-        )  # fmt: skip
-        gradients[0][split:] += of_completions
-        gradients[1][:split] += of_prompt_keys
-        gradients[2][:split] += of_prompt_values
+        states, result = QueryKeyValue(query, key, value), AttentionResult(output, log_sums)
+        gradients = flash_backward(gradient, states, result, groups.within_sequences, ctx.scale)
+        states = QueryKeyValue(query[split:], key[:split], value[:split])
+        result = AttentionResult(output[split:], log_sums[:, split:].contiguous())
+        through_prompts = flash_backward(gradient[split:], states, result, groups.to_prompts, ctx.scale)
+        gradients.query[split:] += through_prompts.query
+        gradients.key[:split] += through_prompts.key
+        gradients.value[:split] += through_prompts.value
         return *gradients, None, None
 
 
 def uses_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether PyTorch's FlashAttention takes these, on GPUs from Ampere on."""
+    """Whether PyTorch's FlashAttention takes these, which it does on GPUs from Ampere on in half precision."""
     return (
         device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
@@ -176,7 +200,7 @@ def uses_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> bool
     )
 
 
-def packed_attention(
+def packed_attention(  # transformers says what it is called with
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -188,12 +212,14 @@ def packed_attention(
     key_values: KeyValues | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface.
+    """Attention as transformers' `AttentionInterface` calls it, for the trainer, for sampling, or plain.
 
     Args:
-        query: [1, H, S, E], keys and values [1, H', S, E]; of any shape without groups.
-        groups: what the row holds; the mask is ignored then.
-        key_values: of completions that are being sampled; the mask is ignored then.
+        module: the layer's attention, whose number `key_values` needs.
+        query: [1, H, S, E]; `key` and `value` are [1, H', S, E]. Without `groups` any batch size.
+        attention_mask: used where neither `groups` nor `key_values` is given.
+        groups: prompts and completions in the row.
+        key_values: the KV cache while completions are sampled.
 
     Returns:
         ([1, S, H, E], None)
@@ -208,7 +234,7 @@ def packed_attention(
         rows = (states[0].transpose(0, 1) for states in (query, key, value))
         return SharedPromptAttention.apply(*rows, groups, scaling)[None], None
     number = len(groups.prompt_lengths)
-    # Split in one go: the gradient of a slice is as large as the row.
+    # One split instead of slices, because the gradient of every slice would be as large as the row.
     queries, keys, values = (
         states.split([*groups.prompt_lengths, *groups.group_lengths], dim=2) for states in (query, key, value)
     )
@@ -224,7 +250,7 @@ def packed_attention(
 
 
 def use_packed_attention(decoder: Decoder) -> None:
-    """Make a decoder stack of transformers attend by `packed_attention`; calls without `groups` mask and attend as before."""
+    """Make a decoder of transformers use `packed_attention`; calls without `groups` and `key_values` work as before."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

@@ -129,7 +129,7 @@ def write_analysis(
 
 
 def _analyses(this: Analysis, before: Analysis | None) -> dict[str, Analysis]:
-    """By the name that the page has for them."""
+    """Analyses by their names on the page."""
     return {"this model": this} if before is None else {"before": before, "after": this}
 
 
@@ -150,7 +150,7 @@ def _behaviour(analyses: Mapping[str, Mapping[str, Any]], change: Mapping[str, A
 
 
 def _drift_curves(analyses: Mapping[str, Mapping[str, Any]], kind: str) -> dict[str, Curve]:
-    """By mean over tokens and by analysis."""
+    """Curves by mean over tokens and by analysis."""
     return {
         f"{what}, {name}": layer_curve(figures["drift"][kind][what], figures["drift"][kind][f"{what}_ci95"])
         for what in _MEANS
@@ -192,7 +192,7 @@ def _along(analyses: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
 
 
 def _matrices(figures: Mapping[str, Any]) -> dict[str, Sequence[Sequence[float | None]]]:
-    """By title."""
+    """Matrices by title."""
     alignment = figures["alignment"]
     panels = {title: alignment[name]["matrix"] for name, title in _ESTIMATES.items()}
     if "mismatched" in alignment["debiased"]:
@@ -234,8 +234,8 @@ def _heat_map(matrix: Sequence[Sequence[float | None]], alt: str) -> Picture:
     """CKA [speech layers][text layers]."""
     header = ("speech layer", *(f"text {number}" for number in range(1, len(matrix) + 1)))
     rows = [(str(number), *(shown(value, None, ".2f") for value in row)) for number, row in enumerate(matrix, start=1)]
-    drawn = as_svg(heat_map_plot({"": matrix}, "text layer", "speech layer", "CKA")) if can_plot() else None
-    return Picture(drawn, alt, Table(header, rows))
+    svg = as_svg(heat_map_plot({"": matrix}, "text layer", "speech layer", "CKA")) if can_plot() else None
+    return Picture(svg, alt, Table(header, rows))
 
 
 def _stability(analyses: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
@@ -243,10 +243,10 @@ def _stability(analyses: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
     for name, figures in analyses.items():
         before = "" if len(analyses) == 1 else f"{name}: "
         for estimate, label in _ESTIMATES.items():
-            for layer, parts in figures["alignment"]["base_layers"].items():
-                part = parts[estimate]
+            for layer, by_estimate in figures["alignment"]["base_layers"].items():
+                agreement = by_estimate[estimate]
                 columns = (("correlation", ".2f", 1), ("same_best_layer", ".0f", 100), ("mean_band_width", ".1f", 1))
-                cells = [shown(part[what], part[f"{what}_ci95"], spec, scale=scale) for what, spec, scale in columns]
+                cells = [shown(agreement[what], agreement[f"{what}_ci95"], spec, scale=scale) for what, spec, scale in columns]
                 rows.append((f"{before}{label}, base layer {layer}", *cells))
             halves = figures["alignment"][estimate]["halves"]
             correlation, same, width = (
@@ -286,7 +286,8 @@ def _probes(analyses: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
 
 def _cost(analyses: Mapping[str, Mapping[str, Any]]) -> Section:
     end = "_seconds_per_item"
-    parts = [name.removesuffix(end) for name in next(iter(analyses.values()))["cost"] if name.endswith(end)]
-    rows = [(part, *(shown(figures["cost"][f"{part}{end}"], None, ".3f") for figures in analyses.values())) for part in parts]
-    peaks = (shown(figures["cost"]["peak_memory_bytes"], None, ".2f", scale=1e-9) for figures in analyses.values())
+    phases = [name.removesuffix(end) for name in next(iter(analyses.values()))["cost"] if name.endswith(end)]
+    costs = [figures["cost"] for figures in analyses.values()]
+    rows = [(phase, *(shown(cost[f"{phase}{end}"], None, ".3f") for cost in costs)) for phase in phases]
+    peaks = (shown(cost["peak_memory_bytes"], None, ".2f", scale=1e-9) for cost in costs)
     return Section("Cost", ["Seconds an item."], [Table(("", *analyses), [*rows, ("peak memory, GB", *peaks)])])

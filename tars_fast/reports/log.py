@@ -41,11 +41,11 @@ _OF_THE_STEP = (
 
 
 class RunLog:
-    """Writes one line a step to metrics.jsonl and TensorBoard, and shows the latest step.
+    """Writes every step to metrics.jsonl and TensorBoard, and shows the latest step.
 
     Args:
-        output_dir: where to write. None: nothing is written or said, another process does.
-        num_steps: of the whole run.
+        output_dir: the run's folder. None: nothing is written or printed, because another process does it.
+        num_steps: number of steps of the whole run.
         num_completed: steps already done; later lines of an interrupted run are dropped.
     """
 

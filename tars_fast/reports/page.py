@@ -77,7 +77,7 @@ class ItemEvaluation:
     """None: the item could not be evaluated, and `failed` says why."""
     text: Answer | None
     divergence: str
-    """Where the two completions part, in words."""
+    """In words: where the two completions begin to differ."""
     rewards: Mapping[str, float]
     transcription: str | None
     """The recording written down by the model."""

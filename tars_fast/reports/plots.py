@@ -177,7 +177,7 @@ def _legend(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:
-    """As matplotlib takes them: nan where nothing is known."""
+    """Values as matplotlib takes them, with nan in the place of None."""
     return [math.nan if value is None else value for value in values]
 
 

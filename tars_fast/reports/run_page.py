@@ -24,7 +24,7 @@ class Compared:
 
     results: Sequence[ItemResult]
     reports: Mapping[str, Mapping[str, Any]]
-    """By the name of the data, `overall` among them."""
+    """Reports by the name of the data, `overall` among them."""
 
 
 def write_report(

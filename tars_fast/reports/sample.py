@@ -27,11 +27,11 @@ _LARGEST_RECORDING = 256 << 10
 _MOST_CHARACTERS = 6000
 """Longest question or completion; of longer ones a part is left out."""
 _MP3_COMPRESSION = 0.9
-"""Of soundfile's 0 to 1: 36 kbit/s for speech, where a recognisable voice matters and not its beauty."""
+"""On soundfile's scale from 0 to 1: 36 kbit/s, enough to recognise words and voices."""
 _OUTCOMES = ("speech wrong, text right", "both wrong", "speech right, text wrong", "both right", "failed")
-"""In the order of the page: items that were lost because they were spoken come first."""
+"""Outcomes in the order of the page: items that were lost because they were spoken come first."""
 _RECOGNITIONS = ("misheard", "heard right", "")
-"""In the order of the page; empty: not transcribed."""
+"""Recognitions in the order of the page; empty: not transcribed."""
 
 
 def sample_items(results: Mapping[str, Sequence[ItemResult]], data: Mapping[str, Sequence[Question]]) -> Sample:
@@ -187,7 +187,7 @@ def _answer(evaluated: Evaluated, modality: Modality, place: int | None) -> Answ
 
 
 def _cut(text: str, from_start: bool = False) -> str:
-    """At most `_MOST_CHARACTERS`, its end or its beginning left out."""
+    """Shorten to `_MOST_CHARACTERS`, at the end or at the beginning."""
     if len(text) <= _MOST_CHARACTERS:
         return text
     return f"[…] {text[-_MOST_CHARACTERS:]}" if from_start else f"{text[:_MOST_CHARACTERS]} […]"

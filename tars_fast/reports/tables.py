@@ -85,7 +85,7 @@ def shown(
 
 
 def print_evaluation(console: Console, evaluation: Mapping[str, Mapping[str, Any]]) -> None:
-    """evaluation.json on one screen: figures, scorers, categories, the comparison, and what failed."""
+    """Print evaluation.json on one screen: figures, scorers, categories, the comparison, and what failed."""
     data_sets = {name: report for name, report in evaluation.items() if name != OVERALL}
     columns = data_sets if len(data_sets) == 1 else {**data_sets, "mean": evaluation[OVERALL]}
     console.print(figure_table("95 % bootstrap intervals in brackets", columns))
@@ -139,7 +139,7 @@ def best_layer_cells(layers: Mapping[str, Sequence[Any]], number: int) -> tuple[
 
 
 def print_analysis(console: Console, analysis: Mapping[str, Mapping[str, Any]]) -> None:
-    """analysis.json on one screen: drift and alignment by layer, behaviour, probes, cost."""
+    """Print analysis.json on one screen: drift and alignment by layer, behaviour, probes, cost."""
     drift, alignment, chain = analysis["drift"], analysis["alignment"], analysis["chain"]
     columns = [(kind, what) for kind in ("own", "forced") for what in ("pooled", "tokens")]
     table = Table(
@@ -206,7 +206,7 @@ def _accuracy_table(
 
 
 def print_failures(console: Console, name: str, report: Mapping[str, Any]) -> None:
-    """The items that could not be evaluated, the first ones with the reason."""
+    """Print the items that could not be evaluated, the first ones with the reason."""
     failed = report["failed"]
     if failed:
         say(console, f"[red]{name}: {len(failed)} failed[/red], counted by no figure:")
@@ -217,7 +217,7 @@ def print_failures(console: Console, name: str, report: Mapping[str, Any]) -> No
 
 
 def print_summary(log: RunLog, evaluation: Mapping[str, Mapping[str, Any]], output_dir: Path) -> None:
-    """The run on one screen: before, after, the paired change, and where the time went."""
+    """Print the run on one screen: before, after, the paired change, and where the time went."""
     reports = {name: evaluation[name] for name in ("before", "after", "change")}
     log.console.print(figure_table("Held-out items, 95 % bootstrap intervals in brackets", reports, differences=("change",)))
     for name in ("before", "after"):

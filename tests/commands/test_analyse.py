@@ -283,7 +283,7 @@ def test_memory_does_not_grow_with_the_number_of_items(model, items):
     assert traced[1:] == [traced[1]] * 2
 
 
-def test_an_item_that_cannot_be_heard_fails_alone(model, items, tmp_path):
+def test_an_item_that_cannot_be_encoded_fails_alone(model, items, tmp_path):
     broken = dataclasses.replace(items[1], id="broken", audio=tmp_path / "gone.wav")
     made, records = analysed(model, [items[0], broken, items[2]])
     assert [record["id"] for record in records] == [items[0].id, items[2].id]

@@ -23,10 +23,12 @@ from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.splits import data_fingerprint
 from tars_fast.evaluation.results import read_predictions
-from tars_fast.learning.run import check_progress, load_data
+from tars_fast.learning.metrics import check_progress
+from tars_fast.learning.run import load_data
 from tars_fast.models.checkpoint import NUM_KEPT
 from tars_fast.models.registry import PRESETS, find_preset, list_checkpoints
-from tars_fast.reports.log import RunLog, print_summary
+from tars_fast.reports.log import RunLog
+from tars_fast.reports.tables import print_summary
 from tars_fast.support.cli import FAILED, INTERRUPTED
 from tars_fast.train import command, run_steps, update_policy
 from tars_fast.types import TrainingError, UserError

@@ -20,7 +20,7 @@ from tars_fast.data import sources
 from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.data.items import HELD_OUT_DATA, load_questions, read_usable, split_options
 from tars_fast.data.splits import check_leaks, split_by_id
-from tars_fast.train import load_data
+from tars_fast.learning.run import load_data
 from tars_fast.types import Question, UserError
 
 SUBJECTS = (

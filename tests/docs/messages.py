@@ -16,10 +16,10 @@ SAID_BEHIND = {
     "unsupported": "",
     "check": "",
     "engine_refusal": "--engine vllm: ",
-    "unusable_because": "--engine vllm: ",
-    "refuses": "item …: ",
-    "too_long": "item …: ",
-    "measure": "item …: ",
+    "vllm_refusal": "--engine vllm: ",
+    "refusal": "item …: ",
+    "length_refusal": "item …: ",
+    "prompt_size": "item …: ",
 }
 """Functions that say why something is refused, and what their callers set before it."""
 

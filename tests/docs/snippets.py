@@ -17,9 +17,12 @@ checkout: variables, functions and files are there for the blocks that follow.
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -199,3 +202,26 @@ def check_json(block: Block) -> None:
     except json.JSONDecodeError:
         for line in block.code.splitlines():
             json.loads(line)
+
+
+def check_python(code: str, *, may_be_absent: bool, written: Collection[str] = ()) -> None:
+    """Compile it and import what it imports, but for modules that the page has `written` itself.
+
+    Args:
+        may_be_absent: packages that are not installed pass, since the code is not run.
+
+    Raises SyntaxError or ImportError.
+    """
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            wanted = [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            wanted = [(node.module, alias.name) for alias in node.names]
+        else:
+            continue
+        for module, name in wanted:
+            if module in written or (may_be_absent and find_spec(module.partition(".")[0]) is None):
+                continue
+            imported = importlib.import_module(module)
+            if name is not None and not hasattr(imported, name):
+                importlib.import_module(f"{module}.{name}")

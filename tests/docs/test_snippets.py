@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
 import json
 import os
 import re
@@ -11,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +25,7 @@ from snippets import (
     SHELL,
     Block,
     check_json,
+    check_python,
     parse_markdown,
     read_blocks,
     settings_for,
@@ -118,29 +117,6 @@ def check_command(words: Sequence[str]) -> None:
         assert (ROOT / arguments[0]).is_file(), f"no script {arguments[0]}"
     else:
         assert program in NOT_RUN or shutil.which(program), f"no program {program}"
-
-
-def check_python(code: str, *, may_be_absent: bool, written: Collection[str] = ()) -> None:
-    """Compile it and import what it imports, but for modules that the page has `written` itself.
-
-    Args:
-        may_be_absent: packages that are not installed pass, since the code is not run.
-
-    Raises SyntaxError or ImportError.
-    """
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
-            wanted = [(alias.name, None) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            wanted = [(node.module, alias.name) for alias in node.names]
-        else:
-            continue
-        for module, name in wanted:
-            if module in written or (may_be_absent and find_spec(module.partition(".")[0]) is None):
-                continue
-            imported = importlib.import_module(module)
-            if name is not None and not hasattr(imported, name):
-                importlib.import_module(f"{module}.{name}")
 
 
 def check_page(page: Path, folder: Path) -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from messages import FIELD, find_messages, find_texts
+from messages import FIELD, SAID_BEHIND, find_messages, find_texts
 from snippets import ROOT, parse_markdown
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
@@ -51,6 +51,11 @@ def test_every_message_has_a_row_and_every_row_a_message():
     assert not gone, "\n".join([f"rows in {PAGE.name} of no message", *gone])
 
 
+def test_functions_that_say_why_something_is_refused_are_there():
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tars_fast").rglob("*.py"))
+    assert [name for name in SAID_BEHIND if f"def {name}(" not in source] == []
+
+
 def test_every_row_says_cause_and_remedy():
     for section in ("Every message", "Status 1 without such a line"):
         for row in read_rows()[section]:
@@ -84,7 +89,7 @@ def missing(extra):
     return f"{extra} is not installed" if extra else None
 
 
-def refuses(prompt):
+def refusal(prompt):
     return f"{prompt} is empty"
 """
 

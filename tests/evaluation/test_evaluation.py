@@ -177,20 +177,20 @@ def test_layer_cosines_match_plain_transformers(model, questions):
     np.testing.assert_allclose(cosines[2], expected, atol=1e-5)
 
 
-def test_a_failing_item_is_told_as_such_and_no_wrong_answer(model, questions):
+def test_a_failing_item_is_reported_and_no_wrong_answer(model, questions):
     """Defect 15: neither an empty answer nor silence, and the other items as if it had not been there."""
     engine = TransformersEngine(model, 16)
     broken = [*questions[:2], dataclasses.replace(questions[2], audio=Path("no-such-recording.wav")), questions[3]]
-    told = []
-    results = Evaluator(model, engine, HashedNgrams(), SETTINGS).evaluate(broken, "d", told.append)
+    done = []
+    results = Evaluator(model, engine, HashedNgrams(), SETTINGS).evaluate(broken, "d", done.append)
     assert [result.id for result in results] == [question.id for question in broken]
     assert [result.failed is None for result in results] == [True, True, False, True]
     assert "no-such-recording" in results[2].failed
     assert results[2].evaluated is None
-    alone = Evaluator(model, engine, HashedNgrams(), SETTINGS).evaluate([*questions[:2], questions[3]], "d", told.append)
+    alone = Evaluator(model, engine, HashedNgrams(), SETTINGS).evaluate([*questions[:2], questions[3]], "d", done.append)
     assert alone == [results[0], results[1], results[3]]
-    assert told == [4, 3]
-    assert all(r.failed for r in Evaluator(model, engine, HashedNgrams(), SETTINGS).evaluate(broken[2:3], "d", told.append))
+    assert done == [4, 3]
+    assert all(r.failed for r in Evaluator(model, engine, HashedNgrams(), SETTINGS).evaluate(broken[2:3], "d", done.append))
 
 
 def test_readings_and_samples_are_those_of_the_completions(model, questions):

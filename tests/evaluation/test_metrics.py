@@ -152,7 +152,7 @@ def test_agreeing_rewards_have_nothing_to_teach(reward, size):
     assert not disagreeing_groups(rewards, groups).any()
 
 
-def test_disagreement_is_told_group_by_group():
+def test_disagreement_is_found_group_by_group():
     groups = torch.tensor([0, 1, 2, 2, 1, 0, 3])
     # Group 1 differs by one float32 rounding step, group 3 has one member only.
     rewards = torch.tensor([0.5, 0.1, -1.0, 1.0, 0.1, 0.5, 7.0])

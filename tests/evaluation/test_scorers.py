@@ -7,7 +7,6 @@ import re
 
 import pytest
 from rich.console import Console
-from tars_fast.learning.answers import extract_answer
 
 from tars_fast.evaluation.figures import OVERALL, report
 from tars_fast.evaluation.results import Answered, Evaluated, ItemResult
@@ -20,6 +19,7 @@ from tars_fast.evaluation.scorers import (
     read_completion,
     voicebench_answer,
 )
+from tars_fast.learning.rewards.answers import extract_answer
 from tars_fast.reports.tables import print_evaluation
 from tars_fast.types import Question
 

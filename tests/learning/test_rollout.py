@@ -62,7 +62,7 @@ def test_what_needs_no_device_runs_in_threads(model, questions, config, monkeypa
         monkeypatch.setattr(module, name, watched)
 
     watch(loader, "prepare_batch")
-    for name in ("decode_completions", "text_rewards", "behaviour_rewards"):
+    for name in ("decode_completions", "completion_rewards", "behaviour_rewards"):
         watch(batch, name)
     first_read, sampled_on = threading.Event(), []
 
@@ -78,11 +78,11 @@ def test_what_needs_no_device_runs_in_threads(model, questions, config, monkeypa
 
             super().sample(prompts, sampling, forward)
 
-    def read(completions, asked, original=batch.text_rewards):
+    def read(completions, asked, original=batch.completion_rewards):
         first_read.set()
         return original(completions, asked)
 
-    monkeypatch.setattr(batch, "text_rewards", read)
+    monkeypatch.setattr(batch, "completion_rewards", read)
     with loader_of(model, questions, config, engine=SlowEngine(model, 4)) as rollouts:
         loaded = rollouts.next_batch(0, PhaseTimer(CPU))
         loaded.rollout.behaviour.result()
@@ -143,7 +143,7 @@ def test_a_rollout_ahead_comes_from_the_weights_before_the_update(model, make_mo
     original = make_model()
     with loader_of(model, questions, ahead) as rollouts:
         first = rollouts.next_batch(0, PhaseTimer(CPU)).rollout
-        rollouts.wait()
+        rollouts.finish_sampling()
         with torch.no_grad():
             for parameter in model.trainable_parameters():
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
@@ -202,7 +202,7 @@ def test_the_optimiser_waits_for_sampling_to_end(model, questions, ahead, monkey
     with loader_of(model, questions, ahead, engine=engine) as rollouts:
         for number in range(3):
             loaded = rollouts.next_batch(number, PhaseTimer(CPU))
-            train_command.update_policy(learner, learner.score(loaded.rollout), rollouts.wait)
+            train_command.update_policy(learner, learner.begin_rollout(loaded.rollout), rollouts.finish_sampling)
     # Step n moves the weights only once rollout n + 1 is there.
     assert order == ["sampled", "sampled", "stepped", "sampled", "stepped", "sampled", "stepped"]
 
@@ -246,7 +246,7 @@ def test_what_goes_wrong_beside_the_step_stops_the_run(model, questions, ahead):
     with ExitStack() as stack:
         rollouts = stack.enter_context(loader_of(model, questions, ahead, engine=Broken(model, 8, own_modules=True)))
         rollouts.next_batch(0, PhaseTimer(CPU))
-        rollouts.wait()
+        rollouts.finish_sampling()
         with pytest.raises(TrainingError, match="the sampler broke"):
             rollouts.next_batch(1, PhaseTimer(CPU))
 

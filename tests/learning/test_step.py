@@ -18,7 +18,7 @@ from tars_fast.learning.metrics import completion_columns, completion_metrics
 from tars_fast.learning.rewards.behaviour import HashedNgrams, behaviour_rewards
 from tars_fast.learning.rewards.references import choose_references
 from tars_fast.learning.rewards.representation import representation_rewards
-from tars_fast.learning.rewards.total import TEXT_REWARDS, TextReward
+from tars_fast.learning.rewards.total import COMPLETION_REWARDS, CompletionReward
 from tars_fast.learning.update import micro_batches
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.engine import Sampling
@@ -103,7 +103,7 @@ def test_truncated_completions_earn_no_alignment_and_poison_nothing(model, quest
     cut = [index for index, c in enumerate(rollout.completions) if c.modality is Modality.SPEECH][:2]
     for index in cut:
         rollout.completions[index] = dataclasses.replace(rollout.completions[index], truncated=True, text="<think>five")
-    rebuilt = choose_references(rollout.completions, rollout.text_rewards["accuracy"], random.Random(0))
+    rebuilt = choose_references(rollout.completions, rollout.completion_rewards["accuracy"], random.Random(0))
     rollout = dataclasses.replace(
         rollout, references=rebuilt, behaviour=completed(behaviour_rewards(rollout.completions, rebuilt, HashedNgrams()))
     )
@@ -246,7 +246,7 @@ def test_a_step_without_any_advantage_moves_nothing(model, questions, config):
     """Plain GRPO where all earn the same: no backward pass at all, figures all the same."""
     config = dataclasses.replace(config, representation_weight=0.0, behaviour_weight=0.0)
     rollout = rollout_of(model, questions[:2], config)
-    rollout = dataclasses.replace(rollout, text_rewards={name: torch.ones(16) for name in rollout.text_rewards})
+    rollout = dataclasses.replace(rollout, completion_rewards={name: torch.ones(16) for name in rollout.completion_rewards})
     before = gradients(model)
     passes = passes_of(model)
     scored, metrics = update(model, rollout, config, learning_rate=1.0)
@@ -265,11 +265,11 @@ def test_a_group_cut_off_throughout_has_no_backward_pass(model, questions, confi
     completions = list(rollout.completions)
     for index in cut:
         completions[index] = dataclasses.replace(completions[index], truncated=True)
-    accuracy = rollout.text_rewards["accuracy"].clone()
+    accuracy = rollout.completion_rewards["accuracy"].clone()
     accuracy[cut] = torch.tensor([0.0, 1.0, 0.0, 1.0])
     references = choose_references(completions, accuracy, random.Random(0))
-    rewards = rollout.text_rewards | {"accuracy": accuracy}
-    rollout = dataclasses.replace(rollout, completions=completions, text_rewards=rewards, references=references)
+    rewards = rollout.completion_rewards | {"accuracy": accuracy}
+    rollout = dataclasses.replace(rollout, completions=completions, completion_rewards=rewards, references=references)
     scored, _ = update(model, rollout, config)
     assert scored.advantages_N[cut].abs().min() > 0
     assert not scored.trained_N[cut].any()
@@ -421,12 +421,12 @@ def test_an_added_reward_trains_groups_whose_other_rewards_agree(model, question
     def remainder(completion: Completion, question: Question) -> float:
         return float(sum(completion.token_ids) % 5)
 
-    monkeypatch.setitem(TEXT_REWARDS, "remainder", TextReward(remainder, 2.0))
+    monkeypatch.setitem(COMPLETION_REWARDS, "remainder", CompletionReward(remainder, 2.0))
     rollout = rollout_of(model, questions[:3], config)
     added = torch.tensor([float(sum(completion.token_ids) % 5) for completion in rollout.completions])
     # All answers earn the same, so only the added reward tells the completions of a group apart.
     same = {name: torch.ones(len(added)) for name in ("accuracy", "format")}
-    rollout = dataclasses.replace(rollout, text_rewards=rollout.text_rewards | same)
+    rollout = dataclasses.replace(rollout, completion_rewards=rollout.completion_rewards | same)
     scored, _ = update(model, rollout, config)
     torch.testing.assert_close(scored.rewards_N, 1.5 + 2.0 * added)
     differ = [added[rollout.groups_N == group].unique().numel() > 1 for group in rollout.groups_N.tolist()]
@@ -467,7 +467,9 @@ def test_metrics_by_modality(model, questions, config):
     metrics = completion_metrics([completion_columns(scored)])
     speech = [c for c in rollout.completions if c.modality is Modality.SPEECH]
     answers = [
-        rollout.text_rewards["accuracy"][i].item() for i, c in enumerate(rollout.completions) if c.modality is Modality.SPEECH
+        rollout.completion_rewards["accuracy"][i].item()
+        for i, c in enumerate(rollout.completions)
+        if c.modality is Modality.SPEECH
     ]
     assert metrics["accuracy/speech"] == pytest.approx(sum(answers) / len(speech))
     assert metrics["length/speech"] == pytest.approx(sum(len(c.token_ids) for c in speech) / len(speech))

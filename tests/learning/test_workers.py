@@ -40,7 +40,7 @@ with join_workers() as workers:
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.0)
     mine = rollouts[workers.rank]
     learner = Learner(model, optimizer, config, workers)
-    scored = learner.score(mine)
+    scored = learner.begin_rollout(mine)
     metrics = update_policy(learner, scored)
     workers.check_same(model.trainable_parameters())
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.trainable_parameters()])
@@ -73,7 +73,9 @@ def test_gradient_and_metrics_of_two_processes_are_those_of_one(make_model, ques
     whole.references = first.references + [None if r is None else r + shift for r in second.references]
     whole.behaviour = completed(torch.cat([one.behaviour.result() for one in rollouts]))
     whole.groups_N = torch.cat([first.groups_N, second.groups_N + first.groups_N.max() + 1])
-    whole.text_rewards = {name: torch.cat([one.text_rewards[name] for one in rollouts]) for name in first.text_rewards}
+    whole.completion_rewards = {
+        name: torch.cat([one.completion_rewards[name] for one in rollouts]) for name in first.completion_rewards
+    }
     if not second_is_usable:
         # Of older weights too, whose difference from the trainer's no process may take for an error.
         completions = [

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.models import packed_attention
-from tars_fast.models.packed_attention import PackedGroups, SharedPromptAttention
+from tars_fast.models.packed_attention import AttentionResult, PackedGroups, QueryKeyValue, SharedPromptAttention
 from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
 from tars_fast.types import Completion, Modality, Prompt, Question
@@ -184,50 +184,51 @@ def test_positions_continue_from_the_prompt(checkpoints, items, name):
         assert all(torch.equal(own, axis[0]) for axis in expected)
 
 
-def ragged_attention(query, key, value, sequences, *, causal, scale):
+def varlen_attention(states, sequences, scale):
     """What FlashAttention computes, sequence by sequence, in the dtype of its input."""
+    query, key, value = states
     outputs, log_sums = [], []
     repeats = query.shape[1] // key.shape[1]
-    bounds = [bounds.tolist() for bounds in (sequences.query_bounds, sequences.key_bounds)]
+    bounds = [ends.tolist() for ends in sequences.bounds]
     for q0, q1, k0, k1 in zip(bounds[0][:-1], bounds[0][1:], bounds[1][:-1], bounds[1][1:], strict=True):
         q = query[q0:q1].transpose(0, 1)
         k, v = (states[k0:k1].repeat_interleave(repeats, 1).transpose(0, 1) for states in (key, value))
         scores = scale * q @ k.transpose(1, 2)
-        if causal:
+        if sequences.causal:
             scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
         log_sums.append(scores.logsumexp(-1))
         outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
-    assert sequences.max_query == max(np.diff(bounds[0]))
-    assert sequences.max_key == max(np.diff(bounds[1]))
-    return torch.cat(outputs), torch.cat(log_sums, dim=1)
+    assert sequences.longest == tuple(max(np.diff(ends)) for ends in bounds)
+    return AttentionResult(torch.cat(outputs), torch.cat(log_sums, dim=1))
 
 
-def ragged_gradients(gradient, query, key, value, output, log_sums, sequences, *, causal, scale):
+def varlen_gradients(gradient, states, result, sequences, scale):
     """FlashAttention's backward pass: probabilities from the log-sum-exp it is given, nothing from its own forward pass."""
+    (query, key, value), (output, log_sums) = states, result
     repeats = query.shape[1] // key.shape[1]
     gradients = [torch.zeros_like(states) for states in (query, key, value)]
-    bounds = [bounds.tolist() for bounds in (sequences.query_bounds, sequences.key_bounds)]
+    bounds = [ends.tolist() for ends in sequences.bounds]
     for q0, q1, k0, k1 in zip(bounds[0][:-1], bounds[0][1:], bounds[1][:-1], bounds[1][1:], strict=True):
         q, g, o = (states[q0:q1].transpose(0, 1) for states in (query, gradient, output))
         k, v = (states[k0:k1].repeat_interleave(repeats, 1).transpose(0, 1) for states in (key, value))
         probabilities = (scale * q @ k.transpose(1, 2) - log_sums[:, q0:q1, None]).exp()
-        if causal:
+        if sequences.causal:
             probabilities = probabilities.tril()
         scores = probabilities * (g @ v.transpose(1, 2) - (g * o).sum(-1, keepdim=True)) * scale
         gradients[0][q0:q1] = (scores @ k).transpose(0, 1)
         for states, heads in ((gradients[1], scores.transpose(1, 2) @ q), (gradients[2], probabilities.transpose(1, 2) @ g)):
             states[k0:k1] = heads.transpose(0, 1).unflatten(1, (-1, repeats)).sum(2)
-    return tuple(gradients)
+    return QueryKeyValue(*gradients)
 
 
 @pytest.fixture
 def flash_on_cpu(monkeypatch):
-    """Two ragged calls, as on CUDA, with plain PyTorch in the place of the kernels."""
-    monkeypatch.setattr(packed_attention, "flash_forward", ragged_attention)
-    monkeypatch.setattr(packed_attention, "flash_backward", ragged_gradients)
+    """Two calls over sequences of different lengths, as on CUDA, with plain PyTorch in the place of the kernels."""
+    monkeypatch.setattr(packed_attention, "flash_forward", varlen_attention)
+    monkeypatch.setattr(packed_attention, "flash_backward", varlen_gradients)
 
 
-def test_two_ragged_calls_make_one_softmax(flash_on_cpu):
+def test_two_varlen_calls_make_one_softmax(flash_on_cpu):
     """The merge and its gradient, in float64, against autograd through the masked softmax."""
     groups = PackedGroups((5, 3), ((4, 1), (2, 6, 3)), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
@@ -280,8 +281,8 @@ def test_flash_attention_in_whole(dtype, heads, key_heads, size, monkeypatch):
     seen = []
     for exact in (False, True):
         if exact:
-            monkeypatch.setattr(packed_attention, "flash_forward", ragged_attention)
-            monkeypatch.setattr(packed_attention, "flash_backward", ragged_gradients)
+            monkeypatch.setattr(packed_attention, "flash_forward", varlen_attention)
+            monkeypatch.setattr(packed_attention, "flash_backward", varlen_gradients)
             monkeypatch.setattr(packed_attention, "uses_flash", lambda *_: True)
         given = [(one.double() if exact else one.clone()).requires_grad_() for one in states]
         output, _ = packed_attention.packed_attention(None, *given, None, scaling=0.1, groups=groups)
@@ -304,17 +305,17 @@ def test_flash_attention_itself(dtype, heads, key_heads, size):
     key, value = (torch.randn(shape[0], key_heads, size, device="cuda", dtype=dtype, generator=generator) for _ in range(2))
     gradient = torch.randn(shape, device="cuda", dtype=dtype, generator=generator)
     split = groups.num_prompt_tokens
-    for sequences, causal, rows, keys in (
-        (groups.alone, True, slice(None), slice(None)),
-        (groups.under_prompt, False, slice(split, None), slice(split)),
+    for sequences, rows, keys in (
+        (groups.within_sequences, slice(None), slice(None)),
+        (groups.to_prompts, slice(split, None), slice(split)),
     ):
-        given = (query[rows], key[keys], value[keys])
-        exact = [states.double() for states in given]
-        output, log_sums = packed_attention.flash_forward(*given, sequences, causal=causal, scale=0.1)
-        expected, expected_sums = ragged_attention(*exact, sequences, causal=causal, scale=0.1)
-        torch.testing.assert_close(output.double(), expected, atol=2e-2, rtol=2e-2)
-        torch.testing.assert_close(log_sums.double(), expected_sums, atol=1e-3, rtol=1e-3)
-        found = packed_attention.flash_backward(gradient[rows], *given, output, log_sums, sequences, causal=causal, scale=0.1)
-        wanted = ragged_gradients(gradient[rows].double(), *exact, expected, expected_sums, sequences, causal=causal, scale=0.1)
+        given = QueryKeyValue(query[rows], key[keys], value[keys])
+        exact = QueryKeyValue(*(states.double() for states in given))
+        result = packed_attention.flash_forward(given, sequences, 0.1)
+        expected = varlen_attention(exact, sequences, 0.1)
+        torch.testing.assert_close(result.output.double(), expected.output, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(result.log_sums.double(), expected.log_sums, atol=1e-3, rtol=1e-3)
+        found = packed_attention.flash_backward(gradient[rows], given, result, sequences, 0.1)
+        wanted = varlen_gradients(gradient[rows].double(), exact, expected, sequences, 0.1)
         for one, two in zip(found, wanted, strict=True):
             torch.testing.assert_close(one.double(), two, atol=5e-2, rtol=5e-2)

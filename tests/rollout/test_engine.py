@@ -122,7 +122,7 @@ def test_every_phase_of_a_step_has_a_remedy(model, questions, config):
     engine = TransformersEngine(model, config.rollout_batch_size)
     sampled = rollout_of(model, questions[:2], config, engine=engine, timer=timer)
     learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=0.0), config)
-    train_command.update_policy(learner, learner.score(sampled))
+    train_command.update_policy(learner, learner.begin_rollout(sampled))
     assert {name.removeprefix("seconds/") for name in timer.take() | learner.timer.take()} <= SETTINGS_BY_PHASE.keys()
 
 
@@ -145,7 +145,7 @@ def test_an_engine_with_another_policy_stops_the_run_before_an_update(model, que
     before = model.head.weight.detach().clone()
 
     def update() -> dict[str, float]:
-        return train_command.update_policy(learner, learner.score(sampled))
+        return train_command.update_policy(learner, learner.begin_rollout(sampled))
 
     if limit == 0.2:
         assert update()["logprob_diff_mean"] == pytest.approx(0.1, abs=1e-4)

@@ -1,16 +1,13 @@
-"""Reading items: what a good file becomes, what is said about a bad one, and which items a step sees."""
+"""Reading items: what a good row becomes, and what is said about a bad one."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tars_fast.data.items import HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA, load_questions, read_usable, shown_options
-from tars_fast.data.splits import check_leaks, choose_by_id, split_by_id, without_leaks
-from tars_fast.learning.batch import batch_of_step
+from tars_fast.data.items import load_questions, read_usable
 from tars_fast.types import Question, UserError
 
 LETTERED = {"id": "q1", "question": "Which is red?", "answer": "B", "options": ["grass", "blood", "snow"], "audio": "q1.wav"}
@@ -20,10 +17,6 @@ NAMED = {"id": "q2", "question": "How many?", "answer": "two", "answer_set": ["o
 def write(path: Path, *lines: dict | str) -> Path:
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
     return path
-
-
-def question(name: str, text: str = "") -> Question:
-    return Question(name, text or f"What is {name}?", "one", ("one", "two"))
 
 
 def test_reads_a_file(tmp_path):
@@ -122,88 +115,10 @@ def test_nothing_to_read_is_said(tmp_path):
         load_questions(tmp_path / "latin.jsonl")
 
 
-def test_split_follows_the_hash_of_the_id():
-    """The SHA-256 of `a` begins with ca97, that of `b` with 3e23: 0.791 and 0.243 of the way from 0 to 1."""
-    a, b = question("a"), question("b")
-    assert split_by_id([a, b], 0.25) == ([a], [b])
-    assert split_by_id([b, a], 0.79) == ([a], [b])
-    for fraction in (0.24, 0.8):
-        with pytest.raises(UserError, match="2 items leave nothing to train or to evaluate on; give --eval-data"):
-            split_by_id([a, b], fraction)
-
-
-def test_split_is_stable_under_reordering_and_additions():
-    questions = [question(f"item-{number}") for number in range(1000)]
-    training, held_out = split_by_id(questions, 0.1)
-    assert {q.id for q in training}.isdisjoint(q.id for q in held_out)
-    assert len(training) + len(held_out) == 1000
-    assert 60 < len(held_out) < 140  # 100, give or take four binomial deviations of 9.5
-    reversed_training, reversed_held_out = split_by_id(questions[::-1], 0.1)
-    assert (reversed_training[::-1], reversed_held_out[::-1]) == (training, held_out)
-    added = [question(f"added-{number}") for number in range(500)]
-    more_training, more_held_out = split_by_id([*added, *questions], 0.1)
-    assert set(training) < set(more_training)
-    assert set(held_out) < set(more_held_out)
-
-
-def test_leaks_are_found_by_id_and_by_text():
-    training = [question("t1"), question("t2", "What is two plus two?\nA. four\nB. five")]
-    check_leaks(training, [question("e1"), question("e2", "What is two plus two?\nA. four\nB. six")])
-    with pytest.raises(UserError, match="item 't1' is in both training and evaluation data; remove it from one"):
-        check_leaks(training, [question("e1"), question("t1", "Something else entirely?")])
-    # Case, punctuation and layout do not make another question.
-    with pytest.raises(UserError, match="evaluation item 'e2' asks what training item 't2' asks; remove it from one"):
-        check_leaks(training, [question("e2", "  what is TWO plus two\n A: four;\n B: five. ")])
-
-
-def test_embedded_items_do_not_leak():
-    held_out, training = load_questions(HELD_OUT_DATA), load_questions(TRAINING_DATA)
-    assert len(training) >= 800
-    assert len(held_out) >= 400
-    check_leaks(training, held_out)
-    check_leaks(training, load_questions(VALIDATION_DATA))
-    check_leaks(load_questions(VALIDATION_DATA), held_out)
-
-
-@pytest.mark.parametrize(("num_questions", "batch_size"), [(7, 3), (8, 4), (3, 7), (1, 2)])
-def test_steps_walk_through_shuffled_epochs(num_questions, batch_size):
-    """As many steps as questions are exactly `batch_size` epochs, whether or not a batch divides an epoch."""
-    walk = [i for step in range(num_questions) for i in batch_of_step(num_questions, batch_size, step, seed=1)]
-    epochs = [walk[start : start + num_questions] for start in range(0, len(walk), num_questions)]
-    assert len(epochs) == batch_size
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(num_questions))
-    assert max(Counter(walk).values()) == batch_size
-
-
-def test_epochs_and_seeds_are_shuffled_differently():
-    # Two of 20! orders agree by chance never.
-    first, second = (batch_of_step(20, 20, step, seed=1) for step in range(2))
-    assert first != second
-    assert list(range(20)) not in (first, second)
-    assert first != batch_of_step(20, 20, 0, seed=2)
-
-
-def test_a_step_needs_no_earlier_one():
-    """A resumed run starts in the middle and sees what the unbroken one saw."""
-    unbroken = [batch_of_step(10, 4, step, seed=3) for step in range(12)]
-    resumed = [batch_of_step(10, 4, step, seed=3) for step in reversed(range(6, 12))]
-    assert resumed[::-1] == unbroken[6:]
-
-
 def test_separators_inside_json_text_do_not_end_a_line(tmp_path):
     text = "What is\u2028two\u0085plus two?"
     line = json.dumps(NAMED | {"question": text}, ensure_ascii=False)
     assert load_questions(write(tmp_path / "items.jsonl", line))[0].text == text
-
-
-def test_recordings_of_one_question_stay_on_one_side():
-    items = [question(f"{voice}-{number}", f"What is {number}?") for number in range(40) for voice in "abc"]
-    training, held_out = split_by_id(items, 0.3)
-    check_leaks(training, held_out)
-    assert len(held_out) % 3 == 0
-    assert 0 < len(held_out) < 60
-    assert split_by_id(items[::-1], 0.3)[1] == held_out[::-1]
 
 
 def test_spaces_around_answers_do_not_matter(tmp_path):
@@ -219,25 +134,10 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
     assert [item.id for item in load_questions(path)] == ["q1", "q2"]
 
 
-def test_signs_make_another_question():
-    check_leaks([question("a", "What is 3 + 4?")], [question("b", "What is 3 - 4?")])
-
-
 @pytest.mark.parametrize("wrong", [{"options": [" ", "x", "y"]}, {"options": ["xx", "xx ", "y"]}, {"id": True}, {"id": " "}])
 def test_near_empty_and_repeated_values_are_refused(tmp_path, wrong):
     with pytest.raises(UserError, match="line 1"):
         load_questions(write(tmp_path / "items.jsonl", LETTERED | wrong))
-
-
-def test_some_items_are_chosen_by_id_whatever_their_order():
-    questions = [Question(f"q{number}", f"What is {number}?", "A", ("A", "B")) for number in range(50)]
-    chosen = choose_by_id(questions, 10)
-    assert len(chosen) == 10
-    assert chosen != questions[:10]
-    assert [question for question in questions if question in chosen] == chosen, "in their order"
-    assert set(choose_by_id(questions[::-1], 10)) == set(chosen)
-    assert set(choose_by_id(questions, 9)) < set(chosen)
-    assert choose_by_id(questions, None) == choose_by_id(questions, 99) == questions
 
 
 def test_a_bad_row_of_ones_own_is_never_left_out(tmp_path):
@@ -248,23 +148,6 @@ def test_a_bad_row_of_ones_own_is_never_left_out(tmp_path):
         read_usable(write(tmp_path / "blank.jsonl", ""))
     items, left_out = read_usable(write(tmp_path / "items.jsonl", LETTERED, NAMED))
     assert ([item.question for item in items], left_out) == (load_questions(tmp_path / "items.jsonl"), None)
-
-
-def test_lines_lettered_by_the_question_itself_are_part_of_it():
-    statements = "Who won?\nA. Anna\nB. Ben"
-    assert shown_options(question("a", statements)) == (statements, [])
-    turned = "Who won?\nA. Ben\nB. Anna"
-    check_leaks([question("a", statements)], [question("b", turned)])
-    # Where they are what is answered, their order makes no difference.
-    for answers in (("A", "B"), ("Ben", "Anna")):
-        with pytest.raises(UserError, match="'b' asks what training item 'a' asks"):
-            check_leaks([Question("a", statements, answers[0], answers)], [Question("b", turned, answers[0], answers)])
-
-
-def test_leaks_are_left_out():
-    items = [question("a"), question("b"), question("c", "What  is b"), question("d")]
-    assert without_leaks(items, [question("x", "what is B?"), question("d", "Something else?")]) == items[:1]
-    assert without_leaks(items, []) == items
 
 
 def test_an_option_given_in_words_is_answered_with_its_letter(tmp_path):
