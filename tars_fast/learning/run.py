@@ -145,7 +145,8 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
     training, held_out, notes = load_data(config)
     resumed_from = latest_checkpoint(output_dir) if config.resume else None
     source = str(resumed_from) if resumed_from is not None and preset.lora_rank == 0 else preset.source
-    prompts = load_prompt_format(preset, source, config.long_audio)
+    # Not from the checkpoint it resumes from, which later ones outlive: processor and configuration are read at each save.
+    prompts = load_prompt_format(preset, preset.source, config.long_audio)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
     data = keep_usable(config, prompts, RunData(training, held_out, notes, 0), workers)
     workload = config.workload(

@@ -229,6 +229,32 @@ def test_broken_checkpoints_are_the_users_to_put_right(finished, small_eval, tmp
             command(small_config(tmp_path / "run", small_eval, model=str(folder)))
 
 
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_resumed_run_outlives_the_checkpoint_it_began_from(small_eval, tmp_path, monkeypatch, lora_rank):
+    """Twice interrupted, and saved until the checkpoints of both resumptions are gone."""
+    config = small_config(tmp_path / "run", small_eval, num_steps=7, save_every=1, lora_rank=lora_rank)
+
+    def interrupt_after(step):
+        def check(history, _warn):
+            if history[-1]["step"] == step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr("tars_fast.train.check_progress", check)
+
+    interrupt_after(1)
+    assert command(config) == INTERRUPTED
+    interrupt_after(2)
+    assert command(dataclasses.replace(config, resume=True)) == INTERRUPTED
+    interrupt_after(None)
+    assert command(dataclasses.replace(config, resume=True)) == 0
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [6, 7]
+    assert [metrics["step"] for metrics in read_metrics(tmp_path / "run")] == [*range(1, 8)]
+    evaluated = evaluate.EvaluateConfig(
+        model=str(tmp_path / "run" / "checkpoint-7"), data=(str(small_eval),), samples=0, output_dir=tmp_path / "again"
+    )
+    assert evaluate.command(evaluated) == 0
+
+
 def test_resume_refuses_other_settings(finished, small_eval):
     config = small_config(finished, small_eval, resume=True, learning_rate=1.0)
     with pytest.raises(UserError, match=r"learning_rate 0\.0004 -> 1\.0"):
