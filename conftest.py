@@ -68,7 +68,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA GPU")
     if item.get_closest_marker("vllm") and find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed: README, Installing vLLM")
+        pytest.skip("vLLM is not installed: docs/getting-started.md, Installing vLLM")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

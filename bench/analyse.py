@@ -27,7 +27,7 @@ import torch
 
 from tars_fast.analysis.drift import Analysis, AnalysisSettings
 from tars_fast.data.items import HELD_OUT_DATA, load_questions
-from tars_fast.evaluation.answering import slices
+from tars_fast.evaluation.answering import slice_data
 from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import SpeechModel, load_model
 from tars_fast.rollout.engine import Sampling
@@ -75,8 +75,8 @@ def measure(contender: str, num_items: int) -> dict[str, object]:
     if contender == "ours":
         analysis = Analysis(model, engine, SETTINGS)
         started = time.perf_counter()
-        for _, _, part in slices("", questions):
-            analysis.add(part)
+        for part in slice_data("", questions):
+            analysis.add(part.questions)
         report = analysis.report()
         seconds = time.perf_counter() - started
         drift = analysis.seconds["encode"] + analysis.seconds["forward"]

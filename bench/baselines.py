@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from tars_fast.config import RunConfig
 from tars_fast.learning.advantages import centred_advantages
 from tars_fast.learning.batch import Rollout
-from tars_fast.learning.rewards import representation_rewards
+from tars_fast.learning.rewards.representation import representation_rewards
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.types import Prompt
 
@@ -179,7 +179,11 @@ def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
 def rewards_and_advantages(rollout: Rollout, pooled_LND: Tensor, config: RunConfig) -> tuple[Tensor, Tensor]:
     """([N] rewards, [N] advantages) on the host (docs/method.md, Rewards and Advantages)."""
     representation_N = representation_rewards(pooled_LND, rollout.references).cpu()
-    rewards_N = rollout.answers.base + config.representation_weight * representation_N
+    rewards_N = (
+        rollout.completion_rewards["accuracy"]
+        + 0.5 * rollout.completion_rewards["format"]
+        + config.representation_weight * representation_N
+    )
     rewards_N = rewards_N + config.behaviour_weight * rollout.behaviour.result()
     return rewards_N, centred_advantages(rewards_N, rollout.groups_N)
 

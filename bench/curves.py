@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 
 from tars_fast.evaluation.ablation import Arms, FinishedRun, check_runs
-from tars_fast.reports.figure import curves_figure, write_png
+from tars_fast.reports.plots import curves_plot, write_png
 from tars_fast.support.provenance import provenance
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     curves = {title: lines for title, lines in arms.curves().items() if title.startswith("accuracy")}
-    write_png(arguments.output.with_suffix(".png"), curves_figure(curves, "step", "share of sampled completions"))
+    write_png(arguments.output.with_suffix(".png"), curves_plot(curves, "step", "share of sampled completions"))
     print(json.dumps(report[f"minus_{arms.baseline}"], indent=1))
 
 

@@ -37,10 +37,9 @@ import torch
 
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.learning.advantages import group_indices
-from tars_fast.learning.batch import Rollout, finished
+from tars_fast.learning.batch import Rollout, completed
 from tars_fast.learning.optimizer import make_optimizer
-from tars_fast.learning.rewards import AnswerRewards
-from tars_fast.learning.update import update_policy
+from tars_fast.learning.update import Learner
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.families import qwen2_audio
 from tars_fast.models.memory import GB, plan_memory
@@ -51,7 +50,7 @@ from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.vllm_engine import VllmEngine, as_request, vllm_refusal
 from tars_fast.rollout.vllm_internals import VllmSettings
 from tars_fast.support.provenance import provenance
-from tars_fast.support.timing import PhaseTimer
+from tars_fast.train import update_policy
 from tars_fast.types import Modality, Prompt, Question
 
 
@@ -262,14 +261,15 @@ def train_on(model: SpeechModel, optimizer, distinct, completions, config: RunCo
         spoken=[],
         completions=[dataclasses.replace(one, truncated=False) for one in completions],
         # Random weights answer nothing; rewards that differ give the update something to do.
-        answers=AnswerRewards(torch.tensor([0.0, 1.0] * 4), torch.zeros(8), torch.zeros(8)),
+        completion_rewards={"accuracy": torch.tensor([0.0, 1.0] * 4), "format": torch.zeros(8), "unparsed": torch.zeros(8)},
         references=[5] * 4 + [None] * 4,
-        behaviour=finished(torch.linspace(0, 1, 8)),
+        behaviour=completed(torch.linspace(0, 1, 8)),
         groups_N=group_indices([0] * 8, [one.modality for one in completions]),
     )
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
-    _, metrics = update_policy(model, optimizer, rollout, None, config, PhaseTimer(model.device))
+    learner = Learner(model, optimizer, config)
+    metrics = update_policy(learner, learner.begin_rollout(rollout))
     optimizer.zero_grad(set_to_none=True)
     return metrics
 

@@ -23,8 +23,8 @@ import tars_fast  # noqa: F401  (before torch: threads.py)
 import torch
 
 from tars_fast.data.items import HELD_OUT_DATA, load_questions
-from tars_fast.evaluation.answering import EvaluationSettings, evaluate
-from tars_fast.learning.rewards import HashedNgrams
+from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
+from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import load_model
 from tars_fast.rollout.transformers_engine import TransformersEngine
@@ -49,7 +49,7 @@ def time_evaluation() -> tuple[float, int]:
     settings = EvaluationSettings(preset.max_new_tokens, num_samples=0, temperature=1.0, seed=0)
     with closing(TransformersEngine(model, preset.rollout_batch_size)) as engine:
         started = time.perf_counter()
-        results = evaluate(model, engine, HashedNgrams(), questions, settings, data="held_out", advance=lambda _: None)
+        results = Evaluator(model, engine, HashedNgrams(), settings).evaluate(questions, "held_out", lambda _: None)
         seconds = time.perf_counter() - started
     assert all(result.failed is None for result in results), "items that fail would be fast"
     return seconds, len(Modality) * len(results)

@@ -81,9 +81,11 @@ def main() -> None:
             assert (folder / f"jobs{jobs}" / "items.jsonl").read_bytes() == (spoken / "items.jsonl").read_bytes()
             flags = ("--check", spoken, "--jobs", jobs)
             figures.append(measure(f"prepare --check, {jobs} jobs", arguments.items, lambda flags=flags: run(*flags)))
+        packed = folder / "packed"
+        flags = ("--data", folder / "text.jsonl", "--output-dir", packed, "--output-format", "parquet")
+        figures.append(measure(f"prepare, espeak-ng, {os.cpu_count()} jobs, parquet", arguments.items, lambda: run(*flags)))
         save_as_dataset(spoken, folder / "saved")
-        for source in (spoken, folder / "saved"):
-            kind = "jsonl" if source is spoken else "saved dataset"
+        for source, kind in ((spoken, "jsonl"), (packed, "parquet"), (folder / "saved", "saved dataset")):
             figures.append(measure(f"load_questions, {kind}", arguments.items, lambda source=source: load_questions(source)))
             questions = load_questions(source)
             assert len(questions) == arguments.items

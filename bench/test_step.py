@@ -10,14 +10,15 @@ from tars_kernels import LayerPooler, pool_sequences
 
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import HELD_OUT_DATA, TRAINING_DATA, load_questions
-from tars_fast.learning.batch import collect_rollout, prepare_batch
-from tars_fast.learning.rewards import HashedNgrams
-from tars_fast.learning.update import update_policy
+from tars_fast.learning.batch import RolloutCollector, prepare_batch
+from tars_fast.learning.rewards.behaviour import HashedNgrams
+from tars_fast.learning.update import Learner
 from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.timing import PhaseTimer
+from tars_fast.train import update_policy
 from tars_fast.types import Modality
 
 
@@ -44,7 +45,8 @@ def collect(model, config, questions):
     engine = TransformersEngine(model, config.rollout_batch_size)
     batch = prepare_batch(model, questions)
     with ThreadPoolExecutor(2) as background:
-        return collect_rollout(model, engine, HashedNgrams(), batch, config, 0, PhaseTimer(model.device), background)[0]
+        collector = RolloutCollector(model, engine, HashedNgrams(), config, background)
+        return collector.collect(batch, 0, PhaseTimer(model.device))[0]
 
 
 @pytest.mark.benchmark(group="step")
@@ -57,8 +59,8 @@ def test_rollout_and_rewards(benchmark, model, config, questions):
 def test_forward_rewards_backward_update(benchmark, model, config, questions):
     rollout = collect(model, config, questions)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.0)
-    arguments = (model, optimizer, rollout, None, config, PhaseTimer(model.device))
-    _, metrics = benchmark.pedantic(update_policy, arguments, rounds=3, warmup_rounds=1)
+    learner = Learner(model, optimizer, config)
+    metrics = benchmark.pedantic(lambda: update_policy(learner, learner.begin_rollout(rollout)), rounds=3, warmup_rounds=1)
     assert metrics["logprob_diff_max"] < 1e-3
 
 

@@ -47,10 +47,11 @@ from torch import Tensor
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import TRAINING_DATA, load_questions
 from tars_fast.learning.advantages import group_indices
-from tars_fast.learning.batch import Rollout, collect_rollout, finished, prepare_batch
+from tars_fast.learning.batch import Rollout, RolloutCollector, completed, prepare_batch
 from tars_fast.learning.optimizer import make_optimizer
-from tars_fast.learning.rewards import AnswerRewards, HashedNgrams, choose_references
-from tars_fast.learning.update import update_policy
+from tars_fast.learning.rewards.behaviour import HashedNgrams
+from tars_fast.learning.rewards.references import choose_references
+from tars_fast.learning.update import Learner
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.prompts import load_prompt_format
 from tars_fast.models.registry import PRESETS
@@ -58,6 +59,7 @@ from tars_fast.models.speech_model import SpeechModel, load_model, make_trainabl
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.provenance import provenance
 from tars_fast.support.timing import PhaseTimer
+from tars_fast.train import update_policy
 from tars_fast.types import Completion, Modality, Prompt
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -187,7 +189,8 @@ def make_rollout(model: SpeechModel, workload: Workload) -> Rollout:
     questions = load_questions(TRAINING_DATA)[: workload.num_questions]
     batch = prepare_batch(model, questions)
     with ThreadPoolExecutor(2) as background:
-        return collect_rollout(model, engine, HashedNgrams(), batch, config, 0, PhaseTimer(model.device), background)[0]
+        collector = RolloutCollector(model, engine, HashedNgrams(), config, background)
+        return collector.collect(batch, 0, PhaseTimer(model.device))[0]
 
 
 def make_up_rollout(model: SpeechModel, workload: Workload) -> Rollout:
@@ -220,9 +223,9 @@ def make_up_rollout(model: SpeechModel, workload: Workload) -> Rollout:
         prompts=prompts,
         spoken=[],
         completions=completions,
-        answers=AnswerRewards(accuracy, torch.ones(len(accuracy)), torch.zeros(len(accuracy))),
+        completion_rewards={"accuracy": accuracy, "format": torch.ones(len(accuracy)), "unparsed": torch.zeros(len(accuracy))},
         references=references,
-        behaviour=finished(torch.tensor([0.0 if reference is None else draw.random() for reference in references])),
+        behaviour=completed(torch.tensor([0.0 if reference is None else draw.random() for reference in references])),
         groups_N=group_indices([one.question for one in completions], [one.modality for one in completions]),
     )
     return with_logprobs(model, rollout, draw)
@@ -246,14 +249,13 @@ def with_logprobs(model: SpeechModel, rollout: Rollout, draw: random.Random) -> 
 
 def first_questions(rollout: Rollout, num_questions: int) -> Rollout:
     count = sum(completion.question < num_questions for completion in rollout.completions)
-    answers = AnswerRewards(**{name: values[:count] for name, values in vars(rollout.answers).items()})
     return Rollout(
         prompts=rollout.prompts[:count],
         spoken=[],
         completions=rollout.completions[:count],
-        answers=answers,
+        completion_rewards={name: values_N[:count] for name, values_N in rollout.completion_rewards.items()},
         references=rollout.references[:count],
-        behaviour=finished(rollout.behaviour.result()[:count]),
+        behaviour=completed(rollout.behaviour.result()[:count]),
         groups_N=rollout.groups_N[:count],
     )
 
@@ -271,7 +273,10 @@ def our_step(inputs: StepInputs) -> tuple[Tensor, Tensor]:
     """([N] rewards, [N] advantages); a micro-batch has about `size` completions, in whole questions."""
     num_questions = max(1, inputs.size // inputs.config.group_size)
     config = dataclasses.replace(inputs.config, tokens_per_micro_batch=tokens_of(inputs.rollout, num_questions))
-    scored, _ = update_policy(inputs.model, inputs.optimizer, inputs.rollout, None, config, inputs.timer)
+    learner = Learner(inputs.model, inputs.optimizer, config)
+    learner.timer = inputs.timer
+    scored = learner.begin_rollout(inputs.rollout)
+    update_policy(learner, scored)
     return scored.rewards_N, scored.advantages_N
 
 

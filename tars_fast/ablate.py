@@ -1,7 +1,7 @@
 """Compare arms of training on identical data, steps, seeds and prompts: `python -m tars_fast.ablate --arms grpo,tars`.
 
-Every arm and seed is one run of `tars_fast.train` in a folder of its own, OUT/<arm>/seed-<number>; what is finished there is
-not done again. An arm is nothing but settings of `tars_fast.train`, so another one takes no code.
+Every arm and seed is one run of `tars_fast.train` in a folder of its own, OUT/<arm>/seed-<number>; finished runs are not
+repeated. An arm is a set of settings of `tars_fast.train`, so a new arm takes no code.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -30,15 +29,24 @@ from rich.markup import escape
 
 from tars_fast.config import TrainConfig
 from tars_fast.evaluation.ablation import START, Arms, FinishedRun, check_runs
+from tars_fast.learning.run import load_data
 from tars_fast.models.architecture import LAYER_PARTS, find_layers
 from tars_fast.models.registry import architecture_of, find_preset, list_checkpoints
 from tars_fast.reports.ablation_page import print_ablation, write_ablation_page, write_tables
-from tars_fast.reports.log import open_console, say
-from tars_fast.support.cli import FAILED, INTERRUPTED, check_numbers, require_extra, run_command
+from tars_fast.reports.console import open_console, say
+from tars_fast.support.cli import (
+    FAILED,
+    INTERRUPTED,
+    as_arguments,
+    check_numbers,
+    flag_of,
+    parse_arguments,
+    require_extra,
+    run_command,
+)
 from tars_fast.support.files import write_atomically
 from tars_fast.support.progress import item_progress
 from tars_fast.support.provenance import provenance
-from tars_fast.train import load_data
 from tars_fast.types import Question, UserError
 
 if TYPE_CHECKING:
@@ -52,11 +60,13 @@ ARMS: dict[str, dict[str, str]] = {
     **{f"rep-{part}": {"behaviour_weight": "0", "representation_layers": part} for part in LAYER_PARTS},
 }
 """The paper's arms, those of its Fig. 3 last: settings that differ from the defaults of `tars_fast.train`."""
-_NAMED = ("model", "data", "eval_data", "num_steps")
-"""Settings of `tars_fast.train` that the command has by the same name."""
-_OF_THE_COMMAND = {*_NAMED, "seed", "output_dir", "resume", "dry_run"}
-_OF_EVERY_ARM = {"disjoint_from", "skip_unusable", "long_audio", "eval_items", "questions_per_step"}
-"""Arms that differ in these would not be trained on the same, from the same; nor in what is the command's."""
+_TRAIN = "python -m tars_fast.train"
+_PASSED_ON = ("model", "data", "eval_data", "num_steps")
+"""Settings of `tars_fast.train` that this command has by the same name."""
+_OF_THE_COMMAND = {*_PASSED_ON, "seed", "output_dir", "resume", "dry_run"}
+"""Settings of `tars_fast.train` that this command gives to every run."""
+_SAME_IN_ALL_ARMS = {"disjoint_from", "skip_unusable", "long_audio", "eval_items", "questions_per_step"}
+"""Settings that an arm may not override, because all arms train and are evaluated on the same items; `--setting` may."""
 _LOG = "log.txt"
 _SETTINGS = "ablation_settings.json"
 _SECONDS_BETWEEN_LOOKS = 2.0
@@ -73,32 +83,51 @@ class AblateConfig:
     """NAME:SETTING=VALUE,... once for each arm of one's own, with settings of `tars_fast.train`:
     half:representation_weight=0.5,behaviour_weight=0.5."""
     baseline: str | None = None
-    """The arm that the others are compared with. None: grpo, where it is among the arms, else the first one."""
+    """The arm that the others are compared with. None: grpo, where it is among the arms, else the first arm."""
     seeds: int = 5
-    """Runs of each arm, with seeds 0, 1 and so on; the same ones in every arm."""
+    """Number of runs of each arm, with seeds 0, 1 and so on."""
     model: str = "pocket"
-    """What all arms start from: a preset, or a folder or a name on the hub with a checkpoint."""
+    """The model that all arms start from: a preset, or a folder or a name on the hub with a checkpoint."""
     data: str | None = None
-    """Training items. None, or pocket: embedded spoken arithmetic."""
+    """Training items. None, or pocket: bundled spoken arithmetic."""
     eval_data: str | None = None
-    """Evaluation items; pocket: the embedded held-out ones. None: these too, or with --data of one's own a tenth of it."""
+    """Evaluation items; pocket: the bundled held-out ones. None: these too, or with --data of one's own a tenth of it."""
     num_steps: int | None = None
     """Rollout batches that every run trains on. None: the preset's."""
     setting: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """SETTING=VALUE of `tars_fast.train` for all arms, once for each: learning_rate=1e-4."""
     output_dir: Path = Path("runs/ablation")
-    """One folder an arm, in it one a seed; tables, pictures and report.html beside them. The same command again does what is
-    missing; more seeds or arms may be asked for."""
+    """Holds a folder for each arm with a folder for each seed, and tables, plots and report.html. The same command continues
+    there, also with more seeds or arms."""
     jobs: int | None = None
-    """Runs at a time, each on a GPU of its own as far as there are some. None: one for each GPU, on a CPU one."""
+    """Runs at a time, each on a GPU of its own as far as there are enough. None: one for each GPU, on a CPU one."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("seeds", "num_steps", "jobs"))
 
 
 @dataclass(frozen=True)
+class AblationOutcome:
+    """How an ablation ended."""
+
+    output_dir: Path
+    """The ablation's folder."""
+    is_finished: bool
+    """False: it was interrupted, and the same settings with this folder continue it."""
+    ablation: dict[str, Any] | None
+    """The content of ablation.json, over the runs that are finished. None where none is."""
+    failed: Mapping[str, str]
+    """Reason by the name of each run that failed."""
+
+    @property
+    def num_failed(self) -> int:
+        """Number of runs that failed."""
+        return len(self.failed)
+
+
+@dataclass(frozen=True)
 class Run:
-    """One training run."""
+    """A training run."""
 
     arm: str
     seed: int
@@ -122,31 +151,35 @@ class Run:
 
 
 def parse_settings(flag: str, given: Sequence[str], refused: set[str]) -> dict[str, str]:
-    """{setting: value} of SETTING=VALUE each.
+    """Split each SETTING=VALUE; returns value by setting.
+
+    Args:
+        refused: settings that must not be among them.
 
     Raises:
-        UserError: for what is no setting, has no such values, is there twice, or among `refused`.
+        UserError: a setting is refused, does not exist, is given twice, or cannot have that value.
     """
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     settings: dict[str, str] = {}
-    for one in given:
-        name, separator, value = one.partition("=")
+    for assignment in given:
+        name, separator, value = assignment.partition("=")
         name = name.strip().replace("-", "_")
         if not separator or name not in fields:
-            raise UserError(f"{flag} {one}: give SETTING=VALUE, SETTING one of those of python -m tars_fast.train --help")
+            raise UserError(f"{flag} {assignment}: give SETTING=VALUE, SETTING one of those of {_TRAIN} --help")
         if name in refused:
             remedies = {"seed": "use --seeds"} | dict.fromkeys(("output_dir", "resume", "dry_run"), "that is for ablate to say")
-            remedies |= {own: f"use --{own.replace('_', '-')}" for own in _NAMED}
-            raise UserError(f"{flag} {one}: must be the same in all arms; {remedies.get(name, f'use --setting {one}')}")
+            remedies |= {own: f"use {flag_of(own)}" for own in _PASSED_ON}
+            remedy = remedies.get(name, f"use --setting {assignment}")
+            raise UserError(f"{flag} {assignment}: must be the same in all arms; {remedy}")
         if name in settings:
-            raise UserError(f"{flag} {one}: {name} is there twice")
+            raise UserError(f"{flag} {assignment}: {name} is there twice")
         settings[name] = value.strip()
-        parse_training(f"{flag} {one}", as_arguments({name: settings[name]}))
+        parse_training(f"{flag} {assignment}", as_arguments(TrainConfig, {name: settings[name]}))
     return settings
 
 
 def choose_arms(config: AblateConfig) -> dict[str, dict[str, str]]:
-    """Settings of every arm, in the order of `--arms`. Raises UserError for one that is not defined, or is defined badly."""
+    """Settings of every arm, in the order of `--arms`. Raises UserError for an unknown arm or a wrong definition."""
     known = dict(ARMS)
     for given in config.define:
         name, separator, rest = given.partition(":")
@@ -154,7 +187,7 @@ def choose_arms(config: AblateConfig) -> dict[str, dict[str, str]]:
             raise UserError(f"--define {given}: give NAME:SETTING=VALUE,...; NAME of small letters, digits, - and _")
         if name in known:
             raise UserError(f"--define {given}: there is an arm called {name} already")
-        known[name] = parse_settings(f"--define {name}:", rest.split(","), _OF_EVERY_ARM | _OF_THE_COMMAND)
+        known[name] = parse_settings(f"--define {name}:", rest.split(","), _SAME_IN_ALL_ARMS | _OF_THE_COMMAND)
     names = [name.strip() for name in config.arms.split(",")]
     for name in names:
         if name == START:
@@ -167,57 +200,33 @@ def choose_arms(config: AblateConfig) -> dict[str, dict[str, str]]:
 
 
 def choose_baseline(config: AblateConfig, arms: Mapping[str, Any]) -> str:
-    """Raises UserError where it is none of the arms."""
+    """The baseline's name. Raises UserError where it is none of the arms."""
     baseline = config.baseline or ("grpo" if "grpo" in arms else next(iter(arms)))
     if baseline not in arms:
         raise UserError(f"--baseline {baseline}: none of --arms {config.arms}")
     return baseline
 
 
-def as_arguments(settings: Mapping[str, str]) -> list[str]:
-    """Of the command line of `tars_fast.train`."""
-    kinds = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
-    arguments = []
-    for name, value in settings.items():
-        flag = f"--{name.replace('_', '-')}"
-        if kinds[name] == "bool" and value.lower() in ("true", "false"):
-            arguments.append(flag if value.lower() == "true" else flag.replace("--", "--no-", 1))
-        elif kinds[name] == "bool | None":
-            arguments += [flag, value.capitalize()]
-        elif kinds[name].startswith("tuple"):
-            arguments += [flag, *value.split()]
-        else:
-            arguments += [flag, value]
-    return arguments
-
-
 def parse_training(flag: str, arguments: Sequence[str]) -> TrainConfig:
-    """The settings that `tars_fast.train` will have. Raises UserError for what it would not take."""
-    try:
-        # Its own words are many lines.
-        with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-            return tyro.cli(TrainConfig, args=list(arguments))
-    except UserError as error:
-        raise UserError(f"{flag}: {error}") from error
-    except SystemExit as error:
-        raise UserError(f"{flag}: no value that python -m tars_fast.train takes; see its --help") from error
+    """The settings that `tars_fast.train` will have. Raises UserError for arguments that it would not take."""
+    return parse_arguments(flag, TrainConfig, arguments, _TRAIN)
 
 
 def plan_runs(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], shared: Mapping[str, str]) -> list[Run]:
-    """Seed by seed, so that whatever is there when time is over compares.
+    """The runs of all arms, seed by seed, so that the finished ones can be compared whenever time is over.
 
     Args:
-        shared: settings of all arms besides those that the command has by the same name.
+        shared: settings of all arms, of `--setting`.
 
     Raises:
-        UserError: settings that cannot be.
+        UserError: `tars_fast.train` would not take the settings of an arm.
     """
-    given = {name: getattr(config, name) for name in _NAMED}
+    given = {name: getattr(config, name) for name in _PASSED_ON}
     shared = dict(shared) | {name: str(value) for name, value in given.items() if value is not None}
     preset = find_preset(config.model)
     commands = {}
     for arm, settings in arms.items():
-        commands[arm] = as_arguments({**shared, **settings})
+        commands[arm] = as_arguments(TrainConfig, {**shared, **settings})
         parsed = parse_training(f"--arms {arm}", commands[arm])
         try:
             parsed.as_preset(preset)
@@ -234,13 +243,13 @@ def plan_runs(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], share
 
 
 def open_output(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], shared: Mapping[str, str]) -> dict[str, Any]:
-    """Make the folder and write down what is compared in it, which is returned; for `shared` see `plan_runs`.
+    """Make the folder and write ablation_settings.json, whose content is returned; for `shared` see `plan_runs`.
 
     Raises:
-        UserError: it cannot be written to, or holds runs with other settings.
+        UserError: the folder cannot be written to, or holds runs with other settings.
     """
     path = config.output_dir / _SETTINGS
-    settings = {name: getattr(config, name) for name in _NAMED} | {"setting": dict(shared)}
+    settings = {name: getattr(config, name) for name in _PASSED_ON} | {"setting": dict(shared)}
     earlier = {}
     if path.exists():
         try:
@@ -266,7 +275,7 @@ def open_output(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], sha
 
 
 def list_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls them."""
+    """The GPUs by the names that CUDA_VISIBLE_DEVICES has for them."""
     import torch
 
     if not torch.cuda.is_available():
@@ -276,11 +285,11 @@ def list_gpus() -> list[str]:
 
 
 class Runner:
-    """Runs training commands side by side, each in a process of its own; Ctrl-C reaches all of them.
+    """Runs training commands in processes of their own, several at a time; passes Ctrl-C on to all of them.
 
     Args:
-        num_jobs: how many at a time.
-        gpus: what CUDA_VISIBLE_DEVICES calls them; taken in turn.
+        num_jobs: number of processes at a time.
+        gpus: see `list_gpus`; processes take them in turn.
     """
 
     def __init__(self, num_jobs: int, gpus: Sequence[str], console: Console) -> None:
@@ -293,24 +302,24 @@ class Runner:
         self._num_jobs, self._gpus = num_jobs, gpus
 
     def run(self, runs: Sequence[Run], advance: Callable[[int], None] | None = None) -> dict[str, str]:
-        """Run them all, or, interrupted, those that have begun.
+        """Run all of them; after Ctrl-C only those that have begun, to the end of their step.
 
         Args:
-            advance: told every other second how many training steps have been done since. None: nobody counts them.
+            advance: called every other second with the number of training steps that were done since.
 
         Returns:
-            The reason of each that failed, by name.
+            Reason by the name of each run that failed.
         """
         failed: dict[str, str] = {}
-        told = sum(run.num_steps_done for run in runs) if advance else 0
+        reported = sum(run.num_steps_done for run in runs) if advance else 0
         with ThreadPoolExecutor(self._num_jobs) as pool, self._forwarding_signals():
             pending: dict[Future[str | None], Run] = {pool.submit(self._run_one, run): run for run in runs}
             while pending:
                 done = wait(pending, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED).done
                 if advance is not None:
                     now = sum(run.num_steps_done for run in runs)
-                    advance(now - told)
-                    told = now
+                    advance(now - reported)
+                    reported = now
                 for future in done:
                     run, reason = pending.pop(future), future.result()
                     if reason is not None:
@@ -343,18 +352,18 @@ class Runner:
             if not can_lock(log):
                 return f"a process of an earlier command is still training it; see {log.name}"
             begins_at = log.tell()
-            # A group of its own: the terminal's Ctrl-C would reach it beside the one that is passed on. From there it could not
-            # read the terminal either, and would wait for it forever.
+            # In a process group of its own, because the terminal's Ctrl-C would reach it beside the one that is passed on.
+            # Without standard input, because a process in the background that reads the terminal waits forever.
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0
             )
             self._running.add(process)
-            # Asked while it was starting, when it was not among those that are told.
+            # A signal that came while it was starting did not reach it.
             if self.stopped:
                 process.send_signal(signal.SIGINT)
             status = process.wait()
             self._running.discard(process)
-        # With a status of 1 some items could not be evaluated, where the figures are there all the same.
+        # Status 1 with all files: some items could not be evaluated.
         if run.is_finished and status in (0, FAILED):
             say(self._console, f"{run.name}: finished in {time.monotonic() - started:.0f} s")
             return None
@@ -365,7 +374,7 @@ class Runner:
     @contextmanager
     def _forwarding_signals(self) -> Iterator[None]:
         def forward(number: int, _frame: FrameType | None) -> None:
-            # Clusters repeat themselves; only a second Ctrl-C is meant to cost a step.
+            # Clusters repeat SIGTERM; only a second Ctrl-C means to give up the step.
             if self.stopped and number != signal.SIGINT:
                 return
             if not self.stopped:
@@ -375,7 +384,7 @@ class Runner:
                 process.send_signal(signal.SIGINT)
 
         numbers = [signal.SIGINT, signal.SIGTERM]
-        # With nohup it goes on when the terminal closes.
+        # Under nohup it continues when the terminal closes.
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
         previous = {number: signal.signal(number, forward) for number in numbers}
@@ -387,11 +396,15 @@ class Runner:
 
 
 def can_lock(log: TextIO) -> bool:
-    """Hold a log, also for the process that is to write to it; False where one that outlived its command still does."""
+    """Lock a run's log, also for the process that will write to it.
+
+    Returns:
+        False where a process of an earlier command, which has outlived it, holds the lock.
+    """
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        # Any other one: some network file systems know no locks.
+        # Other errors: some network file systems have no locks.
         return not isinstance(error, BlockingIOError)
     return True
 
@@ -409,8 +422,51 @@ def describe_failure(log: Path, status: int, begins_at: int) -> str:
     return f"{lines[-1] if lines else f'exit status {status}'}; see {log}"
 
 
-def run_ablation(config: AblateConfig) -> int:
-    """Run what is missing, then compare what there is."""
+@dataclass(frozen=True)
+class Job:
+    """An ablation whose settings and data have been checked."""
+
+    config: AblateConfig
+    arms: Mapping[str, Mapping[str, str]]
+    shared: Mapping[str, str]
+    """Settings of all arms, of `--setting`."""
+    baseline: str
+    runs: Sequence[Run]
+    num_steps: int
+    """Number of steps of each run."""
+    held_out: Sequence[Question]
+    """The evaluation items."""
+
+
+def ablate(config: AblateConfig) -> AblationOutcome:
+    """Run what is missing, then compare the finished runs.
+
+    Raises:
+        UserError: settings, data or folder are not usable, or finished runs do not match.
+    """
+    job = plan_job(config)
+    settings = open_output(config, job.arms, job.shared)
+    # Here and not after training: the runs that are there may not match.
+    finished = read_finished(job.runs)
+    console = open_console()
+    missing = [run for run in job.runs if not run.is_finished]
+    gpus = list_gpus()
+    # At most as many as there are missing: they share the cores.
+    num_jobs = min(config.jobs or max(1, len(gpus)), max(1, len(missing)))
+    done = f"{len(job.runs) - len(missing)} of {len(job.runs)} runs are finished"
+    say(console, escape(f"{done}; {num_jobs} at a time in {config.output_dir}"))
+    runner = Runner(num_jobs, gpus, console)
+    failed = run_missing(job, runner, missing, console)
+    if missing:
+        finished = read_finished(job.runs)
+    ablation = write_comparison(job, settings, finished, failed, console) if finished else None
+    if runner.stopped:
+        print("stopped; the same command continues", file=sys.stderr)
+    return AblationOutcome(config.output_dir, not runner.stopped, ablation, failed)
+
+
+def plan_job(config: AblateConfig) -> Job:
+    """Raises UserError where settings or data are not usable."""
     require_extra("analysis")
     arms = choose_arms(config)
     baseline = choose_baseline(config, arms)
@@ -419,63 +475,54 @@ def run_ablation(config: AblateConfig) -> int:
     training = parse_training("--setting", runs[0].command[3:])
     num_steps = training.as_preset(find_preset(config.model)).num_steps
     _, held_out, _ = load_data(training)
-    settings = open_output(config, arms, shared)
-    # What does not match is told before anything else trains.
-    finished = read_finished(runs)
-    gpus = list_gpus()
-    console = open_console()
-    missing = [run for run in runs if not run.is_finished]
-    # Cores are shared out among those that there are.
-    num_jobs = min(config.jobs or max(1, len(gpus)), max(1, len(missing)))
-    done = f"{len(runs) - len(missing)} of {len(runs)} runs are finished"
-    say(console, escape(f"{done}; {num_jobs} at a time in {config.output_dir}"))
-    runner = Runner(num_jobs, gpus, console)
-    # Nobody wants hours of lines in a file.
-    if missing and console.is_terminal:
-        num_done = sum(run.num_steps_done for run in missing)
-        with item_progress(console, num_steps * len(missing), num_done, "steps of all runs") as advance:
-            failed = runner.run(missing, advance)
-    else:
-        failed = runner.run(missing)
-    if missing:
-        finished = read_finished(runs)
-    if finished:
-        compare(config, baseline, settings, finished, failed, held_out, console)
-    if runner.stopped:
-        print("stopped; the same command continues", file=sys.stderr)
-        return INTERRUPTED
-    return FAILED if failed else 0
+    return Job(config, arms, shared, baseline, runs, num_steps, held_out)
+
+
+def run_missing(job: Job, runner: Runner, missing: Sequence[Run], console: Console) -> dict[str, str]:
+    """`Runner.run`, with a progress display on a terminal; in a file it would be hours of lines."""
+    if not missing or not console.is_terminal:
+        return runner.run(missing)
+    num_done = sum(run.num_steps_done for run in missing)
+    with item_progress(console, job.num_steps * len(missing), num_done, "steps of all runs") as advance:
+        return runner.run(missing, advance)
 
 
 def read_finished(runs: Sequence[Run]) -> list[FinishedRun]:
-    """Raises UserError where some cannot be read or do not match."""
+    """Raises UserError where finished runs cannot be read or do not match."""
     finished = [FinishedRun.read(run.arm, run.seed, run.folder) for run in runs if run.is_finished]
     check_runs(finished)
     return finished
 
 
-def compare(
-    config: AblateConfig,
-    baseline: str,
+def write_comparison(
+    job: Job,
     settings: Mapping[str, Any],
     finished: Sequence[FinishedRun],
     failed: Mapping[str, str],
-    held_out: Sequence[Question],
     console: Console,
-) -> None:
-    """Write and print what the finished runs show."""
-    arms = Arms(finished, baseline)
-    made = arms.report() | {"failed": dict(failed), "settings": settings, "provenance": provenance()}
-    write_atomically(config.output_dir / "ablation.json", json.dumps(made, indent=1) + "\n")
-    write_tables(config.output_dir, made)
-    write_ablation_page(config.output_dir, f"{config.model}, {', '.join(arms.names)}", arms, made, held_out)
-    print_ablation(console, made)
-    written = sorted(path.name for path in config.output_dir.iterdir() if path.is_file())
-    say(console, escape(f"written to {config.output_dir}: {', '.join(written)}"))
+) -> dict[str, Any]:
+    """Write and print the comparison of the finished runs; returns the content of ablation.json."""
+    output_dir, arms = job.config.output_dir, Arms(finished, job.baseline)
+    ablation = arms.report() | {"failed": dict(failed), "settings": settings, "provenance": provenance()}
+    write_atomically(output_dir / "ablation.json", json.dumps(ablation, indent=1) + "\n")
+    write_tables(output_dir, ablation)
+    write_ablation_page(output_dir, f"{job.config.model}, {', '.join(arms.names)}", arms, ablation, job.held_out)
+    print_ablation(console, ablation)
+    written = sorted(path.name for path in output_dir.iterdir() if path.is_file())
+    say(console, escape(f"written to {output_dir}: {', '.join(written)}"))
+    return ablation
+
+
+def command(config: AblateConfig) -> int:
+    """Run and compare; returns the exit status."""
+    outcome = ablate(config)
+    if not outcome.is_finished:
+        return INTERRUPTED
+    return FAILED if outcome.failed else 0
 
 
 def main() -> int:
-    return run_command(run_ablation, AblateConfig, "python -m tars_fast.ablate")
+    return run_command(command, AblateConfig, "python -m tars_fast.ablate")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ class TrainConfig:
     """Recordings longer than the model hears at once: refuse says how many and stops; chunk puts several clips into one
     prompt; truncate keeps the beginning."""
     output_dir: Path | None = None
-    """Where metrics, checkpoints, samples and evaluation.json go. None: a new folder runs/<model>-<date>-<time>."""
+    """Where metrics, checkpoints, predictions, evaluation.json and report.html go. None: a new folder
+    runs/<model>-<date>-<time>."""
     num_steps: int | None = None
     """Rollout batches to train on. None: the preset's (pocket 160, others 1000)."""
     questions_per_step: int | None = None

@@ -1,4 +1,4 @@
-"""The embedded speech LLM, made from nothing: `python -m tars_fast.pocket --output-dir DIR`.
+"""The bundled speech LLM and its data, made from nothing: `python -m tars_fast.pocket --output-dir DIR`.
 
 A genuine Qwen2-Audio architecture of 1.2 M parameters that answers spoken two-step arithmetic with a chain of thought. Three
 stages, each deterministic by seed:
@@ -7,15 +7,15 @@ stages, each deterministic by seed:
 2. hearing: audio tower and projector learn by CTC to land on the text embeddings of what was said;
 3. thinking: the language model learns the task from much text and little speech, with tower, projector and embeddings frozen.
 
-Stage 3 is where the modality gap comes from: the encoder hears every word, the language model was simply seldom asked by
-voice. So the gap is repairable: more speech closes it, which is what `train` does with rewards instead of labels.
+The modality gap comes from stage 3: the encoder tells all words apart, but the language model has seen few spoken questions.
+So the gap can be closed: by more speech, which is what `train` does with rewards instead of labels.
 
-The tokenizer is an asset that was trained once and is never trained again, so that token ids stay put.
+The tokenizer is an asset that was trained once and is never trained again, so that token ids stay as they are.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import random
 import sys
@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tars_fast.data.audio import SAMPLE_RATE
+from tars_fast.data.parquet import write_parquet
 from tars_fast.data.synthesis import ACCENTS, SPEAKERS, Synthesiser
 from tars_fast.models.checkpoint import atomic_folder
 from tars_fast.models.families import qwen2_audio
@@ -55,7 +56,7 @@ NUM_MELS = 64
 
 @dataclass(frozen=True)
 class Problem:
-    """`first op1 second op2 third`, every value along the way within 0..12."""
+    """`first op1 second op2 third`, whose intermediate and final values are within 0..12."""
 
     first: int
     op1: int
@@ -94,7 +95,7 @@ class Splits:
 
 
 def split_problems() -> Splits:
-    """All 1,163 problems, disjoint by operands; the split never depends on a seed."""
+    """Split all 1,163 problems, each of which is in one part; the split never depends on a seed."""
     digits = range(1, 10)
     limits = range(len(NUMBERS))
     problems = [
@@ -112,7 +113,7 @@ def split_problems() -> Splits:
 
 
 def speak(synthesiser: Synthesiser, problem: Problem, speakers: Sequence[str], rng: random.Random) -> tuple[np.ndarray, str]:
-    """One clean recording of the question: ([samples] float32 at 16 kHz, voice)."""
+    """Synthesise a question without noise: ([samples] float32 at 16 kHz, voice)."""
     import soxr
 
     voice = f"{rng.choice(ACCENTS)}+{rng.choice(speakers)}"
@@ -132,7 +133,7 @@ def speak(synthesiser: Synthesiser, problem: Problem, speakers: Sequence[str], r
 
 
 def build(seed: int) -> tuple[Any, Any]:
-    """The untrained model and its processor: (`Qwen2AudioForConditionalGeneration`, `Qwen2AudioProcessor`)."""
+    """Make the untrained model and its processor: (`Qwen2AudioForConditionalGeneration`, `Qwen2AudioProcessor`)."""
     from transformers import (
         GenerationConfig,
         PreTrainedTokenizerFast,
@@ -188,7 +189,7 @@ def build(seed: int) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def _initialise(module: Any) -> None:
-    """Fan-in scale for the tower and a wider language model: 0.02 drowns both at this width."""
+    """Scale weights of the tower by fan-in and those of the language model up: the usual 0.02 is too little at this width."""
     tower = module.model.audio_tower
     positions, width = tower.embed_positions.weight.shape
     rates = torch.exp(-math.log(10_000) / (width // 2 - 1) * torch.arange(width // 2))
@@ -234,7 +235,7 @@ def synthesise_warm_up(processor: Any, num_utterances: int, seed: int) -> Speech
 
 
 def _optimizers(module: nn.Module, matrix_rate: float, other_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for the rest; minutes instead of hours at this size."""
+    """Muon for the hidden matrices, AdamW for the rest: minutes instead of hours at this size."""
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     is_matrix = {name: p.dim() == 2 and "embed" not in name and "lm_head" not in name for name, p in named}
     return [
@@ -244,7 +245,7 @@ def _optimizers(module: nn.Module, matrix_rate: float, other_rate: float) -> lis
 
 
 def _update(optimizers: list[torch.optim.Optimizer], loss: Tensor, fraction: float) -> None:
-    """One optimiser step; `fraction` of the stage done sets the rate: 3 % warm-up, then cosine to 2 %."""
+    """Take an optimiser step; the rate follows the finished fraction of the stage: 3 % warm-up, then cosine to 2 %."""
     for optimizer in optimizers:
         optimizer.zero_grad()
     loss.backward()
@@ -258,7 +259,7 @@ def _update(optimizers: list[torch.optim.Optimizer], loss: Tensor, fraction: flo
 
 
 def _mask_spectrogram(features: Tensor, rng: np.random.Generator) -> Tensor:
-    """SpecAugment (arXiv 1904.08779), one band of mels and one of frames: held-out voices are heard better for it."""
+    """SpecAugment (arXiv 1904.08779), one band of mels and one of frames, which helps with held-out voices."""
     features = features.clone()
     for item in features:
         mean = item.mean()
@@ -269,7 +270,7 @@ def _mask_spectrogram(features: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def train_hearing(module: Any, processor: Any, speech: Speech, *, num_steps: int, batch_size: int, seed: int) -> None:
-    """Stage 2: CTC between audio tokens and the written question, scored by the language model's own embeddings."""
+    """Stage 2: train tower and projector by CTC between audio tokens and the question, scored by the text embeddings."""
     rng = np.random.default_rng(seed)
     tokenizer = processor.tokenizer
     targets = [torch.tensor(tokenizer.encode(problem.question)) for problem in speech.problems]
@@ -303,18 +304,18 @@ def train_hearing(module: Any, processor: Any, speech: Speech, *, num_steps: int
 
 
 @torch.no_grad()
-def hear(module: Any, speech: Speech) -> list[Tensor]:
-    """Every utterance's audio embeddings, [A, D] each."""
-    embedded: list[Tensor] = []
+def encode_audio(module: Any, speech: Speech) -> list[Tensor]:
+    """Audio embeddings of every utterance, [A, D] each."""
+    audio_embeddings: list[Tensor] = []
     for start in range(0, len(speech.problems), 100):
         rows = slice(start, start + 100)
         states, lengths = embed_audio(module, speech.features[rows].float(), speech.mask[rows])
-        embedded.extend(state[:length].clone() for state, length in zip(states, lengths.tolist(), strict=True))
-    return embedded
+        audio_embeddings.extend(state[:length].clone() for state, length in zip(states, lengths.tolist(), strict=True))
+    return audio_embeddings
 
 
 def _supervised_loss(module: Any, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Mean cross-entropy over completion tokens of (prompt embeddings [P, D], completion ids [C]) rows."""
+    """Mean cross-entropy over the completion tokens of rows (prompt embeddings [P, D], completion ids [C])."""
     embed = module.get_input_embeddings()
     inputs = [torch.cat([prompt, embed(completion)]) for prompt, completion in rows]
     batch = nn.utils.rnn.pad_sequence(inputs, batch_first=True)
@@ -329,7 +330,7 @@ def _supervised_loss(module: Any, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 class SupervisedRows:
-    """Prompt embeddings and completion ids of the task, as the product's own prompts write them."""
+    """Rows (prompt embeddings, completion ids) of the task, with the prompts of `train`."""
 
     def __init__(self, module: Any, processor: Any):
         prompts = PromptFormat(
@@ -358,12 +359,21 @@ class SupervisedRows:
         return self._row(problem, Modality.SPEECH, audio)
 
 
-def train_thinking(
-    module: Any, processor: Any, speech: Speech, *, num_steps: int, text_per_step: int, speech_per_step: int, seed: int
-) -> None:
-    """Stage 3: supervised chains of thought; `speech_per_step` sets the size of the modality gap."""
-    rng = random.Random(seed)
-    audio = hear(module, speech)
+@dataclass(frozen=True)
+class ThinkingStage:
+    """How long stage 3 is, and what a step of it holds."""
+
+    num_steps: int
+    text_per_step: int
+    speech_per_step: int
+    """Sets the size of the modality gap."""
+    seed: int
+
+
+def train_thinking(module: Any, processor: Any, speech: Speech, stage: ThinkingStage) -> None:
+    """Stage 3: train the language model on chains of thought."""
+    rng = random.Random(stage.seed)
+    audio = encode_audio(module, speech)
     rows = SupervisedRows(module, processor)
     training = split_problems().training
     module.requires_grad_(False)
@@ -373,20 +383,21 @@ def train_thinking(
     optimizers = _optimizers(module, matrix_rate=0.02, other_rate=2e-3)
     module.train()
     started = time.monotonic()
-    for step in range(num_steps):
-        batch = [rows.text(rng.choice(training)) for _ in range(text_per_step)]
-        for _ in range(speech_per_step):
+    for step in range(stage.num_steps):
+        batch = [rows.text(rng.choice(training)) for _ in range(stage.text_per_step)]
+        for _ in range(stage.speech_per_step):
             index = rng.randrange(len(audio))
             batch.append(rows.speech(speech.problems[index], audio[index]))
         loss = _supervised_loss(module, batch)
-        _update(optimizers, loss, step / num_steps)
+        _update(optimizers, loss, step / stage.num_steps)
         if (step + 1) % 50 == 0:
-            print(f"thinking {step + 1}/{num_steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+            seconds = time.monotonic() - started
+            print(f"thinking {step + 1}/{stage.num_steps} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
     module.eval()
 
 
 def write_recordings(folder: Path, seed: int) -> None:
-    """The shipped data: training, validation and held-out items with Ogg Opus recordings, disjoint by operands and voices."""
+    """Write the bundled data: a file each of training, validation and held-out items, disjoint by operands and voices."""
     import soundfile
 
     rng = random.Random(seed)
@@ -397,14 +408,17 @@ def write_recordings(folder: Path, seed: int) -> None:
         "validation": (splits.validation, VALIDATION_SPEAKERS),
         "held_out": (splits.held_out, HELD_OUT_SPEAKERS),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     with Synthesiser() as synthesiser:
         for name, (problems, speakers) in parts.items():
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            lines = []
+            items = []
+            recordings: dict[str, bytes] = {}
             for number, problem in enumerate(problems):
                 wave, voice = speak(synthesiser, problem, speakers, rng)
-                audio = f"{name}/{number:04}.ogg"
-                soundfile.write(folder / audio, wave, SAMPLE_RATE, format="OGG", subtype="OPUS")
+                audio = f"{number:04}.ogg"
+                buffer = io.BytesIO()
+                soundfile.write(buffer, wave, SAMPLE_RATE, format="OGG", subtype="OPUS")
+                recordings[audio] = buffer.getvalue()
                 item = {
                     "id": f"{name}-{number:04}",
                     "question": problem.question,
@@ -413,13 +427,13 @@ def write_recordings(folder: Path, seed: int) -> None:
                     "audio": audio,
                     "voice": voice,
                 }
-                lines.append(json.dumps(item) + "\n")
-            (folder / f"{name}.jsonl").write_text("".join(lines))
+                items.append(item)
+            write_parquet(folder / f"{name}.parquet", items, recordings.__getitem__)
 
 
 @dataclass(frozen=True)
 class PocketConfig:
-    """Make the embedded speech LLM and its data from nothing."""
+    """Make the bundled speech LLM and its data from nothing."""
 
     output_dir: Path
     """Receives pocket/ (the model) and spoken-arithmetic/ (the data)."""
@@ -450,15 +464,8 @@ def make_pocket(config: PocketConfig) -> int:
     speech = synthesise_warm_up(processor, config.num_utterances, config.seed)
     print(f"speech synthesised, {time.monotonic() - started:.0f} s", flush=True)
     train_hearing(module, processor, speech, num_steps=config.hearing_steps, batch_size=32, seed=config.seed)
-    train_thinking(
-        module,
-        processor,
-        speech,
-        num_steps=config.thinking_steps,
-        text_per_step=config.text_per_step,
-        speech_per_step=config.speech_per_step,
-        seed=config.seed,
-    )
+    stage = ThinkingStage(config.thinking_steps, config.text_per_step, config.speech_per_step, config.seed)
+    train_thinking(module, processor, speech, stage)
     with atomic_folder(config.output_dir / "pocket") as folder:
         module.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -1,9 +1,9 @@
 """Text questions become spoken ones, and data are checked before they are used: `python -m tars_fast.prepare`.
 
-Every item is spoken by a voice, and with a seed, that follow from --seed and its id alone: the same recordings come of any
-number of jobs, in any order, and of a run that was interrupted. A recording appears whole or not at all; a line in
-`finished.jsonl` says that it is there and how it came about, so that the next run goes on with what is left. `items.jsonl`, in
-the format that training reads, is written last.
+Voice and seed of every item follow from --seed and its id alone: any number of jobs, in any order, interrupted or not, makes
+the same recordings. A recording appears whole or not at all; then a line in `finished.jsonl` says how it was made, and the next
+run goes on with what is left. The items are written last, as training reads them: `items.jsonl` beside the recordings, or
+`items.parquet` with the recordings inside.
 
 Left out on purpose: more than one machine (give each a part of the items, and join the folders), and noise or rooms around the
 speech (a synthesiser of your own may add them).
@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -30,22 +31,25 @@ from dataclasses import asdict, dataclass
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from tars_fast.data.audio import MIN_SECONDS, SAMPLE_RATE, resample
 from tars_fast.data.items import UsableItem, read_items, read_usable, shown_options
+from tars_fast.data.parquet import write_parquet
 from tars_fast.data.quality import NOTES, UNUSABLE, Finding, Inspection, inspect_items
 from tars_fast.data.recognition import load_recogniser
+from tars_fast.data.sources import read_rows
 from tars_fast.data.synthesis import VOICES, Synthesiser
 from tars_fast.data.transcription import word_error_rate
 from tars_fast.support.cli import FAILED, check_numbers, load_function, require_extra, run_command
 from tars_fast.support.files import write_atomically
 from tars_fast.support.progress import track
-from tars_fast.types import UserError
+from tars_fast.types import Recording, UserError
 
 ESPEAK = "espeak-ng"
+OutputFormat = Literal["jsonl", "parquet"]
 Speak = Callable[[str, str, int], tuple[np.ndarray, int]]
 """(text, voice, seed) -> ([samples] float32 mono in [-1, 1], sample rate in Hz)."""
 
@@ -57,7 +61,9 @@ class PrepareConfig:
     data: str | None = None
     """Text items: id, question, options or answer_set, answer. A jsonl file, a parquet file or a dataset of the hub."""
     output_dir: Path | None = None
-    """New folder, or that of an interrupted run of the same settings: recordings/, items.jsonl, preparation/."""
+    """New folder, or that of an earlier run of the same settings, which goes on: the items, and preparation/."""
+    output_format: OutputFormat = "jsonl"
+    """jsonl: items.jsonl, and a file in recordings/ for each item. parquet: items.parquet, with the recordings inside."""
     synthesiser: str = ESPEAK
     """espeak-ng, or module:function with the signature (text, voice, seed) -> (wave, rate)."""
     voices: tuple[str, ...] = ()
@@ -65,13 +71,13 @@ class PrepareConfig:
     recogniser: str | None = None
     """Verifies each recording: module:function, (wave, rate) -> text, or a speech recognition checkpoint. None: no check."""
     max_word_error_rate: float = 0.1
-    """Of the recogniser's text; above it the item is spoken again."""
+    """An item is spoken again where the word error rate of the recogniser's text is higher."""
     retries: int = 3
     """Further voices and seeds for an item that failed, before it is given up."""
     max_seconds: float = 30.0
-    """Longest recording that the model hears; --check refuses longer ones, preparing counts them."""
+    """Longest recording that the model takes; --check refuses longer ones, preparing counts them."""
     seed: int = 0
-    """Of voices and of the synthesiser's noise."""
+    """Seed of the choice of voices and of the synthesiser's noise."""
     jobs: int | None = None
     """Worker processes; each loads its own synthesiser and recogniser. None: one a core for espeak-ng without a recogniser,
     else 1."""
@@ -88,11 +94,13 @@ class PrepareConfig:
             raise UserError("--output-dir: name the folder for the spoken items")
         if self.output is not None and not self.output.parent.is_dir():
             raise UserError(f"--output {self.output}: no folder {self.output.parent}; make it first")
+        if self.check is not None and self.output_format != "jsonl":
+            raise UserError(f"--output-format {self.output_format}: --check makes no items; leave it out")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recording depends on besides its item."""
+    """The settings that a recording depends on."""
 
     synthesiser: str
     voices: tuple[str, ...]
@@ -104,27 +112,28 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one item: the fields that its line gains, or why it has no recording."""
+    """One item with its recording, or why there is none; a line of finished.jsonl."""
 
     id: str
     transcript: str
     gained: Mapping[str, Any]
+    """Further columns of the item: voice, seconds, word_error_rate."""
     error: str | None = None
 
 
 def spoken_form(item: UsableItem) -> str:
-    """What is said: all that the written prompt shows, so that both ask the same."""
+    """The text to be spoken: all that the written prompt shows, so that both ask the same."""
     if item.question.transcript is not None:
         return item.question.transcript
-    asked, options = shown_options(item.question)
-    lines = [asked] if asked else []
+    stem, options = shown_options(item.question)
+    lines = [stem] if stem else []
     lines += [f"Option {letter}: {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
     # A pause at the end of each, and a word for each gap to be filled in.
     return "\n".join(re.sub(r"_{2,}", " blank ", line if line[-1] in ".,;:!?" else f"{line}.") for line in lines)
 
 
 def recording_name(id: str, transcript: str) -> str:
-    """A file name that no other words of any item have, is safe anywhere, and can be recognised by a reader."""
+    """A file name that is safe on any system, unique to the item and its words, and begins with the id for a reader."""
     digest = hashlib.sha256(json.dumps([id, transcript]).encode()).hexdigest()[:12]
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', id)[:40]}-{digest}.flac"
 
@@ -133,7 +142,7 @@ def recording_name(id: str, transcript: str) -> str:
 
 
 def watch_parent() -> None:
-    """A worker ends with its parent, however that ends."""
+    """Make this worker end when its parent ends, however that ends."""
 
     def end_with_parent() -> None:
         parent = parent_process()
@@ -146,11 +155,11 @@ def watch_parent() -> None:
 
 @functools.cache
 def load_synthesiser(name: str) -> Speak:
-    """Raises UserError where it cannot be loaded."""
+    """Load espeak-ng or the user's function. Raises UserError where it cannot be loaded."""
     if name != ESPEAK:
         return load_function("--synthesiser", name)
     require_extra("speech")
-    # Lives as long as the worker, whose end closes its pipes.
+    # Never left: it runs as long as the worker, whose end closes its pipes.
     synthesiser = Synthesiser().__enter__()
 
     def speak(text: str, voice: str, seed: int) -> tuple[np.ndarray, int]:
@@ -164,30 +173,30 @@ cached_recogniser = functools.cache(load_recogniser)
 
 
 def speak_item(id: str, transcript: str, recipe: Recipe, folder: Path) -> Outcome:
-    """Write one item's recording.
+    """Synthesise one item, verify it where there is a recogniser, and write its recording.
 
     Raises:
         UserError: synthesiser or recogniser cannot be loaded.
         OSError: the recording cannot be written.
     """
     speak = load_synthesiser(recipe.synthesiser)
-    listen = None if recipe.recogniser is None else cached_recogniser(recipe.recogniser)
+    recognise = None if recipe.recogniser is None else cached_recogniser(recipe.recogniser)
     failures: list[str] = []
     for attempt in range(1 + recipe.retries):
-        drawn = json.dumps([recipe.seed, attempt, id])
-        rng = random.Random(int.from_bytes(hashlib.sha256(drawn.encode()).digest()))
+        key = json.dumps([recipe.seed, attempt, id])
+        rng = random.Random(int.from_bytes(hashlib.sha256(key.encode()).digest()))
         voice, seed = rng.choice(recipe.voices), rng.randrange(2**31)
         try:
             wave = checked_wave(*speak(transcript, voice, seed))
             gained: dict[str, Any] = {"voice": voice, "seconds": round(len(wave) / SAMPLE_RATE, 3)}
-            if listen is not None:
-                heard = listen(wave, SAMPLE_RATE)
-                gained["word_error_rate"] = round(word_error_rate(transcript, heard), 4)
+            if recognise is not None:
+                recognised = recognise(wave, SAMPLE_RATE)
+                gained["word_error_rate"] = round(word_error_rate(transcript, recognised), 4)
         except Exception as error:  # Others' code, which may raise anything: the item fails, not the run.
             failures.append(f"{voice}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
             continue
-        if listen is not None and gained["word_error_rate"] > recipe.max_word_error_rate:
-            failures.append(f"{voice}: word error rate {gained['word_error_rate']}, heard {heard[:200]!r}")
+        if recognise is not None and gained["word_error_rate"] > recipe.max_word_error_rate:
+            failures.append(f"{voice}: word error rate {gained['word_error_rate']}, heard {recognised[:200]!r}")
             continue
         write_atomically(folder / recording_name(id, transcript), encode(wave))
         return Outcome(id, transcript, gained)
@@ -195,7 +204,7 @@ def speak_item(id: str, transcript: str, recipe: Recipe, folder: Path) -> Outcom
 
 
 def checked_wave(wave: np.ndarray, rate: int) -> np.ndarray:
-    """A synthesiser's result at 16 kHz. Raises ValueError where it is no speech."""
+    """Bring a synthesiser's wave to 16 kHz. Raises ValueError where it cannot be speech."""
     wave = np.asarray(wave)
     if wave.ndim != 1 or not np.issubdtype(wave.dtype, np.floating):
         raise ValueError(f"the synthesiser gave {wave.dtype} of shape {wave.shape}, not one channel of floats in [-1, 1]")
@@ -208,7 +217,7 @@ def checked_wave(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def encode(wave: np.ndarray) -> bytes:
-    """[samples] float32 at 16 kHz -> a FLAC file, 16 bit."""
+    """Encode [samples] float32 at 16 kHz as a FLAC file of 16 bits."""
     import soundfile
 
     buffer = io.BytesIO()
@@ -224,30 +233,53 @@ GO_ON = "what is done stays, and the same command goes on from there"
 
 @contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that says how to go on."""
     try:
         yield
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror or error}); {GO_ON}") from error
 
 
-def open_folder(folder: Path, recipe: Recipe) -> dict[str, Outcome]:
-    """Begin the folder, or find out what an earlier run with the same settings has finished there.
+def packed_recordings(folder: Path) -> dict[str, Recording]:
+    """Recordings in the items.parquet of an earlier run, by their names.
 
     Raises:
-        UserError: it holds something else.
+        UserError: it cannot be read.
+    """
+    path = folder / "items.parquet"
+    packed: dict[str, Recording] = {}
+    for row in read_rows(str(path)) if path.is_file() else ():
+        if isinstance(row.values, dict) and row.audio is not None:
+            packed[recording_name(str(row.values.get("id")), str(row.values.get("transcript")))] = row.audio
+    return packed
+
+
+def open_folder(
+    folder: Path, recipe: Recipe, output_format: OutputFormat
+) -> tuple[dict[str, Outcome], Mapping[str, Recording]]:
+    """Begin the output folder, or go on with that of an earlier run with the same settings.
+
+    Returns:
+        (id -> what the earlier run has finished and is still there, `packed_recordings`).
+
+    Raises:
+        UserError: it holds something else, or was begun with other settings.
     """
     settings_path, journal = (folder / "preparation" / name for name in ("settings.json", "finished.jsonl"))
-    settings = json.loads(json.dumps(asdict(recipe)))
+    settings = json.loads(json.dumps(asdict(recipe) | {"output_format": output_format}))
     begun = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
+    if begun:
+        # Written by a release that knew no other format.
+        begun.setdefault("output_format", "jsonl")
     if not begun and folder.exists() and (not folder.is_dir() or any(path.name != "preparation" for path in folder.iterdir())):
         raise UserError(f"--output-dir {folder}: holds something else; name a new folder")
     lines = journal.read_text(encoding="utf-8").splitlines(keepends=True) if journal.is_file() else []
     # A line that was cut off has no end.
     outcomes = [Outcome(**json.loads(line)) for line in lines if line.endswith("\n")]
     recordings = folder / "recordings"
-    finished = {
-        outcome.id: outcome for outcome in outcomes if (recordings / recording_name(outcome.id, outcome.transcript)).is_file()
-    }
+    packed = packed_recordings(folder)
+    names = packed.keys() | ({path.name for path in recordings.iterdir()} if recordings.is_dir() else set())
+    finished = {outcome.id: outcome for outcome in outcomes if recording_name(outcome.id, outcome.transcript) in names}
     changed = [f"--{name.replace('_', '-')} {begun.get(name)!s:.60}" for name in settings if begun.get(name) != settings[name]]
     if finished and changed:
         raise UserError(f"--output-dir {folder}: was begun with {', '.join(changed)}; give the same, or name a new folder")
@@ -255,14 +287,14 @@ def open_folder(folder: Path, recipe: Recipe) -> dict[str, Outcome]:
     write_atomically(settings_path, json.dumps(settings, indent=2) + "\n")
     recordings.mkdir(exist_ok=True)
     write_atomically(journal, "".join(json.dumps(asdict(outcome)) + "\n" for outcome in finished.values()))
-    return finished
+    return finished, packed
 
 
 def run_workers(transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jobs: int) -> Generator[Outcome]:
-    """Speak what stands under each id, in worker processes; outcomes come as they are ready."""
+    """Speak texts, given by id, in worker processes; outcomes come as they are ready."""
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=watch_parent)
     try:
-        # Ctrl-C is for this process, where it waits for a moment; workers inherit from their first that they do not get it.
+        # Workers start with this mask and never get a Ctrl-C; this process gets it when the mask is lifted.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         futures = [pool.submit(speak_item, id, transcript, recipe, folder) for id, transcript in transcripts.items()]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -275,39 +307,33 @@ def run_workers(transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jo
 
 
 def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
-    """Speak the items of `data` into `folder`; returns the exit status."""
+    """Speak the items of `data` into `folder`, and return the exit status."""
     voices = config.voices or (VOICES if config.synthesiser == ESPEAK else ("default",))
     recipe = Recipe(config.synthesiser, voices, config.recogniser, config.max_word_error_rate, config.retries, config.seed)
+    small_workers = config.synthesiser == ESPEAK and config.recogniser is None
+    jobs = config.jobs or ((os.cpu_count() or 1) if small_workers else 1)
     items, left_out = read_usable(data, spoken=False)
     if left_out is not None:
         print(left_out, flush=True)
     transcripts = {item.question.id: spoken_form(item) for item in items}
-    failed: dict[str, str] = {}
+    if config.output_format == "parquet":
+        check_unicode(items, transcripts)
     with explain_full_disk(folder):
-        finished = open_folder(folder, recipe)
+        finished, packed = open_folder(folder, recipe, config.output_format)
         done = {(outcome.id, outcome.transcript) for outcome in finished.values()}
         todo = dict(item for item in transcripts.items() if item not in done)
         if len(todo) < len(items):
             print(f"{len(items) - len(todo)} of {len(items)} items are there already", flush=True)
-        light = config.synthesiser == ESPEAK and config.recogniser is None
-        jobs = config.jobs or ((os.cpu_count() or 1) if light else 1)
-        with (
-            (folder / "preparation" / "finished.jsonl").open("a", encoding="utf-8") as journal,
-            closing(run_workers(todo, recipe, folder / "recordings", jobs)) as outcomes,
-        ):
-            for outcome in track(outcomes, len(todo), "spoken"):
-                if outcome.error is None:
-                    finished[outcome.id] = outcome
-                    journal.write(json.dumps(asdict(outcome)) + "\n")
-                    journal.flush()
-                else:
-                    failed[outcome.id] = outcome.error
-        made = [item for item in items if item.question.id not in failed]
-        lines = [spoken_line(item, finished[item.question.id]) for item in made]
-        write_atomically(folder / "items.jsonl", "".join(lines))
+        spoken, failed = speak_items(todo, recipe, folder, jobs)
+        finished |= spoken
+        written = [spoken_item(item, finished[item.question.id]) for item in items if item.question.id not in failed]
+        if config.output_format == "parquet":
+            pack_items(folder, written, packed)
+        else:
+            write_items(folder, written)
         failures = [json.dumps({"id": id, "error": failed[id]}) + "\n" for id in transcripts if id in failed]
         write_atomically(folder / "preparation" / "failed.jsonl", "".join(failures))
-    lengths = [finished[item.question.id].gained["seconds"] for item in made]
+    lengths = [finished[id].gained["seconds"] for id in transcripts if id not in failed]
     print(f"{len(lengths)} items, {sum(lengths):.0f} s of speech, written to {folder}")
     too_long = sum(length > config.max_seconds for length in lengths)
     if too_long:
@@ -317,14 +343,68 @@ def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
     return FAILED if failed else 0
 
 
-def spoken_line(item: UsableItem, outcome: Outcome) -> str:
-    """An item as training reads it."""
-    audio = f"recordings/{recording_name(outcome.id, outcome.transcript)}"
-    return json.dumps({**item.fields, "audio": audio, "transcript": outcome.transcript, **outcome.gained}) + "\n"
+def speak_items(
+    transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jobs: int
+) -> tuple[dict[str, Outcome], dict[str, str]]:
+    """Speak texts, given by id, and write down each in finished.jsonl as soon as its recording is there.
+
+    Returns:
+        (id -> outcome, id -> why it failed).
+    """
+    spoken: dict[str, Outcome] = {}
+    failed: dict[str, str] = {}
+    with (
+        (folder / "preparation" / "finished.jsonl").open("a", encoding="utf-8") as journal,
+        closing(run_workers(transcripts, recipe, folder / "recordings", jobs)) as outcomes,
+    ):
+        for outcome in track(outcomes, len(transcripts), "spoken"):
+            if outcome.error is None:
+                spoken[outcome.id] = outcome
+                journal.write(json.dumps(asdict(outcome)) + "\n")
+                journal.flush()
+            else:
+                failed[outcome.id] = outcome.error
+    return spoken, failed
+
+
+def check_unicode(items: Sequence[UsableItem], transcripts: Mapping[str, str]) -> None:
+    """Raises UserError for a text that JSON can hold and parquet cannot."""
+    for item in items:
+        try:
+            json.dumps([item.fields, transcripts[item.question.id]], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{item.place}: a text is not valid Unicode ({error.reason}), which parquet needs; correct it, or leave "
+                "--output-format out"
+            ) from error
+
+
+def spoken_item(item: UsableItem, outcome: Outcome) -> dict[str, object]:
+    """An item as training reads it; `audio` is the recording's name."""
+    audio = recording_name(outcome.id, outcome.transcript)
+    return {**item.fields, "audio": audio, "transcript": outcome.transcript, **outcome.gained}
+
+
+def write_items(folder: Path, items: Sequence[Mapping[str, object]]) -> None:
+    """Write items.jsonl, whose recordings stand beside it."""
+    lines = [json.dumps({**item, "audio": f"recordings/{item['audio']}"}) + "\n" for item in items]
+    write_atomically(folder / "items.jsonl", "".join(lines))
+
+
+def pack_items(folder: Path, items: Sequence[Mapping[str, object]], packed: Mapping[str, Recording]) -> None:
+    """Write items.parquet, and delete the recordings that then stand inside; `packed` are those of the file it replaces."""
+    recordings = folder / "recordings"
+
+    def read_recording(name: str) -> bytes:
+        path = recordings / name
+        return path.read_bytes() if path.is_file() else packed[name].read_bytes()
+
+    write_parquet(folder / "items.parquet", items, read_recording)
+    shutil.rmtree(recordings)
 
 
 def check(config: PrepareConfig, data: str) -> int:
-    """Say what is wrong with the spoken items of `data`; returns the exit status."""
+    """Show what is wrong with the spoken items of `data`, and return the exit status."""
     items = list(read_items(data))
     if not items:
         raise UserError(f"--check {data}: holds no items")
@@ -350,7 +430,7 @@ def check(config: PrepareConfig, data: str) -> int:
 
 
 def show(inspections: Sequence[Inspection], findings: Sequence[Finding]) -> None:
-    """One line a problem, with the first item that has it."""
+    """Print a table: a line a problem, with the first item that has it."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape

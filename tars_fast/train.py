@@ -1,14 +1,15 @@
 """TARS: GRPO that aligns the speech-conditioned with the text-conditioned policy (arXiv 2601.05543; docs/method.md).
 
-Every step of `run_steps`:
+One step of `run_steps`:
 
-1. samples half of each question's group of completions from its spoken and half from its written prompt (`learning/loader.py`);
-2. rewards every completion for its answer and its format, and spoken completions also for hidden states (R_rep) and words
-   (R_beh) like those of a correct written completion of the same question, from the current policy (`learning/rewards/`);
-3. centres rewards within (question, modality) (`learning/advantages.py`);
-4. runs one packed forward pass over every token: its hidden states, pooled by hooks while the layers run, give R_rep, and the
-   last ones the log-probabilities (`learning/update.py`);
-5. takes the clipped, asymmetric policy gradient, normalised by the unmasked tokens of the whole batch, and one optimiser step.
+1. Rollout (`learning/loader.py`): half of each question's group of completions is sampled from its spoken prompt, half from its
+   written one. The engine samples from the trainer's own weights, so there is nothing to synchronise.
+2. Rewards (`learning/rewards/`): every completion earns R_acc + 0.5 R_fmt for its answer and its format. A spoken one also
+   earns R_rep and R_beh: how close its hidden states and its words are to a correct written completion of the same question.
+3. Advantages (`learning/advantages.py`): rewards are centred within (question, modality).
+4. Forward pass (`learning/update.py`): one packed pass over every token. The last hidden states give the log-probabilities;
+   those of all layers, pooled while the layers run, give R_rep. So rewards and advantages are complete after this pass only.
+5. Update: clipped asymmetric policy loss (DAPO), normalised by the unmasked tokens of the whole batch; backward pass; AdamW.
 
 Left out on purpose: a reference model (the KL coefficient is 0), a value model, division by the rewards' standard deviation, a
 separate forward pass for the old log-probabilities (the first update's own pass has them).
@@ -33,20 +34,21 @@ from typing import Any
 
 from tars_kernels import use_reference
 
-from tars_fast.data.items import HELD_OUT_DATA, or_embedded
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
-from tars_fast.evaluation.results import ItemResult, change_since, read_predictions, report, text_reference
+from tars_fast.evaluation.figures import change_since, report, text_reference
+from tars_fast.evaluation.results import ItemResult, read_predictions
 from tars_fast.learning.loader import LoadedRollout, RolloutLoader
-from tars_fast.learning.metrics import TrainedTokens, completion_columns, completion_metrics
+from tars_fast.learning.metrics import BackwardPass, check_progress, completion_columns, completion_metrics
 from tars_fast.learning.optimizer import learning_rate_at
-from tars_fast.learning.run import Interrupt, Run, check_progress, open_run, plan_run, profiled
+from tars_fast.learning.run import Interrupt, Run, open_run, plan_run, profiled
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import join_workers
 from tars_fast.models.memory import describe
-from tars_fast.reports.figure import FIGURE, accuracy_figure, can_draw, write_png
-from tars_fast.reports.log import RunLog, print_summary
+from tars_fast.reports.log import RunLog
+from tars_fast.reports.plots import ACCURACY_PLOT, accuracy_plot, can_plot, write_png
 from tars_fast.reports.run_page import write_report
+from tars_fast.reports.tables import print_summary
 from tars_fast.support.files import write_atomically
 from tars_fast.support.progress import item_progress
 from tars_fast.support.timing import explain_out_of_memory
@@ -79,7 +81,7 @@ def train(config: TrainConfig) -> TrainOutcome:
     """
     with use_reference(config.kernels == "reference"), join_workers() as workers, open_run(config, workers) as run:
         log = RunLog(run.config.output_dir if workers.is_first else None, run.config.num_steps, run.num_completed)
-        log.say(describe_run(run))
+        log.say(run.describe())
         if run.num_completed:
             before = read_predictions(run.config.output_dir / "predictions_before.jsonl", "--resume")
         else:
@@ -95,31 +97,35 @@ def train(config: TrainConfig) -> TrainOutcome:
                 )
             return TrainOutcome(run.config.output_dir, False, None)
         after = evaluate_now(run, log, "after")
-        # Only the first process reports: torchrun would end it in the middle of its report, were another to fail earlier.
+        # Only the first process reports. Were another to fail meanwhile, torchrun would end it in the middle of its report.
         evaluation = write_evaluation(run, log, before, after) if workers.is_first else None
         return TrainOutcome(run.config.output_dir, True, evaluation)
 
 
 def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
-    """The training loop; returns False where it was interrupted. With several updates a rollout, metrics are the last one's."""
+    """The training loop; returns False where it was interrupted.
+
+    With several updates a rollout, loss, gradient norm and clip fractions are logged of the last one; entropy and what compares
+    trainer and engine are of the first one, which has the log-probabilities of every completion.
+    """
     config, learner, workers = run.config, run.learner, run.workers
     history: list[dict[str, float]] = []
     loader = RolloutLoader(run.model, run.engine, run.text_similarity, run.data.training, config, workers)
     with loader, profiled(run) as step_done:
         for step in range(run.num_completed, config.num_steps):
             started = time.perf_counter()
-            # 1. Sample completions of every question of the batch.
+            # 1. Rollout.
             loaded = loader.next_batch(step, learner.timer)
-            check_loaded(run, log, loaded, step, loader)
-            # 2 to 5. Rewards, advantages, policy gradient, optimiser step.
-            scored = learner.score(loaded.rollout)
+            report_failures(run, log, loaded, step, loader)
+            # 2 to 5. Rewards, advantages, forward pass, update.
+            scored = learner.begin_rollout(loaded.rollout)
             for group in learner.optimizer.param_groups:
                 group["lr"] = learning_rate_at(config, step)
             for _ in range(config.updates_per_rollout):
-                metrics = update_policy(learner, scored, loader.wait)
+                metrics = update_policy(learner, scored, loader.finish_sampling)
             # Gradients would take room beside the KV cache of the next rollout.
             learner.optimizer.zero_grad(set_to_none=True)
-            # Log, and save a checkpoint where it is time.
+            # Log; save a checkpoint where it is time.
             metrics = {"step": step + 1, "learning_rate": learning_rate_at(config, step)} | metrics
             metrics |= step_metrics(learner, scored, loaded) | {"seconds/step": time.perf_counter() - started}
             history.append(metrics)
@@ -134,29 +140,36 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
     return True
 
 
-def update_policy(learner: Learner, scored: ScoredRollout | None, wait: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """One optimiser step on a rollout; returns its metrics.
+def update_policy(
+    learner: Learner, scored: ScoredRollout | None, finish_sampling: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """One optimiser step on a rollout, its gradient accumulated over micro-batches; returns token-level metrics.
 
     Args:
         scored: this process's share of the rollout; None where nothing of it could be used.
-        wait: returns once the weights may change.
+        finish_sampling: with `--rollout-ahead` blocks until the sampler has stopped reading the weights.
     """
-    learner.optimizer.zero_grad(set_to_none=True)
-    trained: list[TrainedTokens] = []
-    for rows in learner.micro_batches(scored):
-        assert scored is not None
-        # 4. Hidden states of every token, in a graph where a gradient is possible.
-        batch = learner.forward(scored, rows)
-        if not scored.num_updates:
-            # 2 and 3. R_rep from these states; with it R and the advantages are complete.
-            learner.reward(scored, batch)
-        # 5. Policy loss, and its backward pass where there is an advantage.
-        trained += learner.backward(scored, batch)
-    return learner.optimizer_step(scored, trained, wait)
+    learner.start_update(scored)
+    losses: list[BackwardPass] = []
+    if scored is not None:
+        for rows in learner.micro_batches(scored):
+            losses += train_micro_batch(learner, scored, rows)
+    return learner.optimizer_step(scored, losses, finish_sampling)
 
 
-def check_loaded(run: Run, log: RunLog, loaded: LoadedRollout, step: int, loader: RolloutLoader) -> None:
-    """Pass on warnings of all processes; save and stop where no process has a rollout.
+def train_micro_batch(learner: Learner, scored: ScoredRollout, rows: list[int]) -> list[BackwardPass]:
+    """Steps 4, 2, 3 and 5 for the completions `rows` of a rollout; an empty list where none of them has an advantage."""
+    # 4. Hidden states of every token, in a graph where a gradient is possible.
+    states = learner.forward(scored, rows)
+    if scored.is_first_update:
+        # 2 and 3. R_rep from these states; with it R and the advantages are complete.
+        learner.complete_rewards(scored, states)
+    # 5. Policy loss and its backward pass. The first update's log-probabilities are kept as the old ones of later updates.
+    return learner.backward(scored, states)
+
+
+def report_failures(run: Run, log: RunLog, loaded: LoadedRollout, step: int, loader: RolloutLoader) -> None:
+    """Warn of questions that were left out; save and stop where no process has a rollout.
 
     Raises:
         UnusableBatchError: no recording of this step could be used.
@@ -164,11 +177,13 @@ def check_loaded(run: Run, log: RunLog, loaded: LoadedRollout, step: int, loader
     for warnings in run.workers.gather(loaded.warnings):
         for warning in warnings:
             log.warn(warning)
-    errors = [error for error in run.workers.gather(loaded.unusable) if error is not None]
-    if len(errors) == run.workers.size:
-        loader.wait()
+    failures = [failure for failure in run.workers.gather(loaded.failure) if failure is not None]
+    if len(failures) == run.workers.size:
+        loader.finish_sampling()
         run.save_checkpoint(step)
-        raise errors[0]
+        raise failures[0]
+    for failure in failures:
+        log.warn(f"one of {run.workers.size} processes has no rollout in this step: {failure}")
 
 
 def step_metrics(learner: Learner, scored: ScoredRollout | None, loaded: LoadedRollout) -> dict[str, float]:
@@ -178,23 +193,6 @@ def step_metrics(learner: Learner, scored: ScoredRollout | None, loaded: LoadedR
     return completion_metrics([part for part in columns if part is not None]) | learner.timer.take() | beside
 
 
-def describe_run(run: Run) -> str:
-    """One line for the terminal."""
-    config, model, workers = run.config, run.model, run.workers
-    alone = "" if workers.size == 1 else f" in {workers.size} processes"
-    num_trainable = sum(parameter.numel() for parameter in model.trainable_parameters())
-    return (
-        f"{config.model} on {model.device}{alone}, {model.module.dtype}, {model.attention} over micro-batches of "
-        f"{config.tokens_per_micro_batch:,} tokens, rollouts by {run.engine.name}, {num_trainable:,} trainable parameters; "
-        f"{len(run.data.training)} training and {len(run.data.held_out)} evaluation items; writing to {config.output_dir}"
-    )
-
-
-def evaluation_name(config: TrainConfig) -> str:
-    """What the evaluation items are called in predictions and reports."""
-    return Path(or_embedded(config.eval_data or config.data, HELD_OUT_DATA)).stem
-
-
 def evaluate_now(run: Run, log: RunLog, when: str) -> list[ItemResult]:
     """Answer the evaluation items and write predictions_<when>.jsonl."""
     config = run.config
@@ -202,7 +200,7 @@ def evaluate_now(run: Run, log: RunLog, when: str) -> list[ItemResult]:
     settings = EvaluationSettings(config.max_new_tokens, config.eval_samples, config.temperature, config.seed)
     evaluator = Evaluator(run.model, run.engine, run.text_similarity, settings, run.workers)
     with explain_out_of_memory("evaluation"), item_progress(log.console, len(run.data.held_out)) as advance:
-        results = evaluator.evaluate(run.data.held_out, evaluation_name(config), advance)
+        results = evaluator.evaluate(run.data.held_out, run.evaluation_name, advance)
     if run.workers.is_first:
         write_atomically(config.output_dir / f"predictions_{when}.jsonl", "".join(result.to_line() for result in results))
     return results
@@ -214,9 +212,9 @@ def write_evaluation(run: Run, log: RunLog, before: list[ItemResult], after: lis
     parts = {"before": report(before, reference), "after": report(after, reference)}
     evaluation = parts | {"change": change_since(after, before)}
     write_atomically(output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-    if can_draw() and all(part["num_items"] for part in parts.values()):
-        write_png(output_dir / FIGURE, accuracy_figure({"held-out items": parts}))
-    write_report(output_dir, {evaluation_name(run.config): run.data.held_out})
+    if can_plot() and all(part["num_items"] for part in parts.values()):
+        write_png(output_dir / ACCURACY_PLOT, accuracy_plot({"held-out items": parts}))
+    write_report(output_dir, {run.evaluation_name: run.data.held_out})
     print_summary(log, evaluation, output_dir)
     return evaluation
 

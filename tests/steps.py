@@ -8,14 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from tars_fast.config import RunConfig
-from tars_fast.learning.batch import Rollout, collect_rollout, prepare_batch
-from tars_fast.learning.rewards import HashedNgrams
-from tars_fast.learning.update import Scored, update_policy
+from tars_fast.learning.batch import Rollout, RolloutCollector, prepare_batch
+from tars_fast.learning.rewards.behaviour import HashedNgrams
+from tars_fast.learning.scored import ScoredRollout
+from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.timing import PhaseTimer
+from tars_fast.train import update_policy
 from tars_fast.types import Question
 
 
@@ -26,25 +28,34 @@ def rollout_of(
     step: int = 0,
     *,
     engine: RolloutEngine | None = None,
-    timer: PhaseTimer | None = None,
     workers: Workers = ALONE,
 ) -> Rollout:
     """A rollout of all these questions."""
     engine = engine or TransformersEngine(model, config.rollout_batch_size)
-    timer = timer or PhaseTimer(model.device)
     batch = prepare_batch(model, questions)
     with ThreadPoolExecutor(2) as background:
-        rollout, left_out = collect_rollout(model, engine, HashedNgrams(), batch, config, step, timer, background, workers)
+        collector = RolloutCollector(model, engine, HashedNgrams(), config, background, workers)
+        rollout, left_out = collector.collect(batch, step, PhaseTimer(model.device))
     assert not left_out
     return rollout
 
 
 def update(
-    model: SpeechModel, rollout: Rollout, config: RunConfig, scored: Scored | None = None, learning_rate: float = 0.0
-) -> tuple[Scored, dict[str, float]]:
-    """One update by plain gradient descent, which leaves the gradients where they are."""
-    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=learning_rate)
-    return update_policy(model, optimizer, rollout, scored, config, PhaseTimer(model.device))
+    model: SpeechModel, rollout: Rollout | ScoredRollout, config: RunConfig, learning_rate: float = 0.0
+) -> tuple[ScoredRollout, dict[str, float]]:
+    """One update by plain gradient descent, which leaves the gradients where they are; a later one of a scored rollout."""
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=learning_rate), config)
+    if isinstance(rollout, ScoredRollout):
+        learner.begin_rollout(rollout.rollout)
+        scored = rollout
+    else:
+        scored = learner.begin_rollout(rollout)
+    return scored, update_policy(learner, scored)
+
+
+def base_rewards(rollout: Rollout) -> torch.Tensor:
+    """[N] `R_base = R_acc + 0.5 R_fmt`."""
+    return rollout.completion_rewards["accuracy"] + 0.5 * rollout.completion_rewards["format"]
 
 
 def gradients(model: SpeechModel) -> torch.Tensor:

@@ -1,17 +1,17 @@
-"""How alike the states are that speech and text lead to: which tokens belong together, CKA of all pairs of layers, intervals.
+"""Similarity of the hidden states of speech and text: alignment of tokens, CKA of all pairs of layers, intervals.
 
-The paths are those of dynamic time warping on 1 - cosine of one layer's states (Sakoe & Chiba 1978), found by dtaidistance.
+Tokens are aligned by dynamic time warping on 1 - cosine of one layer's states (Sakoe & Chiba 1978), by dtaidistance.
 
-CKA is estimated item by item, on the pairs of tokens along the item's path, so that nothing is held of an item but [L, L]:
+CKA is estimated item by item, on the pairs of tokens along the item's path, so that only [L, L] numbers of an item are kept:
 
 - `cka`: double-centred linear CKA of each item (`tars_kernels.linear_cka`), averaged. Few tokens and many dimensions lift it:
   unrelated states reach about D' / (D' + T), D' being the dimensions that they effectively fill.
 - `chance`: that level, exactly: the mean of `cka` over all permutations of an item's text tokens.
 - `debiased`: HSIC_1 (Song et al. 2012), summed over items before it is normalised (Nguyen et al. 2021); 0 for unrelated
-  states whatever T and D. Neither knows that a path seeks what is alike: `analysis` has a level for that.
+  states whatever T and D. Neither estimate corrects for a path that seeks similar states: `drift.MISMATCHED` measures that.
 
-Intervals are online bootstraps: every item counts Poisson(1) times in every resample (Chamandy et al. 2012). Its counts follow
-from seed and id alone, so sums are all that is kept, and two analyses of the same items share their resamples: they are paired.
+Intervals are Poisson bootstraps (Chamandy et al. 2012): in every resample an item counts Poisson(1) times. The counts follow
+from seed and id alone, so only sums are kept, and two analyses of the same items have the same resamples: they are paired.
 
 Shapes: S speech tokens, W text tokens, T pairs of them, D hidden size, L layers, I items, R rows of weights.
 """
@@ -28,9 +28,9 @@ from tars_kernels import linear_cka
 from torch import Tensor
 
 NUM_RESAMPLES = 1000
-"""A 95 % interval's ends are then stable to about a seventh of its width; all of them are held of every figure."""
+"""A 95 % interval's ends are then stable to about a seventh of its width; every figure keeps a row for each resample."""
 NUM_HALVINGS = 10
-"""Random halves of the items, each with a seed of its own, that stability is measured over."""
+"""Random divisions of the items into halves, over which stability is measured."""
 FEWEST_PAIRS = 4
 """HSIC_1 divides by T (T - 3)."""
 MOST_PAIRS = 1024
@@ -41,7 +41,7 @@ BAND = 0.9
 
 
 def content_span(own: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
-    """(start, end) of what a prompt does not share with another one's beginning and end: the template falls away."""
+    """(start, end) of the tokens between the beginning and the end that a prompt shares with another: without the template."""
     shortest = min(len(own), len(other))
     start = next((place for place in range(shortest) if own[place] != other[place]), shortest)
     # A token counts once, also where beginning and end would overlap.
@@ -51,14 +51,14 @@ def content_span(own: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
 
 
 def relative_pairs(num_x: int, num_y: int) -> tuple[Tensor, Tensor]:
-    """Tokens of two sequences at the same share of their length; of two equally long ones, token by token."""
+    """Pair the tokens of two sequences that lie at the same share of their length."""
     count = max(num_x, num_y)
     places = torch.arange(count)
     return places * num_x // count, places * num_y // count
 
 
 def warp(speech: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """The cheapest way through both sequences in which each step goes on in one of them or in both, at 1 - cosine a pair.
+    """Align two sequences: the path of least cost in which each step advances in one or in both, at 1 - cosine a pair.
 
     Args:
         speech: [S, D]
@@ -70,8 +70,8 @@ def warp(speech: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     from dtaidistance import dtw_ndim
 
     x, y = (torch.nn.functional.normalize(states.double(), dim=-1) for states in (speech, text))
-    # Distances to the text's states, and no others are needed, are the same in the space that they span: W axes instead of
-    # D, and one for the rest. Squared, they are 2 (1 - cosine).
+    # dtaidistance takes points, not a matrix of costs. Squared distances of unit vectors are 2 (1 - cosine). Only distances to
+    # states of the text matter, which need the W axes that these span, and one axis for the rest, instead of D.
     axes = torch.linalg.qr(y.T).Q
     inside = x @ axes
     rest = (1 - inside.square().sum(-1, keepdim=True)).clamp(min=0).sqrt()
@@ -81,7 +81,7 @@ def warp(speech: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def thinned(path: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """At most `MOST_PAIRS` of them, first and last among them."""
+    """Keep at most `MOST_PAIRS` of the pairs, evenly spread, the first and the last among them."""
     count = len(path[0])
     if count <= MOST_PAIRS:
         return path
@@ -91,22 +91,22 @@ def thinned(path: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ItemAlignment:
-    """What remains of an item's aligned states."""
+    """What is kept of an item's aligned states."""
 
     cka: np.ndarray
     """[L, L] speech layers x text layers."""
     chance: np.ndarray
     """[L, L]"""
     hsic: np.ndarray
-    """[L, L] HSIC_1; not normalised."""
+    """[L, L] HSIC_1, not normalised."""
     speech_hsic: np.ndarray
-    """[L] of each layer with itself."""
+    """[L] HSIC_1 of each layer of speech with itself."""
     text_hsic: np.ndarray
     """[L]"""
 
 
 def compare_layers(speech: Tensor, text: Tensor) -> ItemAlignment:
-    """All pairs of layers of one item.
+    """Compare all pairs of layers of one item.
 
     Args:
         speech: [L, T, D] states of the pairs of tokens, at least `FEWEST_PAIRS` of them.
@@ -148,22 +148,22 @@ def _hsic(products: Tensor, x_rows: Tensor, y_rows: Tensor) -> Tensor:
 
 
 def resampling(seed: int, key: str) -> np.ndarray:
-    """[R] how often an item counts: once, then Poisson(1) times in each resample, then in one of each pair of halves."""
-    drawn = np.random.default_rng(list(hashlib.sha256(f"{seed} {key}".encode()).digest()))
-    halves = drawn.integers(0, 2, NUM_HALVINGS)
-    resamples = drawn.poisson(1.0, NUM_RESAMPLES)
+    """[R] weights of an item: 1 among all items, Poisson(1) in each resample, then 1 in one of each pair of halves, else 0."""
+    generator = np.random.default_rng(list(hashlib.sha256(f"{seed} {key}".encode()).digest()))
+    halves = generator.integers(0, 2, NUM_HALVINGS)
+    resamples = generator.poisson(1.0, NUM_RESAMPLES)
     return np.concatenate([[1], resamples, np.stack([halves, 1 - halves], axis=1).ravel()]).astype(np.float64)
 
 
 class StreamedMeans:
-    """Means over items, all items and every resample of them, of values that are not kept."""
+    """Means over all items and over every resample, of values that are summed and not kept."""
 
     def __init__(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
         self._counts: dict[str, np.ndarray] = {}
 
     def add(self, weights: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
-        """Args: weights [I, R]; values [I, ...] by name, NaN where an item has none."""
+        """Add items: weights [I, R], and values [I, ...] by name, NaN where an item has none."""
         for name, given in values.items():
             flat = np.asarray(given, dtype=np.float64).reshape(len(weights), -1)
             known = np.isfinite(flat)
@@ -200,7 +200,7 @@ def interval(rows: np.ndarray) -> np.ndarray:
 
 
 def debiased(means: StreamedMeans, prefix: str = "") -> np.ndarray:
-    """[R, L, L] of what is there as `hsic`, `speech_hsic`, `text_hsic`, with `prefix` before the names."""
+    """[R, L, L] debiased CKA from the means `hsic`, `speech_hsic`, `text_hsic`, whose names begin with `prefix`."""
     products, speech, text = (means.rows(f"{prefix}{name}") for name in ("hsic", "speech_hsic", "text_hsic"))
     scale = speech[:, :, None] * text[:, None, :]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -208,14 +208,14 @@ def debiased(means: StreamedMeans, prefix: str = "") -> np.ndarray:
 
 
 def mean_of_known(values: np.ndarray) -> np.ndarray:
-    """[...] over the last axis; NaN where nothing is known."""
+    """[...] mean over the last axis of what is not NaN; NaN where all is."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return np.where(known, values, 0.0).sum(-1) / known.sum(-1)
 
 
 def best_layers(cka: np.ndarray) -> np.ndarray:
-    """[..., L] text layer, from 1, of highest CKA with each speech layer; NaN where none is known: in a resample of no item."""
+    """[..., L] text layer, from 1, of highest CKA with each speech layer; NaN in a resample without items."""
     known = np.isfinite(cka)
     return np.where(known.any(-1), np.where(known, cka, -np.inf).argmax(-1) + 1, np.nan)
 
@@ -226,9 +226,9 @@ def share_of_same(best: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def band_widths(cka: np.ndarray) -> np.ndarray:
-    """[..., L] neighbouring text layers, the best one among them, that reach `BAND` of its CKA.
+    """[..., L] number of neighbouring text layers, the best one among them, that reach `BAND` of its CKA.
 
-    0 where none is above 0, NaN where none is known.
+    0 where no CKA is above 0, NaN in a resample without items.
 
     Args:
         cka: [..., L, L] speech layers x text layers.
@@ -249,7 +249,7 @@ def band_widths(cka: np.ndarray) -> np.ndarray:
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """[...] Pearson's, over the entries of [..., L, L] that both have."""
+    """[...] Pearson's correlation over the entries of [..., L, L] that are NaN in neither."""
     x, y = (values.reshape(*values.shape[:-2], -1) for values in (x, y))
     known = np.isfinite(x + y)
     x, y = (np.where(known, values, np.nan) for values in (x, y))
@@ -259,12 +259,12 @@ def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def layer_numbers(best: np.ndarray) -> list[int]:
-    """For JSON; 0 where none is known."""
+    """Turn layers into integers for JSON, with 0 in the place of NaN."""
     return np.nan_to_num(best).astype(int).tolist()
 
 
 def describe_layers(rows: np.ndarray) -> dict[str, object]:
-    """Best layers, bands and their stability, of [R, L, L]; layers are counted from 1."""
+    """Best layers, bands and their stability, from rows [R, L, L] of CKA; layers are counted from 1."""
     best, widths = best_layers(rows), band_widths(rows)
     contrast = np.where(np.isfinite(rows), rows, -np.inf).max(-1) - mean_of_known(rows)
     shift = best - np.arange(1, rows.shape[-1] + 1)
@@ -273,7 +273,7 @@ def describe_layers(rows: np.ndarray) -> dict[str, object]:
     same_best = share_of_same(best_layers(halves[:, 0]), best_layers(halves[:, 1]))
     resampled = best[1 : 1 + NUM_RESAMPLES]
     same_as_found = np.where(np.isfinite(resampled), resampled == best[0], np.nan)
-    made: dict[str, object] = {}
+    described: dict[str, object] = {}
     figures = {
         "best_text_layer": best,
         "band_width": widths,
@@ -282,12 +282,12 @@ def describe_layers(rows: np.ndarray) -> dict[str, object]:
         "mean_shift": mean_of_known(shift),
     }
     for name, values in figures.items():
-        made |= {name: values[0].tolist(), f"{name}_ci95": interval(values).T.tolist()}
-    made["best_text_layer"] = layer_numbers(best[0])
-    made["best_text_layer_share"] = mean_of_known(same_as_found.T).tolist()
-    made["halves"] = {
+        described |= {name: values[0].tolist(), f"{name}_ci95": interval(values).T.tolist()}
+    described["best_text_layer"] = layer_numbers(best[0])
+    described["best_text_layer_share"] = mean_of_known(same_as_found.T).tolist()
+    described["halves"] = {
         "correlation": alike.tolist(),
         "same_best_layer": same_best.tolist(),
         "mean_band_width": mean_of_known(widths)[1 + NUM_RESAMPLES :].tolist(),
     }
-    return made
+    return described

@@ -1,8 +1,8 @@
-"""What happens to answers when inputs change in ways that a cause of the gap would explain (arXiv 2603.01502).
+"""Probes: interventions that test what causes the gap between speech and text (arXiv 2603.01502).
 
-`Calibration` gives the states of speech the mean and the standard deviation of text's at one layer: were the gap a shift of
-distribution, accuracy would rise. `repeated` says every word of a text several times: were the gap the redundancy of speech,
-accuracy would fall to that of speech.
+`Calibration` gives the states of speech, at one layer, the mean and the standard deviation of those of text: were the gap a
+shift of the distribution, accuracy on speech would rise. `repeated` repeats every word of a text: were the gap the redundancy
+of speech, accuracy on text would fall to that on speech.
 
 Shapes: N tokens, D hidden size.
 """
@@ -21,18 +21,18 @@ from tars_fast.models.speech_model import SpeechModel
 from tars_fast.types import Modality, Question
 
 _SMALLEST_DEVIATION = 1e-6
-"""Of a dimension in which speech does not vary; its mean is then all that moves."""
+"""Where speech does not vary in a dimension, only its mean is changed."""
 
 
 class Moments:
-    """Mean and standard deviation by dimension of states that are not kept, in float64 (Chan et al. 1979)."""
+    """Mean and standard deviation of states by dimension, updated batch by batch, in float64 (Chan et al. 1979)."""
 
     def __init__(self) -> None:
         self.count = 0
         self.mean = self._squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, states: Tensor) -> None:
-        """Args: states [N, D]."""
+        """Add states [N, D]."""
         states = states.double()
         self.mean, self._squares = self.mean.to(states.device), self._squares.to(states.device)
         count, mean = self.count + len(states), states.mean(0)
@@ -47,10 +47,10 @@ class Moments:
 
 
 class Calibration:
-    """Mean and standard deviation of text for the states of audio tokens, on their way into one layer.
+    """Gives the states of audio tokens, at the input of one layer, the mean and standard deviation of those of text.
 
     Args:
-        layer: 0 to L - 1; states are those behind so many layers, 0 being the embeddings.
+        layer: number of layers before that input, 0 to L - 1; 0: the embeddings.
     """
 
     def __init__(self, layer: int):
@@ -58,23 +58,23 @@ class Calibration:
         self.moments = {modality: Moments() for modality in Modality}
 
     def __call__(self, states: Tensor) -> Tensor:
-        """[N, D] calibrated."""
+        """Calibrate states [N, D]."""
         speech, text = self.moments[Modality.SPEECH], self.moments[Modality.TEXT]
         scale = text.deviation / speech.deviation.clamp(min=_SMALLEST_DEVIATION)
         return ((states.double() - speech.mean) * scale + text.mean).to(states.dtype)
 
     @contextmanager
     def applied(self, model: SpeechModel) -> Iterator[None]:
-        """For the length of the block, to whatever the model's modules run: transformers' rollouts and the trainer's pass."""
-        heard: list[Tensor] = []
+        """Within the block every pass of the model is calibrated: rollouts by transformers, and `SpeechModel.forward`."""
+        is_audio_token: list[Tensor] = []
 
         def look(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-            # Every pass over prompts begins by embedding all of their tokens; passes over single new ones hold no audio.
-            heard[:] = [inputs[0] == model.prompts.audio_token_id]
+            # Every pass over prompts begins by embedding all of their tokens; passes over single new tokens have no audio.
+            is_audio_token[:] = [inputs[0] == model.prompts.audio_token_id]
 
         def calibrate(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             states = inputs[0]
-            is_audio = heard[0]
+            (is_audio,) = is_audio_token
             if not is_audio.any():
                 return None
             states = states.clone()
@@ -94,11 +94,11 @@ class Calibration:
 
 
 def repeated(question: Question, times: int) -> Question:
-    """The question with each word of its text said so often; lines stay lines, and letters in front of options stay once."""
+    """The question with each word of its text repeated; lines stay lines, and letters in front of options are not repeated."""
 
-    def said(line: str) -> Iterator[str]:
+    def words(line: str) -> Iterator[str]:
         for number, word in enumerate(line.split()):
             is_letter = number == 0 and word[-1] in ".:)" and word.strip("(.:)") in question.choices
             yield from [word] * (1 if is_letter else times)
 
-    return dataclasses.replace(question, text="\n".join(" ".join(said(line)) for line in question.text.split("\n")))
+    return dataclasses.replace(question, text="\n".join(" ".join(words(line)) for line in question.text.split("\n")))

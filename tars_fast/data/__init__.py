@@ -1,4 +1,5 @@
-"""Spoken questions, from wherever they are.
+"""Where spoken questions come from, and how they are checked, split and synthesised.
 
-Comes in: a path or name, recordings, written questions. Goes out: `Question`s, and waves of audio. Imports support only.
+Comes in: a path or a name on the hub, recordings, written questions. Goes out: `Question`s, and decoded waves. May import
+support.
 """

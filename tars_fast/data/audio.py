@@ -1,4 +1,4 @@
-"""Recordings as the models want them: mono, 16 kHz, float32 in [-1, 1]."""
+"""Recordings decoded as the models take them: mono, 16 kHz, float32 in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from tars_fast.types import LongAudio, Recording, UserError
 
 SAMPLE_RATE = 16_000
 MIN_SECONDS = 0.1
-"""Below this the audio towers of the supported models produce at most two tokens: nothing a question fits into."""
+"""Of anything shorter the audio towers of the supported models make at most two tokens, too few for a question."""
 
 
 def read_wave(recording: Recording) -> tuple[np.ndarray, int]:
     """Decode and mix down one recording.
 
     Args:
-        recording: of any kind libsndfile reads (wav, flac, ogg, mp3, ...).
+        recording: in any format that libsndfile reads (wav, flac, ogg, mp3, ...).
 
     Returns:
         ([samples] float32, sample rate in Hz), both as recorded.
 
     Raises:
-        UserError: missing, unreadable or non-finite.
+        UserError: the recording is missing, cannot be decoded, or holds samples that are not finite.
     """
     import soundfile
 
     try:
-        # Through a file, not through callbacks into Python, which swallow a Ctrl-C and decode on without the bytes.
+        # libsndfile reads a file by itself; an object it reads by calls into Python, which swallow a Ctrl-C and lose bytes.
         with recording.open("rb") if isinstance(recording, Path) else tempfile.TemporaryFile() as file:
             if not isinstance(recording, Path):
                 file.write(recording.read_bytes())
@@ -51,7 +51,7 @@ def read_wave(recording: Recording) -> tuple[np.ndarray, int]:
 
 
 def resample(wave: np.ndarray, rate: int) -> np.ndarray:
-    """[samples] float32 in [-1, 1] at 16 kHz."""
+    """Bring a wave to 16 kHz and into [-1, 1]: [samples] float32."""
     if rate != SAMPLE_RATE:
         import soxr
 
@@ -67,7 +67,7 @@ def decode(recording: Recording) -> np.ndarray:
         [samples] float32 at 16 kHz.
 
     Raises:
-        UserError: see `read_wave`; too short.
+        UserError: see `read_wave`, or the recording is too short.
     """
     wave = resample(*read_wave(recording))
     if len(wave) < MIN_SECONDS * SAMPLE_RATE:
@@ -76,7 +76,7 @@ def decode(recording: Recording) -> np.ndarray:
 
 
 class LongRecordingError(UserError):
-    """A recording is longer than the model hears at once."""
+    """A recording is longer than the model takes at once."""
 
 
 def load_clips(recording: Recording, max_seconds: float, long_audio: LongAudio) -> tuple[list[np.ndarray], float]:
@@ -84,7 +84,7 @@ def load_clips(recording: Recording, max_seconds: float, long_audio: LongAudio) 
 
     Args:
         recording: see `decode`.
-        max_seconds: the longest clip that the model hears, in seconds.
+        max_seconds: the longest clip that the model takes, in seconds.
         long_audio: what becomes of a longer recording: an error, clips of equal length one after the other, or its beginning.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Spoken questions from rows of any known format, splits by id, leaks, and the order in which training sees them."""
+"""Rows of any known format become items: a question with its answers and its recording, or what is wrong with the row."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from tars_fast.data.sources import Row, read_rows
 from tars_fast.types import Question, Recording, UserError
 
 ASSETS = Path(__file__).parents[1] / "assets" / "spoken-arithmetic"
-TRAINING_DATA = ASSETS / "training.jsonl"
-VALIDATION_DATA = ASSETS / "validation.jsonl"
-HELD_OUT_DATA = ASSETS / "held_out.jsonl"
-EMBEDDED = "pocket"
-"""What commands call the embedded data, like the embedded model: to train on the training items, else the held-out ones."""
+TRAINING_DATA = ASSETS / "training.parquet"
+VALIDATION_DATA = ASSETS / "validation.parquet"
+HELD_OUT_DATA = ASSETS / "held_out.parquet"
+BUNDLED = "pocket"
+"""What commands call the bundled data, like the bundled model: to train on the training items, else the held-out ones."""
 
 
-def or_embedded(source: str | None, embedded: Path) -> str:
-    """`source`, or where it is None or `EMBEDDED` the embedded items."""
-    return str(embedded) if source in (None, EMBEDDED) else source
+def or_bundled(source: str | None, bundled: Path) -> str:
+    """`source`, or `bundled` where `source` is None or `BUNDLED`."""
+    return str(bundled) if source in (None, BUNDLED) else source
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way in which questions are written down."""
+    """How a kind of data writes an item: which column holds what."""
 
     columns: Mapping[str, str]
     """Field of an item -> the column that holds it."""
     marks: frozenset[str]
-    """Columns by which it is known."""
+    """A row that has all of these columns is in this format."""
     id_columns: tuple[str, ...]
-    """Their values, joined, are the id; where the data has no such column, the id comes from the content."""
+    """Their values, joined by `_`, are the id; where a row lacks one of them, the id is a hash of the content."""
     answers_by_index: bool = False
-    """The answer is the place of the right option, counted from 0."""
+    """The answer is the index of the right option, from 0."""
     lettered: bool = False
-    """The question holds its options, on lines that begin with A., B., C."""
+    """The question itself holds the options, on lines that begin with A., B., C."""
     published: bool = True
-    """The reader cannot correct it: options that are empty or stand twice are taken as they are."""
+    """The user cannot correct the data: options that are empty or stand twice are accepted."""
 
 
 OWN = Format(
@@ -76,7 +76,7 @@ MMLU = Format(
     answers_by_index=True,
 )
 FORMATS = (VOICEBENCH, TARS, MMLU, OWN)
-"""The first whose marks are all there is taken."""
+"""A row is read in the first format whose marks it has."""
 
 
 @dataclass(frozen=True)
@@ -86,33 +86,36 @@ class Item:
     place: str
     """What messages call it: source, and line or row."""
     fields: Mapping[str, object]
-    """Written as a jsonl line has them, without the recording; empty where there is no question."""
+    """The columns of a jsonl line, without the recording; empty where there is no question."""
     audio: Recording | None
     question: Question | None
-    """None where the row is no item."""
+    """None where the row cannot be read as one."""
     error: UserError | None
-    """What is wrong with it; an item whose id stands twice has this and its question."""
+    """What is wrong with the row; an item whose id stands twice has an error and a question."""
     published: bool
-    """In a format that the reader cannot correct."""
+    """See `Format.published`."""
 
 
 @dataclass(frozen=True)
 class UsableItem(Item):
-    """A row that is an item."""
+    """A row that can be used: it has a question, and no error."""
 
     question: Question
 
 
 _INSTRUCTION = re.compile(r"\s*What is the answer to the above multiple choice question\?.*", re.DOTALL)
-"""VoiceBench's, behind the options of every item."""
+"""What VoiceBench writes behind the options of every item."""
 _OPTION = re.compile(r"\s*(?:option\s+)?\(?([A-Za-z])[.:)]+(?:\s+|$)", re.IGNORECASE)
 """`A. `, `(a) `, `Option A: ` at the beginning of a line."""
 
 
 def split_options(text: str) -> tuple[str, list[str]]:
-    """(what is asked, the options lettered under it); no options where there are not at least A and B.
+    """Take a question apart whose options stand under it on lines that begin with A., B., C.
 
-    The last lines that count A, B, C are the options: statements numbered I., II. and earlier lists stay in the question.
+    The last such list is the options: statements numbered I., II. and earlier lists stay in the question.
+
+    Returns:
+        (the question without its options, the options without their letters); no options where there are not at least two.
     """
     lines = _INSTRUCTION.sub("", text).split("\n")
     lists: list[list[int]] = []
@@ -132,136 +135,208 @@ def split_options(text: str) -> tuple[str, list[str]]:
 
 
 def shown_options(question: Question) -> tuple[str, list[str]]:
-    """As `split_options`; lettered lines that are not what is answered belong to what is asked."""
-    asked, options = split_options(question.text)
+    """As `split_options`, but lettered lines are options only where the answers are their letters or their texts."""
+    stem, options = split_options(question.text)
     if set(question.choices) in (set(ascii_uppercase[: len(options)]), set(options)):
-        return asked, options
+        return stem, options
     return question.text, []
 
 
-def _parse_row(row: Row, kind: Format, spoken: bool, copies: Counter[str]) -> tuple[dict[str, object], Question]:
-    """Its fields as a jsonl line has them, and the question they are.
+@dataclass(frozen=True)
+class _Columns:
+    """The values of a row under the names of an item's fields."""
 
-    `copies` counts the rows of the same content that have no id of their own.
+    row: str
+    """What messages call the row: its place, and its id where it has one."""
+    format: Format
+    values: Mapping[str, object]
+    texts: Mapping[str, str]
+    """Those of `values` that are texts or whole numbers, as texts without spaces around them."""
+    has_id: bool
+    """False where the row lacks a column of the id, which is then a hash of the content."""
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The possible answers of an item."""
+
+    listed: list[str]
+    """As the row lists them."""
+    are_options: bool
+    """They are lettered and written under the question, and the letters are the answers; else they are the answers."""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return tuple(ascii_uppercase[: len(self.listed)] if self.are_options else self.listed)
+
+    def lettered(self) -> list[str]:
+        """The lines under the question."""
+        pairs = zip(self.choices, self.listed, strict=True) if self.are_options else ()
+        return [f"{letter}. {option}".rstrip() for letter, option in pairs]
+
+
+def _parse_row(row: Row, format: Format, spoken: bool, copies: Counter[str]) -> tuple[dict[str, object], Question]:
+    """Make an item of a row.
+
+    Args:
+        spoken: it needs a recording; otherwise its recording is left out.
+        copies: number of rows so far for each hash of a content that is an id.
+
+    Returns:
+        (`Item.fields`, the question).
 
     Raises:
-        UserError: the first thing that is wrong with it.
+        UserError: the first thing that is wrong with the row.
     """
+    columns = _read_columns(row, format)
+    _check_columns(columns, lacks_audio=spoken and row.audio is None)
+    answers = _possible_answers(columns)
+    answer = _right_answer(columns, answers)
+    text = "\n".join([columns.texts["question"], *answers.lettered()])
+    question = Question(
+        id=columns.texts["id"] if columns.has_id else _id_of_content(text, answers.choices, answer, copies),
+        text=text,
+        answer=answer,
+        choices=answers.choices,
+        audio=row.audio if spoken else None,
+        category=columns.texts.get("category") or row.split,
+        transcript=columns.texts.get("transcript") or None,
+    )
+    return _fields(columns, answers, question), question
+
+
+def _read_columns(row: Row, format: Format) -> _Columns:
     if row.error is not None:
         raise row.error
     if not isinstance(row.values, dict):
         raise UserError(
             f"{row.place}: {row.values!r:.80} is not a JSON object; an item is {{id, question, answer, audio, options}}"
         )
-    values = {name: row.values.get(column) for name, column in kind.columns.items()}
-    ids = [row.values[column] for column in kind.id_columns if column in row.values]
-    has_id = len(ids) == len(kind.id_columns)
+    values = {name: row.values.get(column) for name, column in format.columns.items()}
+    ids = [row.values[column] for column in format.id_columns if column in row.values]
+    has_id = len(ids) == len(format.id_columns)
     if has_id:
         values["id"] = ids[0] if len(ids) == 1 else "_".join(map(str, ids))
     texts = {name: str(value).strip() for name, value in values.items() if type(value) in (str, int)}
-    item = f"{row.place}: item {texts['id']!r}" if texts.get("id") else row.place
-    needed = {"id": kind.id_columns[0]} if has_id else {}
-    needed |= {name: kind.columns[name] for name in ("question", "answer")}
-    empty = [column for name, column in needed.items() if not texts.get(name)]
-    if spoken and row.audio is None:
+    name = f"{row.place}: item {texts['id']!r}" if texts.get("id") else row.place
+    return _Columns(name, format, values, texts, has_id)
+
+
+def _check_columns(columns: _Columns, lacks_audio: bool) -> None:
+    """Raises UserError where a field that every item needs is missing, or one that it may have is no text."""
+    names = columns.format.columns
+    needed = {"id": columns.format.id_columns[0]} if columns.has_id else {}
+    needed |= {name: names[name] for name in ("question", "answer")}
+    empty = [column for name, column in needed.items() if not columns.texts.get(name)]
+    if lacks_audio:
         empty.append("audio")
     if empty:
         raise UserError(
-            f"{item}: {', '.join(map(repr, empty))} missing or empty; an item is id, question, answer, audio, options"
+            f"{columns.row}: {', '.join(map(repr, empty))} missing or empty; an item is id, question, answer, audio, options"
         )
     for name in ("category", "transcript"):
-        if values[name] is not None and name not in texts:
-            raise UserError(f"{item}: {kind.columns[name]!r} must be a text, not {values[name]!r:.80}")
-    listed, shown = _possible_answers(values, kind, item)
-    choices = tuple(ascii_uppercase[: len(listed)] if shown else listed)
-    answer = texts["answer"]
-    if kind.answers_by_index:
-        letters = {str(index): letter for index, letter in enumerate(choices)}
-        if answer not in letters:
-            raise UserError(
-                f"{item}: {kind.columns['answer']!r} is {answer}, not 0 to {len(choices) - 1}, the place of the right option "
-                "counted from 0"
-            )
-        answer = letters[answer]
-    if answer not in choices:
-        by_option = dict(zip(listed, choices, strict=True)) if shown else {}
-        remedy = f"give its letter, {by_option[answer]!r}" if answer in by_option else "correct it or the list"
-        raise UserError(f"{item}: answer {answer!r} is none of {', '.join(choices)}; {remedy}")
-    lettered = [f"{letter}. {option}".rstrip() for letter, option in zip(choices, listed, strict=True)] if shown else []
-    text = "\n".join([texts["question"], *lettered])
-    if not has_id:
-        content = hashlib.sha256(json.dumps([text, choices, answer]).encode()).hexdigest()[:16]
-        copies[content] += 1
-        texts["id"] = content if copies[content] == 1 else f"{content}-{copies[content]}"
-    category = texts.get("category") or row.split
-    transcript = texts.get("transcript") or None
-    # Published options that are empty or stand twice would be refused as one's own; inside the question they are not.
-    apart = shown and all(listed) and len(set(listed)) == len(listed)
-    fields: dict[str, object] = {"id": texts["id"]}
-    fields |= {"question": texts["question"], "options": listed} if apart else {"question": text, "answer_set": list(choices)}
-    fields |= {"answer": answer} | ({"category": category} if category else {})
-    return fields, Question(texts["id"], text, answer, choices, row.audio if spoken else None, category, transcript)
+        if columns.values[name] is not None and name not in columns.texts:
+            raise UserError(f"{columns.row}: {names[name]!r} must be a text, not {columns.values[name]!r:.80}")
 
 
-def _possible_answers(values: Mapping[str, object], kind: Format, item: str) -> tuple[list[str], bool]:
-    """(the answers, whether they are options still to be lettered and shown)."""
-    if kind.lettered:
-        letters = list(ascii_uppercase[: len(split_options(str(values["question"]))[1])])
+def _possible_answers(columns: _Columns) -> _Answers:
+    format = columns.format
+    if format.lettered:
+        letters = list(ascii_uppercase[: len(split_options(str(columns.values["question"]))[1])])
         if not letters:
             raise UserError(
-                f"{item}: {kind.columns['question']!r} holds no options (lines that begin with A., B., ...); only answers that "
-                "are given can be scored"
+                f"{columns.row}: {format.columns['question']!r} holds no options (lines that begin with A., B., ...); only "
+                "answers that are given can be scored"
             )
-        return letters, False
-    options, answer_set = values["options"], values.get("answer_set")
+        return _Answers(letters, are_options=False)
+    options, answer_set = columns.values["options"], columns.values.get("answer_set")
     if (options is None) == (answer_set is None):
-        raise UserError(f"{item}: give 'options' (lettered and shown in the prompt) or 'answer_set' (not shown), one of them")
+        raise UserError(
+            f"{columns.row}: give 'options' (lettered and shown in the prompt) or 'answer_set' (not shown), one of them"
+        )
     listed = options if answer_set is None else answer_set
     if (
         not isinstance(listed, list)
         or not 2 <= len(listed) <= 26
-        or not all(isinstance(option, str) and (option.strip() or kind.published) for option in listed)
+        or not all(isinstance(option, str) and (option.strip() or format.published) for option in listed)
     ):
-        raise UserError(f"{item}: 'options' or 'answer_set' must list 2 to 26 non-empty texts, not {listed!r:.80}")
+        raise UserError(f"{columns.row}: 'options' or 'answer_set' must list 2 to 26 non-empty texts, not {listed!r:.80}")
     listed = [option.strip() for option in listed]
     # Words said in answer are compared without regard to case, so "Yes" and "yes" would be one.
     folded = [option if len(option) == 1 or answer_set is None else option.casefold() for option in listed]
     twice = sorted({option for option in folded if folded.count(option) > 1})
-    if twice and not kind.published:
-        raise UserError(f"{item}: {twice[0]!r} is listed twice among the possible answers; remove one")
-    return listed, answer_set is None
+    if twice and not format.published:
+        raise UserError(f"{columns.row}: {twice[0]!r} is listed twice among the possible answers; remove one")
+    return _Answers(listed, are_options=answer_set is None)
+
+
+def _right_answer(columns: _Columns, answers: _Answers) -> str:
+    """One of `answers.choices`."""
+    answer = columns.texts["answer"]
+    if columns.format.answers_by_index:
+        letters = {str(index): letter for index, letter in enumerate(answers.choices)}
+        if answer not in letters:
+            raise UserError(
+                f"{columns.row}: {columns.format.columns['answer']!r} is {answer}, not 0 to {len(letters) - 1}, the place of "
+                "the right option counted from 0"
+            )
+        return letters[answer]
+    if answer not in answers.choices:
+        by_option = dict(zip(answers.listed, answers.choices, strict=True)) if answers.are_options else {}
+        remedy = f"give its letter, {by_option[answer]!r}" if answer in by_option else "correct it or the list"
+        raise UserError(f"{columns.row}: answer {answer!r} is none of {', '.join(answers.choices)}; {remedy}")
+    return answer
+
+
+def _id_of_content(text: str, choices: tuple[str, ...], answer: str, copies: Counter[str]) -> str:
+    content = hashlib.sha256(json.dumps([text, choices, answer]).encode()).hexdigest()[:16]
+    copies[content] += 1
+    return content if copies[content] == 1 else f"{content}-{copies[content]}"
+
+
+def _fields(columns: _Columns, answers: _Answers, question: Question) -> dict[str, object]:
+    """See `Item.fields`."""
+    listed = answers.listed
+    # Options that are empty or stand twice are accepted of published data only; inside the question they are accepted anywhere.
+    apart = answers.are_options and all(listed) and len(set(listed)) == len(listed)
+    fields: dict[str, object] = {"id": question.id}
+    if apart:
+        fields |= {"question": columns.texts["question"], "options": listed}
+    else:
+        fields |= {"question": question.text, "answer_set": list(question.choices)}
+    return fields | {"answer": question.answer} | ({"category": question.category} if question.category else {})
 
 
 def read_items(source: str | Path, *, spoken: bool = True) -> Iterator[Item]:
-    """Every row of a source, good or bad.
+    """Read every row of a source, good or bad.
 
     Args:
         source: see `load_questions`.
         spoken: items need a recording; otherwise recordings are left out.
 
     Raises:
-        UserError: nothing readable there, or it does not say which split it means.
+        UserError: there is nothing to read, or `source` does not say which split it means.
     """
     first: dict[str, str] = {}
     copies: Counter[str] = Counter()
     for row in read_rows(str(source)):
         columns = row.values if isinstance(row.values, dict) else {}
-        kind = next((kind for kind in FORMATS if kind.marks <= columns.keys()), OWN)
+        format = next((format for format in FORMATS if format.marks <= columns.keys()), OWN)
         try:
-            fields, question = _parse_row(row, kind, spoken, copies)
+            fields, question = _parse_row(row, format, spoken, copies)
         except UserError as error:
-            yield Item(row.place, {}, row.audio, None, error, kind.published)
+            yield Item(row.place, {}, row.audio, None, error, format.published)
             continue
         if question.id in first:
             repeated = UserError(f"{row.place}: id {question.id!r} already stands in {first[question.id]}; ids must be unique")
-            yield Item(row.place, fields, row.audio, question, repeated, kind.published)
+            yield Item(row.place, fields, row.audio, question, repeated, format.published)
         else:
             first[question.id] = row.where
-            yield UsableItem(row.place, fields, row.audio, question, None, kind.published)
+            yield UsableItem(row.place, fields, row.audio, question, None, format.published)
 
 
 def load_questions(source: str | Path, *, spoken: bool = True) -> list[Question]:
-    """Read items from wherever they are.
+    """Read the items of a source, all of which must be good.
 
     Args:
         source: a jsonl file or a folder with one, whose lines are `id`, `question`, `answer`, `audio` (path relative to the
@@ -272,7 +347,7 @@ def load_questions(source: str | Path, *, spoken: bool = True) -> list[Question]
         spoken: items need a recording; otherwise recordings are left out.
 
     Raises:
-        UserError: nothing readable there, or the first row that is no item.
+        UserError: there is nothing to read, or the first bad row.
     """
     questions = []
     for item in read_items(source, spoken=spoken):
@@ -290,16 +365,19 @@ def _no_items(source: str | Path) -> UserError:
 
 
 def read_usable(source: str | Path, *, spoken: bool = True) -> tuple[list[UsableItem], str | None]:
-    """(items, what to say of rows that were left out): published data, which nobody can correct, go on without bad rows.
+    """Read the good items of a source; bad rows of published data, which the user cannot correct, are left out.
 
-    For training and for speaking only: an evaluation that left items out would be another one.
+    For training and for synthesis only: an evaluation without some of its items would have other figures.
 
     Args:
         source: see `load_questions`.
         spoken: items need a recording; otherwise recordings are left out.
 
+    Returns:
+        (items, a line that says how many rows were left out and what is wrong with the first, or None).
+
     Raises:
-        UserError: nothing usable there, or the first bad row of one's own format.
+        UserError: there is no good item, or the first bad row of the user's own data.
     """
     usable: list[UsableItem] = []
     errors: list[UserError] = []

@@ -1,4 +1,4 @@
-"""What is wrong with a data set: every item looked at, every problem found."""
+"""Checks of a data set: every item is decoded, and every problem is listed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from tars_fast.types import Recording, UserError
 
 UNUSABLE = ("bad item", "duplicate id", "unreadable", "silent", "too short", "too long")
 NOTES = ("clipped", "not 16 kHz")
-"""Worth knowing; training takes them as they are."""
+"""Problems that are only noted: training accepts such items."""
 
 _SILENT_PEAK = 1e-3
-"""-60 dB of full scale: below the noise of any room."""
+"""A recording whose peak is lower is silent: -60 dB of full scale is below the noise of any room."""
 _FULL_SCALE = 0.999
 _CLIPPED_SHARE = 1e-3
-"""More samples at full scale than that are a flattened wave; a normalised one has a few."""
+"""A recording is clipped where a larger share of its samples is at full scale; a normalised one has a few such samples."""
 
 
 @dataclass(frozen=True)
 class Finding:
+    """One problem of one item."""
+
     place: str
+    """See `Item.place`."""
     id: str
     """Empty where the item could not be read."""
     problem: str
@@ -35,11 +38,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Of one item."""
+    """All problems of one item."""
 
     findings: tuple[Finding, ...]
     seconds: float | None
-    """None where there is no recording to be read."""
+    """Length of the recording; None where there is none that can be read."""
 
     @property
     def usable(self) -> bool:
@@ -47,7 +50,11 @@ class Inspection:
 
 
 def inspect_recording(recording: Recording, max_seconds: float) -> tuple[dict[str, str], float | None]:
-    """(problem -> detail, length in seconds)."""
+    """Check one recording.
+
+    Returns:
+        (problem -> detail, length in seconds or None where it cannot be read).
+    """
     try:
         wave, rate = read_wave(recording)
     except UserError as error:
@@ -82,7 +89,7 @@ def inspect_item(item: Item, max_seconds: float) -> Inspection:
 
 
 def inspect_items(items: Sequence[Item], max_seconds: float, jobs: int) -> Iterator[Inspection]:
-    """In the order of `items`, `jobs` at a time; decoding leaves the interpreter free for the others."""
+    """Check items in `jobs` threads, since decoding releases the interpreter's lock; results come in the order of `items`."""
     with ThreadPoolExecutor(jobs) as pool:
         try:
             yield from pool.map(lambda item: inspect_item(item, max_seconds), items)

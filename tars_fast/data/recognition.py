@@ -1,4 +1,4 @@
-"""Speech recognition from outside."""
+"""Speech recognition, which verifies synthesised recordings: a function of the user's or a transformers checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tars_fast.support.cli import load_function
+from tars_fast.support.cli import first_line, load_function
 from tars_fast.types import UserError
 
 Recogniser = Callable[[np.ndarray, int], str]
@@ -15,7 +15,11 @@ Recogniser = Callable[[np.ndarray, int], str]
 
 
 def load_recogniser(source: str) -> Recogniser:
-    """`module:function`, or a transformers checkpoint for speech recognition (hub id or folder), on the GPU where there is one.
+    """Load a recogniser.
+
+    Args:
+        source: `module:function`, or a transformers checkpoint for speech recognition (hub id or folder), which runs on the
+            GPU where there is one.
 
     Raises:
         UserError: it cannot be loaded.
@@ -32,6 +36,7 @@ def load_recogniser(source: str) -> Recogniser:
     try:
         recogniser: Any = pipeline("automatic-speech-recognition", model=source, device=device, chunk_length_s=30)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--recogniser {source}: cannot be loaded ({reason}); check the path, or the network") from error
+        raise UserError(
+            f"--recogniser {source}: cannot be loaded ({first_line(error)}); check the path, or the network"
+        ) from error
     return lambda wave, rate: recogniser({"raw": wave, "sampling_rate": rate})["text"]

@@ -1,6 +1,6 @@
-"""Rows of data from wherever they are: jsonl files with recordings beside them, parquet files, datasets saved or on the hub.
+"""Rows of jsonl files with recordings beside them, of parquet files, and of datasets, saved or on the hub.
 
-What the columns mean is for `data` to say. Recordings are left where they are until their bytes are asked for.
+What the columns mean is for `items` to say. A recording is read when its bytes are asked for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,29 +18,36 @@ from typing import TYPE_CHECKING
 from tars_fast.types import Recording, UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import pyarrow as pa
 
 SHORT_NAMES = {
     "mmsu": "hlt-lab/voicebench:mmsu",
     "obqa": "hlt-lab/voicebench:openbookqa",
     "openbookqa": "hlt-lab/voicebench:openbookqa",
 }
-"""Benchmarks of the hub that a word names."""
+"""Short names of benchmarks on the hub."""
+
+_LARGEST_IN_MEMORY = 64 * 2**20
+"""Bytes of parquet files up to which they are read whole: at once, and without the package datasets and a copy in its cache."""
+_ROWS_AT_ONCE = 1000
+"""Turned into Python objects."""
 
 
 @dataclass(frozen=True)
 class DatasetRecording:
-    """A recording inside a dataset; its bytes are read when they are asked for, and nothing is written anywhere."""
+    """A recording inside a dataset, which is read when its bytes are asked for."""
 
     place: str
-    dataset: Dataset = field(compare=False, repr=False)
-    """Has the column `audio`, not decoded."""
+    column: pa.ChunkedArray = field(compare=False, repr=False)
+    """The dataset's column `audio`: files as {bytes, path} or bytes, or paths of files."""
     row: int
     folder: Path = field(compare=False)
-    """What a path in the row is relative to."""
+    """Paths in the row are relative to it."""
+    version: str = field(compare=False, repr=False)
+    """Differs where the dataset differs."""
 
     def read_bytes(self) -> bytes:
-        value = self.dataset[self.row]["audio"]
+        value = self.column[self.row].as_py()
         if isinstance(value, dict):
             value = value["bytes"] or value.get("path")
         if isinstance(value, str):
@@ -57,10 +64,12 @@ class DatasetRecording:
 
 
 def stamp(recording: Recording | None) -> str:
-    """What is another one once a recording is another one, told without reading it.
+    """A cheap fingerprint of a recording, which is not read for it: it changes when the recording changes.
 
-    Size and time of the last change of a file, the dataset's own fingerprint for a row of it; both where a row names a file.
+    Size and time of the last change of a file, the dataset's version for a row of it; both where a row names a file.
     """
+    import pyarrow as pa
+
     if recording is None:
         return "none"
     if not isinstance(recording, DatasetRecording):
@@ -69,26 +78,25 @@ def stamp(recording: Recording | None) -> str:
         except OSError:
             return "missing"
         return f"{status.st_size} {status.st_mtime_ns}"
-    feature = recording.dataset.features["audio"]
-    names_file = getattr(feature, "dtype", None) in ("string", "large_string")
-    named = recording.dataset[recording.row]["audio"] if names_file else None
+    names_file = pa.types.is_string(recording.column.type) or pa.types.is_large_string(recording.column.type)
+    named = recording.column[recording.row].as_py() if names_file else None
     file = stamp(recording.folder / named) if named else ""
-    return f"{recording.dataset._fingerprint} {recording.row} {file}"
+    return f"{recording.version} {recording.row} {file}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a source holds in one place, before it is understood."""
+    """One row of a source as it stands there, good or bad."""
 
     source: str
     where: str
-    """Within the source: line or row."""
+    """Line or row within the source."""
     values: object
     audio: Recording | None = None
     split: str = ""
     """The part of the source it comes from, where several are joined."""
     error: UserError | None = None
-    """It cannot even be read."""
+    """Why it cannot even be read."""
 
     @property
     def place(self) -> str:
@@ -96,10 +104,10 @@ class Row:
 
 
 def read_rows(source: str) -> Iterator[Row]:
-    """Every row of a source: `PATH[@split]`, `owner/name[:configuration][@split]` of the hub, or one of `SHORT_NAMES`.
+    """Read every row of a source: `PATH[@split]`, `owner/name[:configuration][@split]` of the hub, or one of `SHORT_NAMES`.
 
     Raises:
-        UserError: nothing readable there, or it does not say which split it means.
+        UserError: there is nothing to read, or `source` does not say which split it means.
     """
     name, configuration, split = _take_apart(source)
     path = Path(name)
@@ -120,7 +128,7 @@ def read_rows(source: str) -> Iterator[Row]:
 
 
 def _take_apart(source: str) -> tuple[str, str | None, str | None]:
-    """(path or name, configuration, split); a path may hold any of the signs that separate them."""
+    """(path or name, configuration, split); a path that exists may itself hold `:` and `@`."""
     if Path(source).exists():
         return source, None, None
     base, separator, named = source.rpartition("@")
@@ -158,71 +166,125 @@ def _read_lines(path: Path) -> Iterator[Row]:
 
 
 _SPLITS_APART = frozenset({"train", "validation", "valid", "val", "dev", "test", "auxiliary_train"})
-"""Not to be mixed; splits of other names, such as the subjects of mmsu, are joined."""
+"""Splits that are never read together; splits of other names, such as the subjects of mmsu, are joined."""
 
 
-def _split_files(path: Path) -> dict[str, list[str]]:
-    """Parquet files by the split in their name, `law-00000-of-00001.parquet` or `train.parquet`; all others together."""
-    files: defaultdict[str, list[str]] = defaultdict(list)
+def _split_files(path: Path) -> dict[str, list[Path]]:
+    """Parquet files by the split in their name, `law-00000-of-00001.parquet` or `train.parquet`; all others as "data"."""
+    files: defaultdict[str, list[Path]] = defaultdict(list)
     for file in sorted(path.rglob("*.parquet")) if path.is_dir() else [path]:
         numbered = re.fullmatch(r"(\w+)-\d+-of-\d+", file.stem)
         split = numbered[1] if numbered else file.stem
-        files[split if numbered or split in _SPLITS_APART else "data"].append(str(file))
+        files[split if numbered or split in _SPLITS_APART else "data"].append(file)
     return files
 
 
-def _load_splits(source: str, name: str, configuration: str | None, split: str | None) -> dict[str, Dataset]:
+@dataclass(frozen=True)
+class _Table:
+    """One split of a dataset."""
+
+    rows: pa.Table
+    version: str
+    """Differs where the dataset differs."""
+
+
+def _load_tables(source: str, name: str, configuration: str | None) -> dict[str, _Table]:
+    """Every split by its name, "" where a saved dataset has none."""
+    path = Path(name)
+    files = _split_files(path) if path.exists() and not _is_saved_dataset(path) else {}
+    if files and sum(file.stat().st_size for found in files.values() for file in found) <= _LARGEST_IN_MEMORY:
+        try:
+            return {split: _read_parquet(found) for split, found in files.items()}
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _unreadable(source, path, error) from error
     import datasets
     from huggingface_hub.utils import logging
 
-    # The error says it once; the hub's client says it at each of its retries.
+    # The hub's client would log what is wrong at each of its retries; the error below says it once.
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    path = Path(name)
     try:
-        if _is_saved_dataset(path):
-            loaded = datasets.load_from_disk(name)
+        if files:
+            # A row of parquet cannot be read by itself; from the copy that this makes in its cache it can.
+            named = {split: [str(file) for file in found] for split, found in files.items()}
+            loaded = datasets.load_dataset("parquet", data_files=named)
         elif path.exists():
-            loaded = datasets.load_dataset("parquet", data_files=_split_files(path))
+            loaded = datasets.load_from_disk(name)
         else:
             loaded = datasets.load_dataset(name, configuration)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        remedy = "is it whole?" if path.exists() else "check the spelling; from the hub it needs the network"
-        raise UserError(f"data {source}: cannot be read as a dataset ({reason}); {remedy}") from error
-    splits = {"": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
-    listed = ", ".join(filter(None, splits)) or "none"
+        raise _unreadable(source, path, error) from error
+    splits = {"": loaded} if isinstance(loaded, datasets.Dataset) else loaded
+    return {split: _Table(part.with_format("arrow")[:], part._fingerprint) for split, part in splits.items()}
+
+
+def _read_parquet(files: Sequence[Path]) -> _Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    states = [file.stat() for file in files]
+    rows = pa.concat_tables([pq.ParquetFile(file).read() for file in files])
+    return _Table(rows, " ".join(f"{state.st_size} {state.st_mtime_ns}" for state in states))
+
+
+def _unreadable(source: str, path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error.__cause__ or error).split())[:300]
+    remedy = "is it whole?" if path.exists() else "check the spelling; from the hub it needs the network"
+    return UserError(f"data {source}: cannot be read as a dataset ({reason}); {remedy}")
+
+
+def _choose_splits(source: str, tables: dict[str, _Table], split: str | None) -> dict[str, _Table]:
+    """The splits that `source` means, by name where they are several that are joined; a single one by ""."""
+    listed = ", ".join(filter(None, tables)) or "none"
     if split is not None:
-        if split not in splits:
+        if split not in tables:
             raise UserError(f"data {source}: has no split {split!r}; it has {listed}")
-        return {"": splits[split]}
-    if len(splits) > 1 and not _SPLITS_APART.isdisjoint(splits):
-        raise UserError(f"data {source}: has the splits {listed}; name one of them, as in {source}@{next(iter(splits))}")
-    return splits if len(splits) > 1 else dict(zip([""], splits.values(), strict=True))
+        return {"": tables[split]}
+    if len(tables) > 1 and not _SPLITS_APART.isdisjoint(tables):
+        raise UserError(f"data {source}: has the splits {listed}; name one of them, as in {source}@{next(iter(tables))}")
+    return tables if len(tables) > 1 else dict(zip([""], tables.values(), strict=True))
 
 
 def _read_dataset(source: str, name: str, configuration: str | None, split: str | None) -> Iterator[Row]:
-    from datasets import Audio, Value
-
     folder = Path(name).parent if Path(name).is_file() else Path(name)
-    for part, dataset in _load_splits(source, name, configuration, split).items():
-        recordings = None
-        if "audio" in dataset.column_names:
-            feature = dataset.features["audio"]
-            if isinstance(feature, Audio):
-                dataset = dataset.cast_column("audio", Audio(decode=False))
-            elif not (
-                (isinstance(feature, Value) and feature.dtype in ("string", "binary", "large_string", "large_binary"))
-                or (isinstance(feature, dict) and "bytes" in feature)
-            ):
-                raise UserError(
-                    f"data {source}: column 'audio' holds {feature}; it must hold whole files (Audio) or their paths"
-                )
-            recordings = dataset.select_columns("audio")
-        # Without recordings, which would all be read, and without what would be decoded.
-        texts = [column for column, feature in dataset.features.items() if column != "audio" and not hasattr(feature, "decode")]
-        for number, values in enumerate(dataset.select_columns(texts)):
+    for part, table in _choose_splits(source, _load_tables(source, name, configuration), split).items():
+        recordings = _recordings(source, table.rows)
+        for number, values in enumerate(_texts(table.rows)):
             where = f"{part}, row {number}" if part else f"row {number}"
-            audio = None if recordings is None else DatasetRecording(f"{source}, {where}", recordings, number, folder)
+            audio = None
+            if recordings is not None:
+                audio = DatasetRecording(f"{source}, {where}", recordings, number, folder, table.version)
             yield Row(source, where, values, audio, part)
+
+
+def _is_file(type_: pa.DataType) -> bool:
+    """Whether a column holds files as {bytes, path}."""
+    import pyarrow as pa
+
+    return pa.types.is_struct(type_) and type_.get_field_index("bytes") >= 0
+
+
+def _recordings(source: str, rows: pa.Table) -> pa.ChunkedArray | None:
+    """The column `audio`, None where there is none."""
+    import pyarrow as pa
+
+    if "audio" not in rows.column_names:
+        return None
+    column = rows.column("audio")
+    types = pa.types
+    kinds = (_is_file, types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    if not any(is_kind(column.type) for is_kind in kinds):
+        from datasets import Features
+
+        feature = Features.from_arrow_schema(rows.schema)["audio"]
+        raise UserError(f"data {source}: column 'audio' holds {feature}; it must hold whole files (Audio) or their paths")
+    return column
+
+
+def _texts(rows: pa.Table) -> Iterator[dict[str, object]]:
+    """Each row without its recording, and without pictures and other files."""
+    kept = [field.name for field in rows.schema if field.name != "audio" and not _is_file(field.type)]
+    for start in range(0, rows.num_rows, _ROWS_AT_ONCE):
+        part = rows.slice(start, _ROWS_AT_ONCE)
+        yield from part.select(kept).to_pylist() if kept else [{} for _ in range(part.num_rows)]

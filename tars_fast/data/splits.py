@@ -1,4 +1,4 @@
-"""Splits by id, and items that are in two of them."""
+"""Splits by a hash of the id, and leaks: items that are in training and in evaluation data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tars_fast.types import Question, UserError
 
 
 def _normalised(question: Question) -> str:
-    """Equal where the same is asked, however the options are lettered and in whatever order."""
-    asked, options = shown_options(question)
+    """A text that two items share where they ask the same, whatever the letters and the order of their options."""
+    stem, options = shown_options(question)
     # Signs stay: "3 + 4" and "3 - 4" are two questions.
-    plain = [re.sub(r"[\s.,;:!?\"'()\u2018\u2019\u201c\u201d]+", " ", part).casefold().strip() for part in (asked, *options)]
+    plain = [re.sub(r"[\s.,;:!?\"'()\u2018\u2019\u201c\u201d]+", " ", part).casefold().strip() for part in (stem, *options)]
     return "\n".join([plain[0], *sorted(plain[1:])])
 
 
@@ -25,15 +25,21 @@ def _position(item_id: str) -> float:
 
 
 def choose_by_id(questions: Sequence[Question], count: int | None) -> list[Question]:
-    """At most `count` items in their order, chosen by a hash of their ids; None: all."""
+    """Choose at most `count` items by a hash of their ids, and leave them in their order; None: all."""
     ranked = sorted(range(len(questions)), key=lambda number: _position(questions[number].id))
     return [questions[number] for number in sorted(ranked[:count])]
 
 
 def split_by_id(questions: Sequence[Question], held_out_fraction: float) -> tuple[list[Question], list[Question]]:
-    """(training, held-out) by a hash of the id: an item stays on its side whatever is reordered.
+    """Split items by a hash of the id, so that an item stays on its side whatever is reordered or added.
 
-    Items that ask the same, as several recordings of one question do, go by the least of their ids, to one side.
+    Items that ask the same, as several recordings of one question do, go to one side, by the least of their ids.
+
+    Returns:
+        (training, held-out items), each in their order.
+
+    Raises:
+        UserError: one of them would be empty.
     """
     least_ids: dict[str, str] = {}
     for question in questions:
@@ -54,7 +60,7 @@ _REMEDY = "remove it from one, or leave it out of training with --disjoint-from"
 
 
 def without_leaks(questions: Sequence[Question], others: Sequence[Question]) -> list[Question]:
-    """Those that are not among `others`, by id or by text, case and punctuation aside."""
+    """Leave out the items that are among `others` too, by id or by text, case and punctuation aside."""
     ids = {question.id for question in others}
     texts = {_normalised(question) for question in others}
     return [question for question in questions if question.id not in ids and _normalised(question) not in texts]

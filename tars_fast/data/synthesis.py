@@ -20,7 +20,7 @@ import numpy as np
 ACCENTS = ("en-us", "en-us-nyc", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
 SPEAKERS = ("f2", "f3", "f4", "m1", "m3", "m4", "m7", "klatt", "Annie", "Michael")
 VOICES = tuple(f"{accent}+{speaker}" for accent in ACCENTS for speaker in SPEAKERS)
-"""What recordings are spoken by unless voices are given."""
+"""The voices of `prepare` where none are given."""
 
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
 _POSITION_CHARACTER = 1
@@ -42,7 +42,7 @@ class Synthesiser:
     """
 
     def __enter__(self) -> Self:
-        import espeakng_loader  # noqa: F401  Missing packages are for the caller to see, not for the other process.
+        import espeakng_loader  # noqa: F401  Where it is missing, the caller must get the error, not the other process.
 
         self._start()
         return self
@@ -55,7 +55,7 @@ class Synthesiser:
         self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def __exit__(self, *_exception: object) -> None:
-        # What a process that has died did not read any more.
+        # A process that has died has not read what was written last.
         with suppress(BrokenPipeError):
             self._requests.close()
         self._answers.close()
@@ -71,13 +71,13 @@ class Synthesiser:
             voice: an espeak-ng voice, optionally with a variant, e.g. `en-us+f3`.
             words_per_minute: 80 to 450.
             pitch: 0 to 100.
-            seed: of the voice's noise.
+            seed: of the noise that espeak-ng adds to a voice.
 
         Returns:
             ([samples] float32 in [-1, 1], sample rate in Hz).
 
         Raises:
-            ValueError: espeak-ng refuses, e.g. an unknown voice, or dies of it; the next call finds it running again.
+            ValueError: espeak-ng refuses, e.g. an unknown voice, or crashes; the next call finds it running again.
         """
         request = json.dumps([text, voice, words_per_minute, pitch, seed]) + "\n"
         with suppress(BrokenPipeError):
@@ -131,9 +131,9 @@ def _speak(library: ctypes.CDLL, text: str, voice: str, words_per_minute: int, p
 
 
 def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
-    """Answer one JSON line after the other, each from a fork of the fresh library; ends where one of them dies.
+    """Answer requests, a JSON line each, in a fork of the fresh library; end where a fork crashes.
 
-    Then the caller sees the end of `replies`, whatever the fork had written before.
+    The caller then finds the end of `replies` before a whole answer, even where the fork had written a part of it.
     """
     library, rate = _start_library()
     for line in requests:

@@ -1,4 +1,4 @@
-"""How far a transcription is from what was said."""
+"""The word error rate of a transcription."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ def _normaliser() -> Callable[[str], str]:
 
 
 def normalised(text: str) -> str:
-    """Without case, punctuation, contractions and ways to write a number: Whisper's English normalisation."""
+    """Whisper's English normalisation: without case, punctuation and contractions, numbers written in one way."""
     return _normaliser()(text)
 
 
 def word_error_rate(reference: str, hypothesis: str) -> float:
-    """Words substituted, left out and put in, over the words of `reference`, both normalised; may exceed 1."""
+    """Words substituted, deleted and inserted, over the words of `reference`, both normalised; may exceed 1."""
     import jiwer
 
-    said, heard = normalised(reference), normalised(hypothesis)
-    if not said:
-        return float(bool(heard))
-    return jiwer.wer(said, heard)
+    reference, hypothesis = normalised(reference), normalised(hypothesis)
+    if not reference:
+        return float(bool(hypothesis))
+    return jiwer.wer(reference, hypothesis)

@@ -1,9 +1,8 @@
-"""Arms of an ablation, held against each other: figures over seeds and items, tests, tables, curves.
+"""Comparison of the arms of an ablation: figures over seeds and items, tests, learning curves.
 
-Every arm was evaluated on the same items after training with the same seeds, so what differs between two arms is a matrix of
-differences [seeds, items]. Both were drawn at random, and both are resampled (a bootstrap of crossed factors, Owen 2007);
-of S seeds S - 1 are drawn, without which the spread between few seeds comes out too small (Rao & Wu 1988). The test is a
-paired t-test over seeds, its p-values held against each other as Holm (1979) does: it treats the items as given.
+All arms are trained with the same seeds and evaluated on the same items, so two arms differ by a matrix [seeds, items]. Seeds
+and items are random samples both, and both are resampled: `CrossedBootstrap`. The test is a paired t-test over seeds, which
+takes the items as given; its p-values are corrected for the number of arms (Holm 1979).
 
 Shapes: S seeds, I items, L layers, R resamples.
 """
@@ -20,34 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from tars_fast.evaluation.metrics import CrossedBootstrap, Curve, holm, paired_t_test
-from tars_fast.evaluation.results import Evaluated, ItemResult, read_predictions
-from tars_fast.types import Modality, UserError
+from tars_fast.evaluation.figures import FIGURES, columns_of, text_reference, with_interval
+from tars_fast.evaluation.metrics import CrossedBootstrap, Curve, Estimate, holm, paired_t_test
+from tars_fast.evaluation.results import ItemResult, read_predictions
+from tars_fast.types import UserError
 
 START = "start"
-"""What the model is called that all arms start from; no arm may be."""
+"""Name of the model that all arms start from, which no arm may have."""
 
-
-@dataclass(frozen=True)
-class Figure:
-    """How a figure is shown."""
-
-    title: str
-    scale: float = 100.0
-    decimals: int = 1
-
-
-FIGURES = {
-    "speech_accuracy": Figure("speech, greedy %"),
-    "text_accuracy": Figure("text, greedy %"),
-    "speech_accuracy_sampled": Figure("speech, sampled %"),
-    "text_accuracy_sampled": Figure("text, sampled %"),
-    "mrr": Figure("MRR, fixed %", scale=1.0),
-    "mrr_same_model": Figure("MRR, same %", scale=1.0),
-    "behaviour_similarity": Figure("behaviour sim. %"),
-    "layer_cosine_mean": Figure("cosine of states", scale=1.0, decimals=3),
-}
-"""MRR is in percent already; its fixed reference is the text accuracy of the start."""
 SMOOTHED = 10
 """Steps that learning curves are averaged over."""
 _CURVES = {
@@ -58,19 +37,19 @@ _CURVES = {
     "format/speech": "R_fmt, speech",
     "entropy/speech": "entropy of speech, nats a token",
 }
-"""What metrics.jsonl calls them."""
+"""Name in metrics.jsonl -> title."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a training run left in its folder."""
+    """The files of a training run that has ended."""
 
     arm: str
     seed: int
     before: Sequence[ItemResult]
     after: Sequence[ItemResult]
     metrics: Sequence[Mapping[str, float]]
-    """One mapping a step."""
+    """Metrics of each step."""
     settings: Mapping[str, Any]
 
     @classmethod
@@ -88,149 +67,147 @@ class FinishedRun:
             ("predictions_after.jsonl", len(before), len(after)),
         ):
             if found != expected:
-                told = f"{name} has {found} lines, not {expected}"
-                raise UserError(f"{folder}: not a whole run ({told}); remove the folder to have it run again")
+                raise UserError(
+                    f"{folder}: not a whole run ({name} has {found} lines, not {expected}); remove the folder to have it run "
+                    "again"
+                )
         return cls(arm, seed, before, after, metrics, settings)
 
 
 def check_runs(runs: Sequence[FinishedRun]) -> None:
-    """Raises UserError where two runs were not trained on the same for as long, or not evaluated on the same."""
-    for first, run in itertools.pairwise(runs):
-        items = [(one.settings["data_fingerprint"], [result.key for result in one.before]) for one in (first, run)]
-        steps = [one.settings["num_steps"] for one in (first, run)]
+    """Raises UserError where two runs differ in their training items, their evaluation items or their number of steps."""
+    for pair in itertools.pairwise(runs):
+        first, run = pair
+        items = [(either.settings["data_fingerprint"], [result.key for result in either.before]) for either in pair]
+        steps = [either.settings["num_steps"] for either in pair]
         if items[0] != items[1] or steps[0] != steps[1]:
-            told = "other items" if items[0] != items[1] else f"num_steps {steps[0]} and {steps[1]}"
+            difference = "other items" if items[0] != items[1] else f"num_steps {steps[0]} and {steps[1]}"
             raise UserError(
-                f"runs do not match: {first.arm}, seed {first.seed} and {run.arm}, seed {run.seed} have {told}; "
+                f"runs do not match: {first.arm}, seed {first.seed} and {run.arm}, seed {run.seed} have {difference}; "
                 "name another --output-dir, or remove the folder of the one that should run again"
             )
-
-
-def _columns(item: Evaluated) -> dict[str, float]:
-    """What an item adds to each figure; `mrr` is made of two."""
-    values = {f"{modality}_accuracy": float(getattr(item, modality).readings["strict"].correct) for modality in Modality}
-    sampled = {f"{modality}_accuracy_sampled": getattr(item, modality).sampled_accuracy for modality in Modality}
-    values |= {name: value for name, value in sampled.items() if value is not None}
-    values |= {"behaviour_similarity": item.behaviour_similarity, "layer_cosine_mean": float(np.mean(item.layer_cosine))}
-    return values | {f"layer/{number}": cosine for number, cosine in enumerate(item.layer_cosine, 1)}
 
 
 class Arms:
     """The runs of an ablation as matrices [S, I] by arm and figure.
 
     Args:
-        runs: of each arm at least one; `check_runs` has passed.
+        runs: at least one of each arm; `check_runs` has passed.
         baseline: the arm that the others are compared with.
 
     Raises:
-        UserError: there is no item that all of them could evaluate.
+        UserError: no item was evaluated by all runs.
     """
 
     def __init__(self, runs: Sequence[FinishedRun], baseline: str):
         self.baseline = baseline
         self.names = list(dict.fromkeys(run.arm for run in runs))
         self.runs = {arm: sorted((run for run in runs if run.arm == arm), key=lambda run: run.seed) for arm in self.names}
-        known = [{r.key for r in part if r.evaluated is not None} for run in runs for part in (run.before, run.after)]
+        known = [{r.key for r in results if r.evaluated is not None} for run in runs for results in (run.before, run.after)]
         shared = set.intersection(*known)
         self.items = [result.key for result in runs[0].after if result.key in shared]
         self.num_left_out = len(runs[0].after) - len(self.items)
         if not self.items:
             raise UserError("runs do not match: no item was evaluated by all of them")
-        # All arms start from the same model, so one of them speaks for all seeds that it has.
+        # All arms start from the same model, which is evaluated with as many seeds as the arm with the most runs has.
         longest = max(self.runs.values(), key=len)
-        self._values = {START: self._stack([run.before for run in longest])}
-        self._values |= {arm: self._stack([run.after for run in own]) for arm, own in self.runs.items()}
+        results = {START: [run.before for run in longest]} | {arm: [run.after for run in own] for arm, own in self.runs.items()}
         self.seeds = {START: [run.seed for run in longest]}
         self.seeds |= {arm: [run.seed for run in own] for arm, own in self.runs.items()}
-        self.num_layers = sum(name.startswith("layer/") for name in self._values[START])
+        # Greedy, so the same for every seed.
+        self._reference = text_reference(longest[0].before)
+        self._columns = {arm: self._figure_columns(own) for arm, own in results.items()}
+        self._layer_cosines = {arm: self._stack_layers(own) for arm, own in results.items()}
 
-    def _stack(self, parts: Sequence[Sequence[ItemResult]]) -> dict[str, np.ndarray]:
-        rows = []
-        for part in parts:
-            found = {result.key: result.evaluated for result in part if result.evaluated is not None}
-            rows.append([_columns(found[key]) for key in self.items])
-        names = set.intersection(*(set(columns) for row in rows for columns in row))
-        return {name: np.array([[columns[name] for columns in row] for row in rows]) for name in names}
+    def _shared(self, results: Sequence[ItemResult]) -> list[ItemResult]:
+        """The items that all runs evaluated, in the order of `items`."""
+        by_key = {result.key: result for result in results}
+        return [by_key[key] for key in self.items]
+
+    def _figure_columns(self, runs: Sequence[Sequence[ItemResult]]) -> dict[str, np.ndarray]:
+        """[columns, S, I] values of each figure that all items of all runs contribute to."""
+        found = {}
+        for name, figure in FIGURES.items():
+            if figure.of_ablations:
+                columns = [columns_of(figure, self._shared(results), self._reference) for results in runs]
+                if all(own and len(own[0]) == len(self.items) for own in columns):
+                    found[name] = np.array(columns).swapaxes(0, 1)
+        return found
+
+    def _stack_layers(self, runs: Sequence[Sequence[ItemResult]]) -> np.ndarray:
+        """[L, S, I] cosines of pooled states."""
+        items = [[r.evaluated for r in self._shared(results) if r.evaluated is not None] for results in runs]
+        return np.array([[item.layer_cosine for item in own] for own in items]).transpose(2, 0, 1)
 
     def _rows(self, arm: str, name: str, resamples: CrossedBootstrap, seeds: Sequence[int]) -> np.ndarray:
         """[1 + R] a figure of these seeds: of all items, then of every resample."""
         chosen = [self.seeds[arm].index(seed) for seed in seeds]
-
-        def means(name: str, arm: str = arm) -> np.ndarray:
-            return resamples.means(self._values[arm][name][chosen])
-
-        if name not in ("mrr", "mrr_same_model"):
-            return means(name)
-        # Greedy, so the same for every seed: the start's first run is as good as any.
-        reference = self._values[START]["text_accuracy"][:1].repeat(len(seeds), axis=0)
-        text = means("text_accuracy") if name == "mrr_same_model" else resamples.means(reference)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(text > 0, 100 * means("speech_accuracy") / text, np.nan)
+        means = [resamples.means(column[chosen]) for column in self._columns[arm][name]]
+        return FIGURES[name].statistic(*(column[:, None] for column in means))
 
     def _by_seed(self, arm: str, name: str, seeds: Sequence[int]) -> list[float]:
         """A figure of each of these seeds alone, over all items."""
         alone = CrossedBootstrap(1, len(self.items), num_resamples=0)
         return [self._rows(arm, name, alone, [seed])[0] for seed in seeds]
 
-    def _known(self, arm: str) -> list[str]:
-        return [name for name in FIGURES if name.startswith("mrr") or name in self._values[arm]]
-
     def figures(self, arm: str) -> dict[str, Any]:
         """`<name>`, `<name>_ci95`, and `<name>_by_seed` of an arm, or of the start; `layer_cosine` by layer."""
         seeds = self.seeds[arm]
         resamples = CrossedBootstrap(len(seeds), len(self.items))
-        made: dict[str, Any] = {"seeds": seeds}
-        for name in self._known(arm):
-            made |= _figure(name, self._rows(arm, name, resamples, seeds))
-            made[f"{name}_by_seed"] = [_plain(value) for value in self._by_seed(arm, name, seeds)]
-        layers = [self._rows(arm, f"layer/{number}", resamples, seeds) for number in range(1, self.num_layers + 1)]
-        made["layer_cosine"] = [float(rows[0]) for rows in layers]
-        made["layer_cosine_ci95"] = [_interval(rows) for rows in layers]
-        return made
+        figures: dict[str, Any] = {"seeds": seeds}
+        for name in self._columns[arm]:
+            figures |= with_interval(name, _estimate(self._rows(arm, name, resamples, seeds)))
+            figures[f"{name}_by_seed"] = [_plain(value) for value in self._by_seed(arm, name, seeds)]
+        layers = [_estimate(resamples.means(cosines)) for cosines in self._layer_cosines[arm]]
+        figures["layer_cosine"] = [layer.value for layer in layers]
+        figures["layer_cosine_ci95"] = [layer.interval for layer in layers]
+        return figures
 
     def differences(self, arm: str) -> dict[str, Any]:
-        """The same for `arm` minus the baseline, paired by seed and item, with `<name>_p` of the t-test over seeds."""
+        """The figures of `arm` minus those of the baseline, paired by seed and item, with `<name>_p` of the t-test."""
         seeds = [seed for seed in self.seeds[arm] if seed in self.seeds[self.baseline]]
-        made: dict[str, Any] = {"seeds": seeds}
+        figures: dict[str, Any] = {"seeds": seeds}
         if not seeds:
-            return made
+            return figures
         resamples = CrossedBootstrap(len(seeds), len(self.items))
-        for name in (name for name in self._known(arm) if name in self._known(self.baseline)):
-            pairs = [self._rows(which, name, resamples, seeds) for which in (arm, self.baseline)]
-            made |= _figure(name, pairs[0] - pairs[1])
-            sides = [self._by_seed(which, name, seeds) for which in (arm, self.baseline)]
+        for name in self._columns[arm]:
+            if name not in self._columns[self.baseline]:
+                continue
+            own, other = (self._rows(either, name, resamples, seeds) for either in (arm, self.baseline))
+            figures |= with_interval(name, _estimate(own - other))
+            sides = [self._by_seed(either, name, seeds) for either in (arm, self.baseline)]
             by_seed = [own - other for own, other in zip(*sides, strict=True)]
-            made[f"{name}_by_seed"] = [_plain(value) for value in by_seed]
-            made[f"{name}_p"] = paired_t_test(by_seed)
-        return made
+            figures[f"{name}_by_seed"] = [_plain(value) for value in by_seed]
+            figures[f"{name}_p"] = paired_t_test(by_seed)
+        return figures
 
     def report(self) -> dict[str, Any]:
-        """All figures, p-values corrected for the number of arms."""
-        made: dict[str, Any] = {
+        """All figures, with p-values corrected for the number of arms."""
+        figures: dict[str, Any] = {
             "baseline": self.baseline,
             "num_items": len(self.items),
             "num_items_left_out": self.num_left_out,
             START: self.figures(START),
             "arms": {arm: self.figures(arm) for arm in self.names},
         }
-        # Where every run of the baseline failed there is nothing to hold the others against.
+        # Where every run of the baseline failed, nothing can be compared.
         others = [arm for arm in self.names if arm != self.baseline and self.baseline in self.names]
         differences = {arm: self.differences(arm) for arm in others}
         for name in FIGURES:
-            known = {arm: made[f"{name}_p"] for arm, made in differences.items() if made.get(f"{name}_p") is not None}
+            known = {arm: own[f"{name}_p"] for arm, own in differences.items() if own.get(f"{name}_p") is not None}
             for arm, p in zip(known, holm(list(known.values())), strict=True):
                 differences[arm][f"{name}_p_holm"] = p
-        made[f"minus_{self.baseline}"] = differences
+        figures[f"minus_{self.baseline}"] = differences
         for arm in self.names:
-            made["arms"][arm]["median_seconds_per_step"] = statistics.median(
+            figures["arms"][arm]["median_seconds_per_step"] = statistics.median(
                 step["seconds/step"] for run in self.runs[arm] for step in run.metrics
             )
-        return made
+        return figures
 
     def curves(self) -> dict[str, dict[str, Curve]]:
-        """Title -> arm -> what metrics.jsonl says, smoothed, mean over seeds, with the 95 % t-interval over them.
+        """Learning curves by title and arm: smoothed, the mean over seeds, with its 95 % t-interval.
 
-        R_beh is not measured where it has no weight, and 0 there: such an arm has no curve of it.
+        A reward without weight is not computed and logged as 0: an arm has no curve of it.
         """
         metrics = {arm: [run.metrics for run in own] for arm, own in self.runs.items()}
         curves = {
@@ -261,9 +238,6 @@ def _plain(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _interval(rows: np.ndarray) -> list[float] | None:
-    return np.percentile(rows[1:], [2.5, 97.5]).tolist() if np.isfinite(rows).all() else None
-
-
-def _figure(name: str, rows: np.ndarray) -> dict[str, Any]:
-    return {name: _plain(rows[0]), f"{name}_ci95": _interval(rows)}
+def _estimate(rows: np.ndarray) -> Estimate:
+    """From [1 + R] rows: the figure, then its resamples."""
+    return Estimate(float(rows[0]), np.percentile(rows[1:], [2.5, 97.5]).tolist())

@@ -1,4 +1,4 @@
-"""Greedy and sampled evaluation of a model on spoken and written versions of the same items (METHOD, Metrics)."""
+"""Greedy and sampled evaluation of a model on spoken and written versions of the same items (docs/method.md, Metrics)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tars_kernels import LayerPooler, pooled_similarity
 from tars_fast.data.transcription import word_error_rate
 from tars_fast.evaluation.results import Answered, Evaluated, ItemResult, Transcribed
 from tars_fast.evaluation.scorers import read_completion
-from tars_fast.learning.rewards import TextSimilarity, answer_rewards
+from tars_fast.learning.rewards.accuracy import accuracy
+from tars_fast.learning.rewards.behaviour import TextSimilarity
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.memory import EVALUATION_TOKENS
 from tars_fast.models.speech_model import SpeechModel
@@ -23,10 +24,10 @@ from tars_fast.rollout.engine import RolloutEngine, Sampling
 from tars_fast.types import Completion, Modality, Prompt, Question, UserError
 
 ITEMS_AT_ONCE = 128
-"""Most items that a process answers at a time, so also what an interruption costs it; at 7B and 30 s they embed to 0.8 GB."""
+"""Most items of a slice, so also what an interruption costs a process; at 7B and 30 s their recordings embed to 0.8 GB."""
 _FEWEST_AT_ONCE = 32
 _SLICES = 8
-"""Of a small data set, so that as many processes have something to do."""
+"""A small data set is cut into so many slices, so that as many processes have something to do."""
 _MOST_ITEMS_PER_FORWARD = 16
 TRANSCRIBE = "Transcribe the recording word for word."
 
@@ -37,13 +38,13 @@ class EvaluationSettings:
 
     max_new_tokens: int
     num_samples: int
-    """Sampled completions of each prompt; 0 leaves them out."""
+    """Number of sampled completions of each prompt; 0 leaves them out."""
     temperature: float
-    """Of the sampled completions."""
+    """Temperature of the sampled completions; the greedy ones have none."""
     seed: int
-    """Of the sampled completions, and of VoiceBench's guesses."""
+    """Seed of the sampled completions, and of VoiceBench's guesses."""
     transcribe: bool = False
-    """Also have every recording transcribed; every question needs a transcript."""
+    """Whether the model also transcribes every recording; every question then needs a transcript."""
 
 
 @torch.inference_mode()
@@ -72,164 +73,156 @@ def layer_cosines(
     return np.concatenate(rows)
 
 
-Part = tuple[str, int, Sequence[Question]]
-"""Name of the data, number of the first item within it, items that are evaluated at a time."""
+@dataclass(frozen=True)
+class DataSlice:
+    """Neighbouring items of one data set, which one process answers together."""
+
+    data: str
+    """Name of the data set."""
+    start: int
+    """Index of the first item within its data set; it seeds the sampled completions."""
+    questions: Sequence[Question]
 
 
-def slices(data: str, questions: Sequence[Question]) -> list[Part]:
-    """The items of one data set, part by part.
+def slice_data(data: str, questions: Sequence[Question]) -> list[DataSlice]:
+    """Cut a data set into slices of at most `ITEMS_AT_ONCE` items.
 
-    How many there are in a part does not depend on the number of processes: batches, and with them draws and rounding, follow
-    from it.
+    The size of a slice does not depend on the number of processes: batches, and with them samples and rounding, follow from it.
     """
     size = min(ITEMS_AT_ONCE, max(_FEWEST_AT_ONCE, math.ceil(len(questions) / _SLICES)))
-    return [(data, start, questions[start : start + size]) for start in range(0, len(questions), size)]
+    return [DataSlice(data, start, questions[start : start + size]) for start in range(0, len(questions), size)]
 
 
-def evaluate(
-    model: SpeechModel,
-    engine: RolloutEngine,
-    text_similarity: TextSimilarity,
-    questions: Sequence[Question],
-    settings: EvaluationSettings,
-    *,
-    data: str,
-    advance: Callable[[int], None],
-    workers: Workers = ALONE,
-    refused: Mapping[str, str] | None = None,
-) -> list[ItemResult]:
-    """`evaluate_rounds` of all items of one data set.
+@dataclass(frozen=True)
+class Evaluator:
+    """A model, and all that it takes to have it answer items."""
 
-    Args:
-        advance: told how many items are done, by all processes together, each time that some are.
-        refused: see `evaluate_slice`.
-    """
-    results: list[ItemResult] = []
-    parts, known = slices(data, questions), {data: refused or {}}
-    for done in evaluate_rounds(model, engine, text_similarity, parts, settings, workers=workers, refused=known):
-        results += done
-        advance(len(done))
-    return results
+    model: SpeechModel
+    engine: RolloutEngine
+    text_similarity: TextSimilarity
+    """Compares the words of spoken and written completions."""
+    settings: EvaluationSettings
+    workers: Workers = ALONE
 
+    def evaluate(
+        self,
+        questions: Sequence[Question],
+        data: str,
+        advance: Callable[[int], None],
+        refused: Mapping[str, str] | None = None,
+    ) -> list[ItemResult]:
+        """Answer all items of one data set.
 
-def evaluate_rounds(
-    model: SpeechModel,
-    engine: RolloutEngine,
-    text_similarity: TextSimilarity,
-    parts: Sequence[Part],
-    settings: EvaluationSettings,
-    *,
-    workers: Workers,
-    refused: Mapping[str, Mapping[str, str]] | None = None,
-) -> Iterator[list[ItemResult]]:
-    """`evaluate_slice` of every part, at a time one in each process; the same results however many processes there are.
+        Args:
+            data: name of the data set.
+            advance: called after every round with the number of items that all processes together have done in it.
+            refused: see `evaluate_slice`.
 
-    Args:
-        refused: see `evaluate_slice`, by name of the data.
+        Returns:
+            One result for each question, in order, the same in every process.
+        """
+        results: list[ItemResult] = []
+        for done in self.evaluate_rounds(slice_data(data, questions), {data: refused or {}}):
+            results += done
+            advance(len(done))
+        return results
 
-    Yields:
-        To every process what all of them have done in a round, in the order of `parts`.
-    """
-    for first in range(0, len(parts), workers.size):
-        own: list[ItemResult] = []
-        for data, start, questions in workers.share(parts[first : first + workers.size]):
-            known = (refused or {}).get(data)
-            own = evaluate_slice(model, engine, text_similarity, questions, settings, data=data, start=start, refused=known)
-        yield [result for results in workers.gather(own) for result in results]
+    def evaluate_rounds(
+        self, slices: Sequence[DataSlice], refused: Mapping[str, Mapping[str, str]]
+    ) -> Iterator[list[ItemResult]]:
+        """Answer the slices in rounds, in each round one slice in each process.
 
+        The results do not depend on the number of processes.
 
-def evaluate_slice(
-    model: SpeechModel,
-    engine: RolloutEngine,
-    text_similarity: TextSimilarity,
-    questions: Sequence[Question],
-    settings: EvaluationSettings,
-    *,
-    data: str,
-    start: int,
-    refused: Mapping[str, str] | None = None,
-) -> list[ItemResult]:
-    """Answer every question from speech and from text, greedily and, where asked, by sampling.
+        Args:
+            refused: see `evaluate_slice`; by the name of the data set.
 
-    Args:
-        questions: at most `ITEMS_AT_ONCE`.
-        data: name of the data they come from.
-        start: number of the first one within its data, which the sampled completions are seeded by.
-        refused: reason by id of items that are known not to be usable.
+        Yields:
+            The results of a round, in the order of `slices`, to every process.
+        """
+        for first in range(0, len(slices), self.workers.size):
+            own: list[ItemResult] = []
+            for part in self.workers.share(slices[first : first + self.workers.size]):
+                own = self.evaluate_slice(part, refused.get(part.data))
+            yield [result for results in self.workers.gather(own) for result in results]
 
-    Returns:
-        One result a question, in order; a question whose recording cannot be used has failed, which costs no other one.
-    """
-    failed = dict(refused or {})
-    asked = [question for question in questions if question.id not in failed]
-    with torch.no_grad():
-        encoded = encode_speech(model, engine, prepare_speech(model, asked), settings.max_new_tokens)
-        failed |= {q.id: str(prompt) for q, prompt in zip(asked, encoded, strict=True) if isinstance(prompt, UserError)}
-        asked = [question for question in asked if question.id not in failed]
-        spoken = [prompt for prompt in encoded if isinstance(prompt, Prompt)]
-        prompts = {Modality.SPEECH: spoken, Modality.TEXT: model.encode_prompts(asked, Modality.TEXT)}
-    answered = iter(_answer(model, engine, text_similarity, asked, prompts, settings, start) if asked else [])
-    return [
-        ItemResult.of(data, question, None if question.id in failed else next(answered), failed.get(question.id))
-        for question in questions
-    ]
+    def evaluate_slice(self, part: DataSlice, refused: Mapping[str, str] | None = None) -> list[ItemResult]:
+        """Answer every question from speech and from text, greedily and, where the settings say so, by sampling.
 
+        Args:
+            refused: reason by id of the items that are known to be unusable.
 
-def _answer(
-    model: SpeechModel,
-    engine: RolloutEngine,
-    text_similarity: TextSimilarity,
-    questions: Sequence[Question],
-    prompts: Mapping[Modality, Sequence[Prompt]],
-    settings: EvaluationSettings,
-    start: int,
-) -> list[Evaluated]:
-    numbers = range(len(questions))
-    greedy = Sampling(num_completions=1, max_new_tokens=settings.max_new_tokens, temperature=0.0, seed=settings.seed)
-    completions = _generate(engine, prompts, greedy)
-    sampled: dict[Modality, list[float | None]] = {modality: [None] * len(questions) for modality in Modality}
-    if settings.num_samples:
-        sampling = Sampling(settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed + start)
-        for modality, drawn in _generate(engine, prompts, sampling).items():
-            sampled[modality] = answer_rewards(drawn, questions).accuracy.view(len(questions), -1).mean(1).tolist()
-    transcribed = _transcribe(model, engine, questions, greedy) if settings.transcribe else [None] * len(questions)
-    engine.release_memory()
-    similarities = text_similarity.similarity(*([c.text for c in completions[modality]] for modality in Modality))
-    cosines = layer_cosines(model, prompts, completions)
+        Returns:
+            One result for each question, in order. A question whose recording cannot be used has failed; no other one does
+            because of it.
+        """
+        model, settings = self.model, self.settings
+        failed = dict(refused or {})
+        questions = [question for question in part.questions if question.id not in failed]
+        with torch.no_grad():
+            encoded = encode_speech(model, self.engine, prepare_speech(model, questions), settings.max_new_tokens)
+            failed |= {
+                question.id: str(prompt)
+                for question, prompt in zip(questions, encoded, strict=True)
+                if isinstance(prompt, UserError)
+            }
+            questions = [question for question in questions if question.id not in failed]
+            spoken = [prompt for prompt in encoded if isinstance(prompt, Prompt)]
+            prompts = {Modality.SPEECH: spoken, Modality.TEXT: model.encode_prompts(questions, Modality.TEXT)}
+        evaluated = iter(self._evaluate_prompts(questions, prompts, part.start) if questions else [])
+        return [
+            ItemResult.of(part.data, question, None if question.id in failed else next(evaluated), failed.get(question.id))
+            for question in part.questions
+        ]
 
-    def answered(modality: Modality, number: int) -> Answered:
-        question, completion = questions[number], completions[modality][number]
-        key = f"{settings.seed} {modality} {question.id}"
-        readings = read_completion(completion.text, question.choices, question.answer, key)
-        return Answered(completion.text, completion.truncated, readings, sampled[modality][number])
+    def _evaluate_prompts(
+        self, questions: Sequence[Question], prompts: Mapping[Modality, Sequence[Prompt]], start: int
+    ) -> list[Evaluated]:
+        """`start` as in `DataSlice`."""
+        settings = self.settings
+        greedy = Sampling(num_completions=1, max_new_tokens=settings.max_new_tokens, temperature=0.0, seed=settings.seed)
+        completions = self._generate(prompts, greedy)
+        sampled: dict[Modality, list[float | None]] = {modality: [None] * len(questions) for modality in Modality}
+        if settings.num_samples:
+            sampling = Sampling(settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed + start)
+            for modality, samples in self._generate(prompts, sampling).items():
+                correct = torch.tensor([accuracy(sample, questions[sample.question]) for sample in samples])
+                sampled[modality] = correct.view(len(questions), -1).mean(1).tolist()
+        transcribed = self._transcribe(questions, greedy) if settings.transcribe else [None] * len(questions)
+        self.engine.release_memory()
+        similarities = self.text_similarity.similarity(*([c.text for c in completions[modality]] for modality in Modality))
+        cosines = layer_cosines(self.model, prompts, completions)
 
-    return [
-        Evaluated(
-            speech=answered(Modality.SPEECH, number),
-            text=answered(Modality.TEXT, number),
-            behaviour_similarity=similarities[number].item(),
-            layer_cosine=tuple(cosines[number].tolist()),
-            transcribed=transcribed[number],
-        )
-        for number in numbers
-    ]
+        def answered(modality: Modality, number: int) -> Answered:
+            question, completion = questions[number], completions[modality][number]
+            key = f"{settings.seed} {modality} {question.id}"
+            readings = read_completion(completion.text, question.choices, question.answer, key)
+            return Answered(completion.text, completion.truncated, readings, sampled[modality][number])
 
+        return [
+            Evaluated(
+                speech=answered(Modality.SPEECH, number),
+                text=answered(Modality.TEXT, number),
+                behaviour_similarity=similarities[number].item(),
+                layer_cosine=tuple(cosines[number].tolist()),
+                transcribed=transcribed[number],
+            )
+            for number in range(len(questions))
+        ]
 
-def _generate(
-    engine: RolloutEngine, prompts: Mapping[Modality, Sequence[Prompt]], sampling: Sampling
-) -> dict[Modality, list[Completion]]:
-    """Completions of spoken and written prompts, sampled side by side."""
-    both = [(number, prompt) for modality in Modality for number, prompt in enumerate(prompts[modality])]
-    drawn = iter(engine.generate([prompt for _, prompt in both], [number for number, _ in both], sampling))
-    return {modality: list(islice(drawn, len(prompts[modality]) * sampling.num_completions)) for modality in Modality}
+    def _generate(self, prompts: Mapping[Modality, Sequence[Prompt]], sampling: Sampling) -> dict[Modality, list[Completion]]:
+        """Complete spoken and written prompts in one batch."""
+        both = [(number, prompt) for modality in Modality for number, prompt in enumerate(prompts[modality])]
+        completions = iter(self.engine.generate([prompt for _, prompt in both], [number for number, _ in both], sampling))
+        return {modality: list(islice(completions, len(prompts[modality]) * sampling.num_completions)) for modality in Modality}
 
-
-def _transcribe(
-    model: SpeechModel, engine: RolloutEngine, questions: Sequence[Question], greedy: Sampling
-) -> list[Transcribed]:
-    """What the model says was said, beside what was."""
-    with torch.no_grad():
-        prompts = model.encode_prompts(questions, Modality.SPEECH, TRANSCRIBE)
-    texts = [completion.text for completion in engine.generate(prompts, range(len(questions)), greedy)]
-    said = [question.transcript or "" for question in questions]
-    return [Transcribed(text, words, word_error_rate(words, text)) for words, text in zip(said, texts, strict=True)]
+    def _transcribe(self, questions: Sequence[Question], greedy: Sampling) -> list[Transcribed]:
+        """Have the model write down each recording, and compare that with the transcript."""
+        with torch.no_grad():
+            prompts = self.model.encode_prompts(questions, Modality.SPEECH, TRANSCRIBE)
+        texts = [completion.text for completion in self.engine.generate(prompts, range(len(questions)), greedy)]
+        transcripts = [question.transcript or "" for question in questions]
+        return [
+            Transcribed(text, transcript, word_error_rate(transcript, text))
+            for transcript, text in zip(transcripts, texts, strict=True)
+        ]

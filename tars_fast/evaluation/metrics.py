@@ -5,72 +5,78 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+Statistic = Callable[..., np.ndarray]
+"""Maps arrays [..., N] of values of N items, one for each of its columns, to the figure [...]."""
 
 NUM_RESAMPLES = 2000
 """Enough for the ends of a 95 % interval to be stable to about a tenth of its width."""
 
 
-def bootstrap_interval(
-    statistic: Callable[..., np.ndarray], *columns: Sequence[float], seed: int = 0
-) -> tuple[float, list[float]]:
+class Estimate(NamedTuple):
+    """A figure with its 95 % interval."""
+
+    value: float
+    interval: list[float]
+    """[low, high]"""
+
+
+def bootstrap_interval(statistic: Statistic, *columns: Sequence[float], seed: int = 0) -> Estimate:
     """A figure over items and its 95 % percentile bootstrap interval (Efron & Tibshirani 1993, chapter 13).
 
     Args:
-        statistic: maps arrays [..., N], one for each column, to the figure [...].
         columns: per-item values, N each; resampled together, so differences are paired.
-
-    Returns:
-        (figure, [low, high]).
     """
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
     num_items = len(arrays[0])
     rows = np.random.default_rng(seed).integers(0, num_items, (NUM_RESAMPLES, num_items))
     figures = statistic(*(array[rows] for array in arrays))
     low, high = np.percentile(figures, [2.5, 97.5])
-    return float(statistic(*arrays)), [float(low), float(high)]
+    return Estimate(float(statistic(*arrays)), [float(low), float(high)])
 
 
-def mean_over_parts(
-    statistic: Callable[..., np.ndarray], parts: Sequence[Sequence[Sequence[float]]], seed: int = 0
-) -> tuple[float, list[float]]:
-    """The same for several data sets that count equally, however many items each has; items are resampled within each.
+def mean_over_data(statistic: Statistic, data_sets: Sequence[Sequence[Sequence[float]]], seed: int = 0) -> Estimate:
+    """`bootstrap_interval` over several data sets that count equally, however many items each has.
+
+    Items are resampled within each data set.
 
     Args:
-        statistic: see `bootstrap_interval`; one that depends on nothing but the columns' means.
-        parts: the columns of each data set.
+        statistic: one that depends on the columns' means alone.
+        data_sets: the columns of each data set.
     """
 
     def averaged(means: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
         return statistic(*(np.mean(column, axis=0)[..., None] for column in zip(*means, strict=True)))
 
     figure, resampled = [], []
-    for number, columns in enumerate(parts):
+    for number, columns in enumerate(data_sets):
         arrays = [np.asarray(column, dtype=np.float64) for column in columns]
         rows = np.random.default_rng(seed + number).integers(0, len(arrays[0]), (NUM_RESAMPLES, len(arrays[0])))
         figure.append([array.mean() for array in arrays])
         resampled.append([array[rows].mean(axis=-1) for array in arrays])
     low, high = np.percentile(averaged(resampled), [2.5, 97.5])
-    return float(averaged(figure)), [float(low), float(high)]
+    return Estimate(float(averaged(figure)), [float(low), float(high)])
 
 
 class CrossedBootstrap:
-    """Resamples of seeds and items that every seed was evaluated on (Owen 2007), the same ones for every matrix of that shape.
+    """Bootstrap of two crossed factors, seeds and the items that every seed was evaluated on (Owen 2007).
 
-    Of S seeds S - 1 are drawn: with few of them the spread of the mean is too small by sqrt((S - 1) / S) otherwise (Rao & Wu
-    1988). A single seed leaves items alone.
+    A resample draws S - 1 of S seeds: with S of a few seeds the spread of the mean would be too small by sqrt((S - 1) / S) (Rao
+    & Wu 1988). With a single seed only items are resampled. Matrices of the same shape have the same resamples.
 
     Args:
-        num_resamples: 0 leaves the figure itself only.
+        num_resamples: 0: `means` has the figure itself only.
     """
 
     def __init__(self, num_seeds: int, num_items: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0):
         generator = np.random.default_rng(seed)
         # Items first, so that they are the same ones however many seeds there are.
         items = generator.multinomial(num_items, np.full(num_items, 1 / num_items), num_resamples) / num_items
-        drawn = max(1, num_seeds - 1)
-        seeds = generator.multinomial(drawn, np.full(num_seeds, 1 / num_seeds), num_resamples) / drawn
+        count = max(1, num_seeds - 1)
+        seeds = generator.multinomial(count, np.full(num_seeds, 1 / num_seeds), num_resamples) / count
         self._items = np.concatenate([np.full((1, num_items), 1 / num_items), items])
         self._seeds = np.concatenate([np.full((1, num_seeds), 1 / num_seeds), seeds])
 
@@ -82,7 +88,7 @@ class CrossedBootstrap:
 def paired_t_test(differences: Sequence[float]) -> float | None:
     """Two-sided p-value of Student's t-test that paired differences have mean 0.
 
-    None for one difference, where one is nan, or where they do not differ.
+    None for a single difference, where any is nan, or where all are equal.
     """
     from scipy import stats
 
@@ -93,7 +99,7 @@ def paired_t_test(differences: Sequence[float]) -> float | None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values of several tests, corrected so that a share of at most alpha finds anything by chance (Holm 1979)."""
+    """Correct the p-values of several tests, so that any of them falls below alpha by chance at most that often (Holm 1979)."""
     order = np.argsort(p_values)
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(order):
@@ -103,16 +109,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p-value of McNemar's test: items that changed go either way with probability 1/2 (McNemar 1947).
+    """Two-sided p-value of McNemar's exact test: an item that changed goes either way with probability 1/2 (McNemar 1947).
 
     Args:
         gained: items that became right.
         lost: items that became wrong.
     """
-    changed = gained + lost
-    tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))
-    # Integers: a fraction of two floats would overflow beyond a thousand items.
-    return min(1.0, 2 * tail / 2**changed)
+    from scipy import stats
+
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def mean(values: np.ndarray) -> np.ndarray:
@@ -132,7 +137,7 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
 
 
 def modality_recovery_rate(speech_correct: np.ndarray, text_correct: np.ndarray) -> np.ndarray:
-    """MRR in percent: accuracy on spoken input / accuracy on written input (METHOD, Metrics).
+    """MRR in percent: accuracy on spoken input / accuracy on written input (docs/method.md, Metrics).
 
     With the text accuracy of a fixed reference in `text_correct` it is the paper's MRR, with the evaluated model's own the
     same-model ratio. A text accuracy of 0 gives nan: nothing to recover.
@@ -144,7 +149,7 @@ def modality_recovery_rate(speech_correct: np.ndarray, text_correct: np.ndarray)
 
 @dataclass(frozen=True)
 class Curve:
-    """One line; None or nan where nothing is known."""
+    """A line of a plot; None or nan where nothing is known."""
 
     x: Sequence[float]
     y: Sequence[float | None]
@@ -153,7 +158,7 @@ class Curve:
     high: Sequence[float | None] | None = None
 
     def thinned(self, most_points: int = 150) -> Curve:
-        """At most so many points, each the mean of what is known of its neighbours."""
+        """The curve with at most so many points, each the mean over neighbours that are not None or nan."""
         size = max(1, -(-len(self.x) // most_points))
         starts = range(0, len(self.x), size)
 

@@ -1,22 +1,23 @@
-"""Three readings of one completion, side by side: ours, VoiceBench's, and a lenient search for the option letter.
+"""Scorers read the answer from a completion, each in its own way; all of them read the same completions.
 
-`strict` is `answers.extract_answer`: what training rewards, and what accuracy means here unless another scorer is named. It
-never guesses. `voicebench` repeats the rules of VoiceBench's multiple-choice evaluator, silly ones included, so that published
+`strict` is `answers.extract_answer`: training rewards it, and accuracy means it unless another scorer is named. It never
+guesses. `voicebench` repeats the rules of VoiceBench's multiple-choice evaluator, silly ones included, so that published
 figures can be compared. `letter` takes the option that the completion names last; it stands in for xFinder, the 0.5 B model
 that finds the letter in the released TARS code (for its reward and its figures), and is not that model.
+
+A new scorer is a function and its entry in `SCORERS`, at the end of this file; reports and tables show it from then on.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tars_fast.learning.answers import answer_blocks, extract_answer
+from tars_fast.learning.rewards.answers import answer_blocks, extract_answer
 
-SCORERS = ("strict", "voicebench", "letter")
 VOICEBENCH_CHOICES = ("A", "B", "C", "D")
 
 
@@ -27,28 +28,8 @@ class Reading:
     extracted: str | None
     """None: nothing could be read, and the scorer does not guess."""
     guessed: bool
-    """Nothing could be read; `extracted` is drawn at random."""
+    """Nothing could be read, and `extracted` is a random choice."""
     correct: bool
-
-
-def read_completion(completion: str, choices: Sequence[str], answer: str, key: str) -> dict[str, Reading]:
-    """What every scorer makes of a completion; `voicebench` is left out where the choices are not the letters A to D.
-
-    Args:
-        completion: decoded text without special tokens.
-        choices: the answer set.
-        answer: the reference answer.
-        key: seeds VoiceBench's random fallback; the same for the same item, modality and seed of a run.
-    """
-    readings = {}
-    for name, scorer in (("strict", extract_answer), ("letter", letter_answer)):
-        extracted = scorer(completion, choices)
-        readings[name] = Reading(extracted, False, extracted == answer)
-    if tuple(choices) == VOICEBENCH_CHOICES:
-        extracted = voicebench_answer(completion)
-        taken = extracted or random.Random(key).choice(VOICEBENCH_CHOICES)
-        readings["voicebench"] = Reading(taken, extracted is None, taken == answer)
-    return readings
 
 
 # `X` stands for the option letter. Order decides where several match; between letters that match the same line, a wins over b.
@@ -95,8 +76,8 @@ _VOICEBENCH_FORMS = (
 _VOICEBENCH = [[re.compile(form.replace("X", letter)) for letter in "abcd"] for form in _VOICEBENCH_FORMS]
 
 
-def voicebench_answer(completion: str) -> str | None:
-    """The letter A to D that VoiceBench's multiple-choice evaluator reads, or None where it would draw one at random.
+def voicebench_answer(completion: str, _choices: Sequence[str] = VOICEBENCH_CHOICES) -> str | None:
+    """The letter A to D that VoiceBench's multiple-choice evaluator reads, or None where it would guess one.
 
     Its rules (github.com/MatthewCYM/VoiceBench, src/evaluator/mcq.py, Apache-2.0; arXiv 2410.17196): the completion in lower
     case is searched, anywhere and without regard to word boundaries, for a long ordered list of phrases with a letter in them,
@@ -167,3 +148,44 @@ def letter_answer(completion: str, choices: Sequence[str]) -> str | None:
         if not _NEGATED.search(before) and _is_mention(match["name"], before, after):
             return by_name[match["name"].casefold()]
     return None
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One way of reading answers."""
+
+    read: Callable[[str, Sequence[str]], str | None]
+    """From a completion and the answer set to one of the choices; None: nothing could be read."""
+    choices: tuple[str, ...] | None = None
+    """The only answer set that it knows; completions of other questions have no reading by it. None: it knows all."""
+    guesses: bool = False
+    """Whether it guesses one of the choices where it could read none."""
+
+
+SCORERS: dict[str, Scorer] = {
+    "strict": Scorer(extract_answer),
+    "voicebench": Scorer(voicebench_answer, VOICEBENCH_CHOICES, guesses=True),
+    "letter": Scorer(letter_answer),
+}
+"""All scorers by name, in the order of reports."""
+
+
+def read_completion(completion: str, choices: Sequence[str], answer: str, key: str) -> dict[str, Reading]:
+    """The reading of a completion by every scorer that knows the answer set, by the scorer's name.
+
+    Args:
+        completion: decoded text without special tokens.
+        choices: the answer set.
+        answer: the reference answer.
+        key: seed of guesses; the same for the same item, modality and seed of a run.
+    """
+    readings = {}
+    for name, scorer in SCORERS.items():
+        if scorer.choices is not None and tuple(choices) != scorer.choices:
+            continue
+        extracted = scorer.read(completion, choices)
+        guessed = extracted is None and scorer.guesses
+        if guessed:
+            extracted = random.Random(key).choice(choices)
+        readings[name] = Reading(extracted, guessed, extracted == answer)
+    return readings

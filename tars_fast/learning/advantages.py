@@ -29,7 +29,7 @@ def group_means(values_N: Tensor, groups_N: Tensor) -> Tensor:
 
 
 def centred_advantages(rewards_N: Tensor, groups_N: Tensor) -> Tensor:
-    """[N] `A = r - mean(r of the group)` (METHOD step 3). Truncated completions count in the mean.
+    """[N] `A = r - mean(r of the group)` (docs/method.md, Advantages). Truncated completions count in the mean.
 
     Computed in float64: a group whose rewards agree gets exact zeros, not rounding noise to train on.
     """

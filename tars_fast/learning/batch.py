@@ -21,7 +21,7 @@ from tars_fast.config import RunConfig
 from tars_fast.learning.advantages import group_indices
 from tars_fast.learning.rewards.behaviour import TextSimilarity, behaviour_rewards
 from tars_fast.learning.rewards.references import choose_references
-from tars_fast.learning.rewards.total import text_rewards
+from tars_fast.learning.rewards.total import completion_rewards
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.speech_model import PreparedPrompt, SpeechModel
 from tars_fast.rollout.encode import encode_speech, prepare_speech
@@ -43,8 +43,8 @@ class Rollout:
     spoken: list[PreparedPrompt]
     """The spoken prompt of each question, where the audio tower is trained and encodes it again; else empty."""
     completions: list[Completion]
-    text_rewards: dict[str, Tensor]
-    """[N] by name in `TEXT_REWARDS`."""
+    completion_rewards: dict[str, Tensor]
+    """[N] by name in `COMPLETION_REWARDS`."""
     references: list[int | None]
     """[N] the text completion that a speech completion is compared with."""
     behaviour: Future[Tensor]
@@ -148,10 +148,10 @@ class RolloutCollector:
         with timer.phase("encode"), torch.no_grad():
             encoded = encode_batch(self.model, self.engine, batch, config.max_new_tokens)
         prompts, questions = encoded.prompts, [batch.questions[place] for place in encoded.usable]
-        scored = self._sample(prompts, questions, step, timer)
+        sampled = self._sample(prompts, questions, step, timer)
         with timer.phase("reward"):
-            completions = [completion for completions, _ in scored for completion in completions]
-            rewards = {name: torch.cat([values[name] for _, values in scored]) for name in scored[0][1]}
+            completions = [completion for group, _ in sampled for completion in group]
+            rewards = {name: torch.cat([values[name] for _, values in sampled]) for name in sampled[0][1]}
             references = choose_references(completions, rewards["accuracy"], self._random(step))
             compared = references if config.behaviour_weight else [None] * len(completions)
             behaviour = self.background.submit(behaviour_rewards, completions, compared, self.text_similarity)
@@ -160,7 +160,7 @@ class RolloutCollector:
             prompts=[prompt for prompt in prompts for _ in range(config.group_size // 2)],
             spoken=spoken if self.model.audio_is_trained else [],
             completions=completions,
-            text_rewards=rewards,
+            completion_rewards=rewards,
             references=references,
             behaviour=behaviour,
             groups_N=group_indices([c.question for c in completions], [c.modality for c in completions]),
@@ -170,7 +170,7 @@ class RolloutCollector:
     def _sample(
         self, prompts: Sequence[Prompt], questions: Sequence[Question], step: int, timer: PhaseTimer
     ) -> list[tuple[list[Completion], dict[str, Tensor]]]:
-        """Completions and text rewards of each prompt; `prompts` are two of each question."""
+        """Completions of each prompt and their rewards; `prompts` are two of each question."""
         config = self.config
         seed = config.seed * 1_000_003 + step + self.workers.rank * 2**56
         sampling = Sampling(config.group_size // 2, config.max_new_tokens, config.temperature, seed)
@@ -178,7 +178,7 @@ class RolloutCollector:
 
         def score(number: int, sampled: list[SampledCompletion]) -> tuple[list[Completion], dict[str, Tensor]]:
             completions = decode_completions(self.model.prompts, prompts[number], number // len(Modality), sampled)
-            return completions, text_rewards(completions, questions)
+            return completions, completion_rewards(completions, questions)
 
         def on_sampled(number: int, sampled: list[SampledCompletion]) -> None:
             scored[number] = self.background.submit(score, number, sampled)

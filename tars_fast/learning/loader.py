@@ -48,7 +48,7 @@ def background_threads(number: int) -> ThreadPoolExecutor:
     started = threading.Barrier(number + 1)
 
     def take_one_core() -> None:
-        # A thread takes torch's setting over when it first asks for it; later it changes its own.
+        # torch copies the process's setting to a thread at the thread's first call; afterwards the thread changes its own.
         torch.get_num_threads()
         torch.set_num_threads(1)
         started.wait()
@@ -68,7 +68,7 @@ class LoadedRollout:
     rollout: Rollout | None = None
     """None where no recording of this process's share could be used."""
     warnings: list[str] = field(default_factory=list)
-    unusable: UnusableBatchError | None = None
+    failure: UnusableBatchError | None = None
     """Why there is no rollout."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By phase, of sampling that went on beside an earlier step."""
@@ -77,8 +77,8 @@ class LoadedRollout:
 class RolloutLoader(AbstractContextManager[Any]):
     """The rollouts of a run, in order; a context manager, because threads work for it.
 
-    With `--rollout-ahead 1` the next rollout is sampled from the moment this one is taken until `wait` returns; the weights
-    must not change in between.
+    With `--rollout-ahead 1` the next rollout is sampled from the moment this one is taken until `finish_sampling` returns; the
+    weights must not change in between.
     """
 
     def __init__(
@@ -130,8 +130,8 @@ class RolloutLoader(AbstractContextManager[Any]):
             self._sampled[step + 1] = self._sampler.submit(self._sample_beside, step + 1, weights_written)
         return loaded
 
-    def wait(self) -> None:
-        """Return once nothing is sampled from the weights any more."""
+    def finish_sampling(self) -> None:
+        """Block until nothing is sampled from the weights any more."""
         for future in self._sampled.values():
             # `next_batch` raises what went wrong.
             future.exception()
@@ -154,7 +154,7 @@ class RolloutLoader(AbstractContextManager[Any]):
         try:
             return LoadedRollout(*self._collector.collect(batch, step, timer))
         except UnusableBatchError as error:
-            return LoadedRollout(unusable=error)
+            return LoadedRollout(failure=error)
 
     def _prepare(self, step: int) -> Future[PreparedBatch]:
         if step not in self._prepared:

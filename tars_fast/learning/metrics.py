@@ -1,11 +1,11 @@
-"""Every figure that a step logs, from the rollouts of all processes, and the checks that stop a run on them.
+"""Figures of a step's tokens and completions, from the rollouts of all processes, and the checks that stop a run on them.
 
 Shapes: N completions, G groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,14 +14,27 @@ from torch import Tensor
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.advantages import disagreeing_groups, group_means
+from tars_fast.learning.rewards.total import ALIGNMENT_REWARDS, COMPLETION_REWARDS
 from tars_fast.learning.scored import ScoredRollout
-from tars_fast.types import Modality, TrainingError
+from tars_fast.types import Modality, TrainingError, UserError
 
 MAX_LOGPROB_DIFF = {torch.float32: 0.01, torch.bfloat16: 0.1}
 """Default of --max-logprob-diff: far above rounding (about 1e-7 and 4e-3 nats here), below what a different policy makes."""
 
 
-class TrainedTokens(NamedTuple):
+RESERVED_NAMES = {
+    *("reward", "length", "truncated", "is_speech", "without_reference", "trained", "group", "staleness"),
+    *("entropy", "disagreeing", "without_backward"),
+    *ALIGNMENT_REWARDS,
+}
+"""Names that a reward may not have, because another figure has them."""
+MAX_EMPTY_STEPS = 3
+"""Consecutive steps with every completion cut off, after which waiting longer is pointless."""
+MAX_UNANIMOUS_STEPS = 10
+"""Consecutive steps in which no group disagreed in its rewards before a warning repeats."""
+
+
+class BackwardPass(NamedTuple):
     """What one backward pass went through."""
 
     loss: PolicyLoss
@@ -29,7 +42,7 @@ class TrainedTokens(NamedTuple):
     """Unmasked tokens."""
 
 
-def token_sums(losses: Sequence[TrainedTokens], scored: ScoredRollout) -> dict[str, float]:
+def token_sums(losses: Sequence[BackwardPass], scored: ScoredRollout) -> dict[str, float]:
     """Sums over the unmasked tokens of a rollout, from which `token_metrics` makes means.
 
     Args:
@@ -86,8 +99,7 @@ def check_agreement(metrics: Mapping[str, float], config: RunConfig, dtype: torc
 def completion_columns(scored: ScoredRollout) -> dict[str, Tensor]:
     """[N] by name: what `completion_metrics` needs of a rollout, small enough to be sent to every process."""
     rollout = scored.rollout
-    return {
-        **scored.terms,
+    columns = {
         "reward": scored.rewards_N,
         "length": torch.tensor([float(len(completion.token_ids)) for completion in rollout.completions]),
         "truncated": torch.tensor([float(completion.truncated) for completion in rollout.completions]),
@@ -97,6 +109,14 @@ def completion_columns(scored: ScoredRollout) -> dict[str, Tensor]:
         "group": rollout.groups_N,
         "staleness": torch.full((len(rollout.completions),), float(rollout.staleness)),
     }
+    return scored.terms | columns
+
+
+def check_reward_names() -> None:
+    """Raises UserError where an added reward has a name that another figure of metrics.jsonl has already."""
+    taken = sorted(COMPLETION_REWARDS.keys() & RESERVED_NAMES)
+    if taken:
+        raise UserError(f"COMPLETION_REWARDS: {taken[0]!r} is the name of another metric; call the reward something else")
 
 
 def completion_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
@@ -114,7 +134,9 @@ def completion_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     trained_G = group_means(columns["trained"], groups_N)
     metrics: dict[str, float] = {}
     for modality, chosen_N in ((Modality.SPEECH, is_speech_N), (Modality.TEXT, ~is_speech_N)):
-        for name in columns.keys() - {"trained", "group", "is_speech", "staleness"}:
+        for name in columns:
+            if name in ("trained", "group", "is_speech", "staleness"):
+                continue
             metrics[f"{name}/{modality}"] = columns[name][chosen_N].mean().item()
         groups = groups_N[chosen_N].unique()
         metrics[f"disagreeing/{modality}"] = disagreeing_accuracy_G[groups].float().mean().item()
@@ -124,3 +146,31 @@ def completion_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     metrics["staleness"] = columns["staleness"].max().item()
     metrics["disagreeing/any"] = disagreeing_groups(columns["reward"], groups_N).float().mean().item()
     return metrics
+
+
+def check_progress(history: Sequence[Mapping[str, float]], warn: Callable[[str], None]) -> None:
+    """Warn of what makes the last step useless, and stop where it will not get better by itself.
+
+    Args:
+        history: metrics of every step since the start, or since the run was resumed.
+
+    Raises:
+        TrainingError: every completion was cut off for several steps.
+    """
+
+    def is_empty(metrics: Mapping[str, float]) -> bool:
+        return metrics["truncated/speech"] == metrics["truncated/text"] == 1
+
+    if is_empty(history[-1]):
+        warn(f"step {history[-1]['step']}: every completion was cut off; raise --max-new-tokens")
+        recent = history[-MAX_EMPTY_STEPS:]
+        if len(recent) == MAX_EMPTY_STEPS and all(is_empty(metrics) for metrics in recent):
+            raise TrainingError(f"every completion was cut off for {MAX_EMPTY_STEPS} steps; raise --max-new-tokens")
+    unanimous = 0
+    while unanimous < len(history) and history[-1 - unanimous]["disagreeing/any"] == 0:
+        unanimous += 1
+    if unanimous and (unanimous - 1) % MAX_UNANIMOUS_STEPS == 0:
+        warn(
+            f"step {history[-1]['step']}: no group disagrees in its rewards, so there is nothing to learn; "
+            "raise --temperature or choose items of middling difficulty"
+        )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ from typing import Any
 import torch
 
 from tars_fast.config import RunConfig, TrainConfig
-from tars_fast.data.items import EMBEDDED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_embedded, read_usable
+from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_bundled, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
+from tars_fast.learning.metrics import check_reward_names
 from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
+from tars_fast.learning.rewards.total import reward_weights
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import Workers
 from tars_fast.models.architecture import find_layers
@@ -32,18 +35,14 @@ from tars_fast.models.registry import architecture_of, family_of, find_preset, l
 from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.policy import available_bytes, choose_engine, load_policy
-from tars_fast.support.cli import make_output_folder, new_output_folder
+from tars_fast.support.cli import first_line, make_output_folder, new_output_folder
 from tars_fast.support.files import write_atomically
 from tars_fast.support.timing import explain_out_of_memory
 from tars_fast.types import Question, TrainingError, UserError
 
-MAX_EMPTY_STEPS = 3
-"""Consecutive steps with every completion cut off, after which waiting longer is pointless."""
-MAX_UNANIMOUS_STEPS = 10
-"""Consecutive steps in which no group disagreed in its rewards before a warning repeats."""
 PROFILED_STEPS = 3
-"""After two steps that still load and allocate."""
-MOVABLE = {
+"""Steps in the profile; the two before them, which still load and allocate, are left out."""
+MAY_CHANGE_ON_RESUME = {
     "output_dir",
     "resume",
     "device",
@@ -89,6 +88,23 @@ class Run:
     def workers(self) -> Workers:
         return self.learner.workers
 
+    @property
+    def evaluation_name(self) -> str:
+        """What the evaluation items are called in predictions and reports."""
+        return Path(or_bundled(self.config.eval_data or self.config.data, HELD_OUT_DATA)).stem
+
+    def describe(self) -> str:
+        """One line for the terminal."""
+        config, model = self.config, self.model
+        processes = "" if self.workers.size == 1 else f" in {self.workers.size} processes"
+        num_trainable = sum(parameter.numel() for parameter in model.trainable_parameters())
+        return (
+            f"{config.model} on {model.device}{processes}, {model.module.dtype}, {model.attention} over micro-batches of "
+            f"{config.tokens_per_micro_batch:,} tokens, rollouts by {self.engine.name}, "
+            f"{num_trainable:,} trainable parameters; "
+            f"{len(self.data.training)} training and {len(self.data.held_out)} evaluation items; writing to {config.output_dir}"
+        )
+
     def save_checkpoint(self, num_completed: int) -> None:
         """One checkpoint for all processes, which must agree on what is in it.
 
@@ -116,6 +132,7 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
             that cannot be read.
         TrainingError: memory ran out.
     """
+    check_reward_names()
     preset = config.as_preset(find_preset(config.model))
     output_dir = config.output_dir or workers.gather(new_output_folder(config.model))[0]
     if preset.questions_per_step < workers.size:
@@ -126,8 +143,8 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
     device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
     find_layers(config.representation_layers, architecture_of(preset).num_layers)
     training, held_out, notes = load_data(config)
-    adapter = latest_checkpoint(output_dir) if config.resume else None
-    source = str(adapter) if adapter is not None and preset.lora_rank == 0 else preset.source
+    resumed_from = latest_checkpoint(output_dir) if config.resume else None
+    source = str(resumed_from) if resumed_from is not None and preset.lora_rank == 0 else preset.source
     prompts = load_prompt_format(preset, source, config.long_audio)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
     data = keep_usable(config, prompts, RunData(training, held_out, notes, 0), workers)
@@ -157,7 +174,7 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
         workers.gather(None)
         if workers.is_first:
             prepare_output(run_config, settings)
-        learner, num_completed = make_learner(run_config, model, adapter, workers)
+        learner, num_completed = make_learner(run_config, model, resumed_from, workers)
         yield Run(run_config, data, learner, engine, text_similarity, num_completed)
 
 
@@ -177,8 +194,8 @@ def plan_run(config: TrainConfig) -> MemoryPlan:
     return plan_memory(config.workload(preset, architecture, engine_name, dtype.itemsize, on_gpu=on_gpu), total)
 
 
-def make_learner(config: RunConfig, model: SpeechModel, adapter: Path | None, workers: Workers) -> tuple[Learner, int]:
-    """(learner, completed steps); `adapter` is the checkpoint to continue from."""
+def make_learner(config: RunConfig, model: SpeechModel, resumed_from: Path | None, workers: Workers) -> tuple[Learner, int]:
+    """(learner, completed steps); `resumed_from` is the checkpoint to continue from."""
     # Not earlier: starting vLLM seeds torch's generator with a number of its own.
     torch.manual_seed(config.seed)
     make_trainable(
@@ -187,10 +204,10 @@ def make_learner(config: RunConfig, model: SpeechModel, adapter: Path | None, wo
         lora_alpha=config.lora_alpha,
         freeze_audio=config.freeze_audio,
         gradient_checkpointing=config.gradient_checkpointing,
-        adapter=adapter,
+        adapter=resumed_from,
     )
     optimizer = make_optimizer(model.trainable_parameters(), config.weight_decay, config.seed)
-    num_completed = load_trainer_state(adapter, optimizer) if adapter is not None else 0
+    num_completed = load_trainer_state(resumed_from, optimizer) if resumed_from is not None else 0
     return Learner(model, optimizer, config, workers), num_completed
 
 
@@ -200,7 +217,7 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
     Raises:
         UserError: nothing readable there, a row that is no item, or an item in both parts.
     """
-    items, unusable = read_usable(or_embedded(config.data, TRAINING_DATA))
+    items, unusable = read_usable(or_bundled(config.data, TRAINING_DATA))
     questions: list[Question] = [item.question for item in items]
     notes = [] if unusable is None else [unusable]
     if config.disjoint_from:
@@ -211,10 +228,10 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
             raise UserError(f"--disjoint-from {listed}: has all {len(questions)} items of --data; name other data to train on")
         notes.append(f"{len(questions) - len(training)} of {len(questions)} items left out, which are in {listed} too")
         questions = training
-    if config.data not in (None, EMBEDDED) and config.eval_data is None:
+    if config.data not in (None, BUNDLED) and config.eval_data is None:
         training, held_out = split_by_id(questions, held_out_fraction=0.1)
     else:
-        training, held_out = questions, load_questions(or_embedded(config.eval_data, HELD_OUT_DATA))
+        training, held_out = questions, load_questions(or_bundled(config.eval_data, HELD_OUT_DATA))
     check_leaks(training, held_out)
     return training, choose_by_id(held_out, config.eval_items), notes
 
@@ -253,20 +270,26 @@ def choose_micro_batch(config: TrainConfig, output_dir: Path, plan: MemoryPlan, 
         )
     tokens = config.tokens_per_micro_batch
     if tokens is None and config.resume:
+        # Says that there is none before config.json is missed.
         latest_checkpoint(output_dir)
         tokens = read_settings(output_dir).get("tokens_per_micro_batch")
     return tokens or min(workers.gather(plan.micro_batch))
 
 
 def read_settings(output_dir: Path) -> dict[str, Any]:
-    """The result of `settings_of_run` when the run began."""
-    return json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
+    """The result of `settings_of_run` when the run began. Raises UserError where config.json cannot be read."""
+    try:
+        return json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--resume: {output_dir / 'config.json'} cannot be read ({first_line(error)}); it is written by the run"
+        ) from error
 
 
 def settings_of_run(config: RunConfig, data: RunData) -> dict[str, object]:
-    """The content of config.json: the settings, and fingerprints of the data."""
+    """The content of config.json: the settings, fingerprints of the data, and the weights of the reward's terms."""
     fingerprint = {"training": data_fingerprint(data.training), "evaluation": data_fingerprint(data.held_out)}
-    return config.to_json() | {"data_fingerprint": fingerprint}
+    return config.to_json() | {"data_fingerprint": fingerprint, "rewards": reward_weights(config)}
 
 
 def check_output(config: RunConfig, settings: Mapping[str, object]) -> None:
@@ -274,7 +297,9 @@ def check_output(config: RunConfig, settings: Mapping[str, object]) -> None:
     if config.resume:
         latest_checkpoint(config.output_dir)
         earlier = read_settings(config.output_dir)
-        changed = sorted(name for name in settings if name not in MOVABLE and earlier.get(name) != settings[name])
+        # Runs of earlier versions did not write them down.
+        earlier.setdefault("rewards", settings["rewards"])
+        changed = sorted(name for name in settings if name not in MAY_CHANGE_ON_RESUME and earlier.get(name) != settings[name])
         if changed:
             # Hashes help nobody, and follow from another setting where one changed.
             named = [name for name in changed if name != "data_fingerprint"]
@@ -288,34 +313,6 @@ def prepare_output(config: RunConfig, settings: Mapping[str, object]) -> None:
     """Make the output folder and write config.json. Raises UserError where it cannot be made."""
     make_output_folder(config.output_dir)
     write_atomically(config.output_dir / "config.json", json.dumps(settings, indent=2) + "\n")
-
-
-def check_progress(history: Sequence[Mapping[str, float]], warn: Callable[[str], None]) -> None:
-    """Warn of what makes the last step useless, and stop where it will not get better by itself.
-
-    Args:
-        history: metrics of every step so far.
-
-    Raises:
-        TrainingError: every completion was cut off for several steps.
-    """
-
-    def is_empty(metrics: Mapping[str, float]) -> bool:
-        return metrics["truncated/speech"] == metrics["truncated/text"] == 1
-
-    if is_empty(history[-1]):
-        warn(f"step {history[-1]['step']}: every completion was cut off; raise --max-new-tokens")
-        recent = history[-MAX_EMPTY_STEPS:]
-        if len(recent) == MAX_EMPTY_STEPS and all(is_empty(metrics) for metrics in recent):
-            raise TrainingError(f"every completion was cut off for {MAX_EMPTY_STEPS} steps; raise --max-new-tokens")
-    unanimous = 0
-    while unanimous < len(history) and history[-1 - unanimous]["disagreeing/any"] == 0:
-        unanimous += 1
-    if unanimous and (unanimous - 1) % MAX_UNANIMOUS_STEPS == 0:
-        warn(
-            f"step {history[-1]['step']}: no group disagrees in its rewards, so there is nothing to learn; "
-            "raise --temperature or choose items of middling difficulty"
-        )
 
 
 class Interrupt:
@@ -334,7 +331,10 @@ class Interrupt:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block signals only set `requested`."""
+        """Within the block signals only set `requested`; outside a program's main thread nobody can handle them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

@@ -32,7 +32,8 @@ class ScoredRollout:
     trained_N: Tensor = field(init=False)
     """bool: whether the last update had a backward pass through it."""
     logprobs: list[Tensor] = field(init=False)
-    """[N] log-probabilities of each completion's tokens under the weights before the first update ("old")."""
+    """[N] log-probabilities of each completion's tokens under the weights before the first update ("old"). The policy loss
+    leaves 0 for masked tokens, those of truncated completions."""
     entropies: list[Tensor] = field(init=False)
     """[N] of the distributions that these tokens were sampled from, in nats."""
 
@@ -41,19 +42,24 @@ class ScoredRollout:
 
     def __post_init__(self) -> None:
         num_completions = len(self.rollout.completions)
-        self.terms = self.rollout.text_rewards | unknown_alignment(self.rollout.references)
+        self.terms = self.rollout.completion_rewards | unknown_alignment(self.rollout.references)
         self.rewards_N = total_reward(self.terms, self.weights)
         self.advantages_N = torch.zeros(num_completions)
         self.trained_N = torch.zeros(num_completions, dtype=torch.bool)
         self.logprobs = [torch.empty(0)] * num_completions
         self.entropies = [torch.empty(0)] * num_completions
 
+    @property
+    def is_first_update(self) -> bool:
+        """Whether no optimiser step was taken on it so far."""
+        return self.num_updates == 0
+
     def record_rewards(self, rows: Sequence[int], representation_N: Tensor) -> None:
         """Complete the rewards of these completions, and centre them within their groups.
 
         Args:
-            rows: all completions of some questions, so that groups are whole.
-            representation_N: R_rep of these.
+            rows: completions of complete questions only.
+            representation_N: R_rep of these completions.
         """
         self.terms["representation"][rows] = representation_N
         self.terms["behaviour"][rows] = self.rollout.behaviour.result()[rows]
@@ -63,8 +69,8 @@ class ScoredRollout:
         self.advantages_N[rows] = centred_advantages(rewards_N, groups_N)
 
     def may_have_gradient(self) -> list[bool]:
-        """[N] whether a completion's group can have a gradient, as far as rewards are known: a completion of it was not cut
-        off (those are masked out of the loss), and its rewards differ or one of them is not known yet."""
+        """[N] whether a completion's group can have a gradient: its rewards differ or are not all known yet, and it has a
+        completion that was not cut off (those that were are masked out of the loss)."""
         groups_N = self.rollout.groups_N
         # Where a reward is not known, the group counts as disagreeing.
         is_open_G = torch.zeros(int(groups_N.max()) + 1).index_add_(0, groups_N, self.rewards_N.isnan().float()) > 0

@@ -1,8 +1,8 @@
 """Steps 2 to 5 on one rollout: packed forward passes, R_rep, the policy loss, its backward pass and the optimiser's step.
 
 Every token goes through one forward pass an update, which gives its log-probability and entropy and, pooled by hooks while the
-layers run, R_rep. Groups that cannot have an advantage (written answers that all earn the same, most of them) are known before
-that pass: they go through it without gradients and have no backward pass.
+layers run, R_rep. Groups that cannot have an advantage (most written ones: their completions all earn the same) are known
+before that pass: they go through it without gradients and have no backward pass.
 
 Shapes: N completions of a rollout or micro-batch, T completion tokens, L layers that R_rep looks at, D hidden size.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.batch import Rollout
-from tars_fast.learning.metrics import TrainedTokens, check_agreement, token_metrics, token_sums
+from tars_fast.learning.metrics import BackwardPass, check_agreement, token_metrics, token_sums
 from tars_fast.learning.rewards.representation import representation_rewards
 from tars_fast.learning.rewards.total import reward_weights
 from tars_fast.learning.scored import ScoredRollout
@@ -63,7 +63,7 @@ class ForwardPass:
 
     rows: list[int]
     """[N] which completions."""
-    layout: PackedBatch
+    packed: PackedBatch
     hidden_TD: Tensor
     """Last hidden states at the positions that predict completion tokens; with a gradient where it was enabled."""
     pooled_LND: Tensor | None
@@ -100,14 +100,23 @@ class Learner:
     def __post_init__(self) -> None:
         self.timer = PhaseTimer(self.model.device)
 
-    def score(self, rollout: Rollout | None) -> ScoredRollout | None:
-        """A rollout with the rewards that are known before its forward pass; None where this process has none."""
+    def begin_rollout(self, rollout: Rollout | None) -> ScoredRollout | None:
+        """A rollout with the rewards that are known before its forward pass; None where this process has none.
+
+        Counts the tokens of all processes, by which the loss is normalised.
+        """
         self.num_tokens = sum(self.workers.gather(0 if rollout is None else rollout.num_tokens))
         return None if rollout is None else ScoredRollout(rollout, reward_weights(self.config))
 
-    def micro_batches(self, scored: ScoredRollout | None) -> list[list[int]]:
+    def start_update(self, scored: ScoredRollout | None) -> None:
+        """Forget the gradients of the last update."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if scored is not None:
+            scored.trained_N.zero_()
+
+    def micro_batches(self, scored: ScoredRollout) -> list[list[int]]:
         """[N] numbers of completions, whole questions, as many as `--tokens-per-micro-batch` has room for."""
-        return [] if scored is None else micro_batches(scored.rollout, self.config.tokens_per_micro_batch)
+        return micro_batches(scored.rollout, self.config.tokens_per_micro_batch)
 
     def forward(self, scored: ScoredRollout, rows: Sequence[int]) -> MicroBatch:
         """Hidden states of the completions `rows`, which are whole questions.
@@ -115,7 +124,7 @@ class Learner:
         In the first update of a rollout of all of them, pooled for R_rep, in a graph where a gradient is possible. In a later
         update rewards and old log-probabilities are known, and only completions with a gradient are needed.
         """
-        if scored.num_updates:
+        if not scored.is_first_update:
             rows = scored.rows_with_gradient(rows)
             return MicroBatch(None, self._forward(scored.rollout, rows, None) if rows else None)
         layers = self.model.language_model.layers
@@ -135,14 +144,14 @@ class Learner:
             with self.timer.phase("encode"):
                 prompts = reencode_audio(model, rollout, rows)
         with self.timer.phase("forward"):
-            layout = model.pack(prompts, completions)
+            packed = model.pack(prompts, completions)
             if pooler is None:
-                return ForwardPass(rows, layout, model.forward(layout), None)
-            with pooler.pooling(layout.cu_seqlens, positions=layout.positions):
-                hidden_TD = model.forward(layout)
-            return ForwardPass(rows, layout, hidden_TD, pooler.pooled)
+                return ForwardPass(rows, packed, model.forward(packed), None)
+            with pooler.pooling(packed.cu_seqlens, positions=packed.positions):
+                hidden_TD = model.forward(packed)
+            return ForwardPass(rows, packed, hidden_TD, pooler.pooled)
 
-    def reward(self, scored: ScoredRollout, batch: MicroBatch) -> None:
+    def complete_rewards(self, scored: ScoredRollout, batch: MicroBatch) -> None:
         """Add R_rep, from the pooled states of whole questions; with it their rewards and advantages are known."""
         with self.timer.phase("reward"), torch.no_grad():
             rows = [row for states in batch.passes for row in states.rows]
@@ -152,7 +161,7 @@ class Learner:
             pooled_LND = torch.cat([states.pooled_LND for states in batch.passes if states.pooled_LND is not None], dim=1)
             scored.record_rewards(rows, representation_rewards(pooled_LND, references).cpu())
 
-    def backward(self, scored: ScoredRollout, batch: MicroBatch) -> list[TrainedTokens]:
+    def backward(self, scored: ScoredRollout, batch: MicroBatch) -> list[BackwardPass]:
         """Policy loss and backward pass of the completions that have an advantage; an empty list where none has one.
 
         The first update of a rollout records the log-probabilities of all its completions, the "old" ones of later ones.
@@ -160,7 +169,7 @@ class Learner:
         trained = batch.with_gradient
         if trained is not None and not scored.rows_with_gradient(trained.rows):
             trained = None
-        if not scored.num_updates:
+        if scored.is_first_update:
             for states in batch.passes:
                 if states is not trained:
                     self._record_logprobs(scored, states)
@@ -172,26 +181,25 @@ class Learner:
             logprobs_T, entropies_T = linear_logprob(
                 states.hidden_TD,
                 self.model.head,
-                states.layout.targets,
+                states.packed.targets,
                 bias=self.model.suppressed_bias,
                 temperature=self.config.temperature,
                 return_entropy=True,
             )
         _record(scored, states, logprobs_T, entropies_T)
 
-    def _backward(self, scored: ScoredRollout, states: ForwardPass) -> TrainedTokens:
+    def _backward(self, scored: ScoredRollout, states: ForwardPass) -> BackwardPass:
         config, rows, device = self.config, states.rows, self.model.device
         completions = [scored.rollout.completions[row] for row in rows]
-        is_first_update = scored.num_updates == 0
         with self.timer.phase("forward"):
             loss = linear_policy_loss(
                 states.hidden_TD,
                 self.model.head,
-                states.layout.targets,
+                states.packed.targets,
                 scored.advantages_N[rows].to(device),
-                cu_seqlens=states.layout.cu_seqlens,
+                cu_seqlens=states.packed.cu_seqlens,
                 # None: the pass itself has them, so the probability ratio is 1.
-                old_logprobs=None if is_first_update else torch.cat([scored.logprobs[row] for row in rows]),
+                old_logprobs=None if scored.is_first_update else torch.cat([scored.logprobs[row] for row in rows]),
                 rollout_logprobs=torch.tensor([x for c in completions for x in c.rollout_logprobs], device=device),
                 # Overlong filtering: a truncated completion teaches nothing, not even to be shorter.
                 mask=torch.tensor([not c.truncated for c in completions for _ in c.token_ids], device=device),
@@ -204,49 +212,56 @@ class Learner:
             )
         with self.timer.phase("backward"):
             loss.loss.backward()
-        if is_first_update:
+        if scored.is_first_update:
             _record(scored, states, loss.logprobs, loss.entropy)
         scored.trained_N[rows] = True
         num_tokens = sum(len(completion.token_ids) for completion in completions if not completion.truncated)
-        return TrainedTokens(dataclasses.replace(loss, loss=loss.loss.detach()), num_tokens)
+        return BackwardPass(dataclasses.replace(loss, loss=loss.loss.detach()), num_tokens)
 
     def optimizer_step(
-        self, scored: ScoredRollout | None, losses: Sequence[TrainedTokens], wait: Callable[[], None] = lambda: None
+        self, scored: ScoredRollout | None, losses: Sequence[BackwardPass], finish_sampling: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
         """Sum the gradients of all processes, clip them, check them, and change the weights; returns this update's metrics.
 
         Args:
             losses: of this process's backward passes.
-            wait: returns once the weights may change.
+            finish_sampling: with `--rollout-ahead` blocks until the sampler has stopped reading the weights.
 
         Raises:
             TrainingError: trainer and engine disagree, or loss or gradient is not finite; the weights are as they were.
         """
         with self.timer.phase("rollout"):
-            wait()
+            finish_sampling()
         with self.timer.phase("optimiser"):
             parameters = self.model.trainable_parameters()
             for parameter in parameters:
-                # As from a backward pass over advantages of 0: momentum and weight decay go on.
+                # Missing gradients become 0, so that momentum and weight decay act in every process alike.
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             self.workers.sum_gradients(parameters)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-            sums = self.workers.gather(None if scored is None else token_sums(losses, scored))
-            metrics = token_metrics([part for part in sums if part is not None])
-            metrics["grad_norm"] = grad_norm.item()
-            if not any(self.workers.gather(0 if scored is None else scored.rollout.staleness)):
-                check_agreement(metrics, self.config, self.model.module.dtype)
-            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-                raise TrainingError(
-                    f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite; lower --learning-rate; "
-                    "the last checkpoint, if there is one, is good"
-                )
+            metrics = self._token_metrics(scored, losses) | {"grad_norm": grad_norm.item()}
+            self._check(metrics, scored)
             if self.num_tokens:
                 self.optimizer.step()
         if scored is not None:
             scored.num_updates += 1
         return metrics
+
+    def _token_metrics(self, scored: ScoredRollout | None, losses: Sequence[BackwardPass]) -> dict[str, float]:
+        """Of all processes."""
+        sums = self.workers.gather(None if scored is None else token_sums(losses, scored))
+        return token_metrics([part for part in sums if part is not None])
+
+    def _check(self, metrics: Mapping[str, float], scored: ScoredRollout | None) -> None:
+        """Raises TrainingError where a figure is not finite, or trainer and engine disagree on a rollout of these weights."""
+        if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "logprob_diff_mean")):
+            raise TrainingError(
+                f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite; lower --learning-rate; "
+                "the last checkpoint, if there is one, is good"
+            )
+        if not any(self.workers.gather(0 if scored is None else scored.rollout.staleness)):
+            check_agreement(metrics, self.config, self.model.module.dtype)
 
 
 def reencode_audio(model: SpeechModel, rollout: Rollout, rows: Sequence[int]) -> list[Prompt]:
@@ -261,6 +276,6 @@ def reencode_audio(model: SpeechModel, rollout: Rollout, rows: Sequence[int]) ->
 
 
 def _record(scored: ScoredRollout, states: ForwardPass, logprobs_T: Tensor, entropies_T: Tensor) -> None:
-    lengths = [length for group in states.layout.groups.completion_lengths for length in group]
+    lengths = [length for group in states.packed.groups.completion_lengths for length in group]
     for row, logprobs, entropies in zip(states.rows, logprobs_T.split(lengths), entropies_T.split(lengths), strict=True):
         scored.logprobs[row], scored.entropies[row] = logprobs, entropies

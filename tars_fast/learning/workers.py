@@ -69,7 +69,7 @@ ALONE = Workers()
 
 @torch.no_grad()
 def _digest(parameter: Tensor) -> int:
-    """A sum of bit patterns, which no change of one element leaves as it was."""
+    """A sum of bit patterns, which changes if any one element changes."""
     kind = {4: torch.int32, 2: torch.int16}[parameter.element_size()]
     return int(parameter.detach().contiguous().view(kind).sum(dtype=torch.int64))
 
@@ -81,7 +81,7 @@ def join_workers() -> Iterator[Workers]:
     Each process sees one GPU only, as if it were alone on the machine. Must come before anything asks CUDA.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    # Some clusters set the first for jobs of one process.
+    # Some clusters set WORLD_SIZE for jobs of one process.
     if size == 1 or "LOCAL_RANK" not in os.environ:
         yield ALONE
         return

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tars_fast.models.families.base import Family
-from tars_fast.models.hub import adapter_config, checkpoint_folder, first_line, read_adapter_config
+from tars_fast.models.hub import adapter_config, checkpoint_folder, read_adapter_config
 from tars_fast.models.modules import PolicyModule
+from tars_fast.support.cli import first_line
 from tars_fast.types import UserError
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tars_fast.support.cli import first_line
 from tars_fast.types import UserError
 
 if TYPE_CHECKING:
@@ -152,12 +153,6 @@ def copy_processor(source: str, folder: Path) -> None:
         path = held / name
         if path.is_file():
             shutil.copyfile(path, folder / name)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the error's type where it has none."""
-    said = str(error).strip().splitlines()
-    return said[0] if said else type(error).__name__
 
 
 def cannot_be_loaded(source: str, error: Exception) -> UserError:

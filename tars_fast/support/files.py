@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 PARTIAL = ".partial"
 """Behind the name of what is still being written."""
@@ -17,8 +20,16 @@ def make_readable(*paths: Path) -> None:
         path.chmod(0o666 & ~umask)
 
 
+@contextmanager
+def replaced_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into that takes the place of `path` at the end, or never where an exception comes first."""
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("wb") as file:
+        yield file
+    partial.replace(path)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file in one go; text becomes UTF-8."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
+    with replaced_atomically(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)

@@ -25,20 +25,22 @@ from tars_fast.ablate import (
     AblateConfig,
     Run,
     Runner,
+    ablate,
     choose_arms,
     choose_baseline,
+    command,
     list_gpus,
     open_output,
     parse_settings,
     parse_training,
     plan_runs,
-    run_ablation,
 )
 from tars_fast.config import TrainConfig
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA
 from tars_fast.evaluation.ablation import START, Arms, FinishedRun, check_runs
-from tars_fast.evaluation.results import Answered, Evaluated, ItemResult, text_reference
-from tars_fast.evaluation.results import report as report_of
+from tars_fast.evaluation.figures import report as report_of
+from tars_fast.evaluation.figures import text_reference
+from tars_fast.evaluation.results import Answered, Evaluated, ItemResult
 from tars_fast.evaluation.scorers import Reading
 from tars_fast.models.architecture import find_layers
 from tars_fast.reports.ablation_page import describe, difference_table, figure_table, headline_table
@@ -93,7 +95,7 @@ HALF = [True, False] * 10
 
 
 def test_the_papers_arms():
-    """METHOD step 2: R = R_base + alpha R_rep + beta R_beh; Fig. 3: R_rep alone, over parts of the layers."""
+    """docs/method.md, Rewards: R = R_base + alpha R_rep + beta R_beh; Fig. 3: R_rep alone, over parts of the layers."""
     arms = choose_arms(AblateConfig(arms="grpo,rep,beh,tars,rep-shallow,rep-last"))
     settings = {name: dataclasses.replace(TrainConfig(), **_typed(own)) for name, own in arms.items()}
     weights = {name: (own.representation_weight, own.behaviour_weight) for name, own in settings.items()}
@@ -149,8 +151,8 @@ def test_arms_of_ones_own():
 def test_values_reach_the_runs_as_they_were_given():
     config = AblateConfig(arms="tars", data="my folder/items.jsonl")
     given = ("disjoint_from=mmsu obqa", "behaviour_model=/my models/a=b", "gradient_checkpointing=true")
-    command = plan_runs(config, choose_arms(config), parse_settings("--setting", given, set()))[0].command[3:]
-    parsed = parse_training("--setting", command)
+    (run,) = plan_runs(config, choose_arms(config), parse_settings("--setting", given, set()))[:1]
+    parsed = parse_training("--setting", run.command[3:])
     assert parsed.data == "my folder/items.jsonl"
     assert parsed.disjoint_from == ("mmsu", "obqa")
     assert parsed.behaviour_model == "/my models/a=b"
@@ -192,9 +194,9 @@ def test_values_reach_the_runs_as_they_were_given():
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
     ],
 )
-def test_wrong_use_is_told_before_anything_runs(changes, message, small, tmp_path):
+def test_wrong_use_is_refused_before_anything_runs(changes, message, small, tmp_path):
     with pytest.raises(UserError, match=message):
-        run_ablation(config_of(tmp_path / "out", small, **changes))
+        command(config_of(tmp_path / "out", small, **changes))
     assert not (tmp_path / "out").exists()
 
 
@@ -208,16 +210,18 @@ def ablation(tmp_path_factory, small) -> Path:
     config = config_of(output_dir, small, num_steps=1)
     for run in plan_runs(config, choose_arms(config), parse_settings("--setting", config.setting, set())):
         if run.name != "tars, seed 0":
-            assert train(parse_training("--arms", run.command[3:])) == 0
+            assert train(parse_training("--arms", run.command[3:])).num_failed == 0
     broken = {"arms": "grpo,tars,broken", "define": ("broken:max_logprob_diff=1e-30",), "seeds": 1}
     with redirect_stdout(io.StringIO()) as said:
-        assert run_ablation(dataclasses.replace(config, **broken)) == FAILED
+        assert command(dataclasses.replace(config, **broken)) == FAILED
     failed = output_dir.with_name("failed")
     failed.mkdir()
     for path in output_dir.glob("*.*"):
         shutil.copy(path, failed)
     (failed / "said.txt").write_text(said.getvalue())
-    assert run_ablation(config) == 0
+    outcome = ablate(config)
+    assert (outcome.output_dir, outcome.is_finished, outcome.num_failed) == (output_dir, True, 0)
+    assert outcome.ablation == json.loads((output_dir / "ablation.json").read_text())
     return output_dir
 
 
@@ -261,7 +265,7 @@ def test_what_it_writes(ablation):
 
 def test_what_is_finished_is_not_done_again(ablation, small, capsys):
     times = {path: path.stat().st_mtime_ns for path in ablation.glob("*/seed-*/metrics.jsonl")}
-    assert run_ablation(config_of(ablation, small, num_steps=1)) == 0
+    assert command(config_of(ablation, small, num_steps=1)) == 0
     assert "4 of 4 runs are finished; 1 at a time" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in ablation.glob("*/seed-*/metrics.jsonl")} == times
 
@@ -278,30 +282,30 @@ def test_a_failed_run_is_listed_and_costs_no_other(ablation):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "difference"),
     [
         ({"num_steps": 3}, "num_steps"),
         ({"setting": ("questions_per_step=3",)}, "setting"),
         ({"arms": "tars,mine", "define": ("mine:clip_low=0.1",)}, "arm mine"),
     ],
 )
-def test_runs_that_do_not_match_are_refused(ablation, small, changes, told):
+def test_runs_that_do_not_match_are_refused(ablation, small, changes, difference):
     settings = json.loads((ablation / "ablation_settings.json").read_text())
     settings["arms"]["mine"] = {"clip_low": "0.3"}
     (ablation / "ablation_settings.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=rf"holds runs with other settings \(.*{told}.*\); give the same ones"):
-        run_ablation(config_of(ablation, small, **({"num_steps": 1} | changes)))
+    with pytest.raises(UserError, match=rf"holds runs with other settings \(.*{difference}.*\); give the same ones"):
+        command(config_of(ablation, small, **({"num_steps": 1} | changes)))
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("predictions_after.jsonl", "has 3 lines, not 4"), ("metrics.jsonl", "has 0 lines, not 1")]
+    ("name", "difference"), [("predictions_after.jsonl", "has 3 lines, not 4"), ("metrics.jsonl", "has 0 lines, not 1")]
 )
-def test_a_run_that_was_cut_off_is_told_before_others_train(ablation, small, tmp_path, name, told):
+def test_a_run_that_was_cut_off_is_refused_before_others_train(ablation, small, tmp_path, name, difference):
     shutil.copytree(ablation, tmp_path, dirs_exist_ok=True)
     cut = tmp_path / "tars" / "seed-1" / name
     cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(UserError, match=rf"tars/seed-1: not a whole run \({name} {told}\); remove the folder"):
-        run_ablation(config_of(tmp_path, small, num_steps=1, seeds=3))
+    with pytest.raises(UserError, match=rf"tars/seed-1: not a whole run \({name} {difference}\); remove the folder"):
+        command(config_of(tmp_path, small, num_steps=1, seeds=3))
     assert not (tmp_path / "grpo" / "seed-2").exists()
 
 
@@ -317,7 +321,7 @@ def test_arms_of_earlier_commands_stay_what_they_were(tmp_path):
 def test_a_folder_that_cannot_be_written_to(small, tmp_path):
     (tmp_path / "ablation_settings.json.partial").mkdir()
     with pytest.raises(UserError, match=r"--output-dir .*: cannot be written to \(Is a directory\); name another folder"):
-        run_ablation(config_of(tmp_path, small))
+        command(config_of(tmp_path, small))
 
 
 @pytest.mark.slow
@@ -377,7 +381,7 @@ def test_runs_side_by_side_have_gpus_and_cores_of_their_own(tmp_path, monkeypatc
     assert sorted((run.folder / "evaluation.json").read_text() for run in runs) == ["4 3", "7 3"]
 
 
-def test_no_more_runs_at_a_time_than_asked_for(tmp_path):
+def test_no_more_runs_at_a_time_than_the_setting_says(tmp_path):
     busy = "other = list(folder.parent.glob('*/busy')); (folder / 'busy').touch(); time.sleep(0.1); (folder / 'busy').unlink()"
     runs = [fake_run(tmp_path, str(number), f"{busy}; sys.exit(3) if other else None; {FINISH}") for number in range(4)]
     assert Runner(1, [], Console(quiet=True)).run(runs) == {}
@@ -426,15 +430,16 @@ def test_a_run_that_an_earlier_command_left_behind_is_not_trained_twice(tmp_path
 
 
 COUNT_INTERRUPTS = (
-    "told = []; signal.signal(signal.SIGINT, lambda *_: told.append(1)); (folder / 'ready').touch();"
-    "[time.sleep(0.02) for _ in range(500) if not told]; time.sleep(0.5); (folder / 'told').write_text(str(len(told)))"
+    "received = []; signal.signal(signal.SIGINT, lambda *_: received.append(1)); (folder / 'ready').touch();"
+    "[time.sleep(0.02) for _ in range(500) if not received]; time.sleep(0.5);"
+    "(folder / 'received').write_text(str(len(received)))"
 )
 
 
 @pytest.mark.parametrize(
-    ("sent", "told"), [([signal.SIGINT] * 2, "2"), ([signal.SIGTERM] * 2, "1"), ([signal.SIGHUP, signal.SIGTERM], "1")]
+    ("sent", "received"), [([signal.SIGINT] * 2, "2"), ([signal.SIGTERM] * 2, "1"), ([signal.SIGHUP, signal.SIGTERM], "1")]
 )
-def test_signals_reach_the_runs_and_no_other_begins(tmp_path, sent, told):
+def test_signals_reach_the_runs_and_no_other_begins(tmp_path, sent, received):
     """Only Ctrl-C twice stops at once; a cluster that repeats itself still has the step saved."""
     runs = [fake_run(tmp_path, name, COUNT_INTERRUPTS) for name in ("a", "b")]
     runner = Runner(1, [], Console(quiet=True))
@@ -451,7 +456,7 @@ def test_signals_reach_the_runs_and_no_other_begins(tmp_path, sent, told):
     assert runner.run(runs) == {}
     sender.join()
     assert runner.stopped
-    assert (runs[0].folder / "told").read_text() == told
+    assert (runs[0].folder / "received").read_text() == received
     assert not runs[1].folder.exists()
 
 
@@ -465,7 +470,7 @@ def test_with_nohup_it_goes_on(tmp_path):
     assert not runner.stopped
 
 
-def test_a_run_that_is_just_starting_is_told_to_stop(tmp_path, monkeypatch):
+def test_a_run_that_is_just_starting_is_stopped_too(tmp_path, monkeypatch):
     for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
         # Where coverage is measured it starts in the process first, and swallows a Ctrl-C there.
         monkeypatch.delenv(name, raising=False)
@@ -606,10 +611,10 @@ def test_missing_runs_leave_what_can_be_compared():
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"), [({"num_steps": 11}, "num_steps 12 and 11"), ({"data_fingerprint": "y"}, "other items")]
+    ("changes", "difference"), [({"num_steps": 11}, "num_steps 12 and 11"), ({"data_fingerprint": "y"}, "other items")]
 )
-def test_runs_of_something_else_are_refused(changes, told):
-    with pytest.raises(UserError, match=rf"runs do not match: grpo, seed 0 and mine, seed 1 have {told}"):
+def test_runs_of_something_else_are_refused(changes, difference):
+    with pytest.raises(UserError, match=rf"runs do not match: grpo, seed 0 and mine, seed 1 have {difference}"):
         check_runs([finished_run("grpo", 0, HALF, HALF), finished_run("mine", 1, HALF, HALF, **changes)])
 
 

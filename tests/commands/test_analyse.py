@@ -19,6 +19,7 @@ import pytest
 import soundfile
 import torch
 from checkpoints import MAKERS
+from items import first_items
 from pages import HOSTILE, Elements, check_nothing_foreign, check_plays, on_a_phone
 from rich.console import Console
 
@@ -26,20 +27,21 @@ from tars_fast import analyse
 from tars_fast.analysis import alignment
 from tars_fast.analysis import drift as analysis
 from tars_fast.analysis.alignment import compare_layers, content_span, warp
-from tars_fast.analysis.drift import MEANS, Analysis, AnalysisSettings, _chain, _compare, change_since, first_divergence
+from tars_fast.analysis.drift import Analysis, AnalysisSettings, _chain, _compare, change_since, first_divergence
 from tars_fast.analysis.probes import Calibration, Moments, repeated
+from tars_fast.analysis.row import KINDS
 from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.data.items import HELD_OUT_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.splits import choose_by_id
-from tars_fast.evaluation.answering import EvaluationSettings, evaluate
-from tars_fast.learning.rewards import HashedNgrams
+from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
+from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.models.prompts import load_prompt_format
 from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import SpeechModel, load_module
 from tars_fast.reports.analysis_page import Analysed, draw_analysis, item_results, write_analysis
-from tars_fast.reports.figure import CKA_FIGURE, DRIFT_FIGURE
-from tars_fast.reports.log import print_analysis
 from tars_fast.reports.page import REPORT
+from tars_fast.reports.plots import CKA_PLOT, DRIFT_PLOT
+from tars_fast.reports.tables import print_analysis
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.cli import FAILED, MISUSED
@@ -62,7 +64,7 @@ def analysed(model, items, calibrations=(), settings=SETTINGS) -> tuple[Analysis
 def test_drift_is_what_the_evaluation_says(model, items):
     made, records = analysed(model, items)
     how = EvaluationSettings(max_new_tokens=40, num_samples=0, temperature=1.0, seed=0)
-    others = evaluate(model, TransformersEngine(model, 32), HashedNgrams(), items, how, data="d", advance=lambda _: None)
+    others = Evaluator(model, TransformersEngine(model, 32), HashedNgrams(), how).evaluate(items, "d", lambda _: None)
     for record, other in zip(records, others, strict=True):
         answers = other.evaluated
         assert (record["speech"], record["text"]) == (answers.speech.completion, answers.text.completion)
@@ -71,7 +73,7 @@ def test_drift_is_what_the_evaluation_says(model, items):
     assert {record["speech_accuracy"] for record in records} == {0.0, 1.0}, "both kinds of items are there"
     means = made.report()
     assert means["num_items"] == 6
-    for kind in MEANS:
+    for kind in KINDS:
         for what in ("pooled", "tokens"):
             expected = np.mean([record[f"{kind}_{what}"] for record in records], axis=0)
             assert means["drift"][kind][what] == pytest.approx(expected)
@@ -165,7 +167,7 @@ def test_each_architecture(name, tmp_path, monkeypatch, capsys):
     assert len(made["probes"]) == 4
 
 
-def test_long_recordings_are_heard_as_asked(tmp_path, monkeypatch, capsys):
+def test_long_recordings_are_encoded_as_the_setting_says(tmp_path, monkeypatch, capsys):
     folder = MAKERS["qwen2-audio"](tmp_path / "model")
     write_items(tmp_path, 1.0, 31.0)
     flags = ("--model", folder, "--data", tmp_path / "items.jsonl", "--max-new-tokens", 4, "--output-dir", tmp_path / "out")
@@ -190,7 +192,7 @@ def test_identical_prompts_give_one_everywhere(model, items, monkeypatch):
     monkeypatch.setattr(Analysis, "_places", lambda *_: (torch.arange(8, 20), torch.arange(8, 20)))
     made, _ = analysed(model, items[:4])
     report = made.report()
-    for kind in MEANS:
+    for kind in KINDS:
         for name, shape in (("pooled", (4,)), ("tokens", (4,)), ("along", (4, 10))):
             np.testing.assert_allclose(report["drift"][kind][name], np.ones(shape), atol=1e-5)
     for name in ("cka", "debiased"):
@@ -281,7 +283,7 @@ def test_memory_does_not_grow_with_the_number_of_items(model, items):
     assert traced[1:] == [traced[1]] * 2
 
 
-def test_an_item_that_cannot_be_heard_fails_alone(model, items, tmp_path):
+def test_an_item_that_cannot_be_encoded_fails_alone(model, items, tmp_path):
     broken = dataclasses.replace(items[1], id="broken", audio=tmp_path / "gone.wav")
     made, records = analysed(model, [items[0], broken, items[2]])
     assert [record["id"] for record in records] == [items[0].id, items[2].id]
@@ -291,18 +293,18 @@ def test_an_item_that_cannot_be_heard_fails_alone(model, items, tmp_path):
 
 def test_behaviour_along_the_chain():
     """Answers right and wrong, the same and not, and none at all."""
-    asked = Question("q", "Which one?", "one", ("one", "two", "six"))
+    question = Question("q", "Which one?", "one", ("one", "two", "six"))
 
     def item(spoken: str, written: str):
         completions = [
             Completion(0, modality, tuple(map(ord, text)), (), text, truncated=False)
             for modality, text in zip(Modality, (spoken, written), strict=True)
         ]
-        return SimpleNamespace(spoken=completions[0], written=completions[1])
+        return SimpleNamespace(prompts=SimpleNamespace(question=question), spoken=completions[0], written=completions[1])
 
-    one, two, six = (f"The answer is {word}" for word in asked.choices)
+    one, two, six = (f"The answer is {word}" for word in question.choices)
     items = [item(one, one), item(one, two), item(two, six), item("Well", "Hm"), item("Well", one)]
-    chain = _chain([asked] * len(items), items, 0)
+    chain = _chain(items, 0)
     assert chain["speech_accuracy"].tolist() == [1, 1, 0, 0, 0]
     assert chain["text_accuracy"].tolist() == [1, 0, 0, 0, 1]
     assert chain["same_answer"].tolist() == [1, 0, 0, 0, 0], "two that give none do not agree"
@@ -480,6 +482,12 @@ def test_the_command_before_and_after(folders, tmp_path, monkeypatch, capsys):
         assert not (tmp_path / "third" / "analysis.json").exists()
 
 
+def test_the_outcome_is_what_the_folder_holds(tmp_path):
+    outcome = analyse.analyse(analyse.AnalyseConfig(items=4, output_dir=tmp_path / "out", device="cpu"))
+    assert (outcome.output_dir, outcome.num_failed) == (tmp_path / "out", 0)
+    assert outcome.analysis == json.loads((tmp_path / "out" / "analysis.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def analysed_items() -> list[Question]:
     return choose_by_id(load_questions(HELD_OUT_DATA), 12)
@@ -534,13 +542,13 @@ def test_the_same_analysis_gives_the_same_page_and_pictures(folders, analysed_it
     first, second = (analyse.read_analysis(folder) for folder in folders)
     write_analysis(tmp_path, second, first, "held_out", analysed_items)
     draw_analysis(tmp_path, second.figures, first.figures)
-    for name in (REPORT, DRIFT_FIGURE, CKA_FIGURE):
+    for name in (REPORT, DRIFT_PLOT, CKA_PLOT):
         assert (tmp_path / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
 def test_without_matplotlib_an_analysis_keeps_its_numbers(folders, analysed_items, tmp_path, monkeypatch):
-    for module in ("report", "analysis_page"):
-        monkeypatch.setattr(f"tars_fast.{module}.can_draw", lambda: False)
+    for module in ("sections", "analysis_page"):
+        monkeypatch.setattr(f"tars_fast.reports.{module}.can_plot", lambda: False)
     analysed = analyse.read_analysis(folders[0])
     draw_analysis(tmp_path, analysed.figures, None)
     write_analysis(tmp_path, analysed, None, "held_out", analysed_items)
@@ -628,11 +636,11 @@ def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("missing", "name"), [("audio", "'audio'"), ("question", "'question'")])
 def test_items_without_both_modalities_are_refused(missing, name, tmp_path, monkeypatch, capsys):
-    line = json.loads(VALIDATION_DATA.read_text().splitlines()[0])
-    line["audio"] = str(VALIDATION_DATA.parent / line["audio"])
+    items = first_items(VALIDATION_DATA, 1, tmp_path / "items") / "items.jsonl"
+    line = json.loads(items.read_text())
     del line[missing]
-    (tmp_path / "items.jsonl").write_text(json.dumps(line) + "\n")
-    flags = ("--data", tmp_path / "items.jsonl", "--output-dir", tmp_path / "out")
+    items.write_text(json.dumps(line) + "\n")
+    flags = ("--data", items, "--output-dir", tmp_path / "out")
     status, error = run(*flags, monkeypatch=monkeypatch, capsys=capsys)
     assert status == MISUSED
     assert f"{name} missing or empty" in error

@@ -1,4 +1,4 @@
-"""The evaluation command on the embedded model: what it writes, and that nothing is lost, guessed or dropped on the way."""
+"""The evaluation command on the bundled model: what it writes, and that nothing is lost, guessed or dropped on the way."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -17,11 +18,12 @@ import peft
 import pytest
 import soundfile
 
-from tars_fast import evaluate as command
-from tars_fast.data.items import VALIDATION_DATA, load_questions
+from tars_fast import evaluate as module
+from tars_fast.data.audio import SAMPLE_RATE, decode
+from tars_fast.data.items import VALIDATION_DATA, load_questions, read_items
 from tars_fast.data.sources import read_rows, stamp
-from tars_fast.evaluate import EvaluateConfig, main, run_evaluation
-from tars_fast.evaluation import answering as evaluation
+from tars_fast.evaluate import EvaluateConfig, command, evaluate, main
+from tars_fast.evaluation.answering import Evaluator
 from tars_fast.evaluation.results import read_predictions
 from tars_fast.models.hub import weights_fingerprint
 from tars_fast.models.registry import find_preset
@@ -38,12 +40,10 @@ def kept_items(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("kept") / "items"
     folder.mkdir()
     lines = []
-    for line in VALIDATION_DATA.read_text().splitlines()[:10]:
-        item = json.loads(line)
-        wave, rate = soundfile.read(VALIDATION_DATA.parent / item["audio"])
-        item["audio"] = f"{item['id']}.wav"
-        soundfile.write(folder / item["audio"], wave, rate, subtype="FLOAT")
-        lines.append(json.dumps(item) + "\n")
+    for item in islice(read_items(VALIDATION_DATA), 10):
+        audio = f"{item.question.id}.wav"
+        soundfile.write(folder / audio, decode(item.audio), SAMPLE_RATE, subtype="FLOAT")
+        lines.append(json.dumps({**item.fields, "audio": audio}) + "\n")
     (folder / "items.jsonl").write_text("".join(lines))
     return folder
 
@@ -71,8 +71,10 @@ def kept(kept_items) -> Path:
 
 def evaluated(output_dir: Path, *data: object, **changes) -> dict:
     """evaluation.json of an evaluation that must end well."""
-    assert run_evaluation(config_of(output_dir, *data, **changes)) == 0
-    return read(output_dir)
+    outcome = evaluate(config_of(output_dir, *data, **changes))
+    assert (outcome.output_dir, outcome.is_finished, outcome.num_failed) == (output_dir, True, 0)
+    assert outcome.evaluation == read(output_dir)
+    return outcome.evaluation
 
 
 def config_of(output_dir: Path, *data: object, **changes) -> EvaluateConfig:
@@ -133,7 +135,7 @@ def items_lines(folder: Path) -> list[str]:
 
 def test_categories_and_transcription(items, kept, tmp_path, monkeypatch, capsys):
     """What the data says of an item beyond question and answer arrives in the figures."""
-    original = command.load_questions
+    original = module.load_questions
 
     def with_more(source):
         return [
@@ -141,14 +143,14 @@ def test_categories_and_transcription(items, kept, tmp_path, monkeypatch, capsys
             for number, question in enumerate(original(source))
         ]
 
-    monkeypatch.setattr(command, "load_questions", with_more)
+    monkeypatch.setattr(module, "load_questions", with_more)
     made = evaluated(tmp_path / "out", f"ten={items}", transcribe=True)["ten"]
     results = read_predictions(tmp_path / "out", "")
     for category, start in (("even", 0), ("odd", 1)):
         correct = [result.evaluated.speech.readings["strict"].correct for result in results[start::2]]
         assert made["categories"][category]["speech_accuracy"] == pytest.approx(np.mean(correct))
         assert made["categories"][category]["num_items"] == 5
-    # The embedded model only ever does sums: it transcribes nothing, and the figure says so.
+    # The bundled model only ever does sums: it transcribes nothing, and the figure says so.
     assert made["word_error_rate"] > 0.5
     assert made["word_error_rate_ci95"][0] <= made["word_error_rate"] <= made["word_error_rate_ci95"][1]
     shown = capsys.readouterr().out
@@ -160,8 +162,9 @@ def test_categories_and_transcription(items, kept, tmp_path, monkeypatch, capsys
 
 KILLED = """
 import os, signal
-import tars_fast.evaluate as command, tars_fast.evaluation.answering as evaluation
-evaluation.ITEMS_AT_ONCE = {size}
+import tars_fast.evaluate as command
+from tars_fast.evaluation import answering
+answering.ITEMS_AT_ONCE = {size}
 original, calls = command.append, []
 def append(path, results):
     calls.append(1)
@@ -190,29 +193,29 @@ def test_a_killed_evaluation_continues_to_the_same_result(items, tmp_path, monke
     assert not (broken / "evaluation.json").exists()
     assert len(read_predictions(broken, "")) == 9, "two slices, a whole line, and half a line that is not taken"
 
-    slices, original = [], evaluation.evaluate_slice
+    starts, original = [], Evaluator.evaluate_slice
     monkeypatch.setattr(
-        evaluation, "evaluate_slice", lambda *given, **named: slices.append(named["start"]) or original(*given, **named)
+        Evaluator, "evaluate_slice", lambda self, *given: starts.append(given[0].start) or original(self, *given)
     )
     evaluated(broken, *data, samples=1)
-    assert slices == [8, 0, 4, 8], "the rest of the first data, all of the second"
+    assert starts == [8, 0, 4, 8], "the rest of the first data, all of the second"
     for name in ("evaluation.json", "predictions.jsonl"):
         assert (broken / name).read_bytes() == (unbroken / name).read_bytes()
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_continue(items, tmp_path, monkeypatch, capsys):
-    original = command.append
+    original = module.append
 
     def interrupted(path, results):
         original(path, results)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(command, "append", interrupted)
+    monkeypatch.setattr(module, "append", interrupted)
     out = tmp_path / "out"
-    assert run_evaluation(config_of(out, items)) == INTERRUPTED
+    assert command(config_of(out, items)) == INTERRUPTED
     assert capsys.readouterr().err == f"stopped; continue with the same command and --output-dir {out}\n"
     assert len(read_predictions(out, "")) == ITEMS_AT_ONCE
-    monkeypatch.setattr(command, "append", original)
+    monkeypatch.setattr(module, "append", original)
     assert evaluated(out, items)["items"]["num_items"] == 10
 
 
@@ -221,17 +224,17 @@ def test_other_settings_or_another_runs_folder_are_refused(items, tmp_path):
     evaluated(out, items)
     written = {path: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(UserError, match=r"holds an evaluation with other settings or contents \(max_new_tokens 40 -> 39\)"):
-        run_evaluation(config_of(out, items, max_new_tokens=39))
+        command(config_of(out, items, max_new_tokens=39))
     (items / "items.jsonl").write_text("".join(items_lines(items)[:9]))
     with pytest.raises(UserError, match=r"contents \(the items' ids, texts or answers have changed\)"):
-        run_evaluation(config_of(out, items))
+        command(config_of(out, items))
     assert {path: path.read_bytes() for path in out.iterdir()} == written
     (out / "config.json").write_text('{"num_steps": 3}')
     with pytest.raises(UserError, match=r"its config.json is not an evaluation's"):
-        run_evaluation(config_of(out, items))
+        command(config_of(out, items))
     (out / "config.json").unlink()
     with pytest.raises(UserError, match="holds predictions of unknown settings"):
-        run_evaluation(config_of(out, items))
+        command(config_of(out, items))
 
 
 def test_other_contents_in_the_same_places_are_refused(items, tmp_path, monkeypatch):
@@ -239,7 +242,7 @@ def test_other_contents_in_the_same_places_are_refused(items, tmp_path, monkeypa
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
     shutil.copytree(find_preset("pocket").source, checkpoint)
     evaluated(out, items, model=str(checkpoint))
-    monkeypatch.setattr(command, "load_policy", lambda *_: pytest.fail("nothing may be evaluated"))
+    monkeypatch.setattr(module, "load_policy", lambda *_: pytest.fail("nothing may be evaluated"))
     evaluated(out, items, model=str(checkpoint))
     written = {path: path.read_bytes() for path in out.iterdir()}
     recording = items / json.loads(items_lines(items)[5])["audio"]
@@ -247,13 +250,13 @@ def test_other_contents_in_the_same_places_are_refused(items, tmp_path, monkeypa
         before = path.stat()
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
         with pytest.raises(UserError, match=rf"--output-dir {out}: holds .* contents \({message} have changed\)"):
-            run_evaluation(config_of(out, items, model=str(checkpoint)))
+            command(config_of(out, items, model=str(checkpoint)))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert {path: path.read_bytes() for path in out.iterdir()} == written
     evaluated(out, items, model=str(checkpoint))
     # Without the slice of that recording nothing is mixed.
     results = read_predictions(out, "")
-    command.write_predictions(out / "predictions.jsonl", [*results[:4], *results[8:]])
+    module.write_predictions(out / "predictions.jsonl", [*results[:4], *results[8:]])
     os.utime(recording, ns=(0, 0))
     monkeypatch.undo()
     monkeypatch.setattr("tars_fast.evaluation.answering.ITEMS_AT_ONCE", ITEMS_AT_ONCE)
@@ -306,8 +309,8 @@ def test_two_processes_make_the_evaluation_of_one(items, tmp_path):
     done = subprocess.run([*torchrun, str(script), *arguments], check=False, capture_output=True, text=True)
     assert done.returncode != 0
     assert len(read_predictions(both, "")) == 15, "two rounds, whose second ends one data set, a whole line and half a line"
-    small = f"evaluation.ITEMS_AT_ONCE = {ITEMS_AT_ONCE}"
-    script.write_text(f"from tars_fast import evaluate, evaluation\n{small}\nevaluate.main()")
+    small = f"answering.ITEMS_AT_ONCE = {ITEMS_AT_ONCE}"
+    script.write_text(f"from tars_fast import evaluate\nfrom tars_fast.evaluation import answering\n{small}\nevaluate.main()")
     done = subprocess.run([*torchrun, str(script), *arguments], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("on cpu in 2 processes") == done.stdout.count("items 20/20") == 1, "one of them speaks"
@@ -329,7 +332,7 @@ def test_a_finished_evaluation_is_compared_without_loading_the_model(kept_items,
         lines[number] = json.dumps(record) + "\n"
     lines[right[3]] = json.dumps(json.loads(lines[right[3]]) | {"evaluated": None, "failed": "gone"}) + "\n"
     (other / "predictions.jsonl").write_text("".join(lines))
-    monkeypatch.setattr(command, "load_policy", lambda *_: pytest.fail("nothing is left to evaluate"))
+    monkeypatch.setattr(module, "load_policy", lambda *_: pytest.fail("nothing is left to evaluate"))
     capsys.readouterr()
     made = evaluated(out, items, compare=other, reference=str(other))["items"]
     change = made["change"]
@@ -347,7 +350,7 @@ def test_a_finished_evaluation_is_compared_without_loading_the_model(kept_items,
     (other / "predictions.jsonl").write_text("".join(lines[:7]))
     for changes, flag in (({"compare": other}, "--compare"), ({"reference": str(other)}, "--reference")):
         with pytest.raises(UserError, match=rf"{flag} {other}: .* 3 of these 10 are not in it"):
-            run_evaluation(config_of(out, items, **changes))
+            command(config_of(out, items, **changes))
 
 
 def test_items_that_fail_are_listed_and_done_again_once_they_are_right(items, kept, tmp_path, monkeypatch, capsys):
@@ -358,17 +361,17 @@ def test_items_that_fail_are_listed_and_done_again_once_they_are_right(items, ke
     (items / names[0]).unlink()
     wave, rate = soundfile.read(items / names[1])
     soundfile.write(items / names[1], np.where(np.arange(len(wave)) == 9, np.nan, wave), rate, subtype="FLOAT")
-    load = command.load_policy
+    load = module.load_policy
 
     def then_lost(*arguments):
         (items / names[6]).unlink()
         return load(*arguments)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(command, "load_policy", then_lost)
+    monkeypatch.setattr(module, "load_policy", then_lost)
     capsys.readouterr()
-    assert run_evaluation(config_of(out, items)) == FAILED
-    monkeypatch.setattr(command, "load_policy", load)
+    assert command(config_of(out, items)) == FAILED
+    monkeypatch.setattr(module, "load_policy", load)
     made = read(out)["items"]
     assert (made["num_items"], made["num_failed"]) == (7, 3)
     assert list(made["failed"]) == ["validation-0000", "validation-0001", "validation-0006"]
@@ -390,7 +393,7 @@ def test_data_of_which_nothing_can_be_used(items, tmp_path):
     for path in items.glob("*.wav"):
         path.unlink()
     with pytest.raises(UserError, match=r"data 'items': none of its 10 items can be evaluated; item 'validation-0000': "):
-        run_evaluation(config_of(tmp_path / "out", items))
+        command(config_of(tmp_path / "out", items))
     assert not list((tmp_path / "out").iterdir()), "no settings are bound to the folder yet"
 
 
@@ -403,12 +406,12 @@ def test_long_recordings_are_for_the_user_to_decide(items, tmp_path, capsys):
     with pytest.raises(
         UserError, match=r"data 'items': 2 of 10 recordings are longer than the 4 s .*--long-audio chunk or trunc"
     ):
-        run_evaluation(config_of(tmp_path / "out", items))
+        command(config_of(tmp_path / "out", items))
     assert evaluated(tmp_path / "out", items, long_audio="truncate")["items"]["num_items"] == 10
     assert "2 of 10 recordings are longer than the 4 s" in capsys.readouterr().out
 
 
-def test_without_arguments_it_evaluates_the_embedded_held_out_items():
+def test_without_arguments_it_evaluates_the_bundled_held_out_items():
     from tars_fast.data.items import HELD_OUT_DATA
 
     assert EvaluateConfig().sources() == {"held_out": str(HELD_OUT_DATA)}

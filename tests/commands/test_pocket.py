@@ -1,8 +1,7 @@
-"""The embedded model and its data: what they are, that the gap is there, and that it can be closed."""
+"""The bundled model and its data: what they are, that the gap is there, and that it can be closed."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,9 @@ import torch
 from tars_fast import pocket
 from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.data.items import HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA, load_questions
+from tars_fast.data.sources import read_rows
 from tars_fast.learning.advantages import disagreeing_groups, group_indices
-from tars_fast.learning.rewards import answer_rewards
+from tars_fast.learning.rewards.total import completion_rewards
 from tars_fast.models.registry import ASSETS, PRESETS
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.engine import Sampling
@@ -31,7 +31,7 @@ def accuracy(model: SpeechModel, questions, modality: Modality, **sampling) -> t
     prompts = model.encode_prompts(questions, modality)
     settings = {"num_completions": 1, "max_new_tokens": 40, "temperature": 0.0, "seed": 0, **sampling}
     completions = TransformersEngine(model, 128).generate(prompts, range(len(questions)), Sampling(**settings))
-    correct = answer_rewards(completions, questions).accuracy
+    correct = completion_rewards(completions, questions)["accuracy"]
     groups = group_indices([c.question for c in completions], [c.modality for c in completions])
     return correct.mean().item(), disagreeing_groups(correct, groups).float().mean().item()
 
@@ -83,11 +83,11 @@ def test_prompts_and_audio_tokens_equal_the_processors_own(model):
         assert len(clip) == pytest.approx(25 * len(wave) / SAMPLE_RATE, abs=1)
 
 
-def test_shipped_speech_is_disjoint_by_operands_and_voices():
+def test_bundled_speech_is_disjoint_by_operands_and_voices():
     assert folder_size(TRAINING_DATA.parent) < 15 * MEGABYTE
     parts = {}
     for path in (TRAINING_DATA, VALIDATION_DATA, HELD_OUT_DATA):
-        parts[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+        parts[path.stem] = [row.values for row in read_rows(str(path))]
     assert len(parts["training"]) >= 800
     assert len(parts["held_out"]) >= 400
     problems = pocket.split_problems()
@@ -114,7 +114,7 @@ def test_every_item_is_answered_by_its_own_arithmetic(path):
 
 def test_completions_taught_are_completions_rewarded():
     """The chain of thought that the warm-up teaches earns full format and accuracy."""
-    from tars_fast.learning.answers import extract_answer, has_format
+    from tars_fast.learning.rewards.answers import extract_answer, has_format
 
     for problem in pocket.split_problems().training:
         assert extract_answer(problem.completion, pocket.NUMBERS) == pocket.NUMBERS[problem.result]
@@ -138,7 +138,8 @@ def test_gap_is_repairable(model):
 
     processor = AutoProcessor.from_pretrained(PRESETS["pocket"].source)
     speech = pocket.synthesise_warm_up(processor, num_utterances=1500, seed=1)
-    pocket.train_thinking(model.module, processor, speech, num_steps=150, text_per_step=0, speech_per_step=16, seed=1)
+    stage = pocket.ThinkingStage(num_steps=150, text_per_step=0, speech_per_step=16, seed=1)
+    pocket.train_thinking(model.module, processor, speech, stage)
     questions = load_questions(HELD_OUT_DATA)
     text, _ = accuracy(model, questions, Modality.TEXT)
     spoken, _ = accuracy(model, questions, Modality.SPEECH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from datasets import Audio, Dataset
 
 from tars_fast import prepare
 from tars_fast.data.audio import SAMPLE_RATE, decode
@@ -95,7 +97,7 @@ TONES = ("--data", "items.jsonl", "--synthesiser", "plugin:tone", "--voices", 20
 
 def contents(folder: Path) -> dict[str, bytes]:
     """What a preparation promises to make again byte by byte."""
-    return {path.name: path.read_bytes() for path in [folder / "items.jsonl", *(folder / "recordings").iterdir()]}
+    return {path.name: path.read_bytes() for path in [*folder.glob("items.*"), *folder.glob("recordings/*")]}
 
 
 def start(*flags: object) -> subprocess.Popen:
@@ -254,10 +256,12 @@ def test_a_recogniser_sends_items_back_for_another_voice(run, folder):
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_it_ends_the_same(run, folder):
+@pytest.mark.parametrize("output_format", ["jsonl", "parquet"])
+def test_killed_and_run_again_it_ends_the_same(run, folder, output_format):
     items = [{"id": f"q{n}", "question": f"Item {n}", "answer_set": ["a", "b"], "answer": "a"} for n in range(12)]
     write_jsonl(folder / "items.jsonl", items)
     flags = ("--data", "items.jsonl", "--synthesiser", "plugin:slow", "--voices", 200, 250, "--jobs", 2)
+    flags += ("--output-format", output_format)
     assert run(*flags, "--output-dir", "unbroken")[0] == 0
     process = start(*flags, "--output-dir", "out")
     recordings = folder / "out" / "recordings"
@@ -273,7 +277,7 @@ def test_killed_and_run_again_it_ends_the_same(run, folder):
     while any(Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert not (folder / "out" / "items.jsonl").exists()
+    assert not list((folder / "out").glob("items.*"))
     done = {path: path.stat().st_mtime_ns for path in recordings.glob("*.flac")}
     assert 3 <= len(done) < 12
     # As if the journal had been cut off within a line, and a recording within a write.
@@ -285,7 +289,8 @@ def test_killed_and_run_again_it_ends_the_same(run, folder):
     kept = int(stdout.partition(" of 12 items are there already")[0].rpartition("\n")[2])
     assert kept >= len(done) - 2  # of the two that were in flight the journal may not know
     assert contents(folder / "out") == contents(folder / "unbroken")
-    assert sum(path.stat().st_mtime_ns == stamp for path, stamp in done.items()) == kept
+    if output_format == "jsonl":
+        assert sum(path.stat().st_mtime_ns == stamp for path, stamp in done.items()) == kept
 
 
 def test_ctrl_c_ends_all_of_it(folder):
@@ -299,6 +304,93 @@ def test_ctrl_c_ends_all_of_it(folder):
     _, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr) == (130, "interrupted\n")
     assert not (folder / "out" / "items.jsonl").exists()
+
+
+PACKED = (*TONES, "--output-format", "parquet")
+
+
+def test_both_formats_hold_the_same_items(run, folder):
+    """As a run reads them, as a check reads them, and as others read them."""
+    assert run(*TONES, "--output-dir", "out")[0] == 0
+    status, stdout, _ = run(*PACKED, "--output-dir", "packed")
+    assert status == 0
+    assert "3 items, 3 s of speech, written to packed" in stdout
+    assert {path.name for path in (folder / "packed").iterdir()} == {"items.parquet", "preparation"}
+    beside, inside = load_questions("out"), load_questions("packed")
+    for question, other in zip(beside, inside, strict=True):
+        assert other == dataclasses.replace(question, audio=other.audio)
+        assert question.audio.read_bytes() == other.audio.read_bytes()
+        assert np.array_equal(decode(question.audio), decode(other.audio))
+    assert [run("--check", name, "--output", f"{name}.json")[0] for name in ("out", "packed")] == [0, 0]
+    reports = [json.loads(Path(f"{name}.json").read_text()) | {"data": ""} for name in ("out", "packed")]
+    assert reports[0] == reports[1]
+    lines = [json.loads(line) for line in Path("out/items.jsonl").read_text().splitlines()]
+    rows = Dataset.from_parquet("packed/items.parquet", cache_dir="cache")
+    assert set(rows.column_names) == {name for line in lines for name in line}
+    assert rows.features["audio"] == Audio()
+    names = [row["path"] for row in rows.cast_column("audio", Audio(decode=False))["audio"]]
+    assert [f"recordings/{name}" for name in names] == [line["audio"] for line in lines]
+
+
+def test_a_parquet_file_goes_on_where_it_was(run, folder):
+    """More items, another text for one and one item less: what was spoken before is taken from the file that is there."""
+    assert run(*PACKED, "--output-dir", "out")[0] == 0
+    before = (folder / "out" / "items.parquet").read_bytes()
+    assert run(*PACKED, "--output-dir", "again", "--jobs", 2)[0] == 0
+    assert (folder / "again" / "items.parquet").read_bytes() == before
+    write_jsonl(folder / "items.jsonl", [WRITTEN[1] | {"id": "new"}, WRITTEN[0] | {"question": "Which?"}, WRITTEN[1]])
+    status, stdout, _ = run(*PACKED, "--output-dir", "out")
+    assert status == 0
+    assert "1 of 3 items are there already" in stdout
+    assert run(*PACKED, "--output-dir", "anew")[0] == 0
+    assert (folder / "out" / "items.parquet").read_bytes() == (folder / "anew" / "items.parquet").read_bytes()
+    # Deleting the recordings came too late, or a run was interrupted before the items were written: both are there.
+    (folder / "out" / "recordings").mkdir()
+    status, stdout, _ = run(*PACKED, "--output-dir", "out")
+    assert status == 0
+    assert "3 of 3 items are there already" in stdout
+    assert not (folder / "out" / "recordings").exists()
+    assert (folder / "out" / "items.parquet").read_bytes() == (folder / "anew" / "items.parquet").read_bytes()
+
+
+def test_the_format_of_a_folder_stays(run, folder):
+    assert run(*TONES, "--output-dir", "out")[0] == 0
+    before = contents(folder / "out")
+    status, _, stderr = run(*PACKED, "--output-dir", "out")
+    assert status == 2
+    assert stderr == "error: --output-dir out: was begun with --output-format jsonl; give the same, or name a new folder\n"
+    assert contents(folder / "out") == before
+    # As it was begun before there was a choice.
+    settings = folder / "out" / "preparation" / "settings.json"
+    written = json.loads(settings.read_text())
+    del written["output_format"]
+    settings.write_text(json.dumps(written))
+    assert run(*PACKED, "--output-dir", "out")[::2] == (2, stderr)
+    assert run(*TONES, "--output-dir", "out")[0] == 0
+    assert run(*PACKED, "--output-dir", "packed")[0] == 0
+    status, _, stderr = run(*TONES, "--output-dir", "packed")
+    assert status == 2
+    assert "--output-dir packed: was begun with --output-format parquet; give the same" in stderr
+    assert len(load_questions("packed")) == 3
+
+
+def test_a_parquet_file_that_is_damaged_is_never_replaced(run, folder):
+    assert run(*PACKED, "--output-dir", "out")[0] == 0
+    (folder / "out" / "items.parquet").write_bytes(b"PAR1 and no more")
+    status, _, stderr = run(*PACKED, "--output-dir", "out")
+    assert status == 2
+    assert "data out/items.parquet: cannot be read as a dataset (" in stderr
+    assert stderr.endswith("is it whole?\n")
+    assert (folder / "out" / "items.parquet").read_bytes() == b"PAR1 and no more"
+
+
+def test_a_text_that_parquet_cannot_hold_is_refused_before_anything_is_spoken(run, folder):
+    write_jsonl(folder / "items.jsonl", [WRITTEN[0], WRITTEN[1] | {"id": "\ud800"}])
+    status, _, stderr = run(*PACKED, "--output-dir", "out")
+    assert status == 2
+    assert "items.jsonl, line 2: a text is not valid Unicode (surrogates not allowed), which parquet needs; correct" in stderr
+    assert not (folder / "out").exists()
+    assert run(*TONES, "--output-dir", "out")[0] == 0
 
 
 def test_settings_of_a_folder_stay(run, folder):
@@ -334,6 +426,7 @@ def test_settings_of_a_folder_stay(run, folder):
         ((*TONES, "--output-dir", "out", "--synthesiser", "plugin:deadly"), ["--jobs 1", "a worker ended by itself"]),
         ((*TONES, "--output-dir", "out", "--recogniser", "none/there"), ["--recogniser none/there", "cannot be loaded"]),
         (("--check", "none.jsonl"), ["data none.jsonl", "cannot be read"]),
+        (("--check", "items.jsonl", "--output-format", "parquet"), ["--output-format parquet", "--check makes no items"]),
         (("--check", "items.jsonl", "--output", "none/report.json"), ["--output none/report.json", "no folder none"]),
     ],
 )  # fmt: skip
@@ -345,6 +438,27 @@ def test_wrong_use(run, folder, flags, fragments):
     for fragment in fragments:
         assert fragment in stderr
     assert (folder / "items.jsonl").read_text().count("\n") == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_loses_no_recording(run, folder):
+    """The items do not fit: those of the run before stay, with the new recordings, and the same command goes on."""
+    write_jsonl(folder / "items.jsonl", WRITTEN[:1])
+    assert run(*PACKED, "--output-dir", "out")[0] == 0
+    before = (folder / "out" / "items.parquet").read_bytes()
+    write_jsonl(folder / "items.jsonl", WRITTEN)
+    (folder / "out" / "items.parquet.partial").symlink_to("/dev/full")
+    status, _, stderr = run(*PACKED, "--output-dir", "out")
+    assert status == 2
+    assert "--output-dir out: cannot be written (No space left on device); what is done stays, and the same command" in stderr
+    assert (folder / "out" / "items.parquet").read_bytes() == before
+    assert len(list((folder / "out" / "recordings").iterdir())) == 2
+    (folder / "out" / "items.parquet.partial").unlink()
+    status, stdout, _ = run(*PACKED, "--output-dir", "out")
+    assert status == 0
+    assert "3 of 3 items are there already" in stdout
+    assert run(*PACKED, "--output-dir", "unbroken")[0] == 0
+    assert (folder / "out" / "items.parquet").read_bytes() == (folder / "unbroken" / "items.parquet").read_bytes()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

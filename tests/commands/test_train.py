@@ -19,15 +19,18 @@ from items import first_items
 
 from tars_fast import evaluate
 from tars_fast.config import RunConfig, TrainConfig
+from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.splits import data_fingerprint
 from tars_fast.evaluation.results import read_predictions
-from tars_fast.learning.update import update_policy
+from tars_fast.learning.metrics import check_progress
+from tars_fast.learning.run import load_data
 from tars_fast.models.checkpoint import NUM_KEPT
 from tars_fast.models.registry import PRESETS, find_preset, list_checkpoints
-from tars_fast.reports.log import RunLog, print_summary
+from tars_fast.reports.log import RunLog
+from tars_fast.reports.tables import print_summary
 from tars_fast.support.cli import FAILED, INTERRUPTED
-from tars_fast.train import check_progress, load_data, run_steps, train
+from tars_fast.train import command, run_steps, update_policy
 from tars_fast.types import TrainingError, UserError
 
 
@@ -63,7 +66,7 @@ def read_metrics(output_dir: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, small_eval) -> Path:
     output_dir = tmp_path_factory.mktemp("finished") / "run"
-    assert train(small_config(output_dir, small_eval)) == 0
+    assert command(small_config(output_dir, small_eval)) == 0
     return output_dir
 
 
@@ -141,11 +144,11 @@ def test_checkpoint_loads_in_plain_transformers_and_has_learned(finished, model)
 
 
 def test_same_seed_same_metrics_and_another_seed_others(finished, small_eval, tmp_path):
-    assert train(small_config(tmp_path / "again", small_eval)) == 0
+    assert command(small_config(tmp_path / "again", small_eval)) == 0
     assert read_metrics(tmp_path / "again") == read_metrics(finished)
     again, first = ((folder / "evaluation.json").read_text() for folder in (tmp_path / "again", finished))
     assert again == first
-    assert train(small_config(tmp_path / "other", small_eval, seed=1, num_steps=1)) == 0
+    assert command(small_config(tmp_path / "other", small_eval, seed=1, num_steps=1)) == 0
     assert read_metrics(tmp_path / "other")[0] != read_metrics(finished)[0]
 
 
@@ -165,7 +168,7 @@ def test_resumed_run_equals_unbroken_one(lora_rank, dtype, finished, small_eval,
         # The bundled model's own settings.
         unbroken = finished
     else:
-        assert train(config) == 0
+        assert command(config) == 0
     stopped = dataclasses.replace(config, output_dir=broken)
     assert run_interrupted(stopped, during_step=3) == INTERRUPTED
     assert [step for step, _ in list_checkpoints(broken)] == [2, 3]
@@ -173,7 +176,7 @@ def test_resumed_run_equals_unbroken_one(lora_rank, dtype, finished, small_eval,
     # A line beyond the checkpoint, as a killed run leaves one, must not survive the resumption.
     with (broken / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "stale": true}\n')
-    assert train(dataclasses.replace(stopped, resume=True)) == 0
+    assert command(dataclasses.replace(stopped, resume=True)) == 0
     assert read_metrics(broken) == read_metrics(unbroken)
     first, second = ((folder / "evaluation.json").read_text() for folder in (broken, unbroken))
     assert first == second
@@ -193,14 +196,14 @@ def run_interrupted(config: TrainConfig, during_step: int) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLog, "step", step)
-        return train(config)
+        return command(config)
 
 
 def test_settings_that_cannot_go_together(small_eval, tmp_path):
     forgetful = {"lora_rank": 0, "freeze_audio": False, "audio_cache_dir": tmp_path}
     for changes, flag in ((forgetful, "--audio-cache-dir"), ({"lora_rank": 4, "freeze_audio": False}, "--no-freeze-audio")):
         with pytest.raises(UserError, match=flag):
-            train(small_config(tmp_path / "run", small_eval, **changes))
+            command(small_config(tmp_path / "run", small_eval, **changes))
 
 
 def test_help_explains_every_setting_with_its_default(capsys, monkeypatch):
@@ -223,19 +226,19 @@ def test_broken_checkpoints_are_the_users_to_put_right(finished, small_eval, tmp
         shutil.copytree(finished / "checkpoint-4", folder)
         (folder / name).write_bytes(spoil)
         with pytest.raises(UserError, match="--model"):
-            train(small_config(tmp_path / "run", small_eval, model=str(folder)))
+            command(small_config(tmp_path / "run", small_eval, model=str(folder)))
 
 
 def test_resume_refuses_other_settings(finished, small_eval):
     config = small_config(finished, small_eval, resume=True, learning_rate=1.0)
     with pytest.raises(UserError, match=r"learning_rate 0\.0004 -> 1\.0"):
-        train(config)
+        command(config)
 
 
 def test_lora_checkpoint_loads_in_plain_transformers(small_eval, tmp_path):
     from transformers import Qwen2AudioForConditionalGeneration
 
-    assert train(small_config(tmp_path / "run", small_eval, lora_rank=4, num_steps=2, learning_rate=1e-3)) == 0
+    assert command(small_config(tmp_path / "run", small_eval, lora_rank=4, num_steps=2, learning_rate=1e-3)) == 0
     try:
         loaded = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path / "run" / "checkpoint-2")
     except ImportError as error:
@@ -285,7 +288,7 @@ def test_interrupted_checkpoint_leaves_the_last_good_one(finished, model, tmp_pa
 def test_every_completion_cut_off_warns_then_stops(small_eval, tmp_path, capsys):
     config = small_config(tmp_path / "run", small_eval, max_new_tokens=5, num_steps=20)
     with pytest.raises(TrainingError, match="--max-new-tokens"):
-        train(config)
+        command(config)
     assert "every completion was cut off" in capsys.readouterr().out
     metrics = read_metrics(tmp_path / "run")
     assert len(metrics) == 3
@@ -295,10 +298,10 @@ def test_every_completion_cut_off_warns_then_stops(small_eval, tmp_path, capsys)
 
 def test_no_disagreement_is_said(tmp_path, capsys):
     metrics = {"step": 7, "truncated/speech": 0.0, "truncated/text": 0.0, "disagreeing/any": 0.0}
-    check_progress(RunLog(tmp_path, 10, 0), metrics, [metrics])
+    check_progress([metrics], RunLog(tmp_path, 10, 0).warn)
     assert "no group disagrees" in " ".join(capsys.readouterr().out.split())
     agreeing = {**metrics, "disagreeing/any": 0.25}
-    check_progress(RunLog(tmp_path, 10, 0), agreeing, [metrics, agreeing])
+    check_progress([metrics, agreeing], RunLog(tmp_path, 10, 0).warn)
     assert capsys.readouterr().out == ""
 
 
@@ -306,16 +309,16 @@ def test_non_finite_weights_never_become_a_checkpoint(small_eval, tmp_path, monk
     """An update that ruins the weights after two good steps: the good checkpoint stays the last one."""
     calls = []
 
-    def ruinous(model, *arguments, **settings):
-        result = update_policy(model, *arguments, **settings)
+    def ruinous(learner, *arguments):
+        result = update_policy(learner, *arguments)
         calls.append(result)
         if len(calls) == 3:
-            model.head.weight.data[0, 0] = torch.nan
+            learner.model.head.weight.data[0, 0] = torch.nan
         return result
 
     monkeypatch.setattr("tars_fast.train.update_policy", ruinous)
     with pytest.raises(TrainingError, match="not finite"):
-        train(small_config(tmp_path / "run", small_eval, num_steps=12, save_every=1))
+        command(small_config(tmp_path / "run", small_eval, num_steps=12, save_every=1))
     checkpoints = list_checkpoints(tmp_path / "run")
     assert [step for step, _ in checkpoints] == [1, 2]
     from safetensors.torch import load_file
@@ -327,7 +330,7 @@ def test_non_finite_weights_never_become_a_checkpoint(small_eval, tmp_path, monk
 def test_logits_that_overflow_stop_the_rollout(small_eval, tmp_path):
     """A learning rate after which weights are finite but their products are not: found before sampling from nonsense."""
     with pytest.raises(TrainingError, match="not finite"):
-        train(small_config(tmp_path / "run", small_eval, num_steps=12, save_every=1, learning_rate=1e30))
+        command(small_config(tmp_path / "run", small_eval, num_steps=12, save_every=1, learning_rate=1e30))
 
 
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 10**30}, {"temperature": float("inf")}, {"lora_alpha": float("nan")}])
@@ -354,7 +357,7 @@ def test_settings_of_a_run_leave_nothing_open(tmp_path):
 def test_output_folder_that_cannot_be_made(small_eval, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
-        train(small_config(tmp_path / "file" / "run", small_eval))
+        command(small_config(tmp_path / "file" / "run", small_eval))
 
 
 def test_own_data_is_read_through_the_same_path(small_eval, tmp_path):
@@ -362,14 +365,12 @@ def test_own_data_is_read_through_the_same_path(small_eval, tmp_path):
     import soundfile
 
     lines = []
-    for index, line in enumerate(TRAINING_DATA.read_text().splitlines()[:24]):
-        item = json.loads(line)
-        wave, rate = soundfile.read(TRAINING_DATA.parent / item["audio"])
-        soundfile.write(tmp_path / f"{index}.wav", wave, rate)
-        options = [item["answer"], *(word for word in item["answer_set"] if word != item["answer"])][:4]
+    for index, item in enumerate(load_questions(TRAINING_DATA)[:24]):
+        soundfile.write(tmp_path / f"{index}.wav", decode(item.audio), SAMPLE_RATE)
+        options = [item.answer, *(word for word in item.choices if word != item.answer)][:4]
         record = {
             "id": f"own-{index}",
-            "question": item["question"],
+            "question": item.text,
             "options": options,
             "answer": "A",
             "audio": f"{index}.wav",
@@ -377,7 +378,7 @@ def test_own_data_is_read_through_the_same_path(small_eval, tmp_path):
         lines.append(json.dumps(record))
     (tmp_path / "own.jsonl").write_text("\n".join(lines))
     config = small_config(tmp_path / "run", small_eval, data=tmp_path, eval_data=None, num_steps=1, max_new_tokens=30)
-    assert train(config) == 0
+    assert command(config) == 0
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert 1 <= evaluation["before"]["num_items"] <= 8
     # The embedded model was never taught letters: every answer must show as unparsed, none as a guess.
@@ -422,7 +423,7 @@ def test_an_item_that_fails_in_an_evaluation_is_told_and_costs_nothing_else(smal
 
     monkeypatch.setattr("tars_fast.train.run_steps", then_lost)
     config = small_config(tmp_path / "run", small_eval, eval_data=folder, num_steps=1)
-    assert train(config) == FAILED
+    assert command(config) == FAILED
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert [evaluation[part]["num_items"] for part in ("before", "after", "change")] == [8, 7, 7]
     (reason,) = evaluation["after"]["failed"].values()

@@ -16,6 +16,7 @@ import torch
 
 from tars_fast import evaluate, train
 from tars_fast.data.audio import SAMPLE_RATE
+from tars_fast.learning import run as run_module
 from tars_fast.support.cli import MISUSED
 
 ONE_SECOND = 0.1 * np.sin(0.2 * np.arange(SAMPLE_RATE))
@@ -237,7 +238,7 @@ def test_what_was_left_out_is_said_and_stays_out(folder, run, monkeypatch):
     write_items(folder / "benchmark", [question("x") | {"question": question("t2")["question"]}])
     flags = ("--disjoint-from", folder / "benchmark")
     said = []
-    monkeypatch.setattr(train, "print", lambda *texts, **_: said.extend(texts), raising=False)
+    monkeypatch.setattr(run_module, "print", lambda *texts, **_: said.extend(texts), raising=False)
     assert run(*flags) == (0, "")
     note = f"1 of 3 items left out, which are in {folder / 'benchmark'} too"
     assert said.count(note) == 1

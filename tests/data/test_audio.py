@@ -14,7 +14,7 @@ from tars_fast.data.audio import SAMPLE_RATE, decode, load_clips
 from tars_fast.types import UserError
 
 MAX_SECONDS = 4.0
-"""The embedded model's."""
+"""The longest clip of the bundled model."""
 
 
 def tone(hertz: float, seconds: float, rate: int = SAMPLE_RATE, amplitude: float = 0.5) -> np.ndarray:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from datasets import Audio, Dataset, DatasetDict
+from datasets import Audio, Dataset, DatasetDict, Image
 
 from tars_fast.config import TrainConfig
+from tars_fast.data import sources
 from tars_fast.data.audio import SAMPLE_RATE, decode
-from tars_fast.data.items import load_questions, read_usable, split_options
+from tars_fast.data.items import HELD_OUT_DATA, load_questions, read_usable, split_options
 from tars_fast.data.splits import check_leaks, split_by_id
-from tars_fast.train import load_data
+from tars_fast.learning.run import load_data
 from tars_fast.types import Question, UserError
 
 SUBJECTS = (
@@ -32,6 +34,12 @@ INSTRUCTION = "What is the answer to the above multiple choice question? Select 
 def cache(tmp_path, monkeypatch):
     """Arrow copies of parquet files, which datasets keeps, go with the test."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(params=[sources._LARGEST_IN_MEMORY, -1], ids=["read at once", "by datasets"])
+def largest_in_memory(request, monkeypatch):
+    """Small parquet files are read in one way, and large ones in another."""
+    monkeypatch.setattr(sources, "_LARGEST_IN_MEMORY", request.param)
 
 
 def tone(hertz: int, format: str = "WAV", rate: int = SAMPLE_RATE) -> bytes:
@@ -88,7 +96,7 @@ def test_mmsu_saved_to_disk(mmsu, tmp_path):
     assert (first.category, second.id) == ("physics", "ori_mmlu-physics_1")
 
 
-def test_mmsu_as_parquet_without_its_category(mmsu, tmp_path):
+def test_mmsu_as_parquet_without_its_category(mmsu, tmp_path, largest_in_memory):
     """As `hf download` leaves it: a file a split; the split is the category then."""
     for name, rows in mmsu.items():
         (tmp_path / "mmsu").mkdir(exist_ok=True)
@@ -114,7 +122,7 @@ def obqa_row(number: int = 0) -> dict:
     return {"audio": tone(300, "FLAC"), "prompt": prompt, "reference": "A"}
 
 
-def test_openbookqa_has_no_ids_of_its_own(tmp_path):
+def test_openbookqa_has_no_ids_of_its_own(tmp_path, largest_in_memory):
     rows = [obqa_row(number) for number in range(40)]
     dataset(rows).to_parquet(tmp_path / "test-00000-of-00001.parquet")
     questions = load_questions(tmp_path / "test-00000-of-00001.parquet")
@@ -179,7 +187,7 @@ def own_row(**changes: object) -> dict:
 
 
 @pytest.mark.parametrize("feature", ["Audio", "struct", "bytes", "path"])
-def test_recordings_in_any_column(tmp_path, feature):
+def test_recordings_in_any_column(tmp_path, feature, largest_in_memory):
     (tmp_path / "spoken").mkdir()
     (tmp_path / "spoken" / "a.wav").write_bytes(tone(400))
     plain = {key: value for key, value in own_row().items() if key != "audio"}
@@ -247,7 +255,7 @@ def test_bad_rows_are_named(tmp_path, rows, fragments):
         ({"bytes": b"no sound", "path": "a.wav"}, "cannot be decoded"),
     ],
 )
-def test_bad_recordings_are_named(tmp_path, audio, reason):
+def test_bad_recordings_are_named(tmp_path, audio, reason, largest_in_memory):
     Dataset.from_list([own_row(audio=audio)]).to_parquet(tmp_path / "data.parquet")
     (question,) = load_questions(tmp_path / "data.parquet")
     with pytest.raises(UserError) as caught:
@@ -256,7 +264,7 @@ def test_bad_recordings_are_named(tmp_path, audio, reason):
     assert reason in str(caught.value)
 
 
-def test_sources_that_are_none(tmp_path, monkeypatch):
+def test_sources_that_are_none(tmp_path, largest_in_memory):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match=r"data .*broken\.parquet: cannot be read as a dataset \(.*\); is it whole\?"):
         load_questions(tmp_path / "broken.parquet")
@@ -282,6 +290,29 @@ def test_sources_that_are_none(tmp_path, monkeypatch):
         load_questions("owner/name")
     with pytest.raises(UserError, match=r"data dir/items\.jsonl: cannot be read .*No such file"):
         load_questions("dir/items.jsonl")
+
+
+@pytest.mark.usefixtures("largest_in_memory")
+def test_pictures_and_files_that_differ(tmp_path):
+    picture = {"bytes": b"no picture at all", "path": None}
+    rows = dataset([own_row(picture=picture)], Audio()).cast_column("picture", Image())
+    rows.to_parquet(tmp_path / "data.parquet")
+    assert load_questions(tmp_path / "data.parquet")[0].id == "7"
+    rows.select_columns("audio").to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(UserError, match=r"row 0: 'question', 'answer' missing or empty"):
+        load_questions(tmp_path / "data.parquet")
+    rows.to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(UserError, match=f"data {tmp_path}: cannot be read as a dataset"):
+        load_questions(tmp_path)
+
+
+def test_a_small_parquet_file_is_read_without_datasets(tmp_path):
+    """Whose import takes longer than the reading, and which leaves a copy."""
+    code = "import sys; from tars_fast.data.items import *; load_questions(HELD_OUT_DATA); print('datasets' in sys.modules)"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "False\n"
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_path_with_the_signs_of_a_source_is_a_path(tmp_path):
@@ -382,9 +413,8 @@ def test_unusable_rows_of_published_data_are_left_out_of_training_only(tmp_path)
         read_usable(tmp_path / "bad")
 
 
-def test_embedded_items_and_a_folder_of_paths_are_unaffected():
-    from tars_fast.data.items import HELD_OUT_DATA
-
+def test_bundled_items_are_read_like_a_users_own():
     (first, *_) = load_questions(str(HELD_OUT_DATA))
-    assert isinstance(first.audio, Path)
+    assert str(first.audio) == f"{HELD_OUT_DATA}, row 0"
+    assert first.audio.read_bytes().startswith(b"OggS")
     assert (first.category, first.transcript) == ("", None)

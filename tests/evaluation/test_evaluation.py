@@ -12,23 +12,19 @@ import torch
 import torch.nn.functional as F
 
 from tars_fast.data.transcription import normalised, word_error_rate
-from tars_fast.evaluation.answering import TRANSCRIBE, EvaluationSettings, evaluate, layer_cosines, slices
+from tars_fast.evaluation.answering import TRANSCRIBE, EvaluationSettings, Evaluator, layer_cosines, slice_data
+from tars_fast.evaluation.figures import change_since, overall, overall_change, report, text_reference
 from tars_fast.evaluation.results import (
     Answered,
     Evaluated,
     ItemResult,
     Transcribed,
-    change_since,
     check_same_items,
-    overall,
-    overall_change,
     read_predictions,
-    report,
-    text_reference,
 )
 from tars_fast.evaluation.scorers import Reading
-from tars_fast.learning.answers import extract_answer
-from tars_fast.learning.rewards import HashedNgrams
+from tars_fast.learning.rewards.answers import extract_answer
+from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.types import Modality, Question, UserError
@@ -181,27 +177,25 @@ def test_layer_cosines_match_plain_transformers(model, questions):
     np.testing.assert_allclose(cosines[2], expected, atol=1e-5)
 
 
-def test_a_failing_item_is_told_as_such_and_no_wrong_answer(model, questions):
+def test_a_failing_item_is_reported_and_no_wrong_answer(model, questions):
     """Defect 15: neither an empty answer nor silence, and the other items as if it had not been there."""
     engine = TransformersEngine(model, 16)
     broken = [*questions[:2], dataclasses.replace(questions[2], audio=Path("no-such-recording.wav")), questions[3]]
-    told = []
-    results = evaluate(model, engine, HashedNgrams(), broken, SETTINGS, data="d", advance=told.append)
+    done = []
+    results = Evaluator(model, engine, HashedNgrams(), SETTINGS).evaluate(broken, "d", done.append)
     assert [result.id for result in results] == [question.id for question in broken]
     assert [result.failed is None for result in results] == [True, True, False, True]
     assert "no-such-recording" in results[2].failed
     assert results[2].evaluated is None
-    alone = evaluate(model, engine, HashedNgrams(), [*questions[:2], questions[3]], SETTINGS, data="d", advance=told.append)
+    alone = Evaluator(model, engine, HashedNgrams(), SETTINGS).evaluate([*questions[:2], questions[3]], "d", done.append)
     assert alone == [results[0], results[1], results[3]]
-    assert told == [4, 3]
-    assert all(r.failed for r in evaluate(model, engine, HashedNgrams(), broken[2:3], SETTINGS, data="d", advance=told.append))
+    assert done == [4, 3]
+    assert all(r.failed for r in Evaluator(model, engine, HashedNgrams(), SETTINGS).evaluate(broken[2:3], "d", done.append))
 
 
 def test_readings_and_samples_are_those_of_the_completions(model, questions):
     settings = dataclasses.replace(SETTINGS, num_samples=2)
-    results = evaluate(
-        model, TransformersEngine(model, 16), HashedNgrams(), questions, settings, data="d", advance=lambda _: None
-    )
+    results = Evaluator(model, TransformersEngine(model, 16), HashedNgrams(), settings).evaluate(questions, "d", lambda _: None)
     for result, question in zip(results, questions, strict=True):
         for part in (result.evaluated.speech, result.evaluated.text):
             assert part.readings["strict"].extracted == extract_answer(part.completion, question.choices)
@@ -214,17 +208,17 @@ def test_readings_and_samples_are_those_of_the_completions(model, questions):
     ("num_items", "sizes"), [(10, [10]), (70, [32, 32, 6]), (500, 7 * [63] + [59]), (3000, 23 * [128] + [56])]
 )
 def test_small_data_sets_give_eight_processes_work(num_items, sizes):
-    parts = slices("d", range(num_items))
-    assert [len(items) for _, _, items in parts] == sizes
-    assert [number for _, start, items in parts for number in items] == list(range(num_items))
-    assert all((name, start) == ("d", items[0]) for name, start, items in parts)
+    slices = slice_data("d", range(num_items))
+    assert [len(part.questions) for part in slices] == sizes
+    assert [number for part in slices for number in part.questions] == list(range(num_items))
+    assert all((part.data, part.start) == ("d", part.questions[0]) for part in slices)
 
 
 def test_slices_change_nothing_but_the_seeds_of_their_samples(model, questions, monkeypatch):
     engine = TransformersEngine(model, 16)
-    whole = evaluate(model, engine, HashedNgrams(), questions, SETTINGS, data="d", advance=lambda _: None)
+    whole = Evaluator(model, engine, HashedNgrams(), SETTINGS).evaluate(questions, "d", lambda _: None)
     monkeypatch.setattr("tars_fast.evaluation.answering.ITEMS_AT_ONCE", 4)
-    parts = evaluate(model, engine, HashedNgrams(), questions, SETTINGS, data="d", advance=lambda _: None)
+    parts = Evaluator(model, engine, HashedNgrams(), SETTINGS).evaluate(questions, "d", lambda _: None)
     for one, other in zip(whole, parts, strict=True):
         assert one.evaluated.speech == other.evaluated.speech
         assert one.evaluated.layer_cosine == pytest.approx(other.evaluated.layer_cosine, abs=1e-5)
@@ -242,7 +236,7 @@ def test_transcription_hears_the_recording_under_its_own_instruction(model, ques
     assert model.prompts.preset.system_prompt not in rendered
     settings = dataclasses.replace(SETTINGS, transcribe=True, max_new_tokens=8)
     engine = TransformersEngine(model, 8)
-    results = evaluate(model, engine, HashedNgrams(), heard, settings, data="d", advance=lambda _: None)
+    results = Evaluator(model, engine, HashedNgrams(), settings).evaluate(heard, "d", lambda _: None)
     prompts = model.encode_prompts(heard, Modality.SPEECH, TRANSCRIBE)
     completions = engine.generate(prompts, range(3), Sampling(1, 8, 0.0, 0))
     for result, completion, question in zip(results, completions, heard, strict=True):
@@ -260,7 +254,7 @@ def test_the_engines_memory_is_free_while_states_are_compared(model, questions, 
     monkeypatch.setattr(engine, "release_memory", lambda: order.append("released"))
     monkeypatch.setattr(model, "forward", lambda layout, forward=model.forward: order.append("forward") or forward(layout))
     settings = EvaluationSettings(max_new_tokens=8, num_samples=1, temperature=1.0, seed=0)
-    evaluate(model, engine, HashedNgrams(), questions[:3], settings, data="d", advance=lambda _: None)
+    Evaluator(model, engine, HashedNgrams(), settings).evaluate(questions[:3], "d", lambda _: None)
     assert order == ["released", "forward"]
 
 

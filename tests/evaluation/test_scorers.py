@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-import pytest
+import io
+import re
 
-from tars_fast.evaluation.scorers import SCORERS, VOICEBENCH_CHOICES, letter_answer, read_completion, voicebench_answer
-from tars_fast.learning.answers import extract_answer
+import pytest
+from rich.console import Console
+
+from tars_fast.evaluation.figures import OVERALL, report
+from tars_fast.evaluation.results import Answered, Evaluated, ItemResult
+from tars_fast.evaluation.scorers import (
+    SCORERS,
+    VOICEBENCH_CHOICES,
+    Reading,
+    Scorer,
+    letter_answer,
+    read_completion,
+    voicebench_answer,
+)
+from tars_fast.learning.rewards.answers import extract_answer
+from tars_fast.reports.tables import print_evaluation
+from tars_fast.types import Question
 
 CASES = [
     # completion, strict, voicebench, letter
@@ -100,3 +116,19 @@ def test_what_is_read_is_compared_with_the_reference():
     }
     assert set(readings) == set(SCORERS)
     assert set(read_completion("The answer is five.", ("five", "six"), "five", "")) == {"strict", "letter"}
+
+
+def test_a_scorer_is_added_by_its_entry_alone(monkeypatch):
+    """From then on it reads every completion, and stands in the report and on the terminal."""
+    monkeypatch.setitem(SCORERS, "first", Scorer(lambda _completion, choices: choices[0]))
+    question = Question("i", "?", "one", ("one", "two"))
+    readings = read_completion("I do not know.", question.choices, question.answer, "")
+    assert readings["first"] == Reading("one", False, True)
+    answers = Answered("I do not know.", False, readings, None)
+    results = [ItemResult.of("d", question, Evaluated(answers, answers, 1.0, (1.0,), None), None)]
+    made = report(results, 1.0)
+    assert list(made["scorers"]) == ["strict", "voicebench", "letter", "first"]
+    assert (made["scorers"]["first"]["speech_accuracy"], made["scorers"]["strict"]["speech_accuracy"]) == (1.0, 0.0)
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_evaluation(console, {"d": made, OVERALL: made})
+    assert re.search(r"\n *first +1 +100\.0 ", console.export_text())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tars_fast.learning.answers import extract_answer, has_format
-from tars_fast.learning.rewards import answer_rewards
+from tars_fast.learning.rewards.answers import extract_answer, has_format
+from tars_fast.learning.rewards.total import completion_rewards, total_reward
 from tars_fast.types import Completion, Modality, Question
 
 LETTERS = ("A", "B", "C", "D")
@@ -157,12 +157,13 @@ def test_base_reward_is_accuracy_plus_half_the_format():
         (1, WELL_FORMED.replace("B", "sixty"), 0, 0, 1),
     ]
     completions = [Completion(question, Modality.TEXT, (5,), (0.0,), text, False) for question, text, *_ in table]
-    rewards = answer_rewards(completions, questions)
+    rewards = completion_rewards(completions, questions)
     accuracy, form, unparsed = torch.tensor([row[2:] for row in table], dtype=torch.float32).T
-    assert torch.equal(rewards.accuracy, accuracy)
-    assert torch.equal(rewards.format, form)
-    assert torch.equal(rewards.unparsed, unparsed)
-    assert rewards.base.tolist() == [1.5, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0, 1.5, 0.5, 0.0]
+    assert torch.equal(rewards["accuracy"], accuracy)
+    assert torch.equal(rewards["format"], form)
+    assert torch.equal(rewards["unparsed"], unparsed)
+    base = total_reward(rewards, {"accuracy": 1.0, "format": 0.5})
+    assert base.tolist() == [1.5, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0, 1.5, 0.5, 0.0]
 
 
 @pytest.mark.parametrize(

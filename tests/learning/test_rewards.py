@@ -7,14 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tars_fast.learning.rewards import (
-    HASHED_NGRAMS,
-    SentenceEmbedder,
-    answer_rewards,
-    behaviour_rewards,
-    load_text_similarity,
-)
-from tars_fast.types import Completion, Modality, Question, UserError
+from tars_fast.learning.metrics import check_reward_names
+from tars_fast.learning.rewards.behaviour import HASHED_NGRAMS, SentenceEmbedder, behaviour_rewards, load_text_similarity
+from tars_fast.learning.rewards.total import COMPLETION_REWARDS, CompletionReward, completion_rewards, total_reward
+from tars_fast.types import Completion, Modality, Question, TrainingError, UserError
 
 CPU = torch.device("cpu")
 RIGHT = "<think>five plus six is eleven, eleven minus four is seven.</think><answer>The answer is seven.</answer>"
@@ -82,8 +78,23 @@ def test_answer_rewards_follow_each_completions_question():
         completion("<think>so</think> <answer>The answer is B.</answer>", question=1),
         completion("<think>so</think> <answer>B</answer>", question=1),
     ]
-    rewards = answer_rewards(completions, questions)
-    assert rewards.accuracy.tolist() == [1, 1, 1, 0]
-    assert rewards.format.tolist() == [1, 0, 1, 0]
-    assert rewards.unparsed.tolist() == [0, 0, 0, 1]
-    assert rewards.base.tolist() == [1.5, 1.0, 1.5, 0.0]
+    rewards = completion_rewards(completions, questions)
+    assert rewards["accuracy"].tolist() == [1, 1, 1, 0]
+    assert rewards["format"].tolist() == [1, 0, 1, 0]
+    assert rewards["unparsed"].tolist() == [0, 0, 0, 1]
+    assert total_reward(rewards, {"accuracy": 1.0, "format": 0.5}).tolist() == [1.5, 1.0, 1.5, 0.0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_names_itself_and_the_item(monkeypatch, value):
+    monkeypatch.setitem(COMPLETION_REWARDS, "broken", CompletionReward(lambda *_: value, 1.0))
+    with pytest.raises(TrainingError, match=rf"reward 'broken' is {value} for a completion of item 'a': 'The answer"):
+        completion_rewards([completion("The answer is seven.")], [Question("a", "?", "seven", ("six", "seven"))])
+
+
+@pytest.mark.parametrize("name", ["representation", "reward", "entropy", "group"])
+def test_a_reward_may_not_take_the_name_of_another_figure(monkeypatch, name):
+    check_reward_names()
+    monkeypatch.setitem(COMPLETION_REWARDS, name, CompletionReward(lambda *_: 0.0, 1.0))
+    with pytest.raises(UserError, match=f"COMPLETION_REWARDS: '{name}' is the name of another metric"):
+        check_reward_names()

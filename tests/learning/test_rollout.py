@@ -19,22 +19,23 @@ from test_step import alone
 from tars_fast import train as train_command
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import TRAINING_DATA
-from tars_fast.learning import batch as rollout_module
-from tars_fast.learning.batch import RolloutSource, background_threads, batch_of_step
-from tars_fast.learning.rewards import HashedNgrams, behaviour_rewards
+from tars_fast.learning import batch, loader, run
+from tars_fast.learning.loader import RolloutLoader, background_threads, batch_of_step
+from tars_fast.learning.rewards.behaviour import HashedNgrams, behaviour_rewards
+from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import ALONE
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.timing import SETTINGS_BY_PHASE, PhaseTimer
-from tars_fast.train import train
+from tars_fast.train import command
 from tars_fast.types import Completion, Modality, TrainingError, UserError
 
 CPU = torch.device("cpu")
 
 
-def source_of(model: SpeechModel, questions, config: RunConfig, *, engine=None, text_similarity=None) -> RolloutSource:
+def loader_of(model: SpeechModel, questions, config: RunConfig, *, engine=None, text_similarity=None) -> RolloutLoader:
     engine = engine or TransformersEngine(model, config.rollout_batch_size, own_modules=bool(config.rollout_ahead))
-    return RolloutSource(model, engine, text_similarity or HashedNgrams(), questions, config, ALONE)
+    return RolloutLoader(model, engine, text_similarity or HashedNgrams(), questions, config, ALONE)
 
 
 @pytest.fixture
@@ -51,17 +52,18 @@ def test_what_needs_no_device_runs_in_threads(model, questions, config, monkeypa
     """Decoding, features and tokens of the next batch while this one is sampled; reading answers while others still run."""
     events: list[tuple[str, str]] = []
 
-    def watch(name: str) -> None:
-        original = getattr(rollout_module, name)
+    def watch(module, name: str) -> None:
+        original = getattr(module, name)
 
         def watched(*arguments):
             events.append((name, threading.current_thread().name.partition("_")[0]))
             return original(*arguments)
 
-        monkeypatch.setattr(rollout_module, name, watched)
+        monkeypatch.setattr(module, name, watched)
 
-    for name in ("prepare_batch", "decode_completions", "answer_rewards", "behaviour_rewards"):
-        watch(name)
+    watch(loader, "prepare_batch")
+    for name in ("decode_completions", "completion_rewards", "behaviour_rewards"):
+        watch(batch, name)
     first_read, sampled_on = threading.Event(), []
 
     class SlowEngine(TransformersEngine):
@@ -76,14 +78,14 @@ def test_what_needs_no_device_runs_in_threads(model, questions, config, monkeypa
 
             super().sample(prompts, sampling, forward)
 
-    def read(completions, asked, original=rollout_module.answer_rewards):
+    def read(completions, asked, original=batch.completion_rewards):
         first_read.set()
         return original(completions, asked)
 
-    monkeypatch.setattr(rollout_module, "answer_rewards", read)
-    with source_of(model, questions, config, engine=SlowEngine(model, 4)) as source:
-        taken = source.take(0, PhaseTimer(CPU))
-        taken.rollout.behaviour.result()
+    monkeypatch.setattr(batch, "completion_rewards", read)
+    with loader_of(model, questions, config, engine=SlowEngine(model, 4)) as rollouts:
+        loaded = rollouts.next_batch(0, PhaseTimer(CPU))
+        loaded.rollout.behaviour.result()
     assert {thread for _, thread in events} == {"background"}
     assert [name for name, _ in events].count("prepare_batch") == 2, "this step's batch and the next one's"
     assert [name for name, _ in events].count("decode_completions") == len(sampled_on) == 4
@@ -114,13 +116,13 @@ def test_threads_beside_the_trainer_take_one_core_each():
 def test_features_are_ready_before_their_step(model, questions, config, monkeypatch):
     """The second step decodes nothing: only the tower runs."""
     model.set_audio_cache(0, None, 0)
-    with source_of(model, questions, config) as source:
-        source.take(0, PhaseTimer(CPU))
-        source._prepared[1].result()
+    with loader_of(model, questions, config) as rollouts:
+        rollouts.next_batch(0, PhaseTimer(CPU))
+        rollouts._prepared[1].result()
         loaded = []
         monkeypatch.setattr(type(model.prompts), "load_clips", lambda *_: loaded.append(1))
-        monkeypatch.setattr(source, "_config", dataclasses.replace(config, num_steps=2))
-        assert source.take(1, PhaseTimer(CPU)).rollout is not None
+        monkeypatch.setattr(rollouts, "_config", dataclasses.replace(config, num_steps=2))
+        assert rollouts.next_batch(1, PhaseTimer(CPU)).rollout is not None
     assert not loaded
 
 
@@ -139,13 +141,13 @@ def test_each_distinct_completion_is_embedded_once():
 def test_a_rollout_ahead_comes_from_the_weights_before_the_update(model, make_model, questions, ahead):
     """The second batch is sampled from the first one's weights, whatever training does to them afterwards."""
     original = make_model()
-    with source_of(model, questions, ahead) as source:
-        first = source.take(0, PhaseTimer(CPU)).rollout
-        source.wait()
+    with loader_of(model, questions, ahead) as rollouts:
+        first = rollouts.next_batch(0, PhaseTimer(CPU)).rollout
+        rollouts.finish_sampling()
         with torch.no_grad():
             for parameter in model.trainable_parameters():
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-        second = source.take(1, PhaseTimer(CPU)).rollout
+        second = rollouts.next_batch(1, PhaseTimer(CPU)).rollout
     assert (first.staleness, second.staleness) == (0, 1)
     numbers = batch_of_step(len(questions), ahead.questions_per_step, 1, ahead.seed)
     expected = rollout_of(original, [questions[number] for number in numbers], ahead, step=1)
@@ -160,13 +162,13 @@ def test_sampling_ahead_disturbs_neither_sampling_nor_training(make_model, quest
     shared.module.load_state_dict(plain.module.state_dict())
     expected = rollout_of(plain, questions[:2], ahead)
     scored, metrics = update(plain, expected, ahead)
-    with source_of(shared, questions, ahead) as source:
-        source.take(0, PhaseTimer(CPU))
+    with loader_of(shared, questions, ahead) as rollouts:
+        rollouts.next_batch(0, PhaseTimer(CPU))
         for _ in range(5):
             got, got_metrics = update(shared, expected, ahead)
             assert torch.equal(got.rewards_N, scored.rewards_N)
             assert got_metrics == metrics
-        second = source.take(1, PhaseTimer(CPU)).rollout
+        second = rollouts.next_batch(1, PhaseTimer(CPU)).rollout
     assert torch.equal(gradients(shared), gradients(plain))
     numbers = batch_of_step(len(questions), ahead.questions_per_step, 1, ahead.seed)
     alone_now = rollout_of(plain, [questions[number] for number in numbers], ahead, step=1)
@@ -196,11 +198,11 @@ def test_the_optimiser_waits_for_sampling_to_end(model, questions, ahead, monkey
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (order.append("stepped"), step(self))[1])
     engine = SlowEngine(model, 8, own_modules=True)
-    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=0.0)
-    with source_of(model, questions, ahead, engine=engine) as source:
+    learner = Learner(model, torch.optim.AdamW(model.trainable_parameters(), lr=0.0), ahead)
+    with loader_of(model, questions, ahead, engine=engine) as rollouts:
         for number in range(3):
-            taken = source.take(number, PhaseTimer(CPU))
-            train_command.update_policy(model, optimizer, taken.rollout, None, ahead, PhaseTimer(CPU), before_step=source.wait)
+            loaded = rollouts.next_batch(number, PhaseTimer(CPU))
+            train_command.update_policy(learner, learner.begin_rollout(loaded.rollout), rollouts.finish_sampling)
     # Step n moves the weights only once rollout n + 1 is there.
     assert order == ["sampled", "sampled", "stepped", "sampled", "stepped", "sampled", "stepped"]
 
@@ -242,11 +244,11 @@ def test_what_goes_wrong_beside_the_step_stops_the_run(model, questions, ahead):
             super().sample(*arguments)
 
     with ExitStack() as stack:
-        source = stack.enter_context(source_of(model, questions, ahead, engine=Broken(model, 8, own_modules=True)))
-        source.take(0, PhaseTimer(CPU))
-        source.wait()
+        rollouts = stack.enter_context(loader_of(model, questions, ahead, engine=Broken(model, 8, own_modules=True)))
+        rollouts.next_batch(0, PhaseTimer(CPU))
+        rollouts.finish_sampling()
         with pytest.raises(TrainingError, match="the sampler broke"):
-            source.take(1, PhaseTimer(CPU))
+            rollouts.next_batch(1, PhaseTimer(CPU))
 
 
 def metrics_of(run) -> list[dict[str, float]]:
@@ -263,29 +265,29 @@ def settings(tmp_path, ahead) -> TrainConfig:
 @pytest.mark.slow
 def test_a_run_ahead_from_end_to_end(settings, tmp_path):
     """The first batch is fresh, all others one update old; the same seed gives the same run; it can be continued."""
-    assert train(settings) == 0
+    assert command(settings) == 0
     metrics = metrics_of(tmp_path / "run")
     assert [step["staleness"] for step in metrics] == [0, 1, 1, 1]
     assert metrics[0]["logprob_diff_max"] < 1e-4 < metrics[1]["logprob_diff_max"]
     assert metrics[1]["beside/rollout"] > 0
     assert "beside/rollout" not in metrics[0]
-    assert train(dataclasses.replace(settings, output_dir=tmp_path / "again")) == 0
+    assert command(dataclasses.replace(settings, output_dir=tmp_path / "again")) == 0
 
     def without_clock(run):
         return [{k: v for k, v in step.items() if not k.startswith(("seconds/", "beside/"))} for step in metrics_of(run)]
 
     assert without_clock(tmp_path / "again") == without_clock(tmp_path / "run")
     longer = dataclasses.replace(settings, output_dir=tmp_path / "stopped", save_every=2)
-    assert train(longer) == 0
+    assert command(longer) == 0
     (tmp_path / "stopped" / "checkpoint-4").rename(tmp_path / "gone")
-    assert train(dataclasses.replace(longer, resume=True)) == 0
+    assert command(dataclasses.replace(longer, resume=True)) == 0
     resumed = metrics_of(tmp_path / "stopped")
     assert [step["staleness"] for step in resumed] == [0, 1, 0, 1], "what was sampled ahead is not in a checkpoint"
 
 
 def test_every_phase_is_timed_and_profiled(settings, tmp_path):
     settings = dataclasses.replace(settings, rollout_ahead=0, profile=True, num_steps=5)
-    assert train(settings) == 0
+    assert command(settings) == 0
     phases = {"encode", "hand-over", "rollout", "reward", "forward", "backward", "optimiser"}
     for step in metrics_of(tmp_path / "run"):
         seconds = {name.removeprefix("seconds/"): value for name, value in step.items() if name.startswith("seconds/")}
@@ -302,31 +304,21 @@ def test_every_phase_is_timed_and_profiled(settings, tmp_path):
 
 
 def test_sampling_ahead_where_memory_does_not_allow(settings, monkeypatch):
-    monkeypatch.setattr(train_command, "available_bytes", lambda _device: 100 * 10**6)
+    monkeypatch.setattr(run, "available_bytes", lambda _device: 100 * 10**6)
     with pytest.raises(
         UserError,
         match=r"--rollout-ahead 1: sampling and training at the same time do not fit into 100\.00 MB; --dtype bfloat16",
     ):
-        train(settings)
+        command(settings)
 
 
 def test_a_run_with_several_updates_a_rollout(settings, tmp_path, monkeypatch):
-    """One scoring pass a rollout, as many optimiser steps as asked for, and as many of staleness ahead."""
-    counted = {"scored": 0, "stepped": 0}
-    score, step = train_command.score_rollout, torch.optim.AdamW.step
-
-    def scored(*arguments):
-        counted["scored"] += 1
-        return score(*arguments)
-
-    def stepped(self):
-        counted["stepped"] += 1
-        return step(self)
-
-    monkeypatch.setattr(train_command, "score_rollout", scored)
-    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
-    assert train(dataclasses.replace(settings, updates_per_rollout=2, num_steps=3)) == 0
-    assert counted == {"scored": 3, "stepped": 6}
+    """As many optimiser steps a rollout as asked for, and as many of staleness ahead."""
+    stepped = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (stepped.append(1), step(self))[1])
+    assert command(dataclasses.replace(settings, updates_per_rollout=2, num_steps=3)) == 0
+    assert len(stepped) == 6
     assert [one["staleness"] for one in metrics_of(tmp_path / "run")] == [0, 2, 2]
 
 
@@ -359,19 +351,19 @@ def test_leaving_does_not_wait_for_a_whole_rollout(model, questions, ahead):
         """Every token of the second rollout takes its time."""
 
         def check_stopped(self):
-            if len(rollouts) > 1:
+            if len(started) > 1:
                 tokens.append(1)
                 going.set()
                 time.sleep(0.5)
             super().check_stopped()
 
         def sample(self, *arguments):
-            rollouts.append(1)
+            started.append(1)
             super().sample(*arguments)
 
-    rollouts: list[int] = []
-    with source_of(model, questions, ahead, engine=Endless(model, 8, own_modules=True)) as source:
-        source.take(0, PhaseTimer(CPU))
+    started: list[int] = []
+    with loader_of(model, questions, ahead, engine=Endless(model, 8, own_modules=True)) as rollouts:
+        rollouts.next_batch(0, PhaseTimer(CPU))
         assert going.wait(30)
     assert len(tokens) <= 3
 
@@ -380,13 +372,13 @@ def test_leaving_does_not_wait_for_a_whole_rollout(model, questions, ahead):
 def test_a_resumed_run_keeps_its_micro_batches(settings, tmp_path, monkeypatch):
     """Free memory is another one at every start; what a run computes is not."""
     settings = dataclasses.replace(settings, rollout_ahead=0, save_every=2)
-    monkeypatch.setattr(train_command, "available_bytes", lambda _device: 160 * 10**6)
-    assert train(settings) == 0
+    monkeypatch.setattr(run, "available_bytes", lambda _device: 160 * 10**6)
+    assert command(settings) == 0
     chosen = json.loads((tmp_path / "run" / "config.json").read_text())["tokens_per_micro_batch"]
     assert 1024 <= chosen < 4096
     unbroken = metrics_of(tmp_path / "run")
     (tmp_path / "run" / "checkpoint-4").rename(tmp_path / "gone")
-    monkeypatch.setattr(train_command, "available_bytes", lambda _device: 10**12)
-    assert train(dataclasses.replace(settings, resume=True)) == 0
+    monkeypatch.setattr(run, "available_bytes", lambda _device: 10**12)
+    assert command(dataclasses.replace(settings, resume=True)) == 0
     resumed = metrics_of(tmp_path / "run")
     assert [one["loss"] for one in resumed] == [one["loss"] for one in unbroken]

@@ -9,18 +9,22 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import gradients, rollout_of, update
+from steps import base_rewards, gradients, rollout_of, update
 from tars_kernels import LayerPooler
 
 from tars_fast.learning.advantages import centred_advantages, group_indices
-from tars_fast.learning.batch import Rollout, collect_rollout, finished, prepare_batch
-from tars_fast.learning.rewards import AnswerRewards, HashedNgrams, behaviour_rewards, choose_references, representation_rewards
-from tars_fast.learning.update import micro_batches, rollout_metrics, score_rollout
+from tars_fast.learning.batch import Rollout, RolloutCollector, completed, prepare_batch
+from tars_fast.learning.metrics import completion_columns, completion_metrics
+from tars_fast.learning.rewards.behaviour import HashedNgrams, behaviour_rewards
+from tars_fast.learning.rewards.references import choose_references
+from tars_fast.learning.rewards.representation import representation_rewards
+from tars_fast.learning.rewards.total import COMPLETION_REWARDS, CompletionReward
+from tars_fast.learning.update import micro_batches
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.timing import PhaseTimer
-from tars_fast.types import Completion, Modality, TrainingError
+from tars_fast.types import Completion, Modality, Question, TrainingError
 
 
 def alone(model: SpeechModel, prompt, completion) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,13 +103,13 @@ def test_truncated_completions_earn_no_alignment_and_poison_nothing(model, quest
     cut = [index for index, c in enumerate(rollout.completions) if c.modality is Modality.SPEECH][:2]
     for index in cut:
         rollout.completions[index] = dataclasses.replace(rollout.completions[index], truncated=True, text="<think>five")
-    rebuilt = choose_references(rollout.completions, rollout.answers.accuracy, random.Random(0))
+    rebuilt = choose_references(rollout.completions, rollout.completion_rewards["accuracy"], random.Random(0))
     rollout = dataclasses.replace(
-        rollout, references=rebuilt, behaviour=finished(behaviour_rewards(rollout.completions, rebuilt, HashedNgrams()))
+        rollout, references=rebuilt, behaviour=completed(behaviour_rewards(rollout.completions, rebuilt, HashedNgrams()))
     )
     scored, _ = update(model, rollout, config)
     assert torch.isfinite(scored.rewards_N).all()
-    assert scored.representation_N[cut].tolist() == [0.0, 0.0] == scored.behaviour_N[cut].tolist()
+    assert scored.terms["representation"][cut].tolist() == [0.0, 0.0] == scored.terms["behaviour"][cut].tolist()
     group = rollout.groups_N == rollout.groups_N[cut[0]]
     assert scored.advantages_N[group].sum().item() == pytest.approx(0.0, abs=1e-5)
     assert scored.advantages_N[cut[0]] != 0
@@ -121,7 +125,8 @@ def test_normaliser_counts_tokens_after_masking(model, questions, config):
     completions[index] = dataclasses.replace(completions[index], truncated=True)
     kept_tokens = rollout.num_tokens - len(completions[index].token_ids)
     masked = dataclasses.replace(rollout, completions=completions)
-    update(model, masked, config, scored=scored)
+    scored.rollout = masked
+    update(model, scored, config)
     expected = torch.zeros(())
     for prompt, completion, advantage in zip(rollout.prompts, completions, scored.advantages_N, strict=True):
         if not completion.truncated:
@@ -137,13 +142,13 @@ def test_only_speech_earns_alignment(model, questions, config):
     rollout = rollout_of(model, questions[:4], config)
     scored, _ = update(model, rollout, config)
     is_text = torch.tensor([completion.modality is Modality.TEXT for completion in rollout.completions])
-    assert scored.representation_N[is_text].abs().max() == 0
-    assert scored.behaviour_N[is_text].abs().max() == 0
-    torch.testing.assert_close(scored.rewards_N[is_text], rollout.answers.base[is_text])
+    assert scored.terms["representation"][is_text].abs().max() == 0
+    assert scored.terms["behaviour"][is_text].abs().max() == 0
+    torch.testing.assert_close(scored.rewards_N[is_text], base_rewards(rollout)[is_text])
     has_reference = torch.tensor([reference is not None for reference in rollout.references])
     assert has_reference.any()
-    assert (scored.representation_N[has_reference] > 0.3).all()
-    expected = rollout.answers.base + scored.representation_N + scored.behaviour_N
+    assert (scored.terms["representation"][has_reference] > 0.3).all()
+    expected = base_rewards(rollout) + scored.terms["representation"] + scored.terms["behaviour"]
     torch.testing.assert_close(scored.rewards_N, expected)
 
 
@@ -156,11 +161,11 @@ def test_representation_reward_is_the_mean_over_layers_of_cosines(model, questio
         _, speech = alone(model, rollout.prompts[index], rollout.completions[index])
         _, text = alone(model, rollout.prompts[reference], rollout.completions[reference])
     cosines = F.cosine_similarity(speech.double(), text.double(), dim=-1)
-    assert scored.representation_N[index].item() == pytest.approx(cosines.mean().item(), abs=1e-5)
+    assert scored.terms["representation"][index].item() == pytest.approx(cosines.mean().item(), abs=1e-5)
     # Of some layers only (Fig. 3).
     for layers, chosen in (("2", slice(1, 2)), ("2-3", slice(1, 3)), ("last", slice(3, 4))):
         scored, _ = update(model, rollout, dataclasses.replace(config, representation_layers=layers))
-        assert scored.representation_N[index].item() == pytest.approx(cosines[chosen].mean().item(), abs=1e-5)
+        assert scored.terms["representation"][index].item() == pytest.approx(cosines[chosen].mean().item(), abs=1e-5)
 
 
 def test_modality_is_a_field_not_a_place():
@@ -222,7 +227,7 @@ def test_groups_without_an_advantage_have_no_backward_pass(model, questions, con
     silent = ~scored.trained_N
     assert scored.advantages_N[silent].abs().max() == 0
     assert all(rollout.completions[index].modality is Modality.TEXT for index in silent.nonzero()[:, 0].tolist())
-    counted = rollout_metrics([(rollout, scored)])
+    counted = completion_metrics([completion_columns(scored)])
     assert counted["without_backward/text"] == pytest.approx(silent.sum().item() / 4 / len(questions))
     assert counted["without_backward/speech"] == 0.0
     # The same loss with every group in the graph.
@@ -241,8 +246,7 @@ def test_a_step_without_any_advantage_moves_nothing(model, questions, config):
     """Plain GRPO where all earn the same: no backward pass at all, figures all the same."""
     config = dataclasses.replace(config, representation_weight=0.0, behaviour_weight=0.0)
     rollout = rollout_of(model, questions[:2], config)
-    rewards = {name: torch.ones(16) for name in ("accuracy", "format", "unparsed")}
-    rollout = dataclasses.replace(rollout, answers=AnswerRewards(**rewards))
+    rollout = dataclasses.replace(rollout, completion_rewards={name: torch.ones(16) for name in rollout.completion_rewards})
     before = gradients(model)
     passes = passes_of(model)
     scored, metrics = update(model, rollout, config, learning_rate=1.0)
@@ -252,7 +256,7 @@ def test_a_step_without_any_advantage_moves_nothing(model, questions, config):
     assert metrics["grad_norm"] == metrics["loss"] == 0.0
     assert metrics["entropy/speech"] > 0
     assert metrics["logprob_diff_max"] < 1e-4
-    assert rollout_metrics([(rollout, scored)])["without_backward/speech"] == 1.0
+    assert completion_metrics([completion_columns(scored)])["without_backward/speech"] == 1.0
 
 
 def test_a_group_cut_off_throughout_has_no_backward_pass(model, questions, config):
@@ -261,11 +265,11 @@ def test_a_group_cut_off_throughout_has_no_backward_pass(model, questions, confi
     completions = list(rollout.completions)
     for index in cut:
         completions[index] = dataclasses.replace(completions[index], truncated=True)
-    accuracy = rollout.answers.accuracy.clone()
+    accuracy = rollout.completion_rewards["accuracy"].clone()
     accuracy[cut] = torch.tensor([0.0, 1.0, 0.0, 1.0])
     references = choose_references(completions, accuracy, random.Random(0))
-    answers = dataclasses.replace(rollout.answers, accuracy=accuracy)
-    rollout = dataclasses.replace(rollout, completions=completions, answers=answers, references=references)
+    rewards = rollout.completion_rewards | {"accuracy": accuracy}
+    rollout = dataclasses.replace(rollout, completions=completions, completion_rewards=rewards, references=references)
     scored, _ = update(model, rollout, config)
     assert scored.advantages_N[cut].abs().min() > 0
     assert not scored.trained_N[cut].any()
@@ -372,49 +376,79 @@ def test_questions_are_packed_whole_and_longest_first(model, questions, config):
     assert lengths == sorted(sizes.values(), reverse=True)
 
 
-def test_several_updates_are_scored_once_before_all_of_them(model, questions, config):
-    """One pass without gradients, whose log-probabilities are the old ones; then only what has an advantage."""
+def test_the_first_of_several_updates_has_the_old_logprobs(model, questions, config):
+    """Its own pass measures those of every completion; later ones only run what has an advantage."""
     rollout = rollout_of(model, questions[:4], config)
     passes = passes_of(model)
-    scored = score_rollout(model, rollout, config, PhaseTimer(model.device))
-    assert [(gradient, tokens) for gradient, tokens, _ in passes] == [(False, num_row_tokens(rollout))]
-    old = [logprobs.clone() for logprobs in scored.logprobs]
-    again, first = update(model, rollout, config, scored=scored, learning_rate=0.05)
-    assert again is scored
-    (one,) = passes[1:]
-    assert one[0]
-    assert one[1] < num_row_tokens(rollout)
+    scored, first = update(model, rollout, config, learning_rate=0.05)
+    assert sum(tokens for _, tokens, _ in passes) == num_row_tokens(rollout)
     assert first["clip/high"] == first["clip/low"] == 0.0
-    _, expected = update(model, rollout, config)
-    assert first.keys() == expected.keys()
+    old = [logprobs.clone() for logprobs in scored.logprobs]
     trained = scored.trained_N.clone()
     assert 0 < trained.sum() < len(trained)
+    passes.clear()
     scored.trained_N.fill_(True)
-    _, second = update(model, rollout, config, scored=scored, learning_rate=0.05)
-    assert torch.equal(scored.trained_N, trained), "of the last update"
+    again, second = update(model, scored, config, learning_rate=0.05)
+    assert again is scored
+    ((has_gradient, num_tokens, _),) = passes
+    assert has_gradient
+    assert num_tokens < num_row_tokens(rollout)
+    assert first.keys() == second.keys()
+    # Of the last update; the first one's pass also held groups whose rewards turned out to agree.
+    assert scored.trained_N.any()
+    assert not (scored.trained_N & ~trained).any()
+    assert sorted(scored.rows_with_gradient(range(len(trained)))) == scored.trained_N.nonzero()[:, 0].tolist()
     for _ in range(4):
-        _, last = update(model, rollout, config, scored=scored, learning_rate=0.5)
+        _, last = update(model, scored, config, learning_rate=0.5)
     assert last["clip/high"] + last["clip/low"] > 0.0
     assert second["importance_ratio"] == pytest.approx(first["importance_ratio"], abs=1e-6)
     assert all(torch.equal(one, two) for one, two in zip(old, scored.logprobs, strict=True))
 
 
-def test_scoring_first_or_on_the_way_gives_the_same_update(model, questions, config):
-    rollout = rollout_of(model, questions[:4], config)
-    seen = []
-    for scored in (None, score_rollout(model, rollout, config, PhaseTimer(model.device))):
-        scored, metrics = update(model, rollout, config, scored=scored)
-        seen.append((gradients(model).clone(), metrics, scored))
-    torch.testing.assert_close(seen[0][0], seen[1][0], atol=1e-6, rtol=1e-4)
-    assert seen[0][1] == pytest.approx(seen[1][1], abs=1e-5)
-    torch.testing.assert_close(seen[0][2].advantages_N, seen[1][2].advantages_N, atol=1e-5, rtol=0)
+def test_a_second_update_without_a_step_between_repeats_the_first(model, questions, config):
+    """The probability ratio is 1 in both, so the gradient is the same."""
+    scored, first = update(model, rollout_of(model, questions[:4], config), config)
+    expected = gradients(model).clone()
+    _, second = update(model, scored, config)
+    torch.testing.assert_close(gradients(model), expected, atol=1e-6, rtol=1e-4)
+    assert second == pytest.approx(first, abs=1e-5)
+
+
+def test_an_added_reward_trains_groups_whose_other_rewards_agree(model, questions, config, monkeypatch):
+    """Which groups have no gradient follows from the list of rewards, not from the built-in ones."""
+    config = dataclasses.replace(config, representation_weight=0.0, behaviour_weight=0.0, max_grad_norm=1e9)
+
+    def remainder(completion: Completion, question: Question) -> float:
+        return float(sum(completion.token_ids) % 5)
+
+    monkeypatch.setitem(COMPLETION_REWARDS, "remainder", CompletionReward(remainder, 2.0))
+    rollout = rollout_of(model, questions[:3], config)
+    added = torch.tensor([float(sum(completion.token_ids) % 5) for completion in rollout.completions])
+    # All answers earn the same, so only the added reward tells the completions of a group apart.
+    same = {name: torch.ones(len(added)) for name in ("accuracy", "format")}
+    rollout = dataclasses.replace(rollout, completion_rewards=rollout.completion_rewards | same)
+    scored, _ = update(model, rollout, config)
+    torch.testing.assert_close(scored.rewards_N, 1.5 + 2.0 * added)
+    differ = [added[rollout.groups_N == group].unique().numel() > 1 for group in rollout.groups_N.tolist()]
+    assert any(differ)
+    assert scored.trained_N.tolist() == differ
+    got = gradients(model).clone()
+    expected = torch.zeros(())
+    for prompt, completion, advantage in zip(rollout.prompts, rollout.completions, scored.advantages_N, strict=True):
+        if not completion.truncated:
+            expected = expected - advantage * alone(model, prompt, completion)[0].sum() / rollout.num_tokens
+    model.module.zero_grad()
+    expected.backward()
+    torch.testing.assert_close(got, gradients(model), atol=1e-6, rtol=1e-3)
+    assert got.abs().max() > 0
+    assert completion_metrics([completion_columns(scored)])["remainder/text"] > 0
 
 
 def test_plain_grpo_ignores_alignment(model, questions, config):
     config = dataclasses.replace(config, representation_weight=0.0, behaviour_weight=0.0)
     rollout = rollout_of(model, questions[:4], config)
     scored, _ = update(model, rollout, config)
-    torch.testing.assert_close(scored.rewards_N, rollout.answers.base)
+    torch.testing.assert_close(scored.rewards_N, base_rewards(rollout))
 
 
 def test_nan_stops_training_before_the_weights_are_touched(model, questions, config):
@@ -430,9 +464,13 @@ def test_nan_stops_training_before_the_weights_are_touched(model, questions, con
 def test_metrics_by_modality(model, questions, config):
     rollout = rollout_of(model, questions[:4], config)
     scored, _ = update(model, rollout, config)
-    metrics = rollout_metrics([(rollout, scored)])
+    metrics = completion_metrics([completion_columns(scored)])
     speech = [c for c in rollout.completions if c.modality is Modality.SPEECH]
-    answers = [rollout.answers.accuracy[i].item() for i, c in enumerate(rollout.completions) if c.modality is Modality.SPEECH]
+    answers = [
+        rollout.completion_rewards["accuracy"][i].item()
+        for i, c in enumerate(rollout.completions)
+        if c.modality is Modality.SPEECH
+    ]
     assert metrics["accuracy/speech"] == pytest.approx(sum(answers) / len(speech))
     assert metrics["length/speech"] == pytest.approx(sum(len(c.token_ids) for c in speech) / len(speech))
 
@@ -445,9 +483,8 @@ def test_trained_audio_tower_gets_its_gradient(make_model, questions, config, tm
     batch = prepare_batch(model, [questions[0], broken, *questions[2:4]])
     engine = TransformersEngine(model, config.rollout_batch_size)
     with ThreadPoolExecutor(2) as background:
-        rollout, left_out = collect_rollout(
-            model, engine, HashedNgrams(), batch, config, 0, PhaseTimer(model.device), background
-        )
+        collector = RolloutCollector(model, engine, HashedNgrams(), config, background)
+        rollout, left_out = collector.collect(batch, 0, PhaseTimer(model.device))
     assert len(left_out) == 1
     scored, _ = update(model, rollout, config)
     got = gradients(model).clone()
@@ -470,7 +507,7 @@ def test_a_stale_tower_hears_again_before_scoring(make_model, questions, config)
     with torch.no_grad():
         for parameter in model.module.model.audio_tower.parameters():
             parameter.mul_(1.1)
-    scored = score_rollout(model, rollout, config, PhaseTimer(model.device))
+    scored, _ = update(model, rollout, config)
     with torch.no_grad():
         heard = model.encode_prompts(questions[:2], Modality.SPEECH)
         for prompt, completion, logprobs in zip(rollout.prompts, rollout.completions, scored.logprobs, strict=True):
@@ -492,7 +529,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make_model, questions
     assert len(runs) == 3, (
         "each layer runs once for what has no gradient, once for the rest and once more for its backward pass"
     )
-    assert torch.equal(got.representation_N, expected.representation_N)
+    assert torch.equal(got.terms["representation"], expected.terms["representation"])
     torch.testing.assert_close(gradients(recomputing), gradients(plain), atol=1e-7, rtol=1e-5)
     assert not any(module.training for module in recomputing.module.modules())
 

@@ -16,14 +16,12 @@ import pytest
 import torch
 from items import first_items
 from safetensors.torch import load_file
-from steps import rollout_of
+from steps import rollout_of, update
 
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA
-from tars_fast.learning.batch import finished
-from tars_fast.learning.rewards import AnswerRewards
-from tars_fast.learning.update import rollout_metrics, update_policy
+from tars_fast.learning.batch import completed
+from tars_fast.learning.metrics import completion_columns, completion_metrics
 from tars_fast.learning.workers import Workers
-from tars_fast.support.timing import PhaseTimer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -31,19 +29,23 @@ ONE_STEP = """
 import pickle, sys, torch
 sys.path[:0] = {path!r}
 from conftest import new_model
-from tars_fast.reports.log import PhaseTimer
-from tars_fast.learning.update import rollout_metrics, update_policy
+from tars_fast.learning.metrics import completion_columns, completion_metrics
+from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import join_workers
+from tars_fast.train import update_policy
 
 with join_workers() as workers:
     rollouts, config = pickle.load(open({given!r}, "rb"))
     model = new_model()
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.0)
     mine = rollouts[workers.rank]
-    scored, metrics = update_policy(model, optimizer, mine, None, config, PhaseTimer(model.device), workers)
+    learner = Learner(model, optimizer, config, workers)
+    scored = learner.begin_rollout(mine)
+    metrics = update_policy(learner, scored)
     workers.check_same(model.trainable_parameters())
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.trainable_parameters()])
-    metrics |= rollout_metrics([part for part in workers.gather(mine and (mine, scored)) if part is not None])
+    columns = workers.gather(mine and completion_columns(scored))
+    metrics |= completion_metrics([part for part in columns if part is not None])
     torch.save((gradient, metrics), {result!r} + str(workers.rank))
     if workers.rank == 1:
         with torch.no_grad():
@@ -69,9 +71,11 @@ def test_gradient_and_metrics_of_two_processes_are_those_of_one(make_model, ques
     whole.prompts = first.prompts + second.prompts
     whole.completions = first.completions + [dataclasses.replace(one, question=one.question + 4) for one in second.completions]
     whole.references = first.references + [None if r is None else r + shift for r in second.references]
-    whole.behaviour = finished(torch.cat([one.behaviour.result() for one in rollouts]))
+    whole.behaviour = completed(torch.cat([one.behaviour.result() for one in rollouts]))
     whole.groups_N = torch.cat([first.groups_N, second.groups_N + first.groups_N.max() + 1])
-    whole.answers = AnswerRewards.joined([first.answers, second.answers])
+    whole.completion_rewards = {
+        name: torch.cat([one.completion_rewards[name] for one in rollouts]) for name in first.completion_rewards
+    }
     if not second_is_usable:
         # Of older weights too, whose difference from the trainer's no process may take for an error.
         completions = [
@@ -80,15 +84,14 @@ def test_gradient_and_metrics_of_two_processes_are_those_of_one(make_model, ques
         ]
         first = dataclasses.replace(first, completions=completions, staleness=1)
         rollouts, whole = [first, None], first
-    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.0)
-    scored, metrics = update_policy(model, optimizer, whole, None, config, PhaseTimer(model.device))
+    scored, metrics = update(model, whole, config)
     expected = torch.cat([parameter.grad.flatten() for parameter in model.trainable_parameters()])
-    metrics |= rollout_metrics([(whole, scored)])
+    metrics |= completion_metrics([completion_columns(scored)])
 
     given, result = tmp_path / "given.pickle", tmp_path / "result"
     given.write_bytes(pickle.dumps((rollouts, config)))
     script = tmp_path / "step.py"
-    script.write_text(ONE_STEP.format(path=[str(Path(__file__).parent)], given=str(given), result=str(result)))
+    script.write_text(ONE_STEP.format(path=[str(Path(__file__).parents[1])], given=str(given), result=str(result)))
     subprocess.run([*TORCHRUN, str(script)], check=True, capture_output=True, text=True)
     for rank in range(2):
         gradient, told = torch.load(f"{result}{rank}")

@@ -14,11 +14,13 @@ import soundfile
 from pages import HOSTILE, Elements, check_nothing_foreign, check_plays, on_a_phone
 
 from tars_fast.data.items import VALIDATION_DATA, load_questions
-from tars_fast.evaluation.results import OVERALL, Answered, Evaluated, ItemResult, Transcribed, change_since, overall, report
+from tars_fast.evaluation.figures import OVERALL, change_since, overall, report
+from tars_fast.evaluation.results import Answered, Evaluated, ItemResult, Transcribed
 from tars_fast.evaluation.scorers import Reading
-from tars_fast.reports import run_page as module
+from tars_fast.reports import run_page, sample, sections
 from tars_fast.reports.page import REPORT, Section, Table
-from tars_fast.reports.run_page import Compared, draw_sample, first_divergence, write_report
+from tars_fast.reports.run_page import Compared, write_report
+from tars_fast.reports.sample import first_divergence, sample_items
 from tars_fast.support.files import PARTIAL
 from tars_fast.types import Question
 
@@ -41,7 +43,7 @@ def trained(folder: Path, before: list[ItemResult], after: list[ItemResult], mod
     evaluation = {"before": report(before, 1.0), "after": report(after, 1.0), "change": change_since(after, before)}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "config.json").write_text(json.dumps({"model": model, "num_steps": 3}))
-    names = [name for curves in module._OVER_STEPS.values() for name in curves.values()]
+    names = [name for curves in sections._OVER_STEPS.values() for name in curves.values()]
     lines = [json.dumps({"step": step} | dict.fromkeys(names, step / 10)) + "\n" for step in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(lines))
     return folder
@@ -79,7 +81,7 @@ def test_shows_the_run(run, spoken):
     assert "similarity of words 0.90" in text
     assert "similarity of states, mean over layers 0.85" in text
     alternatives = [image["alt"] for image in Elements(page).all("img")]
-    assert len(alternatives) == 2 + len(module._OVER_STEPS)
+    assert len(alternatives) == 2 + len(sections._OVER_STEPS)
     assert all(image["src"].startswith("data:image/svg+xml") for image in Elements(page).all("img"))
     # Every outcome can be chosen, and says how often it is there.
     outcomes = [item["data-outcome"] for item in Elements(page).all("details") if "data-outcome" in item]
@@ -126,11 +128,11 @@ def test_stays_small(tmp_path, spoken, monkeypatch):
     questions = [Question(str(n), "?", "x", ("x",), tmp_path / f"{names[n % 5]}.wav") for n in range(300)]
     results = [result(question, True, "word " * 50_000) for question in questions]
     folder = trained(tmp_path, results, results)
-    monkeypatch.setattr(module, "MOST_AUDIO_BYTES", 600_000)
+    monkeypatch.setattr(sample, "MOST_AUDIO_BYTES", 600_000)
     page = written(folder, questions)
     elements = Elements(page)
     text = elements.words
-    assert f"{module.MOST_ITEMS} of 300 items" in text
+    assert f"{sample.MOST_ITEMS} of 300 items" in text
     players = elements.all("audio")
     assert players
     assert all(player["src"].startswith("data:audio/mpeg") for player in players)
@@ -141,7 +143,7 @@ def test_stays_small(tmp_path, spoken, monkeypatch):
     wave, rate = soundfile.read(_as_file(tmp_path / "embedded.mp3", players[0]["src"]))
     assert rate == 16_000
     assert len(wave) / rate == pytest.approx(20, abs=0.2)
-    assert len(page) < 600_000 * 4 / 3 + module.MOST_ITEMS * 4 * (module._MOST_CHARACTERS + 1000) + 200_000
+    assert len(page) < 600_000 * 4 / 3 + sample.MOST_ITEMS * 4 * (sample._MOST_CHARACTERS + 1000) + 200_000
 
 
 def _as_file(path: Path, source: str) -> Path:
@@ -178,14 +180,14 @@ def test_what_was_misheard_comes_first(spoken):
     """Every outcome heard rightly and not; what went wrong in the ear stands on top, whatever was drawn first."""
     right, wrong = (Transcribed("what", "what", errors) for errors in (0.0, 0.2))
     results = [result(question, n % 3 == 0, heard=(right, wrong)[n % 2]) for n, question in enumerate(spoken)]
-    sample = draw_sample({"this model": results}, {"mine": spoken})
-    found = [(item.outcome, item.heard) for item in sample.items]
+    shown = sample_items({"this model": results}, {"mine": spoken})
+    found = [(item.outcome, item.recognition) for item in shown.items]
     wrongly, rightly = "speech wrong, text right", "both right"
     places = [(wrongly, "misheard"), (wrongly, "heard right"), (rightly, "misheard"), (rightly, "heard right")]
     assert found == [place for place, count in zip(places, (4, 4, 2, 2), strict=True) for _ in range(count)]
-    assert sum("“misheard”" in note for note in sample.notes) == 1
-    plain = draw_sample({"this model": [result(question, True) for question in spoken]}, {"mine": spoken})
-    assert {item.heard for item in plain.items} == {""}
+    assert sum("“misheard”" in note for note in shown.notes) == 1
+    plain = sample_items({"this model": [result(question, True) for question in spoken]}, {"mine": spoken})
+    assert {item.recognition for item in plain.items} == {""}
     assert not plain.notes
 
 
@@ -208,7 +210,8 @@ def test_what_is_not_known_is_left_out(run, spoken):
 
 
 def test_without_matplotlib_the_numbers_stay(run, spoken, monkeypatch):
-    monkeypatch.setattr(module, "can_draw", lambda: False)
+    for module in (run_page, sections):
+        monkeypatch.setattr(module, "can_plot", lambda: False)
     elements = Elements(written(run, spoken))
     assert not elements.all("img")
     assert "speech, greedy %" in elements.text

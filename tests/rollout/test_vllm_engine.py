@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import MAKERS
+from items import first_items
 from safetensors.torch import load_file
 from steps import gradients, rollout_of, update
 
@@ -571,9 +572,7 @@ def run_training(output_dir: Path, *flags: object) -> list[dict[str, float]]:
     """A run in a process of its own, as a user starts it, evaluated on eight items."""
     items = output_dir.parent / "items"
     if not items.exists():
-        items.mkdir()
-        (items / "validation").symlink_to(VALIDATION_DATA.parent / "validation")
-        (items / "items.jsonl").write_text("\n".join(VALIDATION_DATA.read_text().splitlines()[:8]) + "\n")
+        first_items(VALIDATION_DATA, 8, items)
     command = [sys.executable, "-m", "tars_fast.train", "--output-dir", output_dir, "--eval-data", items, "--eval-samples", 0]
     subprocess.run([str(part) for part in (*command, *flags)], check=True, capture_output=True, text=True)
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]

@@ -18,14 +18,14 @@ from tars_fast.support.cli import require_extra
 from tars_fast.types import UserError
 
 ROOT = Path(__file__).parents[2]
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "torch.utils.tensorboard": "tensorboard"}
+DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "torch.utils.tensorboard": "tensorboard"}
 """Where a package's name is not that of its modules, or is imported by another."""
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """(distribution, whether the file cannot be imported without it) of everything imported from elsewhere."""
     local = {"tars_fast", "tars_kernels"} | {
-        other.stem for folder in ("tests", "bench", "kernels/tests") for other in (ROOT / folder).rglob("*.py")
+        other.stem for folder in ("tests", "bench", "kernels/tests", "docs") for other in (ROOT / folder).rglob("*.py")
     }
     tree = ast.parse(path.read_text(encoding="utf-8"))
     at_top = {
@@ -71,6 +71,7 @@ def test_everything_imported_is_declared_where_it_is_needed():
         peers = requirements.supported(extra).keys() - development
         assert imported(folder).keys() <= development | peers | {"vllm"}, folder
     assert {name for name, at_top in imported("tests").items() if at_top} <= development
+    assert imported("docs").keys() <= requirements.supported("docs").keys() | used.keys()
 
 
 def test_ranges_bind_nobody_who_only_wants_the_kernels():
@@ -87,7 +88,7 @@ def test_ranges_bind_nobody_who_only_wants_the_kernels():
 
 def test_a_wheel_has_the_same_ranges(monkeypatch):
     """Its metadata is written as setuptools writes it."""
-    extras = ("train", "analysis", "speech", "vllm", "dev", "bench")
+    extras = ("train", "analysis", "speech", "vllm", "dev", "bench", "docs")
     expected = {extra: requirements.supported(extra) for extra in extras}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = list(project["dependencies"])

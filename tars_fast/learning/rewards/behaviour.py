@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tars_fast.models.hub import first_line
+from tars_fast.support.cli import first_line
 from tars_fast.types import Completion, UserError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,38 +12,50 @@ from torch import Tensor
 from tars_fast.config import RunConfig
 from tars_fast.learning.rewards.accuracy import accuracy, unparsed
 from tars_fast.learning.rewards.format import answer_format
-from tars_fast.types import Completion, Question
+from tars_fast.types import Completion, Question, TrainingError
 
 
-class TextReward(NamedTuple):
-    """A reward that follows from what a completion says."""
+class CompletionReward(NamedTuple):
+    """A reward of one completion by itself."""
 
     function: Callable[[Completion, Question], float]
     weight: float
     """0: the value is logged, and is no part of R."""
 
 
-TEXT_REWARDS = {
-    "accuracy": TextReward(accuracy, 1.0),
-    "format": TextReward(answer_format, 0.5),
-    "unparsed": TextReward(unparsed, 0.0),
+COMPLETION_REWARDS = {
+    "accuracy": CompletionReward(accuracy, 1.0),
+    "format": CompletionReward(answer_format, 0.5),
+    "unparsed": CompletionReward(unparsed, 0.0),
 }
 """`R_base = R_acc + 0.5 R_fmt`, and whatever is added here."""
 ALIGNMENT_REWARDS = ("representation", "behaviour")
 """R_rep and R_beh, of speech completions that have a reference; 0 for all others."""
 
 
-def text_rewards(completions: Sequence[Completion], questions: Sequence[Question]) -> dict[str, Tensor]:
-    """[N] fp32 by name in `TEXT_REWARDS`; `completion.question` counts within `questions`."""
-    return {
-        name: torch.tensor([float(reward.function(completion, questions[completion.question])) for completion in completions])
-        for name, reward in TEXT_REWARDS.items()
-    }
+def completion_rewards(completions: Sequence[Completion], questions: Sequence[Question]) -> dict[str, Tensor]:
+    """[N] fp32 by name in `COMPLETION_REWARDS`.
+
+    Args:
+        questions: `completion.question` is an index into them.
+
+    Raises:
+        TrainingError: a reward is NaN or infinite; the message names it, the item and the completion.
+    """
+    rewards = {}
+    for name, reward in COMPLETION_REWARDS.items():
+        values = [float(reward.function(completion, questions[completion.question])) for completion in completions]
+        for value, completion in zip(values, completions, strict=True):
+            if not math.isfinite(value):
+                item = questions[completion.question].id
+                raise TrainingError(f"reward {name!r} is {value} for a completion of item {item!r}: {completion.text!r:.200}")
+        rewards[name] = torch.tensor(values)
+    return rewards
 
 
 def reward_weights(config: RunConfig) -> dict[str, float]:
     """Weight of every term of R that has one, by name."""
-    weights = {name: reward.weight for name, reward in TEXT_REWARDS.items()}
+    weights = {name: reward.weight for name, reward in COMPLETION_REWARDS.items()}
     weights |= {"representation": config.representation_weight, "behaviour": config.behaviour_weight}
     return {name: weight for name, weight in weights.items() if weight}
 

@@ -1,0 +1,90 @@
+"""Sections, curves and their tables that several pages have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tars_fast.evaluation.metrics import Curve
+from tars_fast.reports.page import Picture, Section, Table
+from tars_fast.reports.plots import as_svg, can_plot, curves_plot
+from tars_fast.reports.tables import shown
+
+_OVER_STEPS = {
+    "R_acc": {"speech": "accuracy/speech", "text": "accuracy/text"},
+    "R_fmt": {"speech": "format/speech", "text": "format/text"},
+    "R_rep and R_beh, speech": {"R_rep": "reward/representation", "R_beh": "reward/behaviour"},
+    "Total reward": {"speech": "reward/speech", "text": "reward/text"},
+    "Entropy, nats a token": {"speech": "entropy/speech", "text": "entropy/text"},
+}
+"""Title -> curve -> its name in metrics.jsonl."""
+
+
+def layer_curve(values: Sequence[float | None], intervals: Sequence[Sequence[float | None]]) -> Curve:
+    """The curve of a figure over layers, or over anything else that is counted from 1.
+
+    Args:
+        values: [L]
+        intervals: [L] of (low, high)
+    """
+    low, high = zip(*intervals, strict=True)
+    return Curve(range(1, len(values) + 1), values, low, high)
+
+
+def curves_picture(
+    curves: Mapping[str, Curve], x_label: str, y_label: str, alt: str, numbers: Table | None = None, order: Sequence[str] = ()
+) -> Picture:
+    """Curves and their numbers as a table.
+
+    Args:
+        alt: what the picture shows, in words.
+        numbers: the table. None: `curves_table`.
+        order: see `curves_plot`.
+    """
+    svg = as_svg(curves_plot({"": curves}, x_label, y_label, order)) if can_plot() else None
+    return Picture(svg, alt, curves_table(curves, x_label) if numbers is None else numbers)
+
+
+def curves_table(curves: Mapping[str, Curve], x_label: str, spec: str = ".3f") -> Table:
+    """A row for each x, a column for each curve, numbers with their intervals; all curves are over the same x.
+
+    Args:
+        spec: format of the numbers.
+    """
+    columns = []
+    for curve in curves.values():
+        unknown = [None] * len(curve.x)
+        ends = zip(curve.low or unknown, curve.high or unknown, strict=True)
+        columns.append([shown(value, end, spec) for value, end in zip(curve.y, ends, strict=True)])
+    (places,) = {tuple(curve.x) for curve in curves.values()}
+    rows = [(f"{place:g}", *cells) for place, *cells in zip(places, *columns, strict=True)]
+    return Table((x_label, *curves), rows)
+
+
+def ends_table(curves: Mapping[str, Curve]) -> Table:
+    """The first and the last number of each curve, where a table of all of them would be too long."""
+    rows = [(name, shown(curve.y[0], None, ".3f"), shown(curve.y[-1], None, ".3f")) for name, curve in curves.items()]
+    return Table(("", "beginning", "end"), rows)
+
+
+def training_curves(metrics: Sequence[Mapping[str, float]]) -> Iterator[Section]:
+    """A section with the metrics of every step; none where there are no steps.
+
+    Args:
+        metrics: the lines of metrics.jsonl.
+    """
+    if not metrics:
+        return
+    steps = [line["step"] for line in metrics]
+    pictures = []
+    for label, names in _OVER_STEPS.items():
+        curves = {title: Curve(steps, [line[name] for line in metrics]).thinned() for title, name in names.items()}
+        pictures.append(curves_picture(curves, "step", label, f"{label} over {len(steps)} steps", ends_table(curves)))
+    yield Section("Training", ["Means over each step's completions; in a long run over neighbouring steps too."], (), pictures)
+
+
+def settings_section(settings: Mapping[str, Any]) -> Section:
+    """All settings, folded away."""
+    listed = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in settings.items()]
+    return Section("Settings", settings=Table(("setting", "value"), listed))

@@ -1,0 +1,90 @@
+"""Figures that README and docs lead with are those of the files in bench/results that they name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results"
+SUMMARY = {
+    "speech, greedy %": "speech_accuracy",
+    "text, greedy %": "text_accuracy",
+    "speech, sampled %": "speech_accuracy_sampled",
+    "text, sampled %": "text_accuracy_sampled",
+    "MRR, fixed %": "mrr",
+    "MRR, same %": "mrr_same_model",
+    "behaviour sim. %": "behaviour_similarity",
+}
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def lines_of(page: str) -> list[str]:
+    return (ROOT / page).read_text(encoding="utf-8").splitlines()
+
+
+def cell(figures: dict, key: str, sign: str = "") -> str:
+    """`54.2 [49, 59]`, or as a difference `+18.5 [+13.5, +23.8]`."""
+    scale, places = (1 if key.startswith("mrr") else 100), (1 if sign else 0)
+    value, (low, high) = scale * figures[key], (scale * bound for bound in figures[f"{key}_ci95"])
+    return f"{value:{sign}.1f} [{low:{sign}.{places}f}, {high:{sign}.{places}f}]"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md", "docs/evaluation.md"])
+def test_the_default_run(page):
+    run = read("default_run_cpu.json")
+    found = 0
+    for line in lines_of(page):
+        name, *shown = re.split(r" {2,}", line.strip())
+        if name in SUMMARY and shown:
+            key = SUMMARY[name]
+            possible = {cell(run[part], key) for part in ("before", "after")} | {"-"}
+            possible |= {cell(run["change"], key, "+")} if key in run["change"] else set()
+            assert set(shown) <= possible, line
+            found += 1
+    assert found >= 5
+
+
+def test_the_duration_of_the_default_run():
+    minutes, seconds = divmod(round(read("default_run_cpu.json")["seconds_command_to_summary"]), 60)
+    for page in ("README.md", "docs/getting-started.md"):
+        assert f"{minutes} min {seconds} s on 2 cores" in " ".join(lines_of(page))
+
+
+def test_the_arms():
+    ablation = read("ablation_pocket/ablation.json")
+    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in lines_of("docs/ablations.md") if line.startswith("|")]
+    tables = {row[0].split()[0].strip("`"): row[1:] for row in rows if len(row) == 6}
+    for arm, figures in {"before": ablation["start"], **ablation["arms"]}.items():
+        keys = ("speech_accuracy", "speech_accuracy_sampled", "text_accuracy")
+        assert tables[arm][:3] == [cell(figures, key) for key in keys]
+    for arm, figures in ablation["minus_grpo"].items():
+        assert tables[arm][3] == cell(figures, "speech_accuracy", "+")
+        assert float(tables[arm][4]) == pytest.approx(figures["speech_accuracy_p_holm"], abs=0.005)
+    assert "+1.7 [-1.7, +5.4], five seeds each, p = 0.83" in " ".join(lines_of("README.md"))
+
+
+def test_the_training_step():
+    contenders = read("train_step_cpu.json")["cases"]["pocket"]["contenders"]
+    page = "\n".join(lines_of("docs/how-a-step-works.md"))
+    ours = contenders["ours"]["median_seconds"]
+    for name, label in (
+        ("ours", "ours"),
+        ("released", "released TARS code"),
+        ("trl", "TRL 1.16"),
+        ("trl_single_pass", "trl_single"),
+    ):
+        one = contenders[name]
+        row = next(line for line in page.splitlines() if line.startswith(("| " + label, "| `" + label)))
+        assert f"{one['forward_positions']:,} / {one['backward_positions']:,}" in row
+        assert f"| {one['median_seconds']:.2f} |" in row
+        assert name == "ours" or f"{one['median_seconds'] / ours:.1f} x" in row
+    readme = " ".join(lines_of("README.md"))
+    for name in ("ours", "released", "trl"):
+        assert f"{contenders[name]['median_seconds']:.2f} s" in readme
