@@ -36,7 +36,7 @@ from tars_fast.support.provenance import provenance
 from tars_fast.types import Completion, Modality, Question
 
 _GROWTH = 1600
-"""Items, the embedded ones four times over."""
+"""Items: the bundled ones four times over."""
 CONTENDERS = ("ours", "released structure")
 SETTINGS = AnalysisSettings(max_new_tokens=40, base_layer=2, other_base_layers=(1, 3), seed=0)
 

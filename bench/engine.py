@@ -147,7 +147,7 @@ def resize_text(text_config, sizes: Architecture) -> None:
 
 
 def write_checkpoint(folder: Path, shape: str) -> None:
-    """Configuration and processor of the shape, with the embedded model's tokenizer; no weights."""
+    """Configuration and processor of the shape, with the bundled model's tokenizer; no weights."""
     from transformers import AutoConfig, AutoProcessor, WhisperFeatureExtractor
 
     pocket = PRESETS["pocket"].source

@@ -80,7 +80,7 @@ class Workload:
     """One step's model and rollout, as a process of its own can make them again."""
 
     architecture: Architecture | None
-    """None: the embedded model with its own weights."""
+    """None: the bundled model with its own weights."""
     num_questions: int
     group_size: int = 8
     audio_tokens: int = 0
@@ -153,7 +153,7 @@ def choose_test_device() -> torch.device:
 
 
 def make_model(workload: Workload) -> SpeechModel:
-    """Trainable; with random weights the audio tower stays the embedded model's small one, since it does not run."""
+    """Trainable; with random weights the audio tower stays the bundled model's small one, since it does not run."""
     device, dtype, preset = choose_test_device(), getattr(torch, workload.dtype), PRESETS["pocket"]
     if workload.architecture is None:
         model = load_model(preset, preset.source, device, dtype)

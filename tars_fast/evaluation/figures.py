@@ -106,7 +106,7 @@ def text_reference(results: Iterable[ItemResult]) -> dict[tuple[str, str], float
 
 
 def columns_of(figure: Figure, results: Iterable[ItemResult], reference: Reference) -> list[list[float]]:
-    """`[columns, items]` values of a figure, over the items that contribute; empty where none does."""
+    """[columns, items] values of a figure, over the items that contribute; empty where none does."""
     rows = []
     for result in results:
         if result.evaluated is not None:

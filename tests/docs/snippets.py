@@ -8,7 +8,7 @@ A marker is an HTML comment before a block, which readers of the page do not see
     <!-- test: replace OLD by NEW -->     in the code that is run
     <!-- test: first CODE -->             run before the block, in its language; may go over several lines
     <!-- test: last CODE -->              run behind it
-    <!-- test: continue -->               a Python block that goes on where the page's last one ended
+    <!-- test: continue -->               a Python block that goes on where the page's last one ended; they are run as one
     <!-- test: file NAME -->              the block is the content of a file of that name
 
 A block without a marker is run as it stands. All blocks of a page are one script, run in one new folder that looks like a
@@ -176,8 +176,10 @@ def write_script(blocks: list[Block], settings: list[dict[str, str]], folder: Pa
             continue
         elif block.language == "python":
             python_code = (python_code if block.continues else "") + block.first + block.run_text() + block.last
-            content.write_text(python_code)
-            lines.append(f'"$PYTHON" {shlex.quote(str(content))}')
+            following = next((later for later in blocks[number + 1 :] if later.language == "python"), None)
+            if following is None or not following.continues:
+                content.write_text(python_code)
+                lines.append(f'"$PYTHON" {shlex.quote(str(content))}')
         elif block.language in SHELL:
             cases = " ".join(f'*" -m tars_fast.{name} "*) set -- "$@" {words} ;;' for name, words in added.items() if words)
             lines.append(f'with_settings() {{ case " $* " in {cases} *) ;; esac; "$PYTHON" "$@"; }}')

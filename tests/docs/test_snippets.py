@@ -32,6 +32,7 @@ from snippets import (
     write_script,
 )
 
+from tars_fast.ablate import choose_arms
 from tars_fast.models.registry import PRESETS
 from tars_fast.types import UserError
 
@@ -80,6 +81,8 @@ def check_settings(command: str, arguments: Sequence[str]) -> None:
         if error.code:
             raise AssertionError(f"tars_fast.{command} does not take these flags") from error
         return
+    if command == "ablate":
+        choose_arms(config)
     model = getattr(config, "model", "pocket")
     assert "/" in model or model.isupper() or model in PRESETS, f"--model {model} is no preset"
 
@@ -181,6 +184,7 @@ BAD_CODE = {
     "a value out of range": ("```bash\npython -m tars_fast.train --group-size 3\n```", "must be even"),
     "a command that is not there": ("```bash\npython -m tars_fast.trian\n```", "no command tars_fast.trian"),
     "a variable that nothing sets": ("```bash\npython -m tars_fast.train --data $D\n```", "D: unbound variable"),
+    "an arm that is not there": ("```bash\npython -m tars_fast.ablate --arms grpo,tras\n```", "'tras' is none of"),
     "a preset that is not there": ("```bash\npython -m tars_fast.plan --model qwen3-audio\n```", "is no preset"),
     "an extra that is not there": ('```bash\npip install -e ".[trian]"\n```', "trian"),
     "a flag of a benchmark": ("```bash\npython bench/engine.py --nothing\n```", "does not know"),

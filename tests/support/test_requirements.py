@@ -24,7 +24,8 @@ DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "to
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """(distribution, whether the file cannot be imported without it) of everything imported from elsewhere."""
-    local = {"tars_fast", "tars_kernels"} | {
+    # _typeshed is there for type checkers only.
+    local = {"tars_fast", "tars_kernels", "_typeshed"} | {
         other.stem for folder in ("tests", "bench", "kernels/tests", "docs") for other in (ROOT / folder).rglob("*.py")
     }
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -45,7 +46,8 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
         for name in names:
             package = name.partition(".")[0]
-            if package not in sys.stdlib_module_names and package not in local:
+            # Types of the standard library itself, which type checkers bring.
+            if package not in {*sys.stdlib_module_names, *local, "_typeshed"}:
                 found = DISTRIBUTIONS.get(name) or DISTRIBUTIONS.get(package) or package.replace("_", "-")
                 yield found, id(node) in at_top and id(node) not in only_types
 

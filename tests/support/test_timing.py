@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
-import steps
 import torch
 
 from tars_fast import train as train_command
+from tars_fast.learning import loader
+from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.learning.update import Learner
+from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.timing import SETTINGS_BY_PHASE, PhaseTimer, explain_out_of_memory
 from tars_fast.types import TrainingError
 
@@ -43,10 +47,12 @@ def test_other_errors_pass():
         raise RuntimeError("shape mismatch")
 
 
-def test_every_phase_of_a_step_has_a_remedy(model, questions, config, monkeypatch):
+def test_every_phase_of_a_step_has_a_remedy(model, questions, config):
     timer = PhaseTimer(CPU)
-    monkeypatch.setattr(steps, "PhaseTimer", lambda _device: timer)
-    sampled = steps.rollout_of(model, questions[:2], config)
+    engine = TransformersEngine(model, config.rollout_batch_size)
+    config = dataclasses.replace(config, questions_per_step=2)
+    with loader.RolloutLoader(model, engine, HashedNgrams(), questions, config) as rollouts:
+        sampled = rollouts.next_batch(0, timer).rollout
     learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=0.0), config)
     train_command.update_policy(learner, learner.begin_rollout(sampled))
     assert {name.removeprefix("seconds/") for name in timer.take() | learner.timer.take()} <= SETTINGS_BY_PHASE.keys()
