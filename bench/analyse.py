@@ -36,7 +36,7 @@ from tars_fast.support.provenance import provenance
 from tars_fast.types import Completion, Modality, Question
 
 _GROWTH = 1600
-"""Items, the embedded ones four times over."""
+"""Items: the bundled ones four times over."""
 CONTENDERS = ("ours", "released structure")
 SETTINGS = AnalysisSettings(max_new_tokens=40, base_layer=2, other_base_layers=(1, 3), seed=0)
 
@@ -96,7 +96,7 @@ def measure(contender: str, num_items: int) -> dict[str, object]:
 
 
 def growth(num_items: int) -> dict[int, int]:
-    """Resident bytes by the number of items that have been analysed; beyond 400 they are the same ones again."""
+    """Resident bytes by the number of items analysed so far; beyond 400 items the same ones are repeated."""
     import psutil
 
     preset = PRESETS["pocket"]
@@ -114,7 +114,7 @@ def growth(num_items: int) -> dict[int, int]:
 
 
 def run_alone(*arguments: str) -> dict:
-    """What this script prints in a process of its own, whose memory is nobody else's."""
+    """The output of this script in a new process, so that no earlier work counts as its memory."""
     done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 

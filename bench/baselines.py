@@ -7,7 +7,7 @@
   Up to TRL 1.14 that head makes padded logits (`keep_logits`); from 1.15 on it is fused and leaves out what is masked.
 
 The method is the right one in both, so gradients equal ours; only structure differs. In the baselines' favour: audio is
-embedded already; padding stands on the right, so that attention needs no mask, and reaches only to the longest row of a
+encoded already; padding is on the right, so that attention needs no mask, and reaches only to the longest row of a
 micro-batch (TRL: of the batch, prompts on the left); the pass for hidden states makes no logits; a fused head is ours.
 
 Shapes: N completions of the rollout, B of a micro-batch, S its width, C its longest completion, T its completion tokens,
@@ -112,7 +112,7 @@ def run_layers(model: SpeechModel, batch: PaddedBatch, *, hidden_states: bool = 
 
 
 def pool_layers(output: BaseModelOutputWithPast, batch: PaddedBatch) -> Tensor:
-    """[L, B, D] mean over completion tokens of every layer's output; entry 0, the embeddings, is none."""
+    """[L, B, D] mean over completion tokens of every layer's output; the embeddings are left out."""
     pooled = [
         pool_sequences(states.flatten(0, 1), batch.cu_seqlens, positions=batch.positions) for states in output.hidden_states[1:]
     ]
@@ -169,7 +169,7 @@ def as_sampled(logits: Tensor, model: SpeechModel, temperature: float) -> Tensor
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
-    """TRL's: a row at a time keeps the peak low; fp32 needs no log-softmax, which in bf16 is the stabler of the two."""
+    """As TRL does it: row by row, for a low peak; by log-sum-exp in fp32, by log-softmax, which is more stable, in bf16."""
     if logits.dtype == torch.float32:
         return logits.gather(-1, index[..., None])[..., 0] - torch.stack([row.logsumexp(-1) for row in logits])
     rows = zip(logits, index, strict=True)
@@ -191,7 +191,7 @@ def rewards_and_advantages(rollout: Rollout, pooled_LND: Tensor, config: RunConf
 def dapo_loss(
     logprobs: Tensor, old_logprobs: Tensor, batch: PaddedBatch, advantages_B: Tensor, num_tokens: int, config: RunConfig
 ) -> Tensor:
-    """[] what these tokens, [B, C], contribute to the loss of the whole batch."""
+    """[] the part of the whole batch's loss that these tokens, [B, C], contribute."""
     importance = torch.exp((old_logprobs - batch.rollout_logprobs) * batch.mask).clamp(max=config.importance_cap)
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
@@ -207,7 +207,7 @@ def apply_gradient(model: SpeechModel, optimizer: torch.optim.Optimizer, losses:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What every contender makes a training step of."""
+    """The inputs of a training step, the same for every contender."""
 
     model: SpeechModel
     optimizer: torch.optim.Optimizer

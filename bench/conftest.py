@@ -1,4 +1,4 @@
-"""What a benchmark run says about itself first."""
+"""The line that a benchmark run prints first: where it runs."""
 
 from __future__ import annotations
 

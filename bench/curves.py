@@ -17,7 +17,7 @@ from tars_fast.support.provenance import provenance
 
 
 def median_seconds(runs: list[FinishedRun]) -> dict[str, float]:
-    """Of each phase of a step."""
+    """Median seconds of each phase of a step."""
     names = [name for name in runs[0].metrics[-1] if name.startswith(("seconds/", "beside/"))]
     return {name: statistics.median(step.get(name, 0.0) for run in runs for step in run.metrics) for name in names}
 

@@ -1,4 +1,4 @@
-"""The first of the README's commands, from the shell to the summary: `python bench/default_run.py --output FILE`."""
+"""Seconds of the README's first command, from the shell to the summary: `python bench/default_run.py --output FILE`."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def resize_text(text_config, sizes: Architecture) -> None:
 
 
 def write_checkpoint(folder: Path, shape: str) -> None:
-    """Configuration and processor of the shape, with the embedded model's tokenizer; no weights."""
+    """Write configuration and processor of a shape, with the bundled model's tokenizer, without weights."""
     from transformers import AutoConfig, AutoProcessor, WhisperFeatureExtractor
 
     pocket = PRESETS["pocket"].source
@@ -164,7 +164,7 @@ def write_checkpoint(folder: Path, shape: str) -> None:
 
 
 def make_prompts(model: SpeechModel, audio_seconds: float) -> list[Prompt]:
-    """One question, spoken (noise, which costs what speech costs) and written."""
+    """Prompts of one question, spoken (as noise, which takes as long as speech) and written."""
     wave = (0.1 * np.random.default_rng(0).standard_normal(int(16000 * audio_seconds))).astype(np.float32)
     with torch.no_grad():
         (clip,) = model.encode_clips([model.prompts.features(wave)])
@@ -177,7 +177,7 @@ def make_prompts(model: SpeechModel, audio_seconds: float) -> list[Prompt]:
 
 @torch.no_grad()
 def randomise(module: torch.nn.Module) -> None:
-    """Weights of a usual scale; vLLM's own random ones are so small that every token is equally likely."""
+    """Give the module random weights of a usual scale; with vLLM's own all tokens are equally likely."""
     torch.manual_seed(0)
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
@@ -189,7 +189,7 @@ def randomise(module: torch.nn.Module) -> None:
 def run_shared(
     arm: SharedArm, shape: Shape, source: str, device: torch.device, dtype: torch.dtype, num_steps: int
 ) -> dict[str, object]:
-    """Rollouts and, with an adapter, training steps of it."""
+    """Measure rollouts and, with an adapter, training steps."""
     lora_rank = arm.lora_rank
     prompts = load_prompt_format(PRESETS["pocket"], source)
     given = TrainConfig(
@@ -246,7 +246,7 @@ def run_shared(
 
 
 def measured(meter: MemoryMeter, seconds: dict[str, list[float]], tokens_per_second: list[float]) -> dict[str, object]:
-    """Peaks and medians; the first step, which captures, compiles and allocates, is left out of the latter."""
+    """Peaks and medians; medians leave out the first step, which captures graphs, compiles and allocates."""
     return {
         "peak_gb": {phase: round(peak / GB, 3) for phase, peak in meter.peaks.items()},
         "median_seconds": {name: round(statistics.median(times[1:] or times), 5) for name, times in seconds.items()},
@@ -255,7 +255,7 @@ def measured(meter: MemoryMeter, seconds: dict[str, list[float]], tokens_per_sec
 
 
 def train_on(model: SpeechModel, optimizer, distinct, completions, config: RunConfig) -> dict[str, float]:
-    """One update on a rollout whose completions all count: random weights never stop, so all are cut off."""
+    """Update once on a rollout whose completions are made to count: random weights never stop, so all are cut off."""
     rollout = Rollout(
         prompts=[prompt for prompt in distinct for _ in range(4)],
         spoken=[],

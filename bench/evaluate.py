@@ -33,7 +33,7 @@ from tars_fast.types import Modality
 
 
 def time_command() -> float:
-    """Seconds from the shell to the table, imports, checks, loading, figures and picture included."""
+    """Seconds of the whole command, from the shell to the table: imports, checks, loading, figures and picture included."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         command = [sys.executable, "-m", "tars_fast.evaluate", "--device", "cpu", "--engine", "transformers"]
@@ -42,7 +42,7 @@ def time_command() -> float:
 
 
 def time_evaluation() -> tuple[float, int]:
-    """(seconds, completions) of all items on a fresh model, which has heard none of the recordings."""
+    """(seconds, completions) of all items on a new model, whose cache has no audio embeddings yet."""
     preset = PRESETS["pocket"]
     model = load_model(preset, preset.source, torch.device("cpu"), torch.float32)
     questions = load_questions(HELD_OUT_DATA)

@@ -51,7 +51,7 @@ def run(*flags: object) -> None:
 
 
 def save_as_dataset(spoken: Path, folder: Path) -> None:
-    """The same items with their recordings inside."""
+    """A parquet file of the same items with their recordings inside."""
     from datasets import Audio, Dataset
 
     rows = []

@@ -19,7 +19,7 @@ def summary(raw: dict[str, object]) -> dict[str, object]:
 
 
 def draw(report: dict[str, object], path: Path) -> None:
-    """Time with the limit as a line, and memory, for the middle shape of every operation."""
+    """Draw time, with the limit as a line, and memory for the middle shape of every operation."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Seconds of a training step's phases on the embedded model: `pytest bench/ --benchmark-only`."""
+"""Seconds of a training step's phases on the bundled model: `pytest bench/ --benchmark-only`."""
 
 from __future__ import annotations
 

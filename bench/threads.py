@@ -24,19 +24,19 @@ from pathlib import Path
 from tars_fast.support.provenance import provenance
 
 SETTINGS = {"default": {"GOMP_SPINCOUNT": "300000"}, "chosen": {}}
-"""What libgomp does when nobody says anything; what `tars_fast` sets."""
+"""libgomp's default, and what `tars_fast` sets."""
 _NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
 _WARM_UP = 2
-"""Steps that are not counted, because they still load and allocate."""
+"""First steps that are not counted, because they still load and allocate."""
 
 
 @dataclass
 class Timed:
-    """Steps of one setting under one load."""
+    """Seconds of the steps measured with one setting under one load."""
 
     seconds: list[float] = field(default_factory=list)
     is_bound: bool = False
-    """Where a run got no step done: its limit stands for one."""
+    """Whether a run completed no step within its limit, which is then counted as one step."""
 
     @property
     def median(self) -> float:
@@ -45,7 +45,7 @@ class Timed:
 
 @contextmanager
 def busy(num_loops: int) -> Iterator[None]:
-    """That many processes that never sleep."""
+    """Run so many processes that compute without a pause, inside the block."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num_loops)]
     try:
         yield
@@ -56,7 +56,7 @@ def busy(num_loops: int) -> Iterator[None]:
 
 
 def time_steps(setting: dict[str, str], num_loops: int, num_steps: int, limit: float, timed: Timed) -> None:
-    """Add the steps of one run to `timed`."""
+    """Run once, and add its steps to `timed`."""
     environment = {name: value for name, value in os.environ.items() if name not in _NAMES} | setting
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder) / "metrics.jsonl"

@@ -68,19 +68,19 @@ REWARD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 _TIE = 1.03
 """Of micro-batches whose seconds differ by less, the one that needs less memory is chosen."""
 COMPARED = ("ours", "released", "trl")
-"""What `--scaling` draws."""
+"""Contenders in the chart of `--scaling`."""
 
 
 class DisagreementError(Exception):
-    """Two contenders compute different things: there is nothing to time."""
+    """Two contenders compute different things, so that their times must not be compared."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One step's model and rollout, as a process of its own can make them again."""
+    """The sizes of a step's model and rollout, from which another process can make both again."""
 
     architecture: Architecture | None
-    """None: the embedded model with its own weights."""
+    """None: the bundled model with its own weights."""
     num_questions: int
     group_size: int = 8
     audio_tokens: int = 0
@@ -114,7 +114,7 @@ AUDIO_TOKENS_PER_SECOND = 25
 
 
 def cases_of(shape: str) -> dict[str, Workload]:
-    """The first is the headline."""
+    """The cases of a shape, the headline first."""
     if shape == "pocket":
         return {"pocket": Workload(None, PRESETS["pocket"].questions_per_step)}
     if shape == "tiny":
@@ -130,7 +130,7 @@ def cases_of(shape: str) -> dict[str, Workload]:
 
 
 def scaling_of(shape: str) -> dict[str, dict[int, Workload]]:
-    """What is varied, to the workload at each of its values."""
+    """For each size that is varied, the workload at each of its values."""
     if shape == "qwen2-audio-7b":
         base = dataclasses.replace(QWEN2_AUDIO_7B, num_questions=4, audio_tokens=250, max_new_tokens=512)
         questions, groups, layers = (1, 2, 4, 8, 16), (4, 8, 16, 32), (8, 16, 24, 32)
@@ -153,7 +153,7 @@ def choose_test_device() -> torch.device:
 
 
 def make_model(workload: Workload) -> SpeechModel:
-    """Trainable; with random weights the audio tower stays the embedded model's small one, since it does not run."""
+    """Trainable; with random weights the audio tower stays the bundled model's small one, since it does not run."""
     device, dtype, preset = choose_test_device(), getattr(torch, workload.dtype), PRESETS["pocket"]
     if workload.architecture is None:
         model = load_model(preset, preset.source, device, dtype)
@@ -261,7 +261,7 @@ def first_questions(rollout: Rollout, num_questions: int) -> Rollout:
 
 
 def tokens_of(rollout: Rollout, num_questions: int) -> int:
-    """A budget for so many questions in a micro-batch, one alone whatever its length."""
+    """`tokens_per_micro_batch` for so many questions in a micro-batch; 1 token for one question, whatever its length."""
     if num_questions == 1:
         return 1
     prompts = {id(prompt): len(prompt.token_ids) for prompt in rollout.prompts}
@@ -298,13 +298,13 @@ CONTENDERS = {
 
 @dataclass
 class Bench:
-    """One workload and all that its contenders share."""
+    """A workload, and the model, rollout, optimiser and settings that all contenders use."""
 
     workload: Workload
     model: SpeechModel
     rollout: Rollout
     advantages_N: Tensor | None = None
-    """Ours, for the contender that has none of its own."""
+    """Of our step, for `trl_single_pass`, which computes none."""
     optimizer: torch.optim.Optimizer = field(init=False)
     config: RunConfig = field(init=False)
 
@@ -379,7 +379,7 @@ class Bench:
 
 @contextmanager
 def peak_memory(found: dict[str, int]) -> Iterator[None]:
-    """Puts bytes above what was there before into `found["peak_bytes"]`."""
+    """Write into `found["peak_bytes"]` how far memory rises inside the block."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -403,7 +403,7 @@ def resident(entry: str) -> int:
 
 
 def measure_in_process(name: str, size: int, saved: Path) -> int:
-    """Peak bytes of one step on a CPU, in a fresh process: another contender's heap would be reused unseen."""
+    """Peak bytes of one step on a CPU, in a new process, because a contender would reuse the heap of an earlier one."""
     command = [sys.executable, __file__, "--worker", name, "--worker-size", str(size), "--worker-file", str(saved)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
@@ -509,7 +509,7 @@ def choose_size(bench: Bench, name: str, sizes: Sequence[int]) -> dict[str, obje
 
 
 def headline(cases: dict[str, dict]) -> dict[str, object]:
-    """Ours beside the others in the first case."""
+    """How much faster our step is than the others, in the first case."""
     name, case = next(iter(cases.items()))
     contenders = case["contenders"]
     ours = contenders["ours"]
@@ -541,7 +541,7 @@ def at_our_size(contenders: dict[str, dict]) -> tuple[int, float]:
 
 
 def run_scaling(shape: str, sizes: Sequence[int], repeats: int) -> dict[str, list[dict[str, object]]]:
-    """For each thing that is varied, the values with seconds, memory and positions of the contenders."""
+    """For each size that is varied, its values with seconds, memory and positions of the contenders."""
     lines: dict[str, list[dict[str, object]]] = {}
     for varied, workloads in scaling_of(shape).items():
         for value, workload in workloads.items():

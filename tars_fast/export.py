@@ -1,6 +1,7 @@
-"""Make of a checkpoint what others can load: `python -m tars_fast.export --model runs/x/checkpoint-160 --output-dir DIR`.
+"""Write a checkpoint as a model others can load: `python -m tars_fast.export --model runs/x/checkpoint-160 --output-dir DIR`.
 
-An adapter is merged into its base in float32, and the sum cast once: adding it in bfloat16 would lose most of a young adapter.
+An adapter is merged into its base in float32, and the sum is cast once: in bfloat16 the sum would lose most of an adapter that
+was trained for few steps.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from tars_fast.support.cli import run_command
 from tars_fast.types import UserError
 
 _OF_THE_MACHINE = {"output_dir", "resume", "dry_run", "device", "audio_cache_gb", "audio_cache_dir", "audio_cache_dir_gb"}
-"""Settings that say nothing about the model."""
+"""Settings of a run that the model card leaves out, because they describe the machine and not the model."""
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
-"""By safetensors' name; whatever else is stored is written as float32."""
+"""safetensors' names of dtypes; a checkpoint stored in another one is written as float32."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class ExportConfig:
 
 
 def merged_module(prompts: PromptFormat, source: str) -> PolicyModule:
-    """The checkpoint's module in float32 on the CPU, an adapter added to the weights of its base.
+    """The checkpoint's module in float32 on the CPU; an adapter is merged into its base.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the checkpoint cannot be read.
     """
     module = load_module(prompts, base_of(source), torch.device("cpu"), torch.float32)
     if adapter_config(source) is None:
@@ -69,7 +70,7 @@ def merged_module(prompts: PromptFormat, source: str) -> PolicyModule:
 
 
 def stored_dtype(source: str) -> torch.dtype:
-    """That of most of a checkpoint's stored numbers; its configuration may name none, or another one."""
+    """The dtype of most of a checkpoint's stored numbers, which its configuration may not name, or name wrongly."""
     from safetensors import safe_open
 
     numbers: Counter[str] = Counter()
@@ -93,13 +94,13 @@ def read_json(path: Path, flag: str) -> dict[str, Any]:
 
 
 def run_of(source: str) -> dict[str, Any]:
-    """config.json of the run that a checkpoint lies in, or nothing."""
+    """config.json of the run that a checkpoint belongs to; empty for a checkpoint of no run."""
     path = Path(source).resolve().parent / "config.json"
     return read_json(path, "--model") if path.is_file() else {}
 
 
 def find_evaluation(config: ExportConfig, run: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures for the model card, or nothing; a run's own are those of its last checkpoint only."""
+    """The figures for the model card; empty where there are none. Those of a run belong to its last checkpoint only."""
     if config.evaluation is not None:
         path = config.evaluation
         return read_json(path / "evaluation.json" if path.is_dir() else path, "--evaluation")
@@ -111,7 +112,7 @@ def find_evaluation(config: ExportConfig, run: Mapping[str, Any]) -> dict[str, A
 
 
 def name_of(base: str | None) -> str | None:
-    """What others can find a base model by: its name on the hub, or that of the preset which comes with this package."""
+    """The name by which others find a base model: on the hub, or of a preset whose weights come with this package."""
     for name, preset in PRESETS.items():
         if base in (name, preset.source):
             return name if Path(preset.source).exists() else preset.source
@@ -178,6 +179,7 @@ def _cell(report: Mapping[str, Any], name: str, scale: float) -> str:
 
 
 def export(config: ExportConfig) -> int:
+    """Write the checkpoint into `output_dir`; returns exit status 0."""
     preset = find_preset(config.model)
     source = preset.source
     is_adapter = adapter_config(source) is not None
@@ -207,7 +209,7 @@ def export(config: ExportConfig) -> int:
 
 
 def write_weights(source: str, module: PolicyModule | None, prompts: PromptFormat, folder: Path) -> None:
-    """The model, or where there is no module the adapter as it is, with all that is needed to use it."""
+    """Write a whole model, or where `module` is None the adapter as it is, with tokenizer, processor and preset."""
     if module is None:
         for name in ("adapter_config.json", ADAPTER_WEIGHTS):
             shutil.copyfile(checkpoint_folder(source, weights=True) / name, folder / name)
@@ -222,7 +224,7 @@ def write_weights(source: str, module: PolicyModule | None, prompts: PromptForma
 
 
 def with_dtype(config: object, dtype: str) -> object:
-    """A configuration that names one dtype throughout; what its parts were once loaded as may still stand in them."""
+    """A configuration in which every part names `dtype`; parts may name the dtype that they were loaded in before."""
     if not isinstance(config, dict):
         return config
     return {name: dtype if name == "dtype" else with_dtype(value, dtype) for name, value in config.items()}
