@@ -10,7 +10,7 @@ from tars_fast.support.files import replaced_atomically
 
 _ROWS_PER_GROUP = 100
 _BYTES_PER_GROUP = 64 * 2**20
-"""Rows are written in groups, each of which a reader needs whole: as many as this, or fewer of long recordings."""
+"""A reader loads a whole group of rows at once: a group ends at the first of these numbers that it reaches."""
 
 
 def write_parquet(path: Path, items: Sequence[Mapping[str, object]], read_recording: Callable[[str], bytes]) -> None:
@@ -19,7 +19,7 @@ def write_parquet(path: Path, items: Sequence[Mapping[str, object]], read_record
     Args:
         path: the file, replaced where it exists.
         items: as the lines of a jsonl file have them; `audio` names the recording.
-        read_recording: name -> the bytes of a whole file, wav, flac, ogg or mp3; asked once for each item, in order.
+        read_recording: name -> the bytes of a whole file, wav, flac, ogg or mp3; called once for each item, in order.
 
     Raises:
         OSError: it cannot be written, or a recording cannot be read.

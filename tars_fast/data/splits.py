@@ -1,4 +1,4 @@
-"""Splits by a hash of the id, and leaks: items that are in training and in evaluation data."""
+"""Splits by a hash of the id, leaks (items in both training and evaluation data), and the fingerprint of a set of items."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def without_leaks(questions: Sequence[Question], others: Sequence[Question]) -> 
 
 
 def check_leaks(training: Sequence[Question], held_out: Sequence[Question]) -> None:
-    """Raises UserError where an evaluation item is also a training item, by id or by text, case and punctuation aside."""
+    """Raise UserError where an evaluation item is also a training item, by id or by text, case and punctuation aside."""
     ids = {question.id for question in training}
     texts = {_normalised(question): question.id for question in training}
     for question in held_out:

@@ -29,14 +29,13 @@ from tars_fast.learning.workers import Workers
 from tars_fast.models.architecture import find_layers
 from tars_fast.models.audio_cache import make_cache_folder
 from tars_fast.models.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint
-from tars_fast.models.hub import first_line
 from tars_fast.models.memory import GB, MemoryPlan, plan_memory, remedies, size
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
 from tars_fast.models.registry import architecture_of, family_of, find_preset, list_checkpoints
 from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.policy import available_bytes, choose_engine, load_policy
-from tars_fast.support.cli import make_output_folder, new_output_folder
+from tars_fast.support.cli import first_line, make_output_folder, new_output_folder
 from tars_fast.support.files import write_atomically
 from tars_fast.support.timing import explain_out_of_memory
 from tars_fast.types import Question, TrainingError, UserError

@@ -37,7 +37,7 @@ class PackedGroups:
     prompt_lengths: tuple[int, ...]
     """[R] tokens of each prompt."""
     completion_lengths: tuple[tuple[int, ...], ...]
-    """[R, N] tokens of each completion of each group."""
+    """R times N: tokens of each completion of each group."""
     device: torch.device
 
     @cached_property

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import soundfile
 import torch
 
 from tars_fast import pocket
@@ -158,3 +161,27 @@ def test_build_is_the_same_twice(tmp_path):
         digests.append(hashlib.sha256((folder / "pocket" / "model.safetensors").read_bytes()).hexdigest())
         assert (folder / "pocket" / "tokenizer.json").read_bytes() == (ASSETS / "pocket" / "tokenizer.json").read_bytes()
     assert digests[0] == digests[1]
+
+
+def test_data_are_written_as_they_are_bundled(tmp_path, monkeypatch):
+    """The same columns and kind of recording, of a few problems."""
+    problems = pocket.split_problems()
+    few = pocket.Splits(problems.training[:2], problems.validation[:1], problems.held_out[:1])
+    monkeypatch.setattr(pocket, "split_problems", lambda: few)
+    monkeypatch.setattr(pocket, "NUM_TRAINING_UTTERANCES", 3)
+    pocket.write_recordings(tmp_path / "data", seed=0)
+    for bundled, ids in (
+        (TRAINING_DATA, ["training-0000", "training-0001", "training-0002"]),
+        (VALIDATION_DATA, ["validation-0000"]),
+        (HELD_OUT_DATA, ["held_out-0000"]),
+    ):
+        path = tmp_path / "data" / bundled.name
+        assert pq.ParquetFile(path).schema_arrow.equals(pq.ParquetFile(bundled).schema_arrow, check_metadata=True)
+        questions = load_questions(path)
+        assert [question.id for question in questions] == ids
+        for question in questions:
+            info = soundfile.info(io.BytesIO(question.audio.read_bytes()))
+            assert (info.format, info.subtype, info.samplerate) == ("OGG", "OPUS", SAMPLE_RATE)
+            assert 1 < len(decode(question.audio)) / SAMPLE_RATE < pocket.WINDOW_SECONDS
+    (first, _, again), bundled = load_questions(tmp_path / "data" / TRAINING_DATA.name), load_questions(TRAINING_DATA)
+    assert first.text == again.text == bundled[0].text

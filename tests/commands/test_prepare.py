@@ -49,8 +49,8 @@ def deadly(text, voice, seed):
     import os
     os._exit(9)
 
-def hears_low_voices(wave, rate):
-    """What was said, where the voice is below 300 Hz; else half of it."""
+def recognise_low_voices(wave, rate):
+    """All words of a voice below 300 Hz, half of those of a higher one."""
     import json, pathlib
     said = json.loads(pathlib.Path("said.json").read_text())[str(round(len(wave) / rate * 10))]
     pitch = abs(np.fft.rfft(wave)).argmax() * rate / len(wave)
@@ -189,8 +189,8 @@ def test_published_rows_that_are_no_items_are_left_out_and_counted(run, folder):
     assert [question.text for question in load_questions("out")] == ["Who?\nA. y\nB. z"]
 
 
-def test_published_options_that_are_no_ones_own_survive(run, folder):
-    """One that is empty, and one that stands twice, are refused in a file of one's own."""
+def test_odd_options_of_published_data_survive(run, folder):
+    """Options that are empty or stand twice; in the user's own file they are refused."""
     rows = [
         {"question": "Which?", "choices": ["x", "x", ""], "answer": 1},
         {"question": "Who?", "choices": ["y", "z"], "answer": 0},
@@ -230,12 +230,12 @@ def test_items_that_fail_are_listed_and_the_others_kept(run, folder):
 
 @pytest.mark.slow
 def test_a_recogniser_sends_items_back_for_another_voice(run, folder):
-    """Half of the voices are heard badly; which one an item gets first follows from the seed."""
+    """Half of the voices are recognised badly; which one an item gets first follows from the seed."""
     colours = ("red", "green", "blue", "black", "white", "brown", "pink", "grey")
     items = [{"id": f"q{n}", "question": " ".join(colours[:n]), "answer_set": ["a", "b"], "answer": "a"} for n in range(3, 9)]
     write_jsonl(folder / "items.jsonl", items)
     Path("said.json").write_text(json.dumps({len(item["question"].split()): item["question"] for item in items}))
-    verified = (*TONES, "--recogniser", "plugin:hears_low_voices")
+    verified = (*TONES, "--recogniser", "plugin:recognise_low_voices")
     assert run(*verified, "--output-dir", "out", "--retries", 20)[0] == 0
     lines = [json.loads(line) for line in Path("out/items.jsonl").read_text().splitlines()]
     assert {line["voice"] for line in lines} <= {"200", "250"}
@@ -588,7 +588,7 @@ def whisper(tmp_path) -> Path:
         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_mel_bins=16, pad_token_id=end, bos_token_id=end,
         eos_token_id=end, decoder_start_token_id=begin,
     )  # fmt: skip
-    # What random weights hear, and for how long they go on, hangs on them.
+    # The weights decide what is recognised and for how long.
     torch.manual_seed(0)
     model = WhisperForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
@@ -603,13 +603,13 @@ def whisper(tmp_path) -> Path:
 
 
 def test_a_checkpoint_recognises_speech(run, folder, whisper):
-    """Random weights hear anything; that they hear the same thing again, and are believed, is what counts."""
+    """Random weights recognise anything; what counts is that it is the same again, and that it is used."""
     recogniser = load_recogniser(str(whisper))
     wave = 0.1 * np.random.default_rng(0).normal(size=SAMPLE_RATE).astype(np.float32)
-    heard = recogniser(wave, SAMPLE_RATE)
-    assert isinstance(heard, str)
-    assert heard == recogniser(wave, SAMPLE_RATE)
-    assert isinstance(recogniser(np.tile(wave, 65), SAMPLE_RATE), str)  # more than Whisper hears at once
+    text = recogniser(wave, SAMPLE_RATE)
+    assert isinstance(text, str)
+    assert text == recogniser(wave, SAMPLE_RATE)
+    assert isinstance(recogniser(np.tile(wave, 65), SAMPLE_RATE), str)  # more than Whisper takes at once
     flags = ("--data", "items.jsonl", "--recogniser", whisper, "--retries", 0, "--output-dir")
     assert run(*flags, "out")[0] == 1
     assert "word error rate" in Path("out/preparation/failed.jsonl").read_text()

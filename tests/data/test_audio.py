@@ -1,4 +1,4 @@
-"""Recordings: what the models hear is the sound in the file, and what they cannot hear is refused by name."""
+"""Recordings: the decoded wave is the sound in the file, and a recording that no model can take is refused by name."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_refuses_long_ones(tmp_path, rate):
     assert "4.25 s (68000 samples at 16 kHz), the model hears at most 4 s; cut it shorter" in message
 
 
-def test_limits_themselves_are_heard(tmp_path):
+def test_limits_themselves_are_accepted(tmp_path):
     assert len(load_one(write(tmp_path / "a.wav", tone(440, 0.1)))) == 1600
     assert len(load_one(write(tmp_path / "b.wav", tone(440, 4.0)))) == 64_000
     assert len(load_one(write(tmp_path / "c.wav", tone(440, 4.0, 44_100), 44_100))) == 64_000

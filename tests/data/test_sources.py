@@ -108,13 +108,13 @@ def test_mmsu_as_parquet_without_its_category(mmsu, tmp_path, largest_in_memory)
 
 def test_mmsu_of_the_hub(mmsu, monkeypatch):
     """What the hub would send, without the hub."""
-    asked = []
-    monkeypatch.setattr("datasets.load_dataset", lambda *arguments: asked.append(arguments) or mmsu)
+    calls = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *arguments: calls.append(arguments) or mmsu)
     check_mmsu(load_questions("mmsu"))
     check_mmsu(load_questions("hlt-lab/voicebench:mmsu"))
     assert len(load_questions("hlt-lab/voicebench:mmsu@health")) == 2
     load_questions("someone/else")
-    assert asked == [("hlt-lab/voicebench", "mmsu")] * 3 + [("someone/else", None)]
+    assert calls == [("hlt-lab/voicebench", "mmsu")] * 3 + [("someone/else", None)]
 
 
 def obqa_row(number: int = 0) -> dict:
@@ -210,8 +210,8 @@ def test_recordings_are_hashable_places_and_can_be_read_in_parallel(mmsu, tmp_pa
     assert once == again
     assert len({question.audio for question in once + again}) == 24
     with ThreadPoolExecutor(4) as pool:
-        heard = list(pool.map(pitch, once * 5))
-    assert heard == [300 + number // 2 for number in range(24)] * 5
+        pitches = list(pool.map(pitch, once * 5))
+    assert pitches == [300 + number // 2 for number in range(24)] * 5
     assert "torchcodec" not in sys.modules
 
 
@@ -337,7 +337,7 @@ def test_options_inside_a_text(text, expected):
     assert split_options(text) == expected
 
 
-def asked(text: str, name: str) -> Question:
+def lettered_question(text: str, name: str) -> Question:
     return Question(name, text, "A", ("A", "B", "C", "D"))
 
 
@@ -354,10 +354,10 @@ def test_leaks_across_formats(tmp_path):
     check_leaks(training, held_out[:1])
     # In another order the options are still the same; another option makes another question.
     options = "A. all of the above\nB. the first spring\nC. Cool and disengaged\nD. the source of all moral actions"
-    turned = asked(f"Hume 5 describes reason as\n{options}", "t")
+    turned = lettered_question(f"Hume 5 describes reason as\n{options}", "t")
     with pytest.raises(UserError, match="'t' asks what"):
         check_leaks(training, [turned])
-    check_leaks(training, [asked(turned.text.replace("first", "last"), "t")])
+    check_leaks(training, [lettered_question(turned.text.replace("first", "last"), "t")])
 
 
 def voicebench_row(row: dict) -> dict:
@@ -366,7 +366,7 @@ def voicebench_row(row: dict) -> dict:
     return {"prompt": f"{row['question']}\n{lettered}\n{INSTRUCTION}", "reference": "B", "audio": b"never read"}
 
 
-def test_training_is_disjoint_from_what_it_is_told(tmp_path):
+def test_items_of_disjoint_from_are_left_out_of_training(tmp_path):
     """Items of the training set that a benchmark asks too, or whose ids stand in a file, in all ways of naming data."""
     dataset([tars_row(number) for number in range(40)]).save_to_disk(tmp_path / "training")
     dataset([obqa_row(), voicebench_row(tars_row(3)), voicebench_row(tars_row(8))]).save_to_disk(tmp_path / "benchmark")

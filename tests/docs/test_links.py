@@ -16,7 +16,7 @@ from snippets import PAGES, ROOT, parse_markdown
 
 DOCS = ROOT / "docs"
 GENERATED = DOCS / PAGE
-SUFFIXES = "py|sh|jsonl?|md|png|html|npz|tex|toml|ya?ml|cfg|txt|gz|jinja|js|css|parquet"
+SUFFIXES = "py|ipynb|sh|jsonl?|md|png|html|npz|tex|toml|ya?ml|cfg|txt|gz|jinja|js|css|parquet"
 FILE = re.compile(rf"[\w./-]+\.(?:{SUFFIXES})(?![\w.])")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 ELSEWHERE = {

@@ -45,7 +45,8 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
         for name in names:
             package = name.partition(".")[0]
-            if package not in sys.stdlib_module_names and package not in local:
+            # Types of the standard library itself, which type checkers bring.
+            if package not in {*sys.stdlib_module_names, *local, "_typeshed"}:
                 found = DISTRIBUTIONS.get(name) or DISTRIBUTIONS.get(package) or package.replace("_", "-")
                 yield found, id(node) in at_top and id(node) not in only_types
 
