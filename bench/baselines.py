@@ -177,7 +177,7 @@ def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
 
 
 def rewards_and_advantages(rollout: Rollout, pooled_LND: Tensor, config: RunConfig) -> tuple[Tensor, Tensor]:
-    """([N] rewards, [N] advantages) on the host (METHOD steps 2 and 3)."""
+    """([N] rewards, [N] advantages) on the host (docs/method.md, Rewards and Advantages)."""
     representation_N = representation_rewards(pooled_LND, rollout.references).cpu()
     rewards_N = (
         rollout.completion_rewards["accuracy"]
@@ -205,15 +205,23 @@ def apply_gradient(model: SpeechModel, optimizer: torch.optim.Optimizer, losses:
     return torch.stack(losses).sum().item()
 
 
-def released_step(
-    model: SpeechModel,
-    optimizer: torch.optim.Optimizer,
-    rollout: Rollout,
-    config: RunConfig,
-    timer: StepTimer,
-    size: int,
-) -> tuple[Tensor, Tensor]:
-    """([N] rewards, [N] advantages); `size` completions a micro-batch."""
+@dataclass(frozen=True)
+class StepInputs:
+    """What every contender makes a training step of."""
+
+    model: SpeechModel
+    optimizer: torch.optim.Optimizer
+    rollout: Rollout
+    config: RunConfig
+    timer: StepTimer
+    size: int
+    """Completions in a micro-batch."""
+
+
+def released_step(inputs: StepInputs) -> tuple[Tensor, Tensor]:
+    """([N] rewards, [N] advantages)."""
+    model, optimizer, rollout = inputs.model, inputs.optimizer, inputs.rollout
+    config, timer, size = inputs.config, inputs.timer, inputs.size
     optimizer.zero_grad(set_to_none=True)
     num_tokens = max(1, rollout.num_tokens)
     batches = split_rollout(model, rollout, size)
@@ -232,7 +240,7 @@ def released_step(
         with timer.phase("backward"):
             loss.backward()
         losses.append(loss.detach())
-        # Nothing of one micro-batch may stand beside the next one's.
+        # Nothing of one micro-batch may be in memory beside the next one's.
         del logprobs, loss
     with timer.phase("optimiser"):
         apply_gradient(model, optimizer, losses, config)
@@ -240,21 +248,16 @@ def released_step(
 
 
 def trl_step(
-    model: SpeechModel,
-    optimizer: torch.optim.Optimizer,
-    rollout: Rollout,
-    config: RunConfig,
-    timer: StepTimer,
-    size: int,
-    *,
-    keep_logits: bool = False,
-    advantages_N: Tensor | None = None,
+    inputs: StepInputs, *, keep_logits: bool = False, advantages_N: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor]:
-    """([N] rewards, [N] advantages); `size` completions a micro-batch.
+    """([N] rewards, [N] advantages).
 
     Args:
+        keep_logits: see `completion_logprobs`.
         advantages_N: plain GRPO, one pass: no R_rep, and the training pass's own log-probabilities are the old ones.
     """
+    model, optimizer, rollout = inputs.model, inputs.optimizer, inputs.rollout
+    config, timer, size = inputs.config, inputs.timer, inputs.size
     optimizer.zero_grad(set_to_none=True)
     num_tokens = max(1, rollout.num_tokens)
     batches = split_rollout(model, rollout, size)

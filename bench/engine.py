@@ -53,7 +53,22 @@ from tars_fast.support.provenance import provenance
 from tars_fast.train import update_policy
 from tars_fast.types import Modality, Prompt, Question
 
-ARMS = ("shared", "shared_eager", "shared_no_adapter", "two_copies")
+
+@dataclass(frozen=True)
+class SharedArm:
+    """How vLLM and trainer run on one copy of the weights."""
+
+    cuda_graphs: bool = True
+    lora_rank: int = 8
+    """0: no adapter, and no training."""
+
+
+SHARED_ARMS = {
+    "shared": SharedArm(),
+    "shared_eager": SharedArm(cuda_graphs=False),
+    "shared_no_adapter": SharedArm(lora_rank=0),
+}
+ARMS = (*SHARED_ARMS, "two_copies")
 QUESTION = Question(id="q", text="What is two plus three?", answer="five", choices=("four", "five"))
 
 
@@ -172,9 +187,10 @@ def randomise(module: torch.nn.Module) -> None:
 
 
 def run_shared(
-    shape: Shape, source: str, device: torch.device, dtype: torch.dtype, num_steps: int, *, graphs: bool, lora_rank: int
+    arm: SharedArm, shape: Shape, source: str, device: torch.device, dtype: torch.dtype, num_steps: int
 ) -> dict[str, object]:
     """Rollouts and, with an adapter, training steps of it."""
+    lora_rank = arm.lora_rank
     prompts = load_prompt_format(PRESETS["pocket"], source)
     given = TrainConfig(
         lora_rank=8, max_new_tokens=shape.max_new_tokens, tokens_per_micro_batch=1024, rollout_batch_size=8,
@@ -189,7 +205,7 @@ def run_shared(
     meter, seconds = MemoryMeter(), {}
     meter.start()
     with meter.watching("loading"), timed(seconds, "start"):
-        settings = VllmSettings(8, shape.max_tokens, plan.kv_cache, lora_rank, cuda_graphs=graphs, dummy_weights=True)
+        settings = VllmSettings(8, shape.max_tokens, plan.kv_cache, lora_rank, cuda_graphs=arm.cuda_graphs, dummy_weights=True)
         engine = VllmEngine(prompts, source, device, dtype, settings)
     model = engine.model
     randomise(model.module)
@@ -212,7 +228,7 @@ def run_shared(
             with meter.watching("training"), timed(seconds, "training"):
                 agreement.append(train_on(model, optimizer, distinct, completions, config))
             with timed(seconds, "lora_hand_over"):
-                engine._hand_over_adapter()
+                engine._write_adapter()
         with timed(seconds, "restore_kv"):
             engine._internals.restore_kv_cache()
         with timed(seconds, "assert_shared"):
@@ -299,8 +315,7 @@ def run_arm(arm: str, shape: Shape, source: str, num_steps: int) -> dict:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if arm == "two_copies":
         return run_two_copies(shape, source, device, dtype, num_steps)
-    lora_rank = 0 if arm == "shared_no_adapter" else 8
-    return run_shared(shape, source, device, dtype, num_steps, graphs=arm != "shared_eager", lora_rank=lora_rank)
+    return run_shared(SHARED_ARMS[arm], shape, source, device, dtype, num_steps)
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ trap 'rm -f "$raw"' EXIT
 python3 -m pytest kernels/tests --all
 python3 -m pytest bench/test_kernels.py --benchmark-only --benchmark-json="$raw" --benchmark-columns=median,rounds
 python3 bench/report.py "$raw" "$output/kernels_$card.json"
-vllm_usable='import sys, torch; from tars_fast.models.families import QWEN2_AUDIO; from tars_fast.rollout.vllm_engine import unusable_because
-sys.exit(unusable_because(QWEN2_AUDIO, torch.device("cuda"), torch.bfloat16, lora_rank=8))'
+vllm_usable='import sys, torch; from tars_fast.models.families import qwen2_audio; from tars_fast.rollout.vllm_engine import vllm_refusal
+sys.exit(vllm_refusal(qwen2_audio.FAMILY, torch.device("cuda"), torch.bfloat16, lora_rank=8))'
 python3 -m pytest tests/models/test_packed_attention.py --all
 python3 bench/train_step.py --shape qwen2-audio-7b --json "$output/train_step_$card.json"
 python3 bench/train_step.py --shape qwen2-audio-7b --cases 10s-512 --scaling --json "$output/train_step_scaling_$card.json"

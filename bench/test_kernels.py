@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable
 from itertools import product
 from time import perf_counter
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,8 +23,17 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 ROUNDS = 20 if DEVICE.type == "cuda" else 5
 OPERATIONS = operations()
 EAGER = {operation.name: operation.contenders["eager"] for operation in OPERATIONS if "eager" in operation.contenders}
+
+
+class Case(NamedTuple):
+    operation: Operation
+    contender: str
+    shape: Shape
+    gradient: bool
+
+
 CASES = [
-    pytest.param(operation, contender, shape, gradient, id=f"{contender}-{shape}-{'both' if gradient else 'forward'}")
+    pytest.param(Case(operation, contender, shape, gradient), id=f"{contender}-{shape}-{'both' if gradient else 'forward'}")
     for operation in OPERATIONS
     for shape, gradient in product(ON_GPU if DEVICE.type == "cuda" else ON_CPU, (False, True))
     for contender in operation.contenders
@@ -101,8 +111,9 @@ def check(operation: Operation, contender: str, inputs: Inputs, gradient: bool) 
                 assert (ours.double() - theirs.double()).norm() <= 3 * tolerance * theirs.double().norm()
 
 
-@pytest.mark.parametrize(("operation", "contender", "shape", "gradient"), CASES)
-def test_kernel(benchmark, made, ceilings, operation, contender, shape, gradient):
+@pytest.mark.parametrize("case", CASES)
+def test_kernel(benchmark, made, ceilings, case):
+    operation, contender, shape, gradient = case
     kind = "kernels" if DEVICE.type == "cuda" else "plain PyTorch, no GPU"
     benchmark.group = f"{operation.name}, {'forward and backward' if gradient else 'forward'} ({kind})"
     if shape not in made:

@@ -7,7 +7,7 @@ model, rollout, audio embeddings, optimiser and settings (see `baselines`):
 - `released`: three passes, the prompt repeated for every completion, logits of the whole vocabulary everywhere;
 - `trl`: TRL 1.16, two passes, the prompt repeated, a fused head at completion tokens;
 - `trl_keep_logits`: the same with logits at completion tokens, as TRL does up to 1.14;
-- `trl_single_pass`: plain GRPO without R_rep and old log-probabilities, which is not the same method; told for honesty.
+- `trl_single_pass`: plain GRPO without R_rep and old log-probabilities, which is not the same method.
 
 Gradients and rewards are compared first, and nothing is timed where they differ. Then every contender chooses the fastest of a
 few micro-batch sizes, and they take turns. Peak memory is counted above what was there before the step: by torch on CUDA, on a
@@ -40,7 +40,7 @@ from tars_fast.models.registry import architecture_of
 
 # isort: split
 import torch
-from baselines import StepTimer, completion_logprobs, released_step, run_layers, split_rollout, trl_step
+from baselines import StepInputs, StepTimer, completion_logprobs, released_step, run_layers, split_rollout, trl_step
 from engine import randomise, resize_text
 from torch import Tensor
 
@@ -66,7 +66,7 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Norm of the difference over the norm of the gradient; in bf16 rounding alone makes a few per cent."""
 REWARD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 _TIE = 1.03
-"""Micro-batches whose seconds differ by less are told apart by memory."""
+"""Of micro-batches whose seconds differ by less, the one that needs less memory is chosen."""
 COMPARED = ("ours", "released", "trl")
 """What `--scaling` draws."""
 
@@ -269,14 +269,13 @@ def tokens_of(rollout: Rollout, num_questions: int) -> int:
     return num_questions * tokens // len({completion.question for completion in rollout.completions})
 
 
-def our_step(
-    model: SpeechModel, optimizer: torch.optim.Optimizer, rollout: Rollout, config: RunConfig, timer: StepTimer, size: int
-) -> tuple[Tensor, Tensor]:
-    """([N] rewards, [N] advantages); about `size` completions a micro-batch, in whole questions."""
-    config = dataclasses.replace(config, tokens_per_micro_batch=tokens_of(rollout, max(1, size // config.group_size)))
-    learner = Learner(model, optimizer, config)
-    learner.timer = timer
-    scored = learner.begin_rollout(rollout)
+def our_step(inputs: StepInputs) -> tuple[Tensor, Tensor]:
+    """([N] rewards, [N] advantages); a micro-batch has about `size` completions, in whole questions."""
+    num_questions = max(1, inputs.size // inputs.config.group_size)
+    config = dataclasses.replace(inputs.config, tokens_per_micro_batch=tokens_of(inputs.rollout, num_questions))
+    learner = Learner(inputs.model, inputs.optimizer, config)
+    learner.timer = inputs.timer
+    scored = learner.begin_rollout(inputs.rollout)
     update_policy(learner, scored)
     return scored.rewards_N, scored.advantages_N
 
@@ -319,7 +318,8 @@ class Bench:
             given["advantages_N"] = self.advantages_N[: len(self.rollout.completions)]
         timer = timer or StepTimer()
         with timer.phase("step"):
-            result = CONTENDERS[name].step(self.model, self.optimizer, self.rollout, self.config, timer, size, **given)
+            inputs = StepInputs(self.model, self.optimizer, self.rollout, self.config, timer, size)
+            result = CONTENDERS[name].step(inputs, **given)
         return result
 
     def gradient(self) -> Tensor:

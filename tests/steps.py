@@ -28,16 +28,14 @@ def rollout_of(
     step: int = 0,
     *,
     engine: RolloutEngine | None = None,
-    timer: PhaseTimer | None = None,
     workers: Workers = ALONE,
 ) -> Rollout:
     """A rollout of all these questions."""
     engine = engine or TransformersEngine(model, config.rollout_batch_size)
-    timer = timer or PhaseTimer(model.device)
     batch = prepare_batch(model, questions)
     with ThreadPoolExecutor(2) as background:
         collector = RolloutCollector(model, engine, HashedNgrams(), config, background, workers)
-        rollout, left_out = collector.collect(batch, step, timer)
+        rollout, left_out = collector.collect(batch, step, PhaseTimer(model.device))
     assert not left_out
     return rollout
 

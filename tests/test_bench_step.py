@@ -42,9 +42,9 @@ def test_tiny_run(train_step, tmp_path):
 
 @pytest.mark.parametrize(("what", "factor"), [("gradient", 1.01), ("reward", 1.0)])
 def test_nothing_is_timed_where_contenders_differ(train_step, monkeypatch, capsys, what, factor):
-    def wrong(model, *args):
-        rewards_N, advantages_N = train_step.released_step(model, *args)
-        for parameter in model.trainable_parameters():
+    def wrong(inputs):
+        rewards_N, advantages_N = train_step.released_step(inputs)
+        for parameter in inputs.model.trainable_parameters():
             parameter.grad *= factor
         return rewards_N + (what == "reward"), advantages_N
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from configparser import ConfigParser
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -54,6 +55,13 @@ def imported_modules(path: Path) -> set[str]:
 
 def test_every_module_belongs_to_a_wing():
     assert {wing_of(module) for module in MODULES} == {*WINGS, *COMMANDS, "api", ""}
+
+
+def test_a_wheel_holds_every_package():
+    listed = ConfigParser()
+    listed.read(ROOT / "setup.cfg")
+    packages = set(listed["options"]["packages"].split())
+    assert packages == {"tars_kernels", *(module_of(path) for path in PACKAGE.rglob("__init__.py"))}
 
 
 def test_imports_follow_the_table_of_wings():

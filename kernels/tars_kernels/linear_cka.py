@@ -26,7 +26,7 @@ _ROWS, _LANES = 16, 128
 
 
 @triton.jit(do_not_specialize=["T"])
-def _centre(
+def _centre(  # noqa: PLR0913
     centred,  # [L, T, D]
     table,  # [L] addresses of [T, D]
     T, D, row_stride,

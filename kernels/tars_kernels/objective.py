@@ -1,4 +1,4 @@
-"""What a clipped policy-gradient loss consists of, and the per-token weights that every implementation of it starts from."""
+"""Settings and results of a clipped policy-gradient loss, and its per-token terms, from which every implementation starts."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Objective:
     @property
     def ratio_bounds(self) -> tuple[float, float]:
         """Smallest and largest ratio that the clip lets through; nothing bounds cispo's from below."""
-        # Of cispo it is never None.
+        # Never None for cispo, see `__post_init__`.
         clip_high = 0.28 if self.clip_high is None else self.clip_high
         return (0.0, clip_high) if self.loss_type == "cispo" else (1 - self.clip_low, 1 + clip_high)
 
@@ -196,24 +196,24 @@ class Objective:
             assert self.cu_seqlens is not None, "refused above"
             assert numbers is not None
             num_sequences = len(self.cu_seqlens) - 1
-            # Whole numbers add up to the same float in any order, so that this is reproducible on CUDA too.
+            # Sums of whole numbers are exact in any order, so that this is reproducible on CUDA too.
             counts = ones.new_zeros(num_sequences).index_add(0, numbers, ones)
             weights = ones / (counts.clamp(min=1)[numbers] * num_sequences)
         else:
             weights = ones / normaliser
         # Entropy is a mean over tokens whatever the policy term is divided by (TRL).
         entropy_normaliser = num_kept if self.loss_type in ("grpo", "dr_grpo") else normaliser
-        return TokenTerms(advantages, weights, num_kept, self.entropy_coef / entropy_normaliser, numbers, keep)
+        return TokenTerms(self, advantages, weights, num_kept, self.entropy_coef / entropy_normaliser, numbers, keep)
 
 
 def shows_settings(loss: Loss) -> Loss:
     """Let `help` and `inspect.signature` list the settings that `loss` takes as `**objective`, with their defaults."""
     shown = inspect.signature(loss, eval_str=True)
-    named = [one for one in shown.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    named = [parameter for parameter in shown.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
     kinds = get_type_hints(Objective)
     settings = [
-        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=kinds[one.name])
-        for one in fields(Objective)
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name])
+        for field in fields(Objective)
     ]
     loss.__signature__ = shown.replace(parameters=[*named, *settings])  # type: ignore[attr-defined]  # read by inspect
     return loss
@@ -223,6 +223,7 @@ def shows_settings(loss: Loss) -> Loss:
 class TokenTerms:
     """An objective spread over T tokens."""
 
+    objective: Objective
     advantages: Tensor
     """[T]; masked slots hold whatever they held."""
     weights: Tensor

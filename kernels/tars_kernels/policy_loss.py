@@ -1,19 +1,22 @@
 """Clipped asymmetric policy-gradient losses, from logits and from hidden states.
 
-From logits, one launch reads a row, computes its token's loss, and writes the gradient over a second sweep of the row, which
-by then lies in the L2 cache; the upstream gradient is unknown there, so the backward pass launches a kernel that reads it on
-the device and returns at once if it is 1. Losses that couple the tokens of a sequence (gspo, sequence-level importance), fp16
-logits (whose gradient underflows before a loss scaler has multiplied it) and differentiable biases take two sweeps in two
-launches. From hidden states, the loss stands on `linear_logprob`.
+Every loss type is one function of a token's log-probability, `_token_loss`. Formulas are TRL's, see `Objective`. Three ways
+lead to it:
+- `linear_policy_loss`, which the trainer of tars_fast calls: `linear_logprob.logprob_and_entropy`, then `_LossFromLogprobs`;
+- `policy_loss`: `_LossFromLogits` in most cases;
+- `policy_loss` in the cases below: `_LogprobFromLogits`, then `_LossFromLogprobs`.
 
-Every loss type is one function of a token's log-probability, `_token_loss`. Formulas are TRL's, see `Objective`.
+`_LossFromLogits` is one launch: it reads a row of logits, computes its token's loss, and reads the row again, from the L2 cache
+by then, to write the gradient. The upstream gradient is not known yet, so the backward pass launches a kernel that multiplies
+by it, and returns at once if it is 1. It cannot serve losses that couple the tokens of a sequence (gspo, sequence-level
+importance), fp16 logits (whose gradient underflows before a loss scaler has multiplied it) and biases that want a gradient.
 
 Shapes: T tokens, N sequences, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import triton
@@ -33,29 +36,46 @@ from tars_kernels.checks import (
     check_temperature,
     head_parameters,
 )
-from tars_kernels.linear_logprob import logprob_and_entropy, rows_forward, rows_gradient
+from tars_kernels.linear_logprob import logprob_and_entropy
 from tars_kernels.objective import Objective, ObjectiveSettings, PolicyLoss, TokenTerms, shows_settings
-from tars_kernels.rows import LOG2E, fill_row, load_tile, scan_row, store_tile, tile, write_gradient
+from tars_kernels.rows import (
+    LOG2E,
+    LogitRows,
+    RowTerms,
+    fill_row,
+    load_tile,
+    scan_row,
+    store_tile,
+    sweep_rows,
+    tile,
+    write_gradient,
+    write_rows_gradient,
+)
 
 _LOW, _HIGH, _CAPPED = (tl.constexpr(bit) for bit in (1, 2, 4))
+"""Bits of a token's `events`: its ratio fell below or rose above its bound, its importance weight was above the cap."""
 _BLOCK = 1024
 """Tokens that one program of a per-token kernel handles at once."""
 
 
 @triton.jit
-def _importance(difference, cap, MASKS: tl.constexpr):
-    """exp(difference) before and after the cap; a difference of NaN means that there is no log-probability to correct with."""
+def _importance_weight(difference, cap, MASKS: tl.constexpr):
+    """exp(difference) before and after the cap; 1 for NaN, where the engine reported no log-probability."""
     ratio = tl.exp(tl.where(difference == difference, difference, 0.0))
     capped = tl.where(ratio > cap, 0.0 if MASKS else cap, ratio)
     return ratio, capped
 
 
 @triton.jit
-def _token_loss(
+def _token_loss(  # noqa: PLR0913
     logprob, ratio, advantage, importance, ref_logprob, low, high, dual_clip, kl_coef,
     IS_CISPO: tl.constexpr, HAS_DUAL_CLIP: tl.constexpr, HAS_KL: tl.constexpr,
 ):  # fmt: skip
-    """A token's loss, its slopes by the log-ratio and (KL) by the log-probability, and which bound holds it back."""
+    """Loss of a token.
+
+    Returns:
+        the loss, its derivatives by the log-ratio and (KL term) by the log-probability, whether the ratio is clipped low, high.
+    """
     if IS_CISPO:
         slope = -tl.where(ratio > high, high, ratio) * advantage * importance
         loss = slope * logprob
@@ -88,18 +108,24 @@ def _token_loss(
 
 
 @triton.jit
-def _fused_rows(
+def _loss_from_logits(  # noqa: PLR0913
+    # Written.
     gradient,  # [T, V]
+    losses, logprobs, entropies, ratios, events,  # [T]
+    # Read.
     logits,  # [T, V]
     bias,  # [V]
     targets, advantages, weights, old_logprobs, rollout_logprobs, ref_logprobs,  # [T]
-    losses, logprobs, entropies, ratios, events,  # [T]
     entropy_weight,  # []
-    V, logits_stride, inverse_temperature, low, high, dual_clip, importance_cap, kl_coef,
-    HAS_GRADIENT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OLD: tl.constexpr, HAS_ROLLOUT: tl.constexpr,
-    HAS_DUAL_CLIP: tl.constexpr, HAS_KL: tl.constexpr, HAS_ENTROPY: tl.constexpr, IS_CISPO: tl.constexpr,
-    MASKS_IMPORTANCE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    V, logits_stride, inverse_temperature,
+    # Settings of the objective.
+    low, high, dual_clip, importance_cap, kl_coef,
+    HAS_OLD: tl.constexpr, HAS_ROLLOUT: tl.constexpr, HAS_DUAL_CLIP: tl.constexpr, HAS_KL: tl.constexpr,
+    IS_CISPO: tl.constexpr, MASKS_IMPORTANCE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    # What there is to read and write.
+    HAS_GRADIENT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    """Losses and, scaled by an upstream gradient of 1, their gradient: one program for each token's row of logits."""
     pid = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + pid)
     if weight == 0:
@@ -123,7 +149,7 @@ def _fused_rows(
     importance = 1.0
     if HAS_ROLLOUT:
         difference = old - tl.load(rollout_logprobs + pid).to(tl.float32)
-        importance_ratio, importance = _importance(difference, importance_cap, MASKS_IMPORTANCE)
+        importance_ratio, importance = _importance_weight(difference, importance_cap, MASKS_IMPORTANCE)
     ref_logprob = 0.0
     if HAS_KL:
         ref_logprob = tl.load(ref_logprobs + pid).to(tl.float32)
@@ -157,20 +183,28 @@ def _fused_rows(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _segments(
+def _loss_from_logprobs(  # noqa: PLR0913
+    # Written.
     slopes, losses, ratios, events,  # [T]
+    # Read.
     logprobs, advantages, weights, old_logprobs, rollout_logprobs, ref_logprobs,  # [T]
     cu_seqlens,  # [N + 1]
-    T, low, high, dual_clip, importance_cap, kl_coef,
+    T,
+    # Settings of the objective.
+    low, high, dual_clip, importance_cap, kl_coef,
     HAS_OLD: tl.constexpr, HAS_ROLLOUT: tl.constexpr, HAS_DUAL_CLIP: tl.constexpr, HAS_KL: tl.constexpr,
     IS_CISPO: tl.constexpr, MASKS_IMPORTANCE: tl.constexpr, SEQUENCE_RATIO: tl.constexpr, SEQUENCE_IMPORTANCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Losses and slopes from log-probabilities: a program takes a sequence, or a block of tokens where none are coupled."""
+    """Losses and their derivatives by the log-probabilities.
+
+    A program takes a sequence where its tokens depend on each other (SEQUENCE_RATIO, SEQUENCE_IMPORTANCE), else a block of
+    tokens.
+    """
     pid = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     if SEQUENCE_RATIO or SEQUENCE_IMPORTANCE:
-        # Boundaries that are wrong must not lead outside of the memory.
+        # Wrong boundaries must not lead to reads outside of the memory.
         first = tl.maximum(tl.load(cu_seqlens + pid).to(tl.int64), 0)
         last = tl.minimum(tl.load(cu_seqlens + pid + 1).to(tl.int64), T)
     else:
@@ -214,7 +248,7 @@ def _segments(
             difference = old - tl.load(rollout_logprobs + tokens, mask=keep, other=0.0).to(tl.float32)
             if SEQUENCE_IMPORTANCE:
                 difference = tl.zeros_like(difference) + difference_sum
-            importance_ratio, importance = _importance(difference, importance_cap, MASKS_IMPORTANCE)
+            importance_ratio, importance = _importance_weight(difference, importance_cap, MASKS_IMPORTANCE)
         ref_logprob = logprob
         if HAS_KL:
             ref_logprob = tl.load(ref_logprobs + tokens, mask=keep, other=0.0).to(tl.float32)
@@ -234,7 +268,7 @@ def _segments(
         tl.store(events + tokens, tl.where(keep, event, 0), mask=inside)
     if SEQUENCE_RATIO:
         tl.debug_barrier()
-        # Every token moves the sequence's ratio by 1 / count.
+        # The sequence's log-ratio is a mean: every token's log-probability counts 1 / count in it.
         for start in range(first, last, BLOCK):
             tokens = start + offsets
             keep = tl.load(weights + tokens, mask=tokens < last, other=0.0) != 0
@@ -243,14 +277,14 @@ def _segments(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _summary(
+def _batch_statistics(  # noqa: PLR0913
     statistics,  # [6]
     losses, ratios, events,  # [T]
     num_kept,  # []
     T,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Loss, fractions and importance statistics by one program, so that sums are taken in one order."""
+    """Statistics of the batch, see `_TokenResults.statistics`, by one program, so that sums are taken in one order."""
     loss = 0.0
     low = 0.0
     high = 0.0
@@ -278,8 +312,8 @@ def _summary(
 
 
 @triton.jit
-def _scale_rows(gradient, scale, V, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """gradient [T, V] times scale []; nothing to do for the 1 that `loss.backward()` brings."""
+def _scale_gradient(gradient, scale, V, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Multiply gradient [T, V] by scale [], in place; there is nothing to do for the 1 of `loss.backward()`."""
     factor = tl.load(scale)
     if factor != 1:
         row = gradient + tl.program_id(0).to(tl.int64) * V
@@ -287,11 +321,11 @@ def _scale_rows(gradient, scale, V, ROWS: tl.constexpr, LANES: tl.constexpr):
             store_tile(row, load_tile(row, row, start, V, False, ROWS, LANES) * factor, start, V, ROWS, LANES)
 
 
-class _TokenOutputs:
-    """What per-token kernels write, and the statistics of it."""
+class _TokenResults:
+    """What a loss kernel writes for every token, and statistics of it."""
 
     def __init__(self, num_tokens: int, device: torch.device):
-        # Tokens that belong to no sequence count for nothing.
+        # Zeros, because tokens that belong to no sequence are not written.
         self.losses = torch.zeros(num_tokens, dtype=torch.float32, device=device)
         self.ratios = torch.zeros_like(self.losses)
         self.events = torch.zeros(num_tokens, dtype=torch.int32, device=device)
@@ -299,17 +333,33 @@ class _TokenOutputs:
     def statistics(self, terms: TokenTerms) -> Tensor:
         """[6] loss, clip_low_fraction, clip_high_fraction, importance_mean, importance_max, importance_capped_fraction."""
         statistics = self.losses.new_empty(6)
-        _summary[(1,)](statistics, self.losses, self.ratios, self.events, terms.num_kept, len(self.losses), BLOCK=4 * _BLOCK)
+        _batch_statistics[(1,)](
+            statistics, self.losses, self.ratios, self.events, terms.num_kept, len(self.losses), BLOCK=4 * _BLOCK
+        )
         return statistics
 
 
-def _scalars(objective: Objective) -> tuple[float, ...]:
+def _loss_arguments(terms: TokenTerms, results: _TokenResults) -> dict[str, Any]:
+    """The arguments that both loss kernels have, by name."""
+    objective = terms.objective
     low, high = objective.ratio_bounds
-    return low, high, objective.dual_clip or 0.0, objective.importance_cap, objective.kl_coef
-
-
-def _flags(objective: Objective) -> dict[str, bool]:
+    vectors = {
+        "old_logprobs": objective.old_logprobs,
+        "rollout_logprobs": objective.rollout_logprobs,
+        "ref_logprobs": objective.ref_logprobs,
+    }
     return {
+        **{name: None if vector is None else vector.detach().contiguous() for name, vector in vectors.items()},
+        "advantages": terms.advantages,
+        "weights": terms.weights,
+        "losses": results.losses,
+        "ratios": results.ratios,
+        "events": results.events,
+        "low": low,
+        "high": high,
+        "dual_clip": objective.dual_clip or 0.0,
+        "importance_cap": objective.importance_cap,
+        "kl_coef": objective.kl_coef,
         "HAS_OLD": objective.old_logprobs is not None,
         "HAS_ROLLOUT": objective.rollout_logprobs is not None,
         "HAS_DUAL_CLIP": objective.dual_clip is not None,
@@ -319,33 +369,39 @@ def _flags(objective: Objective) -> dict[str, bool]:
     }
 
 
-def _vectors(objective: Objective) -> list[Tensor | None]:
-    vectors = (objective.old_logprobs, objective.rollout_logprobs, objective.ref_logprobs)
-    return [None if vector is None else vector.detach().contiguous() for vector in vectors]
+class _LogitsOptions(NamedTuple):
+    """What to do with logits, beside the objective."""
+
+    inverse_temperature: float
+    gradient: bool
+    """Whether the gradient by the logits is wanted."""
+    inplace: bool
+    """Whether it takes the memory of the logits."""
 
 
-class _FusedPolicyLoss(torch.autograd.Function):
+class _LossFromLogits(torch.autograd.Function):
+    """(loss, [T] log-probabilities, [T] entropies, statistics) in one launch, gradient included."""
+
     @staticmethod
     @isolated
-    def forward(ctx, logits, bias, targets, terms, objective, inverse_temperature, has_gradient, inplace):
+    def forward(ctx, logits, bias, targets, terms, options):
         num_tokens, vocabulary = logits.shape
-        outputs = _TokenOutputs(num_tokens, logits.device)
-        logprobs, entropies = torch.empty_like(outputs.losses), torch.empty_like(outputs.losses)
+        results = _TokenResults(num_tokens, logits.device)
+        logprobs, entropies = torch.empty_like(results.losses), torch.empty_like(results.losses)
         gradient = None
-        if has_gradient:
-            gradient = logits if inplace else torch.empty_like(logits)
+        if options.gradient:
+            gradient = logits if options.inplace else torch.empty_like(logits)
         if num_tokens:
-            _fused_rows[(num_tokens,)](
-                gradient, logits, bias, targets, terms.advantages, terms.weights, *_vectors(objective),
-                outputs.losses, logprobs, entropies, outputs.ratios, outputs.events, terms.entropy_weight,
-                vocabulary, logits.stride(0), inverse_temperature, *_scalars(objective),
-                HAS_GRADIENT=has_gradient, HAS_BIAS=bias is not None, HAS_ENTROPY=objective.entropy_coef != 0,
-                **_flags(objective), **tile(vocabulary),
+            _loss_from_logits[(num_tokens,)](
+                gradient=gradient, logprobs=logprobs, entropies=entropies, logits=logits, bias=bias, targets=targets,
+                entropy_weight=terms.entropy_weight, V=vocabulary, logits_stride=logits.stride(0),
+                inverse_temperature=options.inverse_temperature, HAS_GRADIENT=options.gradient, HAS_BIAS=bias is not None,
+                HAS_ENTROPY=terms.objective.entropy_coef != 0, **_loss_arguments(terms, results), **tile(vocabulary),
             )  # fmt: skip
-        if has_gradient and inplace:
+        if options.gradient and options.inplace:
             torch.autograd.graph.increment_version(logits)
         ctx.gradient = gradient
-        statistics = outputs.statistics(terms)
+        statistics = results.statistics(terms)
         ctx.mark_non_differentiable(logprobs, entropies, statistics)
         return statistics[0].clone(), logprobs, entropies, statistics
 
@@ -358,74 +414,67 @@ class _FusedPolicyLoss(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         num_tokens, vocabulary = gradient.shape
         if num_tokens:
-            _scale_rows[(num_tokens,)](gradient, upstreams[0], vocabulary, **tile(vocabulary))
-        return gradient, *[None] * 7
+            _scale_gradient[(num_tokens,)](gradient, upstreams[0], vocabulary, **tile(vocabulary))
+        return gradient, None, None, None, None
 
 
-class _SoftmaxTerms(torch.autograd.Function):
-    """Log-probabilities and entropies of logits that exist, with the gradient in a launch of its own."""
+class _LogprobFromLogits(torch.autograd.Function):
+    """([T] log-probabilities, [T] entropies) of logits, with the gradient in a launch of its own."""
 
     @staticmethod
     @isolated
-    def forward(ctx, logits, bias, targets, inverse_temperature, entropy_gradient, inplace):
-        num_tokens, vocabulary = logits.shape
-        logprobs, entropies, rests, peaks, totals = (
-            torch.empty(num_tokens, dtype=torch.float32, device=logits.device) for _ in range(5)
-        )
-        if num_tokens:
-            rows_forward[(num_tokens,)](
-                logits, bias, targets, logprobs, entropies, rests, peaks, totals, None, None, None, vocabulary,
-                logits.stride(0), inverse_temperature, HAS_BIAS=bias is not None, HAS_POWERS=False, HAS_ENTROPY=False,
-                **tile(vocabulary),
-            )  # fmt: skip
-        # Copies of what goes out, which may be changed there.
-        ctx.save_for_backward(logits, bias, targets, logprobs.clone(), entropies.clone(), rests, peaks, totals)
-        ctx.inverse_temperature = inverse_temperature
+    def forward(ctx, logits, bias, targets, options, entropy_gradient):
+        terms = RowTerms.empty(len(logits), logits.device)
+        sweep_rows(LogitRows(logits, bias, targets, options.inverse_temperature), terms)
+        # Copies of what is returned, because the caller may change it.
+        saved = terms._replace(logprobs=terms.logprobs.clone(), entropies=terms.entropies.clone())
+        ctx.save_for_backward(logits, bias, targets, *saved)
+        ctx.options = options
         ctx.entropy_gradient = entropy_gradient
-        ctx.inplace = inplace
         if not entropy_gradient:
-            ctx.mark_non_differentiable(entropies)
+            ctx.mark_non_differentiable(terms.entropies)
         ctx.set_materialize_grads(False)
-        return logprobs, entropies
+        return terms.logprobs, terms.entropies
 
     @staticmethod
     @once_differentiable
     @isolated
     def backward(ctx: Any, *upstreams: Any) -> Any:
         slopes, entropy_slopes = upstreams
-        logits, bias, targets, *row_values = ctx.saved_tensors
-        slopes = torch.zeros_like(row_values[0]) if slopes is None else slopes.contiguous()
+        logits, bias, targets, *saved = ctx.saved_tensors
+        terms = RowTerms(*saved)
+        slopes = torch.zeros_like(terms.logprobs) if slopes is None else slopes.contiguous()
         has_entropy = ctx.entropy_gradient and entropy_slopes is not None
-        # What is overwritten counts as modified, so that autograd refuses to come here a second time.
-        gradient = logits if ctx.inplace else torch.empty_like(logits)
         entropy_slopes = entropy_slopes.contiguous() if has_entropy else None
-        rows_gradient(gradient, logits, bias, targets, slopes, entropy_slopes, row_values, ctx.inverse_temperature)
-        if ctx.inplace:
+        gradient = logits if ctx.options.inplace else torch.empty_like(logits)
+        rows = LogitRows(logits, bias, targets, ctx.options.inverse_temperature)
+        write_rows_gradient(gradient, rows, terms, slopes, entropy_slopes)
+        if ctx.options.inplace:
+            # The logits are overwritten, so autograd must refuse to come here a second time.
             torch.autograd.graph.increment_version(logits)
         bias_gradient = gradient.sum(0, dtype=torch.float32).to(bias.dtype) if ctx.needs_input_grad[1] else None
-        return gradient, bias_gradient, None, None, None, None
+        return gradient, bias_gradient, None, None, None
 
 
-class _TokenLoss(torch.autograd.Function):
-    """The loss from log-probabilities and entropies [T]."""
+class _LossFromLogprobs(torch.autograd.Function):
+    """(loss, statistics) from log-probabilities and entropies [T]."""
 
     @staticmethod
     @isolated
-    def forward(ctx, logprobs, entropies, terms, objective):
-        num_tokens = len(logprobs)
-        outputs = _TokenOutputs(num_tokens, logprobs.device)
+    def forward(ctx, logprobs, entropies, terms):
+        objective, num_tokens = terms.objective, len(logprobs)
+        results = _TokenResults(num_tokens, logprobs.device)
         slopes = torch.zeros_like(logprobs)
         cu_seqlens = objective.cu_seqlens.contiguous() if objective.by_sequence else None
         programs = triton.cdiv(num_tokens, _BLOCK) if cu_seqlens is None else len(cu_seqlens) - 1
         if programs:
-            _segments[(programs,)](
-                slopes, outputs.losses, outputs.ratios, outputs.events, logprobs, terms.advantages, terms.weights,
-                *_vectors(objective), cu_seqlens, num_tokens, *_scalars(objective), **_flags(objective),
+            _loss_from_logprobs[(programs,)](
+                slopes=slopes, logprobs=logprobs, cu_seqlens=cu_seqlens, T=num_tokens,
                 SEQUENCE_RATIO=objective.loss_type == "gspo",
                 SEQUENCE_IMPORTANCE=objective.by_sequence and objective.importance_level == "sequence",
-                BLOCK=_BLOCK, num_warps=8,
+                **_loss_arguments(terms, results), BLOCK=_BLOCK, num_warps=8,
             )  # fmt: skip
-        statistics = outputs.statistics(terms)
+        statistics = results.statistics(terms)
         loss = statistics[0].clone()
         entropy_slopes = None
         if objective.entropy_coef != 0:
@@ -442,19 +491,19 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstreams: Any) -> Any:
         upstream, _ = upstreams
         slopes, entropy_slopes = ctx.saved_tensors
-        return slopes * upstream, None if entropy_slopes is None else entropy_slopes * upstream, None, None
+        return slopes * upstream, None if entropy_slopes is None else entropy_slopes * upstream, None
 
 
-def _result(loss: Tensor, logprobs: Tensor, entropies: Tensor, statistics: Tensor) -> PolicyLoss:
+def _as_policy_loss(loss: Tensor, logprobs: Tensor, entropies: Tensor, statistics: Tensor) -> PolicyLoss:
     _, low, high, mean, largest, capped = statistics.unbind()
     return PolicyLoss(loss, logprobs.detach(), entropies.detach(), low, high, mean, largest, capped)
 
 
-def _token_loss_of(logprobs: Tensor, entropies: Tensor, terms: TokenTerms, objective: Objective) -> PolicyLoss:
-    loss, statistics = _TokenLoss.apply(logprobs, entropies, terms, objective)
+def _policy_loss_from_logprobs(logprobs: Tensor, entropies: Tensor, terms: TokenTerms) -> PolicyLoss:
+    loss, statistics = _LossFromLogprobs.apply(logprobs, entropies, terms)
     if terms.keep is not None:
         logprobs, entropies = (vector.detach().masked_fill(~terms.keep, 0.0) for vector in (logprobs, entropies))
-    return _result(loss, logprobs, entropies, statistics)
+    return _as_policy_loss(loss, logprobs, entropies, statistics)
 
 
 @shows_settings
@@ -486,14 +535,11 @@ def policy_loss(
     differentiable_bias = recording and bias is not None and bias.requires_grad
     if inplace and not logits.is_contiguous():
         raise ValueError(f"inplace: True for logits with row stride {logits.stride(0)}; pass logits.contiguous()")
+    options = _LogitsOptions(1.0 / temperature, recording and logits.requires_grad, inplace)
     if settings.by_sequence or differentiable_bias or logits.dtype == torch.float16:
-        logprobs, entropies = _SoftmaxTerms.apply(logits, bias, targets, 1.0 / temperature, settings.entropy_coef != 0, inplace)
-        return _token_loss_of(logprobs, entropies, terms, settings)
-    return _result(
-        *_FusedPolicyLoss.apply(
-            logits, bias, targets, terms, settings, 1.0 / temperature, recording and logits.requires_grad, inplace
-        )
-    )
+        logprobs, entropies = _LogprobFromLogits.apply(logits, bias, targets, options, settings.entropy_coef != 0)
+        return _policy_loss_from_logprobs(logprobs, entropies, terms)
+    return _as_policy_loss(*_LossFromLogits.apply(logits, bias, targets, terms, options))
 
 
 @shows_settings
@@ -520,13 +566,13 @@ def linear_policy_loss(
     check_temperature(temperature)
     terms = settings.token_terms(targets, advantages)
     if terms.keep is not None:
-        # Masked slots may hold anything: nan in a state would reach the head's gradient, a target lie outside the vocabulary.
+        # Masked slots may hold anything: a NaN state would reach the head's gradient, a target be outside the vocabulary.
         hidden = hidden.masked_fill(~terms.keep[:, None], 0.0)
         targets = targets.masked_fill(~terms.keep, 0)
     logprobs, entropies = logprob_and_entropy(
         hidden, weight, bias, targets, temperature, entropy_gradient=settings.entropy_coef != 0
     )
-    return _token_loss_of(logprobs, entropies, terms, settings)
+    return _policy_loss_from_logprobs(logprobs, entropies, terms)
 
 
 policy_loss.__doc__ = reference.policy_loss.__doc__

@@ -180,11 +180,12 @@ def _policy_loss(
         logits = logits.masked_fill(~terms.keep[:, None], 0.0)
         targets = targets.masked_fill(~terms.keep, 0)
     logprobs, entropy = _softmax_terms(logits, targets, bias, temperature, entropy_gradient=objective.entropy_coef != 0)
-    return token_loss(logprobs, entropy, terms, objective)
+    return token_loss(logprobs, entropy, terms)
 
 
-def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms, objective: Objective) -> PolicyLoss:
+def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms) -> PolicyLoss:
     """The loss from log-probabilities and entropies [T], written as TRL's `_compute_loss` is, on packed tokens."""
+    objective = terms.objective
     keep = torch.ones_like(logprobs, dtype=torch.bool) if terms.keep is None else terms.keep
 
     def masked(vector: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def _place(D, SPLITS, N, LANES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "T", "M", "SPLITS"])
-def _pool_forward(
+def _pool_forward(  # noqa: PLR0913
     sums,  # [L, N, S, D]
     table,  # [L] addresses of [T, D] or [M, D]
     positions,  # [T]
@@ -104,7 +104,7 @@ def _pool_forward(
 
 
 @triton.jit(do_not_specialize=["N", "T", "SPLITS"])
-def _pool_finish(
+def _pool_finish(  # noqa: PLR0913
     pooled,  # [L, N, D]
     sums,  # [L, N, S, D]
     cu_seqlens,  # [N + 1]
@@ -126,7 +126,7 @@ def _pool_finish(
 
 
 @triton.jit(do_not_specialize=["N", "T", "M", "SPLITS"])
-def _pool_backward(
+def _pool_backward(  # noqa: PLR0913
     table,  # [L] addresses of gradients [T, D] or [M, D]
     pooled_gradient,  # [L, N, D]
     positions,  # [T]
@@ -183,7 +183,7 @@ def cosine_terms(dot, left_square, right_square):
 
 
 @triton.jit(do_not_specialize=["N", "P"])
-def _pair_cosines(
+def _pair_cosines(  # noqa: PLR0913
     cosines, inverses, left_shares, right_shares,  # [P, L], see `cosine_terms`
     pooled,  # [L, N, D]
     pairs,  # [P, 2]
@@ -214,7 +214,7 @@ def _pair_cosines(
 
 
 @triton.jit(do_not_specialize=["N", "P"])
-def _pair_cosines_backward(
+def _pair_cosines_backward(  # noqa: PLR0913
     pooled_gradient,  # [L, N, D]
     upstream, inverses, left_shares, right_shares,  # [P, L]
     pooled,  # [L, N, D]

@@ -31,7 +31,7 @@ def _place(T, ROWS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def _token_cosines(
+def _token_cosines(  # noqa: PLR0913
     cosines, inverses, x_shares, y_shares,  # [L, T], see `cosine_terms`
     x_table, y_table,  # [L] addresses of [T, D]
     T, D, x_stride, y_stride,
@@ -61,7 +61,7 @@ def _token_cosines(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _token_cosines_backward(
+def _token_cosines_backward(  # noqa: PLR0913
     gradients,  # [L, T, D] by the states of the first table
     upstream, inverses, shares,  # [L, T]; shares of the first table's states
     x_table, y_table,  # [L] addresses of [T, D]

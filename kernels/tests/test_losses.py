@@ -10,7 +10,7 @@ import torch
 from accuracy import assert_accurate, run
 from tars_kernels import reference
 from torch.nn.functional import linear
-from trl import trl_loss
+from trl import PaddedBatch, TrlSettings, trl_loss
 
 slow = pytest.mark.slow
 DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=slow)]
@@ -210,12 +210,14 @@ def test_the_specification_is_trls(settings):
 
     keep = padded(inputs["mask"].double())
     level = options.pop("importance_level", "token")
-    loss = trl_loss(
+    batch = PaddedBatch(
         padded(all_logprobs.gather(-1, targets[:, None])[:, 0]),
         padded(-(all_logprobs.exp() * all_logprobs).sum(-1)),
         keep,
         advantages[:, None],
         *(padded(inputs[name]) for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs")),
+    )
+    trl_settings = TrlSettings(
         loss_type=options.pop("loss_type"),
         num_tokens=options.pop("num_tokens", keep.sum()),
         max_length=40,
@@ -225,6 +227,7 @@ def test_the_specification_is_trls(settings):
         cap=options.pop("importance_cap", 2.0),
         **options,
     )
+    loss = trl_loss(batch, trl_settings)
     if settings.get("num_tokens") == 100.0:
         assert "entropy_coef" not in settings
     loss.backward()

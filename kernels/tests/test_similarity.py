@@ -30,15 +30,16 @@ def states(num_layers: int, num_tokens: int, width: int, seed: int = 0) -> torch
         (True, torch.float32),
         (False, torch.bfloat16),
         *(
-            pytest.param(*one, marks=slow)
-            for one in ((False, torch.float32), (True, torch.bfloat16), (True, torch.float16), (False, torch.float16))
+            pytest.param(*case, marks=slow)
+            for case in ((False, torch.float32), (True, torch.bfloat16), (True, torch.float16), (False, torch.float16))
         ),
     ],
 )
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 @pytest.mark.parametrize("layers", [pytest.param(None, marks=slow), [1, 4, -1], pytest.param([2, 2], marks=slow)], ids=str)
-@pytest.mark.parametrize(("num_tokens", "width"), [(77, 123), pytest.param(30, 600, marks=slow)])
-def test_layer_similarity(device, dtype, pooling, layers, stacked, num_tokens, width):
+@pytest.mark.parametrize("size", [(77, 123), pytest.param((30, 600), marks=slow)], ids="{0[0]}-{0[1]}".format)
+def test_layer_similarity(device, dtype, pooling, layers, stacked, size):
+    num_tokens, width = size
     inputs = states(6, num_tokens, width)
     cu_seqlens = torch.tensor([0, num_tokens // 3, num_tokens // 3, num_tokens - 1, num_tokens])
     weights = torch.linspace(0.5, 1.0, 6 if layers is None else len(layers))

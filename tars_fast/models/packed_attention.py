@@ -37,7 +37,7 @@ class PackedGroups:
     prompt_lengths: tuple[int, ...]
     """[R] tokens of each prompt."""
     completion_lengths: tuple[tuple[int, ...], ...]
-    """R times N: tokens of each completion of each group."""
+    """[R, N] tokens of each completion of each group."""
     device: torch.device
 
     @cached_property
@@ -200,7 +200,7 @@ def uses_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> bool
     )
 
 
-def packed_attention(  # transformers says what it is called with
+def packed_attention(  # noqa: PLR0913  # transformers calls it with these
     module: nn.Module,
     query: Tensor,
     key: Tensor,

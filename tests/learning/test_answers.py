@@ -1,4 +1,4 @@
-"""Reading answers (METHOD: R_acc, R_fmt): what counts as stated, and that nothing is ever guessed."""
+"""Reading answers (docs/method.md, Rewards): what counts as stated, and that nothing is ever guessed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training step, against METHOD's list of defects in the released code: each test here fails if its defect is put in."""
+"""One training step, against the defects of the released code in docs/method.md: each test fails if its defect is put in."""
 
 from __future__ import annotations
 
@@ -39,6 +39,15 @@ def alone(model: SpeechModel, prompt, completion) -> tuple[torch.Tensor, torch.T
     logits = output.logits[0, start - 1 : -1] + model.suppressed_bias
     logprobs = logits.log_softmax(-1).gather(-1, ids[0, start:, None])[:, 0]
     return logprobs, torch.stack([states[0, start:].mean(0) for states in output.hidden_states[1:]])
+
+
+def loss_of_each_alone(model: SpeechModel, rollout: Rollout, advantages_N: torch.Tensor) -> torch.Tensor:
+    """The policy loss of fresh completions, whose probability ratio is 1."""
+    loss = torch.zeros(())
+    for prompt, completion, advantage in zip(rollout.prompts, rollout.completions, advantages_N, strict=True):
+        if not completion.truncated:
+            loss = loss - advantage * alone(model, prompt, completion)[0].sum() / rollout.num_tokens
+    return loss
 
 
 @torch.no_grad()
@@ -98,7 +107,7 @@ def test_references_are_correct_texts_of_the_same_question():
 
 
 def test_truncated_completions_earn_no_alignment_and_poison_nothing(model, questions, config):
-    """Defect 4, and METHOD step 3: they stay in the mean of their group."""
+    """Defect 4, and docs/method.md, Advantages: they stay in the mean of their group."""
     rollout = rollout_of(model, questions[:4], dataclasses.replace(config, max_new_tokens=27))
     cut = [index for index, c in enumerate(rollout.completions) if c.modality is Modality.SPEECH][:2]
     for index in cut:
@@ -231,10 +240,7 @@ def test_groups_without_an_advantage_have_no_backward_pass(model, questions, con
     assert counted["without_backward/text"] == pytest.approx(silent.sum().item() / 4 / len(questions))
     assert counted["without_backward/speech"] == 0.0
     # The same loss with every group in the graph.
-    expected = torch.zeros(())
-    for prompt, completion, advantage in zip(rollout.prompts, rollout.completions, scored.advantages_N, strict=True):
-        if not completion.truncated:
-            expected = expected - advantage * alone(model, prompt, completion)[0].sum() / rollout.num_tokens
+    expected = loss_of_each_alone(model, rollout, scored.advantages_N)
     model.module.zero_grad()
     expected.backward()
     torch.testing.assert_close(got, gradients(model), atol=1e-6, rtol=1e-3)
@@ -433,10 +439,7 @@ def test_an_added_reward_trains_groups_whose_other_rewards_agree(model, question
     assert any(differ)
     assert scored.trained_N.tolist() == differ
     got = gradients(model).clone()
-    expected = torch.zeros(())
-    for prompt, completion, advantage in zip(rollout.prompts, rollout.completions, scored.advantages_N, strict=True):
-        if not completion.truncated:
-            expected = expected - advantage * alone(model, prompt, completion)[0].sum() / rollout.num_tokens
+    expected = loss_of_each_alone(model, rollout, scored.advantages_N)
     model.module.zero_grad()
     expected.backward()
     torch.testing.assert_close(got, gradients(model), atol=1e-6, rtol=1e-3)

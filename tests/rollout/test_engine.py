@@ -16,6 +16,7 @@ from tars_fast.config import TrainConfig
 from tars_fast.data.items import TRAINING_DATA, load_questions
 from tars_fast.learning import loader
 from tars_fast.learning.batch import encode_batch, prepare_batch
+from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.learning.update import Learner
 from tars_fast.models.families import qwen2_audio
 from tars_fast.rollout import vllm_engine
@@ -120,7 +121,9 @@ def test_other_errors_pass():
 def test_every_phase_of_a_step_has_a_remedy(model, questions, config):
     timer = PhaseTimer(CPU)
     engine = TransformersEngine(model, config.rollout_batch_size)
-    sampled = rollout_of(model, questions[:2], config, engine=engine, timer=timer)
+    config = dataclasses.replace(config, questions_per_step=2)
+    with loader.RolloutLoader(model, engine, HashedNgrams(), questions, config) as rollouts:
+        sampled = rollouts.next_batch(0, timer).rollout
     learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=0.0), config)
     train_command.update_policy(learner, learner.begin_rollout(sampled))
     assert {name.removeprefix("seconds/") for name in timer.take() | learner.timer.take()} <= SETTINGS_BY_PHASE.keys()

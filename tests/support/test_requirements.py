@@ -24,7 +24,8 @@ DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "to
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """(distribution, whether the file cannot be imported without it) of everything imported from elsewhere."""
-    local = {"tars_fast", "tars_kernels"} | {
+    # _typeshed is there for type checkers only.
+    local = {"tars_fast", "tars_kernels", "_typeshed"} | {
         other.stem for folder in ("tests", "bench", "kernels/tests", "docs") for other in (ROOT / folder).rglob("*.py")
     }
     tree = ast.parse(path.read_text(encoding="utf-8"))
