@@ -16,13 +16,15 @@ from snippets import PAGES, ROOT, parse_markdown
 
 DOCS = ROOT / "docs"
 GENERATED = DOCS / PAGE
-SUFFIXES = "py|sh|jsonl?|md|png|html|npz|tex|toml|ya?ml|cfg|txt|gz|jinja|js|css|parquet"
+SUFFIXES = "py|ipynb|sh|jsonl?|md|png|html|npz|tex|toml|ya?ml|cfg|txt|gz|jinja|js|css|parquet"
 FILE = re.compile(rf"[\w./-]+\.(?:{SUFFIXES})(?![\w.])")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+TRL = "num_generations reward_funcs reward_weights scale_rewards loss_type epsilon_low epsilon_high num_iterations max_steps "
+TRL += "mask_truncated_completions vllm_importance_sampling_cap gradient_accumulation_steps eval_steps log_completions"
 ELSEWHERE = {
     **dict.fromkeys(("--nnodes", "--rdzv-endpoint", "--shutdown-timeout"), "torchrun"),
-    **dict.fromkeys(("num_iterations", "epsilon_low", "epsilon_high", "spk_dict.pt"), "TRL and transformers"),
-    "Qwen2_5OmniThinkerForConditionalGeneration": "transformers",
+    **dict.fromkeys(TRL.split(), "TRL"),
+    **dict.fromkeys(("Qwen2_5OmniThinkerForConditionalGeneration", "spk_dict.pt"), "transformers"),
     "data/law-00000-of-00001.parquet": "a file that somebody may have",
 }
 """What is named and other projects have, and which."""

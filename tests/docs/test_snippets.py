@@ -178,6 +178,12 @@ def run_page(page: Path, folder: Path) -> str:
     return printed
 
 
+@pytest.mark.parametrize("path", [*(ROOT / ".ci").iterdir(), *(ROOT / "bench").glob("*.sh")], ids=lambda path: path.name)
+def test_what_a_script_imports_is_there(path):
+    for line in re.findall(r"^\s*((?:from|import) tars_.*)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+        check_python(line, may_be_absent=False)
+
+
 BAD_CODE = {
     "a flag that is not there": ("```bash\npython -m tars_fast.train --nmu-steps 1\n```", "does not take these flags"),
     "a flag in a sentence": ("Call `python -m tars_fast.plan --gpu 80`.", "does not take these flags"),
