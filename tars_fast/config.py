@@ -95,7 +95,7 @@ class TrainConfig:
     gradient_checkpointing: bool | None = None
     """Compute each layer again for the backward pass instead of keeping its activations. None: the preset's (off / on)."""
     rollout_batch_size: int | None = None
-    """Completions in flight; another size draws other ones. None: the preset's (128 / 64)."""
+    """Completions in flight; another size draws other ones. None: the preset's (256 / 64)."""
     rollout_ahead: Literal[0, 1] = 0
     """1: the next batch is sampled while this one trains, from weights that are then --updates-per-rollout steps old;
     importance weights, held below --importance-cap, correct for it. Needs memory for both at once; a resumed run begins with
