@@ -19,11 +19,11 @@ def run(tmp_path, monkeypatch):
         (tmp_path / f"checkpoint-{step}" / "weights").write_text("whole")
         (tmp_path / f"checkpoint-{step}" / "state").write_text("whole")
 
-    def killed(folder, *_arguments, **_settings):
+    def killed(folder, **settings):
         if folder.name.startswith("checkpoint-1.deleted"):
             (folder / "state").unlink()
             raise KeyboardInterrupt
-        return delete(folder)
+        return delete(folder, **settings)
 
     delete = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", killed)
