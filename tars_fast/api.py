@@ -1,4 +1,6 @@
-"""What the commands do, from Python: settings in, results out. A module of its own, because `tars_fast.train` is the command.
+"""What the commands do, from Python: settings in, results out.
+
+It is not the package itself that has these names, because `tars_fast.train` is the module of a command.
 
 ```python
 from tars_fast.api import TrainConfig, load_policy, train
@@ -32,8 +34,7 @@ from tars_fast.models.prompts import load_prompt_format
 from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import SpeechModel, choose_device
 from tars_fast.rollout.engine import RolloutEngine, Sampling
-from tars_fast.rollout.policy import choose_engine
-from tars_fast.rollout.policy import load_policy as load_model_and_engine
+from tars_fast.rollout.policy import choose_engine, load_model_and_engine
 from tars_fast.support.timing import explain_out_of_memory
 from tars_fast.train import TrainOutcome, train
 from tars_fast.types import Completion, LongAudio, Modality, Question, TrainingError, UserError

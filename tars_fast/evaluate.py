@@ -53,7 +53,7 @@ from tars_fast.reports.console import open_console, say
 from tars_fast.reports.plots import ACCURACY_PLOT, accuracy_plot, can_plot, write_png
 from tars_fast.reports.run_page import Compared, write_report
 from tars_fast.reports.tables import print_evaluation
-from tars_fast.rollout.policy import choose_engine, load_policy
+from tars_fast.rollout.policy import choose_engine, load_model_and_engine
 from tars_fast.support.cli import (
     FAILED,
     INTERRUPTED,
@@ -422,7 +422,7 @@ def answer_slices(job: Job, pending: Sequence[DataSlice], done: Mapping[tuple[st
     }
     check_sizes(sizes, job.data, prompts)
     with explain_out_of_memory("loading the model"):
-        model, engine = load_policy(prompts, preset.source, job.device, job.dtype, find_workload(job, sizes))
+        model, engine = load_model_and_engine(prompts, preset.source, job.device, job.dtype, find_workload(job, sizes))
     with closing(engine):
         num_items, num_pending = sum(map(len, job.data.values())), sum(len(part.questions) for part in pending)
         long = prompts.long_audio_notice([size for own in sizes.values() for size in own if isinstance(size, PromptSize)])

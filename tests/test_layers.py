@@ -9,6 +9,8 @@ from configparser import ConfigParser
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tars_fast"
 COMMANDS = {"train", "evaluate", "analyse", "ablate", "prepare", "export", "plan", "pocket"}
@@ -80,6 +82,14 @@ def test_imports_follow_the_table_of_wings():
                 assert imported != "tars_fast", f"{module} imports the package itself"
             else:
                 assert wing_of(imported) in {wing, *WINGS[wing]}, f"{module} imports {imported}: not in the table of wings"
+
+
+@pytest.mark.parametrize("wing", [wing for wing in WINGS if (PACKAGE / wing).is_dir()])
+def test_a_wings_own_file_says_what_it_may_import(wing):
+    """The line leaves `types` out, which all may import, where there is something else."""
+    docstring = ast.get_docstring(ast.parse((PACKAGE / wing / "__init__.py").read_text())) or ""
+    allowed = [name for name in WINGS if name in WINGS[wing] - {"types"}]
+    assert docstring.splitlines()[-1] == f"May import {', '.join(allowed) or 'types'}."
 
 
 def test_no_module_imports_in_a_circle():

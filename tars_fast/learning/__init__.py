@@ -1,4 +1,6 @@
 """One training step: the rollout's answers, rewards, advantages, the policy gradient and the optimiser.
 
-Comes in: a model, an engine, `Question`s. Goes out: changed weights, and metrics. May import rollout, models and data.
+Comes in: a model, an engine, `Question`s. Goes out: changed weights, and metrics.
+
+May import support, data, models, config, rollout.
 """

@@ -34,7 +34,7 @@ from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_forma
 from tars_fast.models.registry import architecture_of, family_of, find_preset, list_checkpoints
 from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
 from tars_fast.rollout.engine import RolloutEngine
-from tars_fast.rollout.policy import available_bytes, choose_engine, load_policy
+from tars_fast.rollout.policy import available_bytes, choose_engine, load_model_and_engine
 from tars_fast.support.cli import first_line, make_output_folder, new_output_folder
 from tars_fast.support.files import remove_partial, write_atomically
 from tars_fast.support.timing import explain_out_of_memory
@@ -167,7 +167,7 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
     if config.audio_cache_dir is not None:
         make_cache_folder(config.audio_cache_dir)
     with explain_out_of_memory("loading the model"):
-        model, engine = load_policy(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
+        model, engine = load_model_and_engine(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
     with closing(engine):
         model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
         text_similarity = load_text_similarity(run_config.behaviour_model, device)

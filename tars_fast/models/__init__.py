@@ -1,4 +1,6 @@
 """Speech LLMs as the trainer sees them: families, presets, prompts, the packed forward pass, checkpoints, memory.
 
-Comes in: a preset or checkpoint, `Question`s. Goes out: `Prompt`s, hidden states, log-probabilities. May import data.
+Comes in: a preset or checkpoint, `Question`s. Goes out: `Prompt`s, hidden states, log-probabilities.
+
+May import support, data.
 """

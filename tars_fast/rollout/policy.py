@@ -41,7 +41,7 @@ def choose_engine(
     return "vllm" if reason is None and (name == "vllm" or device.type == "cuda") else "transformers"
 
 
-def load_policy(
+def load_model_and_engine(
     prompts: PromptFormat,
     source: str,
     device: torch.device,

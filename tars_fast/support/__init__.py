@@ -1,4 +1,6 @@
 """Small tools without a subject: files, command lines, versions of packages, threads, seconds by phase.
 
-Anything may use them; they use nothing of the project but `types`.
+Everything may use them.
+
+May import types.
 """

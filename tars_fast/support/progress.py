@@ -25,18 +25,18 @@ def item_progress(console: Console, total: int, completed: int = 0, what: str = 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total, completed=completed)
-        started = told = time.monotonic()
+        started = last_line = time.monotonic()
         done = completed
 
         def advance(count: int) -> None:
-            nonlocal told, done
+            nonlocal last_line, done
             done += count
             progress.update(task, completed=done)
             now = time.monotonic()
-            if not console.is_terminal and (now - told > SECONDS_BETWEEN_LINES or done == total):
+            if not console.is_terminal and (now - last_line > SECONDS_BETWEEN_LINES or done == total):
                 rate = (done - completed) / max(now - started, 1e-9)
                 console.print(f"{what} {done}/{total}, {rate:.1f} a second", highlight=False)
-                told = now
+                last_line = now
 
         yield advance
 

@@ -20,8 +20,8 @@ def provenance() -> dict[str, object]:
     commit = None
     # Not that of whatever repository an installed package happens to lie in.
     if (_ROOT / ".git").exists():
-        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=False)
-        commit = asked.stdout.strip() or None
+        result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=False)
+        commit = result.stdout.strip() or None
     cpu = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,

@@ -65,8 +65,8 @@ def explain_out_of_memory(phase: str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         # torch's CPU allocator has no exception of its own.
-        told = str(error).lower()
-        if isinstance(error, MemoryError) or any(words in told for words in _OUT_OF_MEMORY):
+        message = str(error).lower()
+        if isinstance(error, MemoryError) or any(words in message for words in _OUT_OF_MEMORY):
             raise TrainingError(
                 f"out of memory in phase {phase!r}; lower {SETTINGS_BY_PHASE[phase]}; "
                 "python -m tars_fast.plan shows what each phase needs"

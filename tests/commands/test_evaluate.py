@@ -242,7 +242,7 @@ def test_other_contents_in_the_same_places_are_refused(items, tmp_path, monkeypa
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
     shutil.copytree(find_preset("pocket").source, checkpoint)
     evaluated(out, items, model=str(checkpoint))
-    monkeypatch.setattr(module, "load_policy", lambda *_: pytest.fail("nothing may be evaluated"))
+    monkeypatch.setattr(module, "load_model_and_engine", lambda *_: pytest.fail("nothing may be evaluated"))
     evaluated(out, items, model=str(checkpoint))
     written = {path: path.read_bytes() for path in out.iterdir()}
     recording = items / json.loads(items_lines(items)[5])["audio"]
@@ -332,7 +332,7 @@ def test_a_finished_evaluation_is_compared_without_loading_the_model(kept_items,
         lines[number] = json.dumps(record) + "\n"
     lines[right[3]] = json.dumps(json.loads(lines[right[3]]) | {"evaluated": None, "failed": "gone"}) + "\n"
     (other / "predictions.jsonl").write_text("".join(lines))
-    monkeypatch.setattr(module, "load_policy", lambda *_: pytest.fail("nothing is left to evaluate"))
+    monkeypatch.setattr(module, "load_model_and_engine", lambda *_: pytest.fail("nothing is left to evaluate"))
     capsys.readouterr()
     made = evaluated(out, items, compare=other, reference=str(other))["items"]
     change = made["change"]
@@ -361,17 +361,17 @@ def test_items_that_fail_are_listed_and_done_again_once_they_are_right(items, ke
     (items / names[0]).unlink()
     wave, rate = soundfile.read(items / names[1])
     soundfile.write(items / names[1], np.where(np.arange(len(wave)) == 9, np.nan, wave), rate, subtype="FLOAT")
-    load = module.load_policy
+    load = module.load_model_and_engine
 
     def then_lost(*arguments):
         (items / names[6]).unlink()
         return load(*arguments)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(module, "load_policy", then_lost)
+    monkeypatch.setattr(module, "load_model_and_engine", then_lost)
     capsys.readouterr()
     assert command(config_of(out, items)) == FAILED
-    monkeypatch.setattr(module, "load_policy", load)
+    monkeypatch.setattr(module, "load_model_and_engine", load)
     made = read(out)["items"]
     assert (made["num_items"], made["num_failed"]) == (7, 3)
     assert list(made["failed"]) == ["validation-0000", "validation-0001", "validation-0006"]

@@ -228,7 +228,7 @@ def test_plan_of_an_adapter_is_that_of_its_base(monkeypatch, capsys, make_model,
 
 
 def test_dry_run_prints_the_plan_and_loads_nothing(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("tars_fast.learning.run.load_policy", lambda *_: pytest.fail("loaded weights"))
+    monkeypatch.setattr("tars_fast.learning.run.load_model_and_engine", lambda *_: pytest.fail("loaded weights"))
     monkeypatch.setattr(
         "sys.argv",
         ["train", "--model", "qwen2-audio-7b", "--dry-run", "--engine", "auto", "--output-dir", str(tmp_path / "run")],

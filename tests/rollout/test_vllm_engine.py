@@ -536,7 +536,7 @@ def test_a_checkpoint_vllm_cannot_read_is_the_users_to_put_right(tmp_path):
 def test_resumed_policy_is_the_checkpoints(lora_rank, tmp_path, questions):
     """What the trainer saves, vLLM reads: a full checkpoint as weights, an adapter on top of its base."""
     from tars_fast.models.checkpoint import save_checkpoint
-    from tars_fast.rollout.policy import load_policy
+    from tars_fast.rollout.policy import load_model_and_engine
 
     engine = start(lora_rank=lora_rank)
     train_a_little(engine, questions)
@@ -559,7 +559,7 @@ def test_resumed_policy_is_the_checkpoints(lora_rank, tmp_path, questions):
     loaded = {}
     for name in ("vllm", "transformers"):
         given = dataclasses.replace(workload, engine=name)
-        model, other = load_policy(prompts, str(folder), torch.device("cpu"), torch.float32, given)
+        model, other = load_model_and_engine(prompts, str(folder), torch.device("cpu"), torch.float32, given)
         _alive.append(other)
         with torch.no_grad():
             encoded = [prompt for modality in Modality for prompt in model.encode_prompts(questions, modality)]
