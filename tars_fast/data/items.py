@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -189,7 +190,7 @@ def _parse_row(row: Row, format: Format, spoken: bool, copies: Counter[str]) -> 
         UserError: the first thing that is wrong with the row.
     """
     columns = _read_columns(row, format)
-    _check_columns(columns, lacks_audio=spoken and row.audio is None)
+    _check_columns(columns, spoken and row.audio is None, row.audio_fault if spoken else None)
     answers = _possible_answers(columns)
     answer = _right_answer(columns, answers)
     text = "\n".join([columns.texts["question"], *answers.lettered()])
@@ -205,6 +206,19 @@ def _parse_row(row: Row, format: Format, spoken: bool, copies: Counter[str]) -> 
     return _fields(columns, answers, question), question
 
 
+def _without_nan(value: object) -> object:
+    """NaN is what pandas writes where there is no value."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _as_text(value: object) -> str | None:
+    """A text, or a whole number as one; None of anything else."""
+    if isinstance(value, float) and value.is_integer():
+        # pandas makes floats of a column of integers where a row has none.
+        value = int(value)
+    return str(value).strip() if type(value) in (str, int) else None
+
+
 def _read_columns(row: Row, format: Format) -> _Columns:
     if row.error is not None:
         raise row.error
@@ -212,26 +226,34 @@ def _read_columns(row: Row, format: Format) -> _Columns:
         raise UserError(
             f"{row.place}: {row.values!r:.80} is not a JSON object; an item is {{id, question, answer, audio, options}}"
         )
-    values = {name: row.values.get(column) for name, column in format.columns.items()}
-    ids = [row.values[column] for column in format.id_columns if column in row.values]
+    values = {name: _without_nan(row.values.get(column)) for name, column in format.columns.items()}
+    if isinstance(values["answer"], list) and len(values["answer"]) == 1:
+        values["answer"] = values["answer"][0]
+    ids = [_without_nan(row.values[column]) for column in format.id_columns if column in row.values]
     has_id = len(ids) == len(format.id_columns)
     if has_id:
-        values["id"] = ids[0] if len(ids) == 1 else "_".join(map(str, ids))
-    texts = {name: str(value).strip() for name, value in values.items() if type(value) in (str, int)}
+        values["id"] = ids[0] if len(ids) == 1 else "_".join(_as_text(value) or str(value) for value in ids)
+    texts = {name: text for name, value in values.items() if (text := _as_text(value)) is not None}
     name = f"{row.place}: item {texts['id']!r:.80}" if texts.get("id") else row.place
-    for field, value in [*values.items(), ("audio", row.values.get("audio"))]:
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and (found := NO_TEXT.search(text)):
-                column = {**format.columns, "audio": "audio"}.get(field, format.id_columns[0])
+    for field, value in values.items():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, str) and (found := NO_TEXT.search(part)):
+                column = format.columns.get(field, format.id_columns[0])
                 raise UserError(f"{name}: {column!r} holds {found[0]!r}, which no text can hold; correct it")
     return _Columns(name, format, values, texts, has_id)
 
 
-def _check_columns(columns: _Columns, lacks_audio: bool) -> None:
+def _check_columns(columns: _Columns, lacks_audio: bool, audio_fault: str | None) -> None:
     """Raises UserError where a field that every item needs is missing, or one that it may have is no text."""
     names = columns.format.columns
     needed = {"id": columns.format.id_columns[0]} if columns.has_id else {}
     needed |= {name: names[name] for name in ("question", "answer")}
+    for name, column in (needed | {name: names[name] for name in ("category", "transcript")}).items():
+        value = columns.values[name]
+        if value is not None and name not in columns.texts:
+            raise UserError(f"{columns.row}: {column!r} must be a text, not {value!r:.80} ({type(value).__name__})")
+    if audio_fault is not None:
+        raise UserError(f"{columns.row}: 'audio' {audio_fault}")
     empty = [column for name, column in needed.items() if not columns.texts.get(name)]
     if lacks_audio:
         empty.append("audio")
@@ -239,9 +261,6 @@ def _check_columns(columns: _Columns, lacks_audio: bool) -> None:
         raise UserError(
             f"{columns.row}: {', '.join(map(repr, empty))} missing or empty; an item is id, question, answer, audio, options"
         )
-    for name in ("category", "transcript"):
-        if columns.values[name] is not None and name not in columns.texts:
-            raise UserError(f"{columns.row}: {names[name]!r} must be a text, not {columns.values[name]!r:.80}")
 
 
 def _possible_answers(columns: _Columns) -> _Answers:
@@ -278,19 +297,22 @@ def _possible_answers(columns: _Columns) -> _Answers:
 def _right_answer(columns: _Columns, answers: _Answers) -> str:
     """One of `answers.choices`."""
     answer = columns.texts["answer"]
+    if not columns.format.answers_by_index and answer in answers.choices:
+        return answer
+    # Where options stand twice, the first of them.
+    names = dict(zip(answers.listed[::-1], answers.choices[::-1], strict=True)) if answers.are_options else {}
     if columns.format.answers_by_index:
-        letters = {str(index): letter for index, letter in enumerate(answers.choices)}
-        if answer not in letters:
+        names |= {str(index): letter for index, letter in enumerate(answers.choices)}
+        if answer not in names:
             raise UserError(
-                f"{columns.row}: {columns.format.columns['answer']!r} is {answer:.80}, not 0 to {len(letters) - 1}, the place "
-                "of the right option counted from 0"
+                f"{columns.row}: {columns.format.columns['answer']!r} is {answer:.80}, not 0 to {len(answers.choices) - 1}, "
+                "the place of the right option counted from 0"
             )
-        return letters[answer]
-    if answer not in answers.choices:
-        by_option = dict(zip(answers.listed, answers.choices, strict=True)) if answers.are_options else {}
-        remedy = f"give its letter, {by_option[answer]!r}" if answer in by_option else "correct it or the list"
-        raise UserError(f"{columns.row}: answer {answer!r:.80} is none of {', '.join(answers.choices):.300}; {remedy}")
-    return answer
+    if answer not in names:
+        raise UserError(
+            f"{columns.row}: answer {answer!r:.80} is none of {', '.join(answers.choices):.300}; correct it or the list"
+        )
+    return names[answer]
 
 
 def _id_of_content(text: str, choices: tuple[str, ...], answer: str, copies: Counter[str]) -> str:
@@ -346,11 +368,12 @@ def load_questions(source: str | Path, *, spoken: bool = True) -> list[Question]
     """Read the items of a source, all of which must be good.
 
     Args:
-        source: a jsonl file or a folder with one, whose lines are `id`, `question`, `answer`, `audio` (path relative to the
-            file), either `options` (shown in the prompt as lettered lines; `answer` is a letter) or `answer_set` (possible
-            answers, not shown; `answer` is one of them), and optionally `category` and `transcript`; a parquet file, a folder
-            of them, a folder written by `save_to_disk`, or a dataset of the hub, `owner/name[:configuration]`, in any of
-            `FORMATS`, the last three with `@split` behind them where one of several is meant; or `mmsu`, `obqa`.
+        source: a jsonl file or a folder with one, whose lines are `id`, `question`, `answer`, `audio` (see `take_recording`;
+            paths are relative to the file), either `options` (shown in the prompt as lettered lines; `answer` is a letter or
+            an option's text) or `answer_set` (possible answers, not shown; `answer` is one of them), and optionally
+            `category` and `transcript`; a parquet file, a folder of them, a folder written by `save_to_disk`, or a dataset of
+            the hub, `owner/name[:configuration]`, in any of `FORMATS`, the last three with `@split` behind them where one of
+            several is meant; or `mmsu`, `obqa`.
         spoken: items need a recording; otherwise recordings are left out.
 
     Raises:

@@ -6,6 +6,7 @@ What the columns mean is for `items` to say. A recording is read when its bytes 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import re
 import sys
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tars_fast.data.recordings import take_recording
 from tars_fast.types import Recording, UserError
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class DatasetRecording:
 
     place: str
     column: pa.ChunkedArray = field(compare=False, repr=False)
-    """The dataset's column `audio`: files as {bytes, path} or bytes, or paths of files."""
+    """The dataset's column `audio`; see `take_recording`."""
     row: int
     folder: Path = field(compare=False)
     """Paths in the row are relative to it."""
@@ -50,17 +52,32 @@ class DatasetRecording:
     """Differs where the dataset differs."""
 
     def read_bytes(self) -> bytes:
-        value = self.column[self.row].as_py()
-        if isinstance(value, dict):
-            value = value["bytes"] or value.get("path")
-        if isinstance(value, str):
-            path = self.folder / value
+        try:
+            content = take_recording(self.column[self.row].as_py())
+        except ValueError as error:
+            raise OSError(errno.EINVAL, f"its row's 'audio' {error}") from error
+        if isinstance(content, str):
+            path = self.folder / content
             if not path.is_file():
                 raise OSError(errno.EIO, f"its row names {path}, which is not there")
             return path.read_bytes()
-        if not value:
+        if content is None:
             raise OSError(errno.ENODATA, "its row holds no audio")
-        return value
+        return content
+
+    def __str__(self) -> str:
+        return self.place
+
+
+@dataclass(frozen=True)
+class InlineRecording:
+    """A recording inside a line."""
+
+    place: str
+    content: bytes = field(compare=False, repr=False)
+
+    def read_bytes(self) -> bytes:
+        return self.content
 
     def __str__(self) -> str:
         return self.place
@@ -75,6 +92,8 @@ def stamp(recording: Recording | None) -> str:
 
     if recording is None:
         return "none"
+    if isinstance(recording, InlineRecording):
+        return hashlib.sha256(recording.content).hexdigest()
     if not isinstance(recording, DatasetRecording):
         try:
             status = Path(str(recording)).stat()
@@ -100,6 +119,8 @@ class Row:
     """The part of the source it comes from, where several are joined."""
     error: UserError | None = None
     """Why it cannot even be read."""
+    audio_fault: str | None = None
+    """What is wrong with its column `audio`, behind that name."""
 
     @property
     def place(self) -> str:
@@ -171,9 +192,21 @@ def _read_lines(path: Path) -> Iterator[Row]:
             reason = UserError(f"{row.place}: not JSON ({error}); write one object a line")
             yield Row(row.source, row.where, None, error=reason)
             continue
-        audio = values.get("audio") if isinstance(values, dict) else None
-        named = audio.strip() if isinstance(audio, str) and not NO_TEXT.search(audio) else ""
-        yield Row(row.source, row.where, values, path.parent / named if named else None)
+        audio, fault = _line_audio(row.place, path.parent, values.get("audio") if isinstance(values, dict) else None)
+        yield Row(row.source, row.where, values, audio, audio_fault=fault)
+
+
+def _line_audio(place: str, folder: Path, value: object) -> tuple[Recording | None, str | None]:
+    """(the recording that a line holds or names, what is wrong with it)."""
+    try:
+        content = take_recording(value)
+    except ValueError as error:
+        return None, str(error)
+    if isinstance(content, bytes):
+        return InlineRecording(place, content), None
+    if content is not None and (found := NO_TEXT.search(content)):
+        return None, f"holds {found[0]!r}, which no text can hold; correct it"
+    return None if content is None else folder / content, None
 
 
 _SPLITS_APART = frozenset({"train", "validation", "valid", "val", "dev", "test", "auxiliary_train"})
@@ -279,16 +312,25 @@ def _is_file(type_: pa.DataType) -> bool:
     return pa.types.is_struct(type_) and type_.get_field_index("bytes") >= 0
 
 
-def _recordings(source: str, rows: pa.Table) -> pa.ChunkedArray | None:
-    """The column `audio`, None where there is none."""
+def _may_hold_recordings(type_: pa.DataType) -> bool:
+    """See `take_recording`."""
     import pyarrow as pa
 
+    types = pa.types
+    if types.is_list(type_) or types.is_large_list(type_):
+        return _may_hold_recordings(type_.value_type)
+    if types.is_struct(type_):
+        return any(type_.get_field_index(name) >= 0 for name in ("bytes", "data", "path", "array"))
+    kinds = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    return any(is_kind(type_) for is_kind in kinds)
+
+
+def _recordings(source: str, rows: pa.Table) -> pa.ChunkedArray | None:
+    """The column `audio`, None where there is none."""
     if "audio" not in rows.column_names:
         return None
     column = rows.column("audio")
-    types = pa.types
-    kinds = (_is_file, types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-    if not any(is_kind(column.type) for is_kind in kinds):
+    if not _may_hold_recordings(column.type):
         from datasets import Features
 
         feature = Features.from_arrow_schema(rows.schema)["audio"]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import math
+import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
+from tars_fast.data.audio import decode
 from tars_fast.data.items import load_questions, read_items, read_usable
+from tars_fast.data.sources import stamp
 from tars_fast.types import Question, UserError
 
 LETTERED = {"id": "q1", "question": "Which is red?", "answer": "B", "options": ["grass", "blood", "snow"], "audio": "q1.wav"}
@@ -55,14 +63,21 @@ def test_text_is_read_as_utf_8_and_numbers_as_text(tmp_path):
         pytest.param('["q9"]', ["not a JSON object"], id="not an object"),
         pytest.param({"id": "q9"}, ["'question', 'answer', 'audio'", "an item is id,"], id="fields missing"),
         pytest.param(LETTERED | {"id": None}, ["'id'", "an item is id,"], id="no id"),
-        pytest.param(LETTERED | {"id": "q9", "audio": ["a"]}, ["'audio'", "an item is id,"], id="audio is a list"),
+        pytest.param(
+            LETTERED | {"id": "q9", "answer": True}, ["'answer' must be a text, not True (bool)"], id="answer is true"
+        ),
+        pytest.param(LETTERED | {"id": "q9", "answer": 1.5}, ["'answer' must be a text, not 1.5 (float)"], id="half a number"),
+        pytest.param(
+            LETTERED | {"id": "q9", "answer": ["A", "B"]}, ["'answer' must be a text, not ['A', 'B'] (list)"], id="two answers"
+        ),
+        pytest.param(LETTERED | {"id": "q9", "answer": math.nan}, ["'answer' missing or empty"], id="no answer, of pandas"),
         pytest.param(
             LETTERED | {"id": "q9", "question": " \n"},
             ["item 'q9'", "'question' missing or empty", "an item is id,"],
             id="empty question",
         ),
         pytest.param(LETTERED | {"id": "q9", "answer": "D"}, ["item 'q9'", "answer 'D'", "A, B, C"], id="no such letter"),
-        pytest.param(LETTERED | {"id": "q9", "answer": "blood"}, ["item 'q9'", "'blood'", "A, B, C"], id="not the letter"),
+        pytest.param(LETTERED | {"id": "q9", "answer": "Blood"}, ["item 'q9'", "'Blood'", "A, B, C"], id="not the option"),
         pytest.param(NAMED | {"id": "q9", "answer": "three"}, ["item 'q9'", "'three'", "one, two"], id="not in the set"),
         pytest.param(NAMED | {"id": "q9", "answer": "Two"}, ["item 'q9'", "'Two'", "one, two"], id="other case"),
         pytest.param(
@@ -194,10 +209,90 @@ def test_a_bad_row_of_ones_own_is_never_left_out(tmp_path):
     assert ([item.question for item in items], left_out) == (load_questions(tmp_path / "items.jsonl"), None)
 
 
-def test_an_option_given_in_words_is_answered_with_its_letter(tmp_path):
-    write(
-        tmp_path / "items.jsonl",
-        {"id": "q", "question": "Two plus two?", "options": ["Four", "Five"], "answer": "Four"} | {"audio": "q.wav"},
-    )
-    with pytest.raises(UserError, match=r"answer 'Four' is none of A, B; give its letter, 'A'"):
-        load_questions(tmp_path)
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        (LETTERED | {"answer": "blood"}, "B"),
+        (LETTERED | {"answer": ["B"]}, "B"),
+        (LETTERED | {"options": ["B", "A"], "answer": "B"}, "B"),  # the letter first
+        (NAMED | {"answer_set": ["1", "2"], "answer": 2.0}, "2"),
+        (LETTERED | {"id": 7.0, "category": math.nan, "transcript": math.nan}, "B"),
+        ({"question": "q", "choices": ["x", "y"], "answer": 1.0, "audio": "a"}, "B"),
+        ({"question": "q", "choices": ["x", "y", "y"], "answer": "y", "audio": "a"}, "B"),
+        ({"question": "q", "choices": ["1", "0"], "answer": "0", "audio": "a"}, "A"),  # the index first
+    ],
+)
+def test_answers_that_can_mean_one_thing_only_are_taken(tmp_path, row, answer):
+    (question,) = load_questions(write(tmp_path / "items.jsonl", row))
+    assert (question.answer, question.category, question.transcript) == (answer, "", None)
+    assert ".0" not in question.id
+
+
+def sound(rate: int = 16_000) -> tuple[np.ndarray, bytes]:
+    """(samples, the same as a file)."""
+    wave = (0.3 * np.sin(np.arange(rate))).astype(np.float32)
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, format="WAV", subtype="FLOAT")
+    return wave, file.getvalue()
+
+
+WAVE, FILE = sound()
+TEXT = base64.b64encode(FILE).decode()
+
+
+@pytest.mark.parametrize(
+    "audio",
+    [
+        {"path": "q1.wav"},
+        {"path": "q1.wav", "bytes": None},
+        ["q1.wav"],
+        [{"array": WAVE.tolist(), "sampling_rate": 16_000}],
+        {"array": [WAVE.tolist()], "sampling_rate": 16_000.0, "path": "gone.wav"},
+        {"bytes": TEXT, "path": "gone.wav"},
+        {"data": TEXT, "format": "wav"},
+        TEXT,
+        "\n".join(textwrap.wrap(TEXT, 76)),
+        f"data:audio/wav;base64,{TEXT}",
+        "file:{folder}/q1.wav",
+    ],
+    ids=lambda audio: str(audio)[:30],
+)
+def test_recordings_inside_a_line(tmp_path, audio):
+    (tmp_path / "q1.wav").write_bytes(FILE)
+    audio = audio.replace("file:{folder}", f"file://{tmp_path}") if isinstance(audio, str) else audio
+    path = write(tmp_path / "items.jsonl", LETTERED | {"audio": audio}, NAMED | {"audio": audio})
+    first, second = load_questions(path)
+    np.testing.assert_array_equal(decode(first.audio), WAVE)
+    assert len(str(first.audio)) < 200
+    assert stamp(first.audio) == stamp(second.audio)
+    assert hash(first.audio) == hash(load_questions(path)[0].audio)
+
+
+@pytest.mark.parametrize(
+    ("audio", "said"),
+    [
+        ("https://x.org/a.wav", "is a URL, which is not fetched (https://x.org/a.wav); download it and give its path"),
+        ("s3://b/a.wav", "is a URL, which is not fetched (s3://b/a.wav); download it and give its path"),
+        (["a.wav", "b.wav"], "is a list of 2; an item has one recording"),
+        ([0.1] * 400_000, "is a list of 400000 numbers without their rate; give {array, sampling_rate}, or a path"),
+        ({"array": [0.1]}, "holds an array whose sampling_rate is None; give it in Hz"),
+        ({"array": [0.1], "sampling_rate": "16k"}, "holds an array whose sampling_rate is '16k'; give it in Hz"),
+        ({"array": ["x"], "sampling_rate": 16_000}, "holds an array that is no list of numbers"),
+        ({"array": [10**400], "sampling_rate": 16_000}, "holds an array that is no list of numbers"),
+        ({"array": [[0.1]] * 9, "sampling_rate": 16_000}, "holds an array of shape (9, 1); give the samples of one channel"),
+        ({"wave": [0.1]}, "has 'wave'; give {bytes}, {path} or {array, sampling_rate}"),
+        (True, "is True (bool), not a path or a recording"),
+        (5, "is 5 (int), not a path or a recording"),
+        ("data:audio/wav;base64,?", "is a data: URI that is not base64 (Only base64 data is allowed)"),
+        ("x" * 400_000, f"is a text of 400000 characters, neither a path nor base64 of a recording ('{'x' * 40}'...)"),
+        ("", "missing or empty; an item is id, question, answer, audio, options"),
+        ([], "missing or empty; an item is id, question, answer, audio, options"),
+        ({"bytes": None, "path": None}, "missing or empty; an item is id, question, answer, audio, options"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_values_that_are_no_recordings_are_named(tmp_path, audio, said):
+    with pytest.raises(UserError) as caught:
+        load_questions(write(tmp_path / "items.jsonl", LETTERED | {"audio": audio}))
+    assert str(caught.value) == f"{tmp_path / 'items.jsonl'}, line 1: item 'q1': 'audio' {said}"
+    assert load_questions(write(tmp_path / "items.jsonl", LETTERED | {"audio": audio}), spoken=False)[0].audio is None

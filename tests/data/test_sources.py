@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 import json
@@ -49,6 +50,10 @@ def tone(hertz: int, format: str = "WAV", rate: int = SAMPLE_RATE) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, 0.3 * np.sin(2 * np.pi * hertz * np.arange(rate) / rate), rate, format=format)
     return buffer.getvalue()
+
+
+def samples(hertz: int) -> list[float]:
+    return soundfile.read(io.BytesIO(tone(hertz)))[0].tolist()
 
 
 def pitch(question: Question) -> int:
@@ -188,7 +193,7 @@ def own_row(**changes: object) -> dict:
     return row | {"category": "counting", "transcript": "Which one?"} | changes
 
 
-@pytest.mark.parametrize("feature", ["Audio", "struct", "bytes", "path"])
+@pytest.mark.parametrize("feature", ["Audio", "struct", "bytes", "path", "array", "list", "base64"])
 def test_recordings_in_any_column(tmp_path, feature, largest_in_memory):
     (tmp_path / "spoken").mkdir()
     (tmp_path / "spoken" / "a.wav").write_bytes(tone(400))
@@ -198,6 +203,9 @@ def test_recordings_in_any_column(tmp_path, feature, largest_in_memory):
         "struct": lambda: Dataset.from_list([own_row(audio={"bytes": tone(400), "path": "else.wav"})]),
         "bytes": lambda: Dataset.from_list([own_row()]),
         "path": lambda: Dataset.from_list([plain | {"audio": "spoken/a.wav"}]),
+        "array": lambda: Dataset.from_list([plain | {"audio": {"array": samples(400), "sampling_rate": SAMPLE_RATE}}]),
+        "list": lambda: Dataset.from_list([plain | {"audio": [{"bytes": tone(400), "path": None}]}]),
+        "base64": lambda: Dataset.from_list([plain | {"audio": base64.b64encode(tone(400)).decode()}]),
     }[feature]()
     rows.to_parquet(tmp_path / "a.parquet")
     (question,) = load_questions(tmp_path / "a.parquet")
@@ -255,6 +263,12 @@ def test_bad_rows_are_named(tmp_path, rows, fragments):
         ({"bytes": b"", "path": None}, "cannot be read (its row holds no audio)"),
         ({"bytes": None, "path": "gone.wav"}, "gone.wav, which is not there)"),
         ({"bytes": b"no sound", "path": "a.wav"}, "cannot be decoded"),
+        (
+            "https://x.org/a.wav",
+            "cannot be read (its row's 'audio' is a URL, which is not fetched (https://x.org/a.wav); download",
+        ),
+        (["a.wav", "b.wav"], "cannot be read (its row's 'audio' is a list of 2; an item has one recording)"),
+        ("a\0.wav", "a\0.wav, which is not there)"),
     ],
 )
 def test_bad_recordings_are_named(tmp_path, audio, reason, largest_in_memory):

@@ -1,0 +1,86 @@
+"""What stands in a column `audio`: a path, a whole file, or samples."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from urllib.parse import unquote
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_MAGIC = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2", b"FORM", b"caff")
+"""How the files begin that base64 is looked for in: wav, flac, ogg, mp3, aiff, caf. No path looks like them in base64."""
+
+_LONGEST_PATH = 4096
+
+
+def take_recording(value: object) -> bytes | str | None:
+    """What a value of the column `audio` means.
+
+    Args:
+        value: a path; a file's bytes, also as base64 or as a `data:` URI; {bytes, path}, as `datasets` writes it; {data}, as
+            chat messages have it; {array, sampling_rate}; or a list of one of these.
+
+    Returns:
+        The bytes of a whole file, its path, or None where there is no recording.
+
+    Raises:
+        ValueError: it is something else; the text goes on behind "'audio'".
+    """
+    if value is None or isinstance(value, bytes):
+        return value or None
+    if isinstance(value, str):
+        return _take_text(value.strip())
+    if isinstance(value, dict):
+        if value.get("array") is not None:
+            return _encode_samples(value["array"], value.get("sampling_rate"))
+        if value and not value.keys() & {"bytes", "data", "path"}:
+            raise ValueError(f"has {', '.join(map(repr, value)):.80}; give {{bytes}}, {{path}} or {{array, sampling_rate}}")
+        return take_recording(next((value[name] for name in ("bytes", "data", "path") if value.get(name)), None))
+    if isinstance(value, list) and len(value) <= 1:
+        return take_recording(value[0]) if value else None
+    if isinstance(value, list):
+        if isinstance(value[0], int | float):
+            raise ValueError(f"is a list of {len(value)} numbers without their rate; give {{array, sampling_rate}}, or a path")
+        raise ValueError(f"is a list of {len(value)}; an item has one recording")
+    raise ValueError(f"is {value!r:.80} ({type(value).__name__}), not a path or a recording")
+
+
+def _take_text(text: str) -> bytes | str | None:
+    if text.startswith("data:"):
+        try:
+            return base64.b64decode("".join(text.partition(",")[2].split()), validate=True) or None
+        except binascii.Error as error:
+            raise ValueError(f"is a data: URI that is not base64 ({error})") from error
+    if url := _URL.match(text):
+        if url[1].lower() == "file":
+            return unquote(text[url.end() :])
+        raise ValueError(f"is a URL, which is not fetched ({text[:80]}); download it and give its path")
+    try:
+        content = base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        content = b""
+    if content.startswith(_MAGIC):
+        return content
+    if len(text) > _LONGEST_PATH:
+        raise ValueError(f"is a text of {len(text)} characters, neither a path nor base64 of a recording ({text[:40]!r}...)")
+    return text or None
+
+
+def _encode_samples(array: object, rate: object) -> bytes:
+    """A wav file of [samples] or [channels, samples]."""
+    import numpy as np
+    import soundfile
+
+    if not isinstance(rate, int | float) or not 1 <= rate <= 1_000_000:
+        raise ValueError(f"holds an array whose sampling_rate is {rate!r:.80}; give it in Hz")
+    try:
+        wave = np.asarray(array, np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError("holds an array that is no list of numbers") from error
+    if wave.ndim not in (1, 2) or (wave.ndim == 2 and len(wave) > 8):
+        raise ValueError(f"holds an array of shape {wave.shape}; give the samples of one channel")
+    file = io.BytesIO()
+    soundfile.write(file, wave.T, int(rate), format="WAV", subtype="FLOAT")
+    return file.getvalue()
