@@ -1,4 +1,4 @@
-"""The terminal: standard output, and lines of any length on it."""
+"""Standard output, as a terminal or as a file, and lines of any length on it."""
 
 from __future__ import annotations
 

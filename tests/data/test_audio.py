@@ -123,7 +123,7 @@ def test_refuses_empty_and_short_ones(tmp_path, rate, seconds, said):
 @pytest.mark.parametrize("rate", [SAMPLE_RATE, 44_100])
 def test_refuses_long_ones(tmp_path, rate):
     message = refusal(write(tmp_path / "a.wav", tone(440, 4.25, rate), rate))
-    assert "4.25 s (68000 samples at 16 kHz), the model hears at most 4 s; cut it shorter" in message
+    assert "4.25 s (68000 samples at 16 kHz), the model encodes at most 4 s at once; cut it shorter" in message
 
 
 def test_limits_themselves_are_accepted(tmp_path):
