@@ -36,7 +36,7 @@ from tars_fast.models.speech_model import SpeechModel, choose_device, make_train
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.policy import available_bytes, choose_engine, load_model_and_engine
 from tars_fast.support.cli import first_line, make_output_folder, new_output_folder
-from tars_fast.support.files import write_atomically
+from tars_fast.support.files import remove_partial, write_atomically
 from tars_fast.support.timing import explain_out_of_memory
 from tars_fast.types import Question, TrainingError, UserError
 
@@ -313,6 +313,7 @@ def check_output(config: RunConfig, settings: Mapping[str, object]) -> None:
 def prepare_output(config: RunConfig, settings: Mapping[str, object]) -> None:
     """Make the output folder and write config.json. Raises UserError where it cannot be made."""
     make_output_folder(config.output_dir)
+    remove_partial(config.output_dir)
     write_atomically(config.output_dir / "config.json", json.dumps(settings, indent=2) + "\n")
 
 

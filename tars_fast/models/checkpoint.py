@@ -18,7 +18,7 @@ from tars_fast.models.modules import PolicyModule
 from tars_fast.models.prompts import PromptFormat
 from tars_fast.models.registry import list_checkpoints
 from tars_fast.models.speech_model import SpeechModel
-from tars_fast.support.files import PARTIAL, make_readable
+from tars_fast.support.files import PARTIAL, make_readable, remove_folder
 from tars_fast.types import UserError
 
 _STATE = "trainer_state.pt"
@@ -39,7 +39,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         os.fsync(descriptor)
         os.close(descriptor)
     if target.exists():
-        shutil.rmtree(target)
+        remove_folder(target)
     partial.rename(target)
 
 
@@ -86,7 +86,7 @@ def save_checkpoint(output_dir: Path, num_completed: int, model: SpeechModel, op
         save_model(model, folder)
         torch.save({"num_completed": num_completed, "optimizer": optimizer.state_dict()}, folder / _STATE)
     for _, outdated in list_checkpoints(output_dir)[:-NUM_KEPT]:
-        shutil.rmtree(outdated)
+        remove_folder(outdated)
     return target
 
 

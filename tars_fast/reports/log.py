@@ -6,6 +6,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tars_fast.reports.console import open_console, say
+from tars_fast.support.files import write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -57,8 +59,10 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._path = output_dir / "metrics.jsonl"
-            kept = self._path.read_text().splitlines()[:num_completed] if num_completed else []
-            self._path.write_text("".join(line + "\n" for line in kept))
+            kept = self._lines_until(num_completed)
+            write_atomically(self._path, "".join(line + "\n" for line in kept.values()))
+            if missing := [step for step in range(1, num_completed + 1) if step not in kept]:
+                self.warn(f"{self._path} lacks {len(missing)} of {num_completed} steps, the first of them step {missing[0]}")
             self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=num_completed + 1)
         self._progress = Progress(
             TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console
@@ -67,6 +71,17 @@ class RunLog:
         self._live = Live(self._progress, console=self.console, refresh_per_second=2, transient=True)
         self._num_steps = num_steps
         self._seconds: defaultdict[str, list[float]] = defaultdict(list)
+
+    def _lines_until(self, num_completed: int) -> dict[int, str]:
+        """The lines of an interrupted run by step; later steps are done again, and a line that was cut off is dropped."""
+        kept: dict[int, str] = {}
+        if num_completed and self._path is not None and self._path.exists():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError, KeyError, TypeError):
+                    step = json.loads(line)["step"]
+                    if step <= num_completed:
+                        kept[step] = line
+        return kept
 
     def __enter__(self) -> RunLog:
         if self.console.is_terminal:

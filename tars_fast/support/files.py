@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear and disappear whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,22 @@ def replaced_atomically(path: Path) -> Iterator[BinaryIO]:
     with partial.open("wb") as file:
         yield file
     partial.replace(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder that never stands under its name in part: a kill in between leaves it under another one."""
+    doomed = path.with_name(f"{path.name}.deleted{PARTIAL}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what killed processes have left of files and folders they were writing or deleting in `folder`."""
+    for path in folder.glob(f"*{PARTIAL}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -255,6 +255,17 @@ def test_a_resumed_run_outlives_the_checkpoint_it_began_from(small_eval, tmp_pat
     assert evaluate.command(evaluated) == 0
 
 
+def test_help_and_wrong_settings_load_nothing_heavy():
+    """Whoever asks for --help does not wait for torch."""
+    command = [sys.executable, "-X", "importtime", "-m", "tars_fast.train"]
+    for flags, status in ((["--help"], 0), (["--num-steps", "0"], 2)):
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+        assert done.returncode == status
+        loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
+        assert not loaded & {"torch", "transformers", "numpy", "datasets", "peft"}
+        assert "tars_fast" in loaded
+
+
 def test_resume_refuses_other_settings(finished, small_eval):
     config = small_config(finished, small_eval, resume=True, learning_rate=1.0)
     with pytest.raises(UserError, match=r"learning_rate 0\.0004 -> 1\.0"):
