@@ -12,6 +12,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from tars_fast.data.sources import Row, read_rows
+from tars_fast.support.text import fold_answer
 from tars_fast.types import Question, Recording, UserError
 
 ASSETS = Path(__file__).parents[1] / "assets" / "spoken-arithmetic"
@@ -264,7 +265,7 @@ def _possible_answers(columns: _Columns) -> _Answers:
         raise UserError(f"{columns.row}: 'options' or 'answer_set' must list 2 to 26 non-empty texts, not {listed!r:.80}")
     listed = [option.strip() for option in listed]
     # Words said in answer are compared without regard to case, so "Yes" and "yes" would be one.
-    folded = [option if len(option) == 1 or answer_set is None else option.casefold() for option in listed]
+    folded = [option if answer_set is None else fold_answer(option) for option in listed]
     twice = sorted({option for option in folded if folded.count(option) > 1})
     if twice and not format.published:
         raise UserError(f"{columns.row}: {twice[0]!r} is listed twice among the possible answers; remove one")

@@ -92,6 +92,14 @@ def test_a_reward_that_is_no_number_names_itself_and_the_item(monkeypatch, value
         completion_rewards([completion("The answer is seven.")], [Question("a", "?", "seven", ("six", "seven"))])
 
 
+@pytest.mark.parametrize(("value", "raised"), [(None, "TypeError"), ("", "ValueError"), ([], "TypeError"), (1.0, "IndexError")])
+def test_a_reward_that_raises_something_names_itself_and_the_item(monkeypatch, value, raised):
+    function = (lambda *_: [][0]) if value == 1.0 else (lambda *_: value)
+    monkeypatch.setitem(COMPLETION_REWARDS, "broken", CompletionReward(function, 1.0))
+    with pytest.raises(TrainingError, match=rf"reward 'broken' raised {raised}\(.* for a completion of item 'a': 'The answer"):
+        completion_rewards([completion("The answer is seven.")], [Question("a", "?", "seven", ("six", "seven"))])
+
+
 @pytest.mark.parametrize("name", ["representation", "reward", "entropy", "group"])
 def test_a_reward_may_not_take_the_name_of_another_figure(monkeypatch, name):
     check_reward_names()
