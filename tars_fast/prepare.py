@@ -318,8 +318,6 @@ def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
     if left_out is not None:
         print(left_out, flush=True)
     transcripts = {item.question.id: spoken_form(item) for item in items}
-    if config.output_format == "parquet":
-        check_unicode(items, transcripts)
     with explain_full_disk(folder):
         finished, packed = open_folder(folder, recipe, config.output_format)
         done = {(outcome.id, outcome.transcript) for outcome in finished.values()}
@@ -367,18 +365,6 @@ def speak_items(
             else:
                 failed[outcome.id] = outcome.error
     return spoken, failed
-
-
-def check_unicode(items: Sequence[UsableItem], transcripts: Mapping[str, str]) -> None:
-    """Raises UserError for a text that JSON can hold and parquet cannot."""
-    for item in items:
-        try:
-            json.dumps([item.fields, transcripts[item.question.id]], ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{item.place}: a text is not valid Unicode ({error.reason}), which parquet needs; correct it, or leave "
-                "--output-format out"
-            ) from error
 
 
 def spoken_item(item: UsableItem, outcome: Outcome) -> dict[str, object]:

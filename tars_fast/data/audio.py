@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -43,7 +45,7 @@ def read_wave(recording: Recording) -> tuple[np.ndarray, int]:
 
     try:
         # libsndfile reads a file by itself; an object it reads by calls into Python, which swallow a Ctrl-C and lose bytes.
-        with recording.open("rb") if isinstance(recording, Path) else tempfile.TemporaryFile() as file:
+        with _open(recording) if isinstance(recording, Path) else tempfile.TemporaryFile() as file:
             if not isinstance(recording, Path):
                 file.write(recording.read_bytes())
                 file.seek(0)
@@ -54,6 +56,8 @@ def read_wave(recording: Recording) -> tuple[np.ndarray, int]:
         raise UserError(f"recording {recording}: cannot be read ({error.strerror})") from error
     except IncompleteError as error:
         raise UserError(f"recording {recording}: is not whole ({error}); copy or write it again from its source") from error
+    except ValueError as error:
+        raise UserError(f"recording {recording}: cannot be read ({error})") from error
     except soundfile.SoundFileError as error:
         reason = str(error).rpartition(": ")[2]
         raise UserError(
@@ -66,6 +70,13 @@ def read_wave(recording: Recording) -> tuple[np.ndarray, int]:
     if rate < _LOWEST_RATE:
         raise UserError(f"recording {recording}: {rate} Hz hold no speech; write it again from its source")
     return wave.mean(axis=1), rate
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.is_fifo() or path.is_char_device():
+        # Which would be waited for, or never end.
+        raise OSError(errno.EINVAL, "a pipe or device, not a file")
+    return path.open("rb")
 
 
 def _decode_whole(file: int) -> tuple[np.ndarray, int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 
-from tars_fast.data.sources import Row, read_rows
+from tars_fast.data.sources import NO_TEXT, Row, read_rows
 from tars_fast.support.text import fold_answer
 from tars_fast.types import Question, Recording, UserError
 
@@ -220,7 +220,12 @@ def _read_columns(row: Row, format: Format) -> _Columns:
     if has_id:
         values["id"] = ids[0] if len(ids) == 1 else "_".join(map(str, ids))
     texts = {name: str(value).strip() for name, value in values.items() if type(value) in (str, int)}
-    name = f"{row.place}: item {texts['id']!r}" if texts.get("id") else row.place
+    name = f"{row.place}: item {texts['id']!r:.80}" if texts.get("id") else row.place
+    for field, value in [*values.items(), ("audio", row.values.get("audio"))]:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (found := NO_TEXT.search(text)):
+                column = {**format.columns, "audio": "audio"}.get(field, format.id_columns[0])
+                raise UserError(f"{name}: {column!r} holds {found[0]!r}, which no text can hold; correct it")
     return _Columns(name, format, values, texts, has_id)
 
 
@@ -268,7 +273,7 @@ def _possible_answers(columns: _Columns) -> _Answers:
     folded = [option if answer_set is None else fold_answer(option) for option in listed]
     twice = sorted({option for option in folded if folded.count(option) > 1})
     if twice and not format.published:
-        raise UserError(f"{columns.row}: {twice[0]!r} is listed twice among the possible answers; remove one")
+        raise UserError(f"{columns.row}: {twice[0]!r:.80} is listed twice among the possible answers; remove one")
     return _Answers(listed, are_options=answer_set is None)
 
 
@@ -279,14 +284,14 @@ def _right_answer(columns: _Columns, answers: _Answers) -> str:
         letters = {str(index): letter for index, letter in enumerate(answers.choices)}
         if answer not in letters:
             raise UserError(
-                f"{columns.row}: {columns.format.columns['answer']!r} is {answer}, not 0 to {len(letters) - 1}, the place of "
-                "the right option counted from 0"
+                f"{columns.row}: {columns.format.columns['answer']!r} is {answer:.80}, not 0 to {len(letters) - 1}, the place "
+                "of the right option counted from 0"
             )
         return letters[answer]
     if answer not in answers.choices:
         by_option = dict(zip(answers.listed, answers.choices, strict=True)) if answers.are_options else {}
         remedy = f"give its letter, {by_option[answer]!r}" if answer in by_option else "correct it or the list"
-        raise UserError(f"{columns.row}: answer {answer!r} is none of {', '.join(answers.choices)}; {remedy}")
+        raise UserError(f"{columns.row}: answer {answer!r:.80} is none of {', '.join(answers.choices):.300}; {remedy}")
     return answer
 
 
@@ -330,7 +335,9 @@ def read_items(source: str | Path, *, spoken: bool = True) -> Iterator[Item]:
             yield Item(row.place, {}, row.audio, None, error, format.published)
             continue
         if question.id in first:
-            repeated = UserError(f"{row.place}: id {question.id!r} already stands in {first[question.id]}; ids must be unique")
+            repeated = UserError(
+                f"{row.place}: id {question.id!r:.80} already stands in {first[question.id]}; ids must be unique"
+            )
             yield Item(row.place, fields, row.audio, question, repeated, format.published)
         else:
             first[question.id] = row.where

@@ -27,6 +27,9 @@ SHORT_NAMES = {
 }
 """Short names of benchmarks on the hub."""
 
+NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
+"""NUL, which ends a text for espeak-ng and a name for the system, and half a character, which JSON can write."""
+
 _LARGEST_IN_MEMORY = 64 * 2**20
 """Bytes of parquet files up to which they are read whole: at once, and without the package datasets and a copy in its cache."""
 _ROWS_AT_ONCE = 1000
@@ -75,7 +78,7 @@ def stamp(recording: Recording | None) -> str:
     if not isinstance(recording, DatasetRecording):
         try:
             status = Path(str(recording)).stat()
-        except OSError:
+        except (OSError, ValueError):  # NUL in its name is the latter.
             return "missing"
         return f"{status.st_size} {status.st_mtime_ns}"
     names_file = pa.types.is_string(recording.column.type) or pa.types.is_large_string(recording.column.type)
@@ -109,6 +112,14 @@ def read_rows(source: str) -> Iterator[Row]:
     Raises:
         UserError: there is nothing to read, or `source` does not say which split it means.
     """
+    try:
+        return _find_rows(source)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"data {source:.300}: cannot be read ({reason}); give a path, or owner/name of the hub") from error
+
+
+def _find_rows(source: str) -> Iterator[Row]:
     name, configuration, split = _take_apart(source)
     path = Path(name)
     if path.is_dir():
@@ -147,7 +158,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
     try:
         # Not splitlines(): JSON text may hold U+2028 and its like.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         remedy = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "give a jsonl file or a folder that holds one"
         raise UserError(f"data {path}: cannot be read ({error}); {remedy}") from error
     for number, line in enumerate(lines, start=1):
@@ -156,12 +167,12 @@ def _read_lines(path: Path) -> Iterator[Row]:
             continue
         try:
             values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # A number of thousands of digits is a plain ValueError.
             reason = UserError(f"{row.place}: not JSON ({error}); write one object a line")
             yield Row(row.source, row.where, None, error=reason)
             continue
         audio = values.get("audio") if isinstance(values, dict) else None
-        named = audio.strip() if isinstance(audio, str) else ""
+        named = audio.strip() if isinstance(audio, str) and not NO_TEXT.search(audio) else ""
         yield Row(row.source, row.where, values, path.parent / named if named else None)
 
 
@@ -252,6 +263,9 @@ def _read_dataset(source: str, name: str, configuration: str | None, split: str 
         recordings = _recordings(source, table.rows)
         for number, values in enumerate(_texts(table.rows)):
             where = f"{part}, row {number}" if part else f"row {number}"
+            if values is None:
+                yield Row(source, where, None, error=UserError(f"{source}, {where}: a text is not UTF-8; write it again"))
+                continue
             audio = None
             if recordings is not None:
                 audio = DatasetRecording(f"{source}, {where}", recordings, number, folder, table.version)
@@ -282,9 +296,19 @@ def _recordings(source: str, rows: pa.Table) -> pa.ChunkedArray | None:
     return column
 
 
-def _texts(rows: pa.Table) -> Iterator[dict[str, object]]:
-    """Each row without its recording, and without pictures and other files."""
+def _texts(rows: pa.Table) -> Iterator[dict[str, object] | None]:
+    """Each row without its recording, and without pictures and other files; None where a text of it is not UTF-8."""
     kept = [field.name for field in rows.schema if field.name != "audio" and not _is_file(field.type)]
     for start in range(0, rows.num_rows, _ROWS_AT_ONCE):
-        part = rows.slice(start, _ROWS_AT_ONCE)
-        yield from part.select(kept).to_pylist() if kept else [{} for _ in range(part.num_rows)]
+        part = rows.slice(start, _ROWS_AT_ONCE).select(kept)
+        try:
+            yield from part.to_pylist() if kept else [{} for _ in range(part.num_rows)]
+        except UnicodeDecodeError:
+            yield from (_text(part, number) for number in range(part.num_rows))
+
+
+def _text(rows: pa.Table, number: int) -> dict[str, object] | None:
+    try:
+        return rows.slice(number, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return None

@@ -387,13 +387,13 @@ def test_a_parquet_file_that_is_damaged_is_never_replaced(run, folder):
     assert (folder / "out" / "items.parquet").read_bytes() == b"PAR1 and no more"
 
 
-def test_a_text_that_parquet_cannot_hold_is_refused_before_anything_is_spoken(run, folder):
+@pytest.mark.parametrize("output_format", ["jsonl", "parquet"])
+def test_half_a_character_is_refused_before_anything_is_spoken(run, folder, output_format):
     write_jsonl(folder / "items.jsonl", [WRITTEN[0], WRITTEN[1] | {"id": "\ud800"}])
-    status, _, stderr = run(*PACKED, "--output-dir", "out")
+    status, _, stderr = run(*TONES, "--output-format", output_format, "--output-dir", "out")
     assert status == 2
-    assert "items.jsonl, line 2: a text is not valid Unicode (surrogates not allowed), which parquet needs; correct" in stderr
+    assert r"items.jsonl, line 2: item '\ud800': 'id' holds '\ud800', which no text can hold; correct it" in stderr
     assert not (folder / "out").exists()
-    assert run(*TONES, "--output-dir", "out")[0] == 0
 
 
 def test_settings_of_a_folder_stay(run, folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import struct
 import time
@@ -13,6 +14,7 @@ import pytest
 import soundfile
 
 from tars_fast.data.audio import SAMPLE_RATE, decode, load_clips, read_wave
+from tars_fast.data.sources import stamp
 from tars_fast.types import UserError
 
 MAX_SECONDS = 4.0
@@ -104,6 +106,19 @@ def test_integers_are_scaled_to_one(tmp_path):
 def test_refuses_what_is_not_there(tmp_path):
     assert "no such file; 'audio' is read relative to the jsonl that names it" in refusal(tmp_path / "absent.wav")
     assert "cannot be read (Is a directory)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "said"), [("x" * 300, "File name too long"), ("a\0b", "embedded null byte")])
+def test_refuses_names_that_no_file_can_have(tmp_path, name, said):
+    assert f"cannot be read ({said})" in refusal(tmp_path / name)
+    assert stamp(tmp_path / name) == "missing"
+
+
+def test_refuses_pipes_and_devices(tmp_path):
+    """Which would be waited for, or read without end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        assert "cannot be read (a pipe or device, not a file)" in refusal(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"RIFF", b"These are the words, not the sound of them.\n" * 200])

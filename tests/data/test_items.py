@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tars_fast.data.items import load_questions, read_usable
+from tars_fast.data.items import load_questions, read_items, read_usable
 from tars_fast.types import Question, UserError
 
 LETTERED = {"id": "q1", "question": "Which is red?", "answer": "B", "options": ["grass", "blood", "snow"], "audio": "q1.wav"}
@@ -93,6 +93,50 @@ def test_bad_line_is_named(tmp_path, line, fragments):
     for fragment in fragments:
         assert fragment in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("character", ["\ud83d", "\0"])
+@pytest.mark.parametrize("field", ["id", "question", "answer", "options", "answer_set", "category", "transcript", "audio"])
+def test_half_characters_and_nul_are_refused_in_every_field(tmp_path, field, character):
+    """JSON can write both. No tokenizer takes the one, and the other ends a text for espeak-ng, and a file's name."""
+    row = NAMED if field == "answer_set" else LETTERED
+    value = ["x", f"y{character}"] if field in ("options", "answer_set") else f"x{character}"
+    (item,) = read_items(write(tmp_path / "items.jsonl", row | {field: value}))
+    name = repr(value if field == "id" else row["id"])
+    said = f"{tmp_path / 'items.jsonl'}, line 1: item {name}: {field!r} holds {character!r}, which no text can hold; correct it"
+    assert str(item.error) == said
+    said.encode()  # may be printed anywhere
+
+
+def test_whole_characters_and_long_texts_are_taken(tmp_path):
+    text = "😀 ﻿ " + "ü" * 5000
+    row = LETTERED | {"id": text, "question": text, "options": [text, "x"], "category": text, "transcript": text}
+    assert load_questions(write(tmp_path / "items.jsonl", row))[0].id == text
+
+
+def test_a_number_of_thousands_of_digits_is_no_json(tmp_path):
+    path = write(tmp_path / "items.jsonl", '{"id": ' + "1" * 4301 + "}")
+    with pytest.raises(UserError, match=r"line 1: not JSON \(Exceeds the limit"):
+        load_questions(path)
+
+
+def test_long_values_are_shortened_in_messages(tmp_path):
+    for wrong in (
+        {"answer": "x" * 400_000},
+        {"options": ["x" * 400_000, "y"], "answer": "Z"},
+        {"id": "x" * 9999, "answer": "Z"},
+    ):
+        with pytest.raises(UserError) as caught:
+            load_questions(write(tmp_path / "items.jsonl", LETTERED | wrong))
+        assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "source", ["x" * 300, "x" * 300 + ".jsonl", "x" * 300 + "/y", "x" * 300 + ".parquet", "a\0b", "\ud83d.jsonl"]
+)
+def test_names_that_no_file_can_have(source):
+    with pytest.raises(UserError, match=r"^data .*: cannot be read \(.*\); give a "):
+        load_questions(source)
 
 
 def test_ids_are_compared_as_text(tmp_path):

@@ -11,6 +11,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 from datasets import Audio, Dataset, DatasetDict, Image
@@ -18,7 +20,7 @@ from datasets import Audio, Dataset, DatasetDict, Image
 from tars_fast.config import TrainConfig
 from tars_fast.data import sources
 from tars_fast.data.audio import SAMPLE_RATE, decode
-from tars_fast.data.items import HELD_OUT_DATA, load_questions, read_usable, split_options
+from tars_fast.data.items import HELD_OUT_DATA, load_questions, read_items, read_usable, split_options
 from tars_fast.data.splits import check_leaks, split_by_id
 from tars_fast.learning.run import load_data
 from tars_fast.types import Question, UserError
@@ -290,6 +292,18 @@ def test_sources_that_are_none(tmp_path, largest_in_memory):
         load_questions("owner/name")
     with pytest.raises(UserError, match=r"data dir/items\.jsonl: cannot be read .*No such file"):
         load_questions("dir/items.jsonl")
+
+
+def test_a_text_that_is_cut_within_a_character(tmp_path, largest_in_memory):
+    """Arrow believes its writer; the other rows are read."""
+    texts = [b"Which?", "gr\u00fc".encode()[:-1], b"Who?"]
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+    column = pa.StringArray.from_buffers(3, pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
+    pq.write_table(pa.table({"id": ["a", "b", "c"], "question": column, "answer": [0, 0, 0], "choices": [["x", "y"]] * 3}),
+                   tmp_path / "data.parquet")  # fmt: skip
+    first, second, third = read_items(tmp_path / "data.parquet", spoken=False)
+    assert str(second.error) == f"{tmp_path / 'data.parquet'}, row 1: a text is not UTF-8; write it again"
+    assert (first.question.id, third.question.id) == ("a", "c")
 
 
 @pytest.mark.usefixtures("largest_in_memory")
