@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import math
 import sys
 import time
@@ -50,6 +51,9 @@ def run_command(command: Callable[[Config], int], config_class: type[Config], pr
     """
     import tyro
 
+    # Nothing that the terminal's encoding lacks, in a name or a path, ends the command where it is printed.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command(tyro.cli(config_class, prog=program))
     except UserError as error:

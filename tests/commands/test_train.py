@@ -30,6 +30,7 @@ from tars_fast.models.registry import PRESETS, find_preset, list_checkpoints
 from tars_fast.reports.log import RunLog
 from tars_fast.reports.tables import print_summary
 from tars_fast.support.cli import FAILED, INTERRUPTED
+from tars_fast.support.console import PlainConsole
 from tars_fast.train import command, run_steps, update_policy
 from tars_fast.types import TrainingError, UserError
 
@@ -470,10 +471,10 @@ def test_an_item_that_fails_in_an_evaluation_is_told_and_costs_nothing_else(smal
 
 def test_the_live_tables_put_every_figure_under_its_own_name(finished, tmp_path):
     """Speech and text side by side; what belongs to the step as a whole stands below, with a name of its own."""
-    from rich.console import Console, Group
+    from rich.console import Group
 
     metrics = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
-    console = Console(width=100)
+    console = PlainConsole(width=100)
     with console.capture() as capture:
         console.print(Group(*RunLog(tmp_path, 10, 0)._tables(metrics)))
     rows = [line.split() for line in capture.get().splitlines() if line.strip()]

@@ -7,7 +7,6 @@ import random
 import re
 
 import pytest
-from rich.console import Console
 
 from tars_fast.evaluation.figures import OVERALL, report
 from tars_fast.evaluation.results import Answered, Evaluated, ItemResult
@@ -23,6 +22,7 @@ from tars_fast.evaluation.scorers import (
 )
 from tars_fast.learning.rewards.answers import extract_answer, has_format
 from tars_fast.reports.tables import print_evaluation
+from tars_fast.support.console import PlainConsole
 from tars_fast.types import Question
 
 CASES = [
@@ -212,6 +212,6 @@ def test_a_scorer_is_added_by_its_entry_alone(monkeypatch):
     made = report(results, 1.0)
     assert list(made["scorers"]) == ["strict", "voicebench", "letter", "first"]
     assert (made["scorers"]["first"]["speech_accuracy"], made["scorers"]["strict"]["speech_accuracy"]) == (1.0, 0.0)
-    console = Console(record=True, width=200, file=io.StringIO())
+    console = PlainConsole(record=True, width=200, file=io.StringIO())
     print_evaluation(console, {"d": made, OVERALL: made})
     assert re.search(r"\n *first +1 +100\.0 ", console.export_text())
