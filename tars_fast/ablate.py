@@ -374,7 +374,7 @@ class Runner:
             if self.stopped and number != signal.SIGINT:
                 return
             if not self.stopped:
-                print("stopping after the steps that are running; once more stops at once", file=sys.stderr)
+                print("stopping after the steps that are running; a second Ctrl-C stops at once", file=sys.stderr)
             self.stopped = True
             for process in list(self._running):
                 process.send_signal(signal.SIGINT)

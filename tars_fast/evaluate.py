@@ -295,8 +295,8 @@ def check_transcripts(data: Mapping[str, Sequence[Question]]) -> None:
 
 
 def find_pending(slices: Sequence[DataSlice], done: Mapping[tuple[str, str], ItemResult]) -> list[DataSlice]:
-    """The slices that are not done. A slice with a failed item, which may have been mended since, is done again as a whole, so
-    that its results do not depend on when the item failed."""
+    """The slices that are not done. A slice with a failed item, which may have been corrected since, is done again as a whole,
+    so that its results do not depend on when the item failed."""
 
     def is_done(part: DataSlice) -> bool:
         results = [done.get((part.data, question.id)) for question in part.questions]
@@ -375,7 +375,7 @@ def check_sizes(
         if long:
             raise UserError(
                 f"data {name!r}: {long} of {len(own)} recordings are longer than the {prompts.max_audio_seconds:g} s that the "
-                "model hears at once; choose --long-audio chunk or truncate, or cut them shorter"
+                "model encodes at once; choose --long-audio chunk or truncate, or cut them shorter"
             )
         if not any(isinstance(size, PromptSize) for size in own):
             raise UserError(

@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tars_fast.data.audio import MIN_SECONDS, SAMPLE_RATE, resample
+from tars_fast.data.audio import MIN_SECONDS, SAMPLE_RATE, on_integer_scale, resample
 from tars_fast.data.items import UsableItem, read_items, read_usable, shown_options
 from tars_fast.data.parquet import write_parquet
 from tars_fast.data.quality import NOTES, UNUSABLE, Finding, Inspection, inspect_items
@@ -211,6 +211,8 @@ def checked_wave(wave: np.ndarray, rate: int) -> np.ndarray:
         raise ValueError(f"the synthesiser gave {wave.dtype} of shape {wave.shape}, not one channel of floats in [-1, 1]")
     if not np.isfinite(wave).all():
         raise ValueError("the synthesiser gave NaN or infinite samples")
+    if wrong := on_integer_scale(wave):
+        raise ValueError(f"the synthesiser gave floats on the scale of integers: {wrong}; divide them by 32768")
     wave = resample(wave.astype(np.float32), rate)
     if len(wave) < MIN_SECONDS * SAMPLE_RATE or not wave.any():
         raise ValueError(f"the synthesiser gave {len(wave) / SAMPLE_RATE:.2f} s, or silence")

@@ -7,11 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
+from tars_fast.data.containers import IncompleteError, check_header, check_notes
 from tars_fast.types import LongAudio, Recording, UserError
 
 SAMPLE_RATE = 16_000
 MIN_SECONDS = 0.1
 """Of anything shorter the audio towers of the supported models make at most two tokens, too few for a question."""
+_LARGEST_SAMPLE = 16.0
+"""Floats go beyond 1 where a mix is loud, but not by 24 dB; 16-bit integers written as floats go to 32768."""
+_LOWEST_RATE = 2000
+"""In Hz. A damaged header may say 1, from which resampling would make 16,000 times as many samples."""
+_FRAMES_AT_ONCE = 2**18
+
+
+def on_integer_scale(wave: np.ndarray) -> str | None:
+    """What is wrong with samples that are floats on the scale of integers; None with all others."""
+    peak = float(np.abs(wave).max(initial=0.0))
+    return f"samples go to {peak:.0f} where 1 is full scale" if peak > _LARGEST_SAMPLE else None
 
 
 def read_wave(recording: Recording) -> tuple[np.ndarray, int]:
@@ -24,7 +36,8 @@ def read_wave(recording: Recording) -> tuple[np.ndarray, int]:
         ([samples] float32, sample rate in Hz), both as recorded.
 
     Raises:
-        UserError: the recording is missing, cannot be decoded, or holds samples that are not finite.
+        UserError: the recording is missing, cannot be decoded, is not as long as its header says, or holds samples that are
+            not finite or on the scale of integers.
     """
     import soundfile
 
@@ -34,20 +47,48 @@ def read_wave(recording: Recording) -> tuple[np.ndarray, int]:
             if not isinstance(recording, Path):
                 file.write(recording.read_bytes())
                 file.seek(0)
-            wave, rate = soundfile.read(file.fileno(), dtype="float32", always_2d=True, closefd=False)
+            wave, rate = _decode_whole(file.fileno())
     except FileNotFoundError as error:
         raise UserError(f"recording {recording}: no such file; 'audio' is read relative to the jsonl that names it") from error
     except OSError as error:
         raise UserError(f"recording {recording}: cannot be read ({error.strerror})") from error
-    except soundfile.LibsndfileError as error:
+    except IncompleteError as error:
+        raise UserError(f"recording {recording}: is not whole ({error}); copy or write it again from its source") from error
+    except soundfile.SoundFileError as error:
         reason = str(error).rpartition(": ")[2]
         raise UserError(
             f"recording {recording}: cannot be decoded ({reason}); use wav, flac, ogg or mp3, whole and undamaged"
         ) from error
-    wave = wave.mean(axis=1)
     if not np.isfinite(wave).all():
         raise UserError(f"recording {recording}: holds NaN or infinite samples; write it again from its source")
-    return wave, rate
+    if wrong := on_integer_scale(wave):
+        raise UserError(f"recording {recording}: {wrong}; divide them by 32768 if they are integers of 16 bits")
+    if rate < _LOWEST_RATE:
+        raise UserError(f"recording {recording}: {rate} Hz hold no speech; write it again from its source")
+    return wave.mean(axis=1), rate
+
+
+def _decode_whole(file: int) -> tuple[np.ndarray, int]:
+    """[frames, channels] float32 and sample rate of a file, given by its descriptor, that holds all it promises.
+
+    Raises IncompleteError, or soundfile.SoundFileError where it cannot be decoded.
+    """
+    import soundfile
+
+    # Before libsndfile, which prints warnings of its own about some of them.
+    least = check_header(file)
+    with soundfile.SoundFile(file, closefd=False) as sound:
+        blocks = [np.empty((0, sound.channels), np.float32)]
+        # In parts: memory follows from what is there, whatever the header claims, and formats that cannot seek are read too.
+        while sum(map(len, blocks)) < sound.frames:
+            blocks.append(sound.read(_FRAMES_AT_ONCE, dtype="float32", always_2d=True))
+            if not len(blocks[-1]):
+                break
+        check_notes(sound.extra_info)
+    wave = np.concatenate(blocks)
+    if len(wave) < least:
+        raise IncompleteError(f"it has {least} samples or more, of which {len(wave)} can be decoded")
+    return wave, sound.samplerate
 
 
 def resample(wave: np.ndarray, rate: int) -> np.ndarray:
@@ -101,8 +142,8 @@ def load_clips(recording: Recording, max_seconds: float, long_audio: LongAudio) 
         return [wave], seconds
     if long_audio == "refuse":
         raise LongRecordingError(
-            f"recording {recording}: {_length(wave)}, the model hears at most {max_seconds:g} s; cut it shorter, or see "
-            "--long-audio"
+            f"recording {recording}: {_length(wave)}, the model encodes at most {max_seconds:g} s at once; cut it shorter, or "
+            "see --long-audio"
         )
     if long_audio == "truncate":
         return [wave[:longest]], seconds

@@ -30,7 +30,7 @@ SHORT_NAMES = {
 _LARGEST_IN_MEMORY = 64 * 2**20
 """Bytes of parquet files up to which they are read whole: at once, and without the package datasets and a copy in its cache."""
 _ROWS_AT_ONCE = 1000
-"""Turned into Python objects."""
+"""Rows that are turned into Python objects at a time."""
 
 
 @dataclass(frozen=True)

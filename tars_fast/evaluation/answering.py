@@ -25,7 +25,7 @@ from tars_fast.support.timing import is_out_of_memory
 from tars_fast.types import Completion, Modality, Prompt, Question, UserError
 
 ITEMS_AT_ONCE = 128
-"""Most items of a slice, so also what an interruption costs a process; at 7B and 30 s their recordings embed to 0.8 GB."""
+"""Most items in a slice. An interruption loses at most one slice a process. At 7B the embeddings of 30 s each are 0.8 GB."""
 _FEWEST_AT_ONCE = 32
 _SLICES = 8
 """A small data set is cut into so many slices, so that as many processes have something to do."""

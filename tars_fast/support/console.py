@@ -1,4 +1,4 @@
-"""The terminal: standard output, lines of any length and tables on it, and text from outside shown as it is."""
+"""Standard output, as a terminal or as a file: lines of any length and tables on it, text from outside shown as it is."""
 
 from __future__ import annotations
 

@@ -344,7 +344,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(small, tmp_path):
         process.kill()
     assert process.returncode == INTERRUPTED
     assert errors.splitlines() == [
-        "stopping after the steps that are running; once more stops at once",
+        "stopping after the steps that are running; a second Ctrl-C stops at once",
         "stopped; the same command continues",
     ]
     done = len(read(run))

@@ -36,6 +36,8 @@ def tone(text, voice, seed):
         return np.zeros(24_000, np.float32), 24_000
     if "matrix" in text:
         return np.ones((2, 24_000), np.float32), 24_000
+    if "integers" in text:
+        return np.full(24_000, 9000.0, np.float32), 24_000
     time = np.arange(2_400 * len(text.split())) / 24_000
     noise = np.random.default_rng(seed).normal(size=len(time))
     return (0.3 * np.sin(2 * np.pi * int(voice) * time) + 0.01 * noise).astype(np.float32), 24_000
@@ -206,11 +208,11 @@ def test_odd_options_of_published_data_survive(run, folder):
 
 def test_items_that_fail_are_listed_and_the_others_kept(run, folder):
     failing = [{"id": name, "question": f"Say {name}", "answer_set": ["a", "b"], "answer": "a"} for name in
-               ("unspeakable", "nothing", "matrix")]  # fmt: skip
+               ("unspeakable", "nothing", "matrix", "integers")]  # fmt: skip
     write_jsonl(folder / "items.jsonl", [*failing, *WRITTEN])
     status, _, stderr = run(*TONES, "--output-dir", "out", "--retries", 1)
     assert status == 1
-    assert stderr == "3 items failed and are left out; see out/preparation/failed.jsonl\n"
+    assert stderr == "4 items failed and are left out; see out/preparation/failed.jsonl\n"
     assert [question.id for question in load_questions("out")] == ["q/1", "q 2", "q3"]
     failed = {
         line["id"]: line["error"] for line in map(json.loads, Path("out/preparation/failed.jsonl").read_text().splitlines())
@@ -218,14 +220,15 @@ def test_items_that_fail_are_listed_and_the_others_kept(run, folder):
     assert "RuntimeError: no sound for that second line" in failed["unspeakable"]
     assert "ValueError: the synthesiser gave 1.00 s, or silence" in failed["nothing"]
     assert "shape (2, 24000), not one channel" in failed["matrix"]
+    assert "floats on the scale of integers: samples go to 9000 where 1 is full scale; divide" in failed["integers"]
     assert all(error.count("Error") == 2 for error in failed.values())  # one retry
     # Put right, the same command makes what is missing.
     write_jsonl(folder / "items.jsonl", [item | {"question": "Say it now"} for item in failing] + WRITTEN)
     status, stdout, _ = run(*TONES, "--output-dir", "out", "--retries", 1)
     assert status == 0
-    assert "3 of 6 items are there already" in stdout
+    assert "3 of 7 items are there already" in stdout
     assert Path("out/preparation/failed.jsonl").read_text() == ""
-    assert len(load_questions("out")) == 6
+    assert len(load_questions("out")) == 7
 
 
 @pytest.mark.slow
@@ -494,8 +497,10 @@ def test_check_finds_every_defect(run, folder):
         "long": sound(31.0),
         "fast": sound(rate=44_100),
         "broken": sound()[:30],
+        "cut": sound()[:12_000],
         "text": b"no sound at all",
         "nan": b"",  # written below
+        "integers": b"",
     }
     (folder / "spoken").mkdir()
     items = []
@@ -504,7 +509,8 @@ def test_check_finds_every_defect(run, folder):
         items.append(
             {"id": name, "question": f"What is {name}?", "answer_set": ["a", "b"], "answer": "a", "audio": f"{name}.wav"}
         )
-    soundfile.write(folder / "spoken" / "nan.wav", np.full(SAMPLE_RATE, np.nan), SAMPLE_RATE, subtype="FLOAT")
+    for name, sample in (("nan", np.nan), ("integers", 9000.0)):
+        soundfile.write(folder / "spoken" / f"{name}.wav", np.full(SAMPLE_RATE, sample), SAMPLE_RATE, subtype="FLOAT")
     good = items[0]
     items += [
         good | {"id": "lost", "audio": "lost.wav"},
@@ -529,18 +535,18 @@ def test_check_finds_every_defect(run, folder):
         "too short": {"short"},
         "too long": {"long"},
         "not 16 kHz": {"fast"},
-        "unreadable": {"broken", "text", "nan", "lost"},
+        "unreadable": {"broken", "cut", "text", "nan", "integers", "lost"},
         "duplicate id": {"good"},
-        "bad item": {"12", "13", "14", "15", "16"},
+        "bad item": {"14", "15", "16", "17", "18"},
     }
-    assert (report["items"], report["usable"]) == (16, 3)  # good, clipped, fast
+    assert (report["items"], report["usable"]) == (18, 3)  # good, clipped, fast
     assert report["seconds_total"] == pytest.approx(1 + 1 + 1 + 0.05 + 31 + 1 + 1 + 1 + 1)
     assert report["seconds_mean"] == pytest.approx(report["seconds_total"] / 9, abs=1e-3)
     assert report["problems"]["bad item"] == 5
     for problem, number in report["problems"].items():
         (row,) = [line for line in stdout.splitlines() if line.strip().startswith(problem)]
         assert f" {number} " in row
-    assert "16 items, 38.0 s of speech, 4.2 s an item" in stdout
+    assert "18 items, 38.0 s of speech, 4.2 s an item" in stdout
     # What is only a note does not fail.
     write_jsonl(path, [item for item in items[:9] if item["id"] in ("good", "clipped", "fast")])
     status, stdout, _ = run("--check", "spoken")

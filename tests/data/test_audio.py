@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tars_fast.data.audio import SAMPLE_RATE, decode, load_clips
+from tars_fast.data.audio import SAMPLE_RATE, decode, load_clips, read_wave
 from tars_fast.types import UserError
 
 MAX_SECONDS = 4.0
@@ -123,7 +125,7 @@ def test_refuses_empty_and_short_ones(tmp_path, rate, seconds, said):
 @pytest.mark.parametrize("rate", [SAMPLE_RATE, 44_100])
 def test_refuses_long_ones(tmp_path, rate):
     message = refusal(write(tmp_path / "a.wav", tone(440, 4.25, rate), rate))
-    assert "4.25 s (68000 samples at 16 kHz), the model hears at most 4 s; cut it shorter" in message
+    assert "4.25 s (68000 samples at 16 kHz), the model encodes at most 4 s at once; cut it shorter" in message
 
 
 def test_limits_themselves_are_accepted(tmp_path):
@@ -152,6 +154,160 @@ def test_stays_within_one(tmp_path):
     for name, wave, rate in (("float", np.full(4000, 3.0), SAMPLE_RATE), ("square", square, 44_100)):
         soundfile.write(tmp_path / f"{name}.wav", wave, rate, subtype="FLOAT")
         assert np.abs(load_one(tmp_path / f"{name}.wav")).max() == 1.0
+
+
+@pytest.mark.parametrize("scale", [128, 32_768, 2**31])
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+def test_floats_on_the_scale_of_integers_are_refused(tmp_path, scale, subtype):
+    """Whatever the channels are together; floats of a loud mix are taken, and clipped."""
+    left = tone(440, 0.5) * scale
+    message = refusal(write(tmp_path / "a.wav", np.stack([left, -left], axis=1), subtype=subtype))
+    assert message.endswith(
+        f"samples go to {scale / 2:.0f} where 1 is full scale; divide them by 32768 if they are integers of 16 bits"
+    )
+    assert load_one(write(tmp_path / "b.wav", tone(440, 0.5, amplitude=8.0), subtype=subtype)).max() == 1
+
+
+@pytest.fixture
+def speech() -> np.ndarray:
+    """Three seconds that no codec makes small."""
+    return 0.7 * tone(220, 3.0) + 0.05 * np.random.default_rng(0).normal(size=3 * SAMPLE_RATE)
+
+
+WHOLE = [
+    *(("WAV", subtype) for subtype in ("PCM_16", "PCM_24", "FLOAT", "ULAW", "IMA_ADPCM", "GSM610")),
+    *(("WAVEX", "PCM_16"), ("W64", "PCM_16"), ("RF64", "PCM_16"), ("AIFF", "PCM_16"), ("AU", "PCM_16"), ("CAF", "PCM_16")),
+    *(("NIST", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")),
+]
+
+
+@pytest.mark.parametrize(("format", "subtype"), WHOLE)
+@pytest.mark.parametrize("share", [0.97, 0.67, 0.33])
+def test_what_was_cut_off_is_refused(tmp_path, speech, format, subtype, share):
+    path = tmp_path / "a"
+    soundfile.write(path, speech, SAMPLE_RATE, format=format, subtype=subtype)
+    assert len(decode(path)) == pytest.approx(len(speech), abs=1000)  # codecs fill their last block
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    message = refusal(path)
+    assert "is not whole (" in message or "cannot be decoded (" in message
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_ogg_that_ends_with_a_page_that_is_not_the_last(tmp_path, speech, subtype):
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, speech, SAMPLE_RATE, subtype=subtype)
+    content = path.read_bytes()
+    last = content.rindex(b"OggS")
+    for end in (last + 1, last + 20, last + 30, len(content) - 1):
+        path.write_bytes(content[:end])
+        assert "is not whole (it" in refusal(path)
+    for behind in (b"junk" * 20, content):
+        path.write_bytes(content + behind)
+        assert len(decode(path)) == len(speech)
+    path.write_bytes(content[:last])
+    assert "is not whole (its last page does not end its stream); copy or write it again from its source" in refusal(path)
+
+
+def wav(sound: bytes, size: int | None = None, riff: int | None = None, before: bytes = b"") -> bytes:
+    """A wav file of 16 bits, mono, whose header says that it holds `size` bytes of sound."""
+    head = b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16) + before
+    size = len(sound) if size is None else size
+    riff = len(head) + 8 + len(sound) if riff is None else riff
+    return b"RIFF" + struct.pack("<I", riff) + head + b"data" + struct.pack("<I", size) + sound
+
+
+SOUND = (tone(220, 1.0) * 32767).astype("<i2").tobytes()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        wav(SOUND, 2**32 - 1, 2**32 - 1),  # ffmpeg into a pipe
+        wav(SOUND, 0x7FFFF000, 0x7FFFF024),  # sox
+        wav(SOUND, 2**31, 2**31 + 36),  # arecord
+        wav(SOUND, riff=36),
+        wav(SOUND + b"x"),
+        wav(SOUND + b"x", len(SOUND)),
+        wav(SOUND, len(SOUND) + 1),
+        wav(SOUND, before=b"LIST" + struct.pack("<I", 8) + b"INFOabcd"),
+        wav(SOUND + b"LIST" + struct.pack("<I", 40_000) + b"x" * 40_000, len(SOUND)),
+    ],
+    ids=[
+        "ffmpeg",
+        "sox",
+        "arecord",
+        "riff",
+        "odd byte",
+        "odd byte outside",
+        "odd byte missing",
+        "chunk before",
+        "chunk behind",
+    ],
+)
+def test_wav_headers_that_promise_no_length_or_the_right_one(tmp_path, content):
+    (tmp_path / "a.wav").write_bytes(content)
+    np.testing.assert_array_equal(load_one(tmp_path / "a.wav"), np.frombuffer(SOUND, "<i2") / np.float32(32768))
+
+
+LONG_COMMENT = b"INFO" + 30 * (b"ICMT" + struct.pack("<I", 100) + 100 * b"x")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (wav(SOUND[:-2], len(SOUND)), "its header says 32000 bytes of sound, of which 31998 are there"),
+        (wav(SOUND[:-3], len(SOUND)), "its header says 32000 bytes of sound, of which 31997 are there"),
+        # libsndfile's notes are full before they come to the sound.
+        (
+            wav(SOUND[:9000], len(SOUND), before=b"LIST" + struct.pack("<I", len(LONG_COMMENT)) + LONG_COMMENT),
+            "its header says 32000 bytes of sound, of which 9000 are there",
+        ),
+        (wav(SOUND, 0), "its header says 0 bytes of sound and leaves 32000 out"),
+        (wav(SOUND, 8000), "its header says 8000 bytes of sound and leaves 24000 out"),
+    ],
+    ids=["a sample", "a sample and a half", "a long comment", "size 0", "a quarter"],
+)
+def test_wav_headers_that_say_otherwise(tmp_path, content, said):
+    (tmp_path / "a.wav").write_bytes(content)
+    assert refusal(tmp_path / "a.wav").endswith(f"is not whole ({said}); copy or write it again from its source")
+
+
+def mp3(wave: np.ndarray, rate: int = SAMPLE_RATE, **settings: object) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, format="MP3", **settings)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("rate", [SAMPLE_RATE, 44_100])
+def test_mp3_with_and_without_a_header(tmp_path, speech, rate):
+    path = tmp_path / "a.mp3"
+    name = bytes(10) + b"TIT2 a name"
+    for content in (
+        mp3(speech, rate),
+        b"ID3\4\0\0\0\0\0" + bytes([len(name)]) + name + mp3(speech, rate) + b"TAG" + bytes(125),
+    ):
+        path.write_bytes(content)
+        assert len(read_wave(path)[0]) == len(speech)
+    varying = mp3(speech, rate)
+    first = len(varying) - len(varying[varying.index(varying[:2], 4) :])
+    # Of what has no header, libsndfile decodes a fifth; of a second file behind the first, nothing.
+    for content in (varying[first:], varying + varying):
+        path.write_bytes(content)
+        assert "is not whole (it" in refusal(path)
+    constant = mp3(speech, rate, bitrate_mode="CONSTANT", compression_level=0.9)
+    path.write_bytes(constant[constant.index(constant[:2], 4) :] if b"Info" in constant[:60] else constant)
+    assert len(read_wave(path)[0]) == pytest.approx(len(speech), abs=2500)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "is not whole (it ends within a frame)" in refusal(path)
+
+
+def test_a_header_of_a_rate_that_is_none(tmp_path):
+    """Brought to 16 kHz, its second would fill the memory."""
+    content = bytearray(wav(SOUND))
+    content[24:28] = struct.pack("<I", 1)
+    (tmp_path / "a.wav").write_bytes(content)
+    assert refusal(tmp_path / "a.wav").endswith("1 Hz hold no speech; write it again from its source")
 
 
 def test_headerless_recording_is_refused(tmp_path):
