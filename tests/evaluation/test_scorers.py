@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import re
+import time
 
 import pytest
 
@@ -160,6 +161,13 @@ def test_nothing_that_stands_in_options_and_completions_makes_a_scorer_fail(seed
         lead = rng.choice(["", "The answer is ", "<answer>The answer is ", "Answer: ", "not "])
         readings = read_completion(lead + said + rng.choice(["", ".", " or ", "?"]) + text(4), choices, choices[0], "")
         assert all(reading.extracted is None or reading.extracted in choices for reading in readings.values())
+
+
+@pytest.mark.parametrize("word", ["A ", "the answer is A or ", "new york, ", "not A "])
+def test_a_completion_that_repeats_itself_is_read_in_no_time(word):
+    started = time.monotonic()
+    read_completion(word * 8000, ("A", "B", "new", "new york"), "A", "")
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(
