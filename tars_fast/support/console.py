@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from tars_fast.support.text import visible
+
 _WIDTH_OF_FILES = 200
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 class PlainConsole(Console):
@@ -18,11 +19,9 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
     def render_str(self, text: str, **settings: Any) -> Text:
-        return super().render_str(self.visible(text), **settings)
-
-    def visible(self, text: str) -> str:
-        """Control characters, and what the terminal's encoding has no character for, as escapes."""
-        return text.translate(_CONTROLS).encode(self.encoding, "backslashreplace").decode(self.encoding)
+        # What the terminal's encoding has no character for is shown as an escape, too.
+        known = visible(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
+        return super().render_str(known, **settings)
 
 
 def open_console() -> PlainConsole:

@@ -17,8 +17,10 @@ from tars_fast.evaluation.results import Answered, Evaluated, ItemResult
 from tars_fast.evaluation.scorers import Reading
 from tars_fast.reports.log import RunLog
 from tars_fast.reports.tables import print_evaluation
+from tars_fast.support.cli import run_command
 from tars_fast.support.console import PlainConsole, say
 from tars_fast.support.progress import item_progress
+from tars_fast.types import TrainingError, UserError
 
 PACKAGE = Path(__file__).parents[2] / "tars_fast"
 HOSTILE = ["[/b]", "x[bold]y", "[red]", "[link=file:///etc]z[/link]", "[/]", "\\[b]", ":warning:", "{task}", "{0.x}"]
@@ -106,6 +108,22 @@ def test_every_console_is_a_plain_one():
 
 def is_constant(call: ast.Call) -> bool:
     return isinstance(call.args[0], ast.Constant) and "{" not in call.args[0].value
+
+
+@dataclasses.dataclass
+class Config:
+    """No settings."""
+
+
+@pytest.mark.parametrize(("kind", "lead", "status"), [(UserError, "error", 2), (TrainingError, "stopped", 1)])
+def test_an_error_is_one_line_whatever_it_names(kind, lead, status, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x"])
+
+    def fail(_config: Config) -> int:
+        raise kind("recording [/b]\x1b[2J\r\nb.wav: no such file")
+
+    assert run_command(fail, Config, "x") == status
+    assert capsys.readouterr().err == rf"{lead}: recording [/b]\x1b[2J\x0d\nb.wav: no such file" + "\n"
 
 
 SAYS_A_PATH = """
