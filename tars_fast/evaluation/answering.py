@@ -15,7 +15,7 @@ from tars_fast.data.transcription import word_error_rate
 from tars_fast.evaluation.results import Answered, Evaluated, ItemResult, Transcribed
 from tars_fast.evaluation.scorers import ScorerError, read_completion
 from tars_fast.learning.rewards.accuracy import accuracy
-from tars_fast.learning.rewards.behaviour import TextSimilarity
+from tars_fast.learning.rewards.behaviour import TextSimilarity, finite_similarities
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.memory import EVALUATION_TOKENS
 from tars_fast.models.speech_model import SpeechModel
@@ -225,7 +225,7 @@ class Evaluator:
     def _similarities(self, spoken: Sequence[str], written: Sequence[str]) -> list[float | ScorerError]:
         """Similarity of the words of each pair of completions; a pair that the embedder fails on takes no other with it."""
         try:
-            return [*self.text_similarity.similarity(spoken, written).tolist()]
+            return [*finite_similarities(self.text_similarity, spoken, written).tolist()]
         except Exception as error:
             if is_out_of_memory(error):
                 raise

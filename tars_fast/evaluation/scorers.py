@@ -100,6 +100,8 @@ def voicebench_answer(completion: str, _choices: Sequence[str] = VOICEBENCH_CHOI
     return None
 
 
+_CONTEXT = 200
+"""Characters on each side that decide what a name is meant as; completions may be one name thousands of times."""
 # What makes a lower-case letter, or an "A" that could be an article, a mention of the option.
 _LED = re.compile(
     r"(?:\b(?:answer|option|choice|choose|select|pick)s?(?: is| to| was| would be| should be)?:?|boxed\{(?:\\text\{)?"
@@ -168,7 +170,8 @@ def letter_answer(completion: str, choices: Sequence[str]) -> str | None:
     by_name |= {unicodedata.normalize("NFC", choice): choice for choice in choices}
     named = None
     for match in reversed(list(_named(tuple(choices)).finditer(text))):
-        name, before, after = match["name"], text[: match.start()], text[match.end() :]
+        start, end = match.span()
+        name, before, after = match["name"], text[max(0, start - _CONTEXT) : start], text[end : end + _CONTEXT]
         # The pattern takes letters for one that are not, as "İ" and "i": such a word is no choice.
         choice = by_name.get(name) or by_name.get(fold_case(name))
         if choice is None or _NEGATED.search(before) or not _is_mention(name, before, after):

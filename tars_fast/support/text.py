@@ -1,8 +1,10 @@
-"""Comparing texts without regard to case."""
+"""Texts from outside: compared without regard to case, and shown."""
 
 from __future__ import annotations
 
 import unicodedata
+
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 def fold_case(text: str) -> str:
@@ -17,3 +19,8 @@ def fold_answer(answer: str) -> str:
     """`fold_case` of a possible answer, except that a single letter keeps its case: "a" is also a word."""
     composed = unicodedata.normalize("NFC", answer)
     return composed if len(composed) == 1 else fold_case(answer)
+
+
+def visible(text: str) -> str:
+    """Control characters as escapes, so that none commands the terminal; line ends and tabs stay."""
+    return text.translate(_CONTROLS)

@@ -90,9 +90,9 @@ def _texts_of(function: ast.FunctionDef) -> Iterator[ast.expr]:
 
 
 def find_texts(folder: Path) -> set[str]:
-    """Every text in the Python files of a folder, without the marks that colour it."""
+    """Every text in the Python files of a folder."""
     texts = set()
     for path in folder.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         texts |= {template(node, {}) for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.JoinedStr)}
-    return {re.sub(r"\[/?[a-z]+\]", "", text) for text in texts}
+    return texts

@@ -194,16 +194,17 @@ def test_a_failing_item_is_reported_and_no_wrong_answer(model, questions):
 
 
 class Unlucky(HashedNgrams):
-    """A text embedder that fails on one text, alone or among others."""
+    """A text embedder that fails on one text, alone or among others; without an error by giving NaN for it."""
 
-    def __init__(self, text: str, error: Exception):
+    def __init__(self, text: str, error: Exception | None = None):
         super().__init__()
         self.text, self.error = text, error
 
     def similarity(self, left, right):
-        if self.text in (*left, *right):
+        unlucky = torch.tensor([self.text in pair for pair in zip(left, right, strict=True)])
+        if self.error is not None and unlucky.any():
             raise self.error
-        return super().similarity(left, right)
+        return super().similarity(left, right).masked_fill(unlucky, torch.nan)
 
 
 def test_a_completion_that_something_fails_on_is_one_failed_item(model, questions, monkeypatch):
@@ -222,6 +223,7 @@ def test_a_completion_that_something_fails_on_is_one_failed_item(model, question
 
     embedder = Unlucky(said, KeyError("token"))
     check(Evaluator(model, engine, embedder, settings).evaluate(questions, "d", lambda _: None), "KeyError('token')")
+    check(Evaluator(model, engine, Unlucky(said), settings).evaluate(questions, "d", lambda _: None), "nan for ")
     embedder = Unlucky(said, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
         Evaluator(model, engine, embedder, settings).evaluate(questions, "d", lambda _: None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import random
 import re
+import time
 
 import pytest
-from rich.console import Console
 
 from tars_fast.evaluation.figures import OVERALL, report
 from tars_fast.evaluation.results import Answered, Evaluated, ItemResult
@@ -23,6 +23,7 @@ from tars_fast.evaluation.scorers import (
 )
 from tars_fast.learning.rewards.answers import extract_answer, has_format
 from tars_fast.reports.tables import print_evaluation
+from tars_fast.support.console import PlainConsole
 from tars_fast.types import Question
 
 CASES = [
@@ -162,6 +163,13 @@ def test_nothing_that_stands_in_options_and_completions_makes_a_scorer_fail(seed
         assert all(reading.extracted is None or reading.extracted in choices for reading in readings.values())
 
 
+@pytest.mark.parametrize("word", ["A ", "the answer is A or ", "new york, ", "not A "])
+def test_a_completion_that_repeats_itself_is_read_in_no_time(word):
+    started = time.monotonic()
+    read_completion(word * 8000, ("A", "B", "new", "new york"), "A", "")
+    assert time.monotonic() - started < 10
+
+
 @pytest.mark.parametrize(
     ("read", "reason"),
     [
@@ -212,6 +220,6 @@ def test_a_scorer_is_added_by_its_entry_alone(monkeypatch):
     made = report(results, 1.0)
     assert list(made["scorers"]) == ["strict", "voicebench", "letter", "first"]
     assert (made["scorers"]["first"]["speech_accuracy"], made["scorers"]["strict"]["speech_accuracy"]) == (1.0, 0.0)
-    console = Console(record=True, width=200, file=io.StringIO())
+    console = PlainConsole(record=True, width=200, file=io.StringIO())
     print_evaluation(console, {"d": made, OVERALL: made})
     assert re.search(r"\n *first +1 +100\.0 ", console.export_text())

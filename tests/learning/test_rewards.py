@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,22 @@ def test_behaviour_reward_goes_to_completions_with_a_reference():
     assert rewards[0] == pytest.approx(1.0, abs=1e-6)
     assert 0 < rewards[1] < 0.9
     assert rewards[2] == rewards[3] == 0
+
+
+@pytest.mark.parametrize(
+    ("similarity", "reason"),
+    [
+        (lambda left, _right: torch.tensor([0.5] * (len(left) - 1) + [torch.nan]), r"ValueError\(.nan for 'b' and 'c'.\)"),
+        (lambda left, _right: torch.ones(len(left) + 1), r"ValueError\('shape \(3,\) for 2 pairs"),
+        (lambda _left, _right: {}["token"], r"KeyError\('token'\)"),
+    ],
+    ids=["no number", "another shape", "raises"],
+)
+def test_an_embedder_that_fails_stops_training_in_one_line(similarity, reason):
+    texts = [completion(text) for text in "abc"]
+    embedder = SimpleNamespace(similarity=similarity)
+    with pytest.raises(TrainingError, match=rf"the text embedder of --behaviour-model failed \({reason}"):
+        behaviour_rewards(texts, [2, 2, None], embedder)
 
 
 def test_unknown_embedder_is_the_users_to_put_right():
