@@ -22,10 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import tyro
-from rich.markup import escape
 
 from tars_fast.config import TrainConfig
 from tars_fast.evaluation.ablation import START, Arms, FinishedRun, check_runs
@@ -33,7 +32,6 @@ from tars_fast.learning.run import load_data
 from tars_fast.models.architecture import LAYER_PARTS, find_layers
 from tars_fast.models.registry import architecture_of, find_preset, list_checkpoints
 from tars_fast.reports.ablation_page import print_ablation, write_ablation_page, write_tables
-from tars_fast.reports.console import open_console, say
 from tars_fast.support.cli import (
     FAILED,
     INTERRUPTED,
@@ -44,13 +42,11 @@ from tars_fast.support.cli import (
     require_extra,
     run_command,
 )
+from tars_fast.support.console import PlainConsole, open_console, say
 from tars_fast.support.files import write_atomically
 from tars_fast.support.progress import item_progress
 from tars_fast.support.provenance import provenance
 from tars_fast.types import Question, UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 ARMS: dict[str, dict[str, str]] = {
     "grpo": {"representation_weight": "0", "behaviour_weight": "0"},
@@ -292,7 +288,7 @@ class Runner:
         gpus: see `list_gpus`; processes take them in turn.
     """
 
-    def __init__(self, num_jobs: int, gpus: Sequence[str], console: Console) -> None:
+    def __init__(self, num_jobs: int, gpus: Sequence[str], console: PlainConsole) -> None:
         self._console = console
         self.stopped = False
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -337,7 +333,7 @@ class Runner:
         finally:
             self._slots.put(slot)
         if reason is not None:
-            say(self._console, f"[red]{run.name}: failed[/red], {escape(reason)}")
+            say(self._console, f"{run.name}: failed, {reason}", colour="red")
         return reason
 
     def _train(self, run: Run, slot: int) -> str | None:
@@ -378,7 +374,7 @@ class Runner:
             if self.stopped and number != signal.SIGINT:
                 return
             if not self.stopped:
-                print("stopping after the steps that are running; once more stops at once", file=sys.stderr)
+                print("stopping after the steps that are running; a second Ctrl-C stops at once", file=sys.stderr)
             self.stopped = True
             for process in list(self._running):
                 process.send_signal(signal.SIGINT)
@@ -454,7 +450,7 @@ def ablate(config: AblateConfig) -> AblationOutcome:
     # At most as many as there are missing: they share the cores.
     num_jobs = min(config.jobs or max(1, len(gpus)), max(1, len(missing)))
     done = f"{len(job.runs) - len(missing)} of {len(job.runs)} runs are finished"
-    say(console, escape(f"{done}; {num_jobs} at a time in {config.output_dir}"))
+    say(console, f"{done}; {num_jobs} at a time in {config.output_dir}")
     runner = Runner(num_jobs, gpus, console)
     failed = run_missing(job, runner, missing, console)
     if missing:
@@ -478,7 +474,7 @@ def plan_job(config: AblateConfig) -> Job:
     return Job(config, arms, shared, baseline, runs, num_steps, held_out)
 
 
-def run_missing(job: Job, runner: Runner, missing: Sequence[Run], console: Console) -> dict[str, str]:
+def run_missing(job: Job, runner: Runner, missing: Sequence[Run], console: PlainConsole) -> dict[str, str]:
     """`Runner.run`, with a progress display on a terminal; in a file it would be hours of lines."""
     if not missing or not console.is_terminal:
         return runner.run(missing)
@@ -499,7 +495,7 @@ def write_comparison(
     settings: Mapping[str, Any],
     finished: Sequence[FinishedRun],
     failed: Mapping[str, str],
-    console: Console,
+    console: PlainConsole,
 ) -> dict[str, Any]:
     """Write and print the comparison of the finished runs; returns the content of ablation.json."""
     output_dir, arms = job.config.output_dir, Arms(finished, job.baseline)
@@ -509,7 +505,7 @@ def write_comparison(
     write_ablation_page(output_dir, f"{job.config.model}, {', '.join(arms.names)}", arms, ablation, job.held_out)
     print_ablation(console, ablation)
     written = sorted(path.name for path in output_dir.iterdir() if path.is_file())
-    say(console, escape(f"written to {output_dir}: {', '.join(written)}"))
+    say(console, f"written to {output_dir}: {', '.join(written)}")
     return ablation
 
 

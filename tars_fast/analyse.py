@@ -22,7 +22,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from tars_fast.analysis.drift import Analysis, AnalysisSettings, change_since
 from tars_fast.analysis.probes import Calibration, repeated
@@ -39,11 +38,11 @@ from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_forma
 from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import SpeechModel, choose_device, load_module
 from tars_fast.reports.analysis_page import Analysed, draw_analysis, item_results, write_analysis
-from tars_fast.reports.console import open_console, say
 from tars_fast.reports.tables import print_analysis, print_failures
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.cli import FAILED, check_numbers, make_output_folder, new_output_folder, require_extra, run_command
+from tars_fast.support.console import PlainConsole, open_console, say
 from tars_fast.support.files import write_atomically
 from tars_fast.support.progress import item_progress
 from tars_fast.support.timing import explain_out_of_memory
@@ -265,7 +264,7 @@ def check_compared(given: str, other: Analysed, job: Job) -> None:
 
 
 def run_probes(
-    job: Job, model: SpeechModel, engine: RolloutEngine, calibrations: Sequence[Calibration], console: Console
+    job: Job, model: SpeechModel, engine: RolloutEngine, calibrations: Sequence[Calibration], console: PlainConsole
 ) -> dict[str, Any]:
     """Accuracy without and with each change, and the paired differences; empty without probes."""
     probes: list[tuple[str, AbstractContextManager[None], Sequence[Question]]] = [
@@ -287,7 +286,7 @@ def run_probes(
     return figures
 
 
-def answer(evaluator: Evaluator, questions: Sequence[Question], console: Console, what: str) -> list[ItemResult]:
+def answer(evaluator: Evaluator, questions: Sequence[Question], console: PlainConsole, what: str) -> list[ItemResult]:
     """Answer the items greedily; `what` is the title of the progress display."""
     sizes = evaluator.model.prompts.prompt_sizes(questions, evaluator.settings.max_new_tokens)
     refused = {q.id: str(size) for q, size in zip(questions, sizes, strict=True) if isinstance(size, UserError)}
@@ -350,7 +349,7 @@ def run_job(job: Job, compared: Compared | None) -> AnalysisOutcome:
     return write_results(job, analysis, figures, compared, console)
 
 
-def add_items(job: Job, analysis: Analysis, console: Console) -> None:
+def add_items(job: Job, analysis: Analysis, console: PlainConsole) -> None:
     """Analyse all items, and write items.jsonl on the way.
 
     Raises:
@@ -375,7 +374,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def write_results(
-    job: Job, analysis: Analysis, figures: dict[str, Any], compared: Compared | None, console: Console
+    job: Job, analysis: Analysis, figures: dict[str, Any], compared: Compared | None, console: PlainConsole
 ) -> AnalysisOutcome:
     """Write and print all that follows from the sums over items.
 

@@ -32,9 +32,9 @@ class TrainConfig:
     hub (owner/name, owner/name@revision) with a checkpoint of one of these architectures."""
     data: str | None = None
     """Training items: a jsonl file or folder with recordings, parquet, a saved dataset, or one on the hub
-    (owner/name[:configuration][@split]). None, or pocket: embedded spoken arithmetic."""
+    (owner/name[:configuration][@split]). None, or pocket: the bundled spoken arithmetic."""
     eval_data: str | None = None
-    """Evaluation items, from the same kinds of places; pocket: the embedded held-out ones. None: these too, or with --data of
+    """Evaluation items, from the same kinds of places; pocket: the bundled held-out ones. None: these too, or with --data of
     one's own a tenth of its items, chosen by id hash."""
     disjoint_from: tuple[str, ...] = ()
     """Data that must not be trained on, from the same kinds of places or mmsu, obqa: items of --data with the id of one of
@@ -42,7 +42,7 @@ class TrainConfig:
     skip_unusable: bool = False
     """Leave out items that the model cannot take, with their number and the first reason, instead of stopping."""
     long_audio: LongAudio = "refuse"
-    """Recordings longer than the model hears at once: refuse says how many and stops; chunk puts several clips into one
+    """Recordings longer than the model encodes at once: refuse says how many and stops; chunk puts several clips into one
     prompt; truncate keeps the beginning."""
     output_dir: Path | None = None
     """Where metrics, checkpoints, predictions, evaluation.json and report.html go. None: a new folder
@@ -58,7 +58,7 @@ class TrainConfig:
     warmup_fraction: float = 0.01
     """Part of the steps over which the learning rate rises linearly; afterwards it falls linearly to 0."""
     weight_decay: float = 0.01
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this 2-norm."""
     temperature: float = 1.0
@@ -95,7 +95,7 @@ class TrainConfig:
     gradient_checkpointing: bool | None = None
     """Compute each layer again for the backward pass instead of keeping its activations. None: the preset's (off / on)."""
     rollout_batch_size: int | None = None
-    """Completions in flight; another size draws other ones. None: the preset's (256 / 64)."""
+    """Completions in flight; changing it changes the samples. None: the preset's (256 / 64)."""
     rollout_ahead: Literal[0, 1] = 0
     """1: the next batch is sampled while this one trains, from weights that are then --updates-per-rollout steps old;
     importance weights, held below --importance-cap, correct for it. Needs memory for both at once; a resumed run begins with
@@ -108,7 +108,7 @@ class TrainConfig:
     cuda_graphs: bool = True
     """vLLM replays captured graphs on CUDA, from 0.32 on; older versions could not give the KV cache back under them."""
     max_logprob_diff: float | None = None
-    """Mean |trainer - rollout| log-probability, in nats a token, beyond which training stops; not asked of batches that
+    """Mean |trainer - rollout| log-probability, in nats a token, beyond which training stops; not checked for batches that
     --rollout-ahead sampled with older weights. None: 0.01, in bfloat16 0.1."""
     audio_cache_gb: float = 1.0
     """Audio embeddings kept in host memory for later epochs, in GB (1e9 bytes)."""
@@ -123,7 +123,7 @@ class TrainConfig:
     save_every: int = 25
     """Steps between checkpoints; the last two are kept."""
     seed: int = 0
-    """Of everything drawn at random. Same seed, machine and settings: same metrics, bit for bit on a CPU."""
+    """Seeds everything that is drawn at random. Same seed, machine and settings: same metrics, bit for bit on a CPU."""
     resume: bool = False
     """Continue from the newest checkpoint in --output-dir."""
     profile: bool = False
@@ -136,7 +136,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights. auto: bfloat16 for LoRA on CUDA, else float32. Full fine-tuning in bfloat16 rounds stochastically."""
+    """Type of weights. auto: bfloat16 for LoRA on CUDA, else float32. In bfloat16 full fine-tuning rounds stochastically."""
 
     def __post_init__(self) -> None:
         positive = ["kv_cache_gb", "max_logprob_diff", "audio_cache_dir_gb", "eval_items"]
@@ -166,7 +166,9 @@ class TrainConfig:
         if preset.lora_rank and not self.freeze_audio:
             raise UserError("--no-freeze-audio: a LoRA checkpoint holds adapters only; add --lora-rank 0")
         if self.audio_cache_dir is not None and not self.freeze_audio:
-            raise UserError(f"--audio-cache-dir {self.audio_cache_dir}: a tower in training hears anew each step; leave it out")
+            raise UserError(
+                f"--audio-cache-dir {self.audio_cache_dir}: a tower in training encodes again each step; leave it out"
+            )
         return preset
 
     def resolve(self, preset: Preset, *, output_dir: Path, tokens_per_micro_batch: int) -> RunConfig:

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 
 from tars_fast.data.audio import LongRecordingError
 from tars_fast.data.items import HELD_OUT_DATA, load_questions, or_bundled
@@ -49,7 +48,6 @@ from tars_fast.models.memory import GB, Workload
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
 from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import choose_device
-from tars_fast.reports.console import open_console, say
 from tars_fast.reports.plots import ACCURACY_PLOT, accuracy_plot, can_plot, write_png
 from tars_fast.reports.run_page import Compared, write_report
 from tars_fast.reports.tables import print_evaluation
@@ -63,6 +61,7 @@ from tars_fast.support.cli import (
     require_extra,
     run_command,
 )
+from tars_fast.support.console import PlainConsole, open_console, say
 from tars_fast.support.files import write_atomically
 from tars_fast.support.progress import item_progress
 from tars_fast.support.timing import explain_out_of_memory
@@ -192,7 +191,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationOutcome:
     """
     with join_workers() as workers:
         job = plan_job(config, workers)
-        console = open_console() if workers.is_first else Console(quiet=True)
+        console = open_console() if workers.is_first else PlainConsole(quiet=True)
         done = open_output(job)
         pending = find_pending(job.slices, done)
         # Every process reads the folder before the first one writes there.
@@ -296,8 +295,8 @@ def check_transcripts(data: Mapping[str, Sequence[Question]]) -> None:
 
 
 def find_pending(slices: Sequence[DataSlice], done: Mapping[tuple[str, str], ItemResult]) -> list[DataSlice]:
-    """The slices that are not done. A slice with a failed item, which may have been mended since, is done again as a whole, so
-    that its results do not depend on when the item failed."""
+    """The slices that are not done. A slice with a failed item, which may have been corrected since, is done again as a whole,
+    so that its results do not depend on when the item failed."""
 
     def is_done(part: DataSlice) -> bool:
         results = [done.get((part.data, question.id)) for question in part.questions]
@@ -376,7 +375,7 @@ def check_sizes(
         if long:
             raise UserError(
                 f"data {name!r}: {long} of {len(own)} recordings are longer than the {prompts.max_audio_seconds:g} s that the "
-                "model hears at once; choose --long-audio chunk or truncate, or cut them shorter"
+                "model encodes at once; choose --long-audio chunk or truncate, or cut them shorter"
             )
         if not any(isinstance(size, PromptSize) for size in own):
             raise UserError(
@@ -409,7 +408,9 @@ def find_workload(job: Job, sizes: Mapping[str, Sequence[PromptSize | UserError]
     )
 
 
-def answer_slices(job: Job, pending: Sequence[DataSlice], done: Mapping[tuple[str, str], ItemResult], console: Console) -> None:
+def answer_slices(
+    job: Job, pending: Sequence[DataSlice], done: Mapping[tuple[str, str], ItemResult], console: PlainConsole
+) -> None:
     """Load the model and append the results of the pending slices to predictions.jsonl, round by round.
 
     Raises:
@@ -466,7 +467,7 @@ def append(path: Path, results: Sequence[ItemResult]) -> None:
         os.fsync(file.fileno())
 
 
-def write_results(job: Job, console: Console) -> dict[str, dict[str, Any]]:
+def write_results(job: Job, console: PlainConsole) -> dict[str, dict[str, Any]]:
     """Put predictions.jsonl into the order of the data, write and print all that follows from it.
 
     Returns:

@@ -21,13 +21,13 @@ class PlanConfig:
     """Memory of a training run on one GPU: weights, KV cache, adapters, optimiser, activations and peak by phase."""
 
     model: str = "qwen2-audio-7b"
-    """A preset or a checkpoint folder."""
+    """A preset, a checkpoint folder, or a name on the hub (owner/name, owner/name@revision)."""
     gpu_memory: float = 80.0
-    """Of the GPU, in GB (1e9 bytes)."""
+    """Memory of the GPU, in GB (1e9 bytes)."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """What samples rollouts. auto: vLLM where it can serve the policy."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the weights."""
+    """Type of weights."""
     longest_prompt: int | None = None
     """Tokens of the longest prompt. None: the longest recording the model takes, inside the paper's instructions."""
     kv_cache_gb: float | None = None

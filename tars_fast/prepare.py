@@ -44,6 +44,7 @@ from tars_fast.data.sources import read_rows
 from tars_fast.data.synthesis import VOICES, Synthesiser
 from tars_fast.data.transcription import word_error_rate
 from tars_fast.support.cli import FAILED, check_numbers, load_function, require_extra, run_command
+from tars_fast.support.console import PlainConsole
 from tars_fast.support.files import write_atomically
 from tars_fast.support.progress import track
 from tars_fast.types import Recording, UserError
@@ -420,8 +421,6 @@ def check(config: PrepareConfig, data: str) -> int:
 def show(inspections: Sequence[Inspection], findings: Sequence[Finding]) -> None:
     """Print a table: a line a problem, with the first item that has it."""
     from rich import box
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     seconds = [inspection.seconds for inspection in inspections if inspection.seconds is not None]
@@ -433,11 +432,11 @@ def show(inspections: Sequence[Inspection], findings: Sequence[Finding]) -> None
         found = [finding for finding in findings if finding.problem == problem]
         if found:
             example = f"{found[0].id or found[0].place}: {found[0].detail}"
-            table.add_row(problem + " (a note)" * (problem in NOTES), str(len(found)), escape(example))
+            table.add_row(problem + " (a note)" * (problem in NOTES), str(len(found)), example)
     usable = sum(inspection.usable for inspection in inspections)
     table.add_section()
     table.add_row("usable", str(usable), "all of them" if usable == len(inspections) else "")
-    console = Console(highlight=False)
+    console = PlainConsole()
     console.print(f"{len(inspections)} items, {sum(seconds):.1f} s of speech, {mean:.1f} s an item", soft_wrap=True)
     console.print(table)
 

@@ -1,4 +1,4 @@
-"""The nouns of the training loop. Shapes: N completions, T tokens, A audio tokens, D hidden size, L layers."""
+"""Data types that everything else uses. Shapes: N completions, T tokens, A audio tokens, D hidden size, L layers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TrainingError(RuntimeError):
 
 
 LongAudio = Literal["refuse", "chunk", "truncate"]
-"""What becomes of a recording longer than the model hears at once."""
+"""What becomes of a recording longer than the model encodes at once."""
 
 
 class Recording(Protocol):

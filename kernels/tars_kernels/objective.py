@@ -99,6 +99,8 @@ class Objective:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: {value}; must be a finite number, at least 0")
+        if self.clip_low >= 1:
+            raise ValueError(f"clip_low: {self.clip_low}; must be below 1, the ratio is held above 1 - clip_low")
         if self.dual_clip is not None and self.loss_type == "cispo":
             raise ValueError(f"dual_clip: {self.dual_clip}; cispo has no second clip, leave it out")
         if self.kl_coef != 0 and self.ref_logprobs is None:

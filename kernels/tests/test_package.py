@@ -174,6 +174,7 @@ WRONG = [
     *[(name, {"importance_level": "batch"}, "importance_level") for name in LOSSES],
     *[(name, {"importance_cap": -1.0}, "importance_cap") for name in LOSSES],
     *[(name, {"clip_low": float("nan")}, "clip_low") for name in LOSSES],
+    *[(name, {"clip_low": 1.5}, "clip_low: 1.5; must be below 1") for name in LOSSES],
     *[(name, {"kl_coef": 0.1}, "kl_coef.*ref_logprobs") for name in LOSSES],
     ("policy_loss", {"logits": lambda v: v["logits"].int()}, "logits.*int32"),
     ("policy_loss", {"logits": lambda v: v["logits"][None]}, "logits: shape"),

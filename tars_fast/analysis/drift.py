@@ -39,7 +39,7 @@ from tars_fast.analysis.alignment import (
 )
 from tars_fast.analysis.probes import Calibration
 from tars_fast.analysis.row import KINDS, AnsweredItem, ItemPrompts, Row, run_row
-from tars_fast.evaluation.scorers import read_completion
+from tars_fast.evaluation.scorers import read_strictly
 from tars_fast.models.memory import EVALUATION_TOKENS
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.encode import encode_speech, prepare_speech
@@ -134,7 +134,7 @@ class Analysis:
         row = Row.pack(self._model, items)
         with self._timed("forward"):
             states = run_row(self._model, row, self._calibrations)
-        values = states.similarities() | _chain(items, self.settings.seed)
+        values = states.similarities() | _chain(items)
         with self._timed("align"):
             prompts = row.contents(states.contents)
             for number, (speech, text) in enumerate(zip(prompts[::2], prompts[1::2], strict=True)):
@@ -275,15 +275,12 @@ def _batches(items: Sequence[AnsweredItem]) -> Iterator[list[AnsweredItem]]:
     yield batch
 
 
-def _chain(items: Sequence[AnsweredItem], seed: int) -> dict[str, np.ndarray]:
+def _chain(items: Sequence[AnsweredItem]) -> dict[str, np.ndarray]:
     """[I] of each of `SCALARS`."""
     rows = []
     for item in items:
         question = item.prompts.question
-        speech, text = (
-            read_completion(own.text, question.choices, question.answer, f"{seed} {own.modality} {question.id}")["strict"]
-            for own in (item.spoken, item.written)
-        )
+        speech, text = (read_strictly(own.text, question.choices, question.answer) for own in (item.spoken, item.written))
         place, share = first_divergence(item.spoken.token_ids, item.written.token_ids)
         rows.append(
             (

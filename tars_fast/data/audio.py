@@ -153,8 +153,8 @@ def load_clips(recording: Recording, max_seconds: float, long_audio: LongAudio) 
         return [wave], seconds
     if long_audio == "refuse":
         raise LongRecordingError(
-            f"recording {recording}: {_length(wave)}, the model hears at most {max_seconds:g} s; cut it shorter, or see "
-            "--long-audio"
+            f"recording {recording}: {_length(wave)}, the model encodes at most {max_seconds:g} s at once; cut it shorter, or "
+            "see --long-audio"
         )
     if long_audio == "truncate":
         return [wave[:longest]], seconds

@@ -13,6 +13,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from tars_fast.data.sources import NO_TEXT, Row, read_rows
+from tars_fast.support.text import fold_answer
 from tars_fast.types import Question, Recording, UserError
 
 ASSETS = Path(__file__).parents[1] / "assets" / "spoken-arithmetic"
@@ -20,7 +21,8 @@ TRAINING_DATA = ASSETS / "training.parquet"
 VALIDATION_DATA = ASSETS / "validation.parquet"
 HELD_OUT_DATA = ASSETS / "held_out.parquet"
 BUNDLED = "pocket"
-"""What commands call the bundled data, like the bundled model: to train on the training items, else the held-out ones."""
+"""Name of the bundled data on the command line, as of the model. `train --data` takes the training items, `--eval-data`,
+`evaluate` and `analyse` take the held-out ones."""
 
 
 def or_bundled(source: str | None, bundled: Path) -> str:
@@ -34,7 +36,7 @@ class Format:
 
     columns: Mapping[str, str]
     """Field of an item -> the column that holds it."""
-    marks: frozenset[str]
+    identifying_columns: frozenset[str]
     """A row that has all of these columns is in this format."""
     id_columns: tuple[str, ...]
     """Their values, joined by `_`, are the id; where a row lacks one of them, the id is a hash of the content."""
@@ -48,13 +50,13 @@ class Format:
 
 OWN = Format(
     {name: name for name in ("question", "answer", "options", "answer_set", "category", "transcript")},
-    marks=frozenset({"question", "answer"}),
+    identifying_columns=frozenset({"question", "answer"}),
     id_columns=("id",),
     published=False,
 )
 VOICEBENCH = Format(
     {"question": "prompt", "answer": "reference", "category": "category", "transcript": "prompt"},
-    marks=frozenset({"prompt", "reference"}),
+    identifying_columns=frozenset({"prompt", "reference"}),
     id_columns=("src", "question_id"),
     lettered=True,
 )
@@ -66,18 +68,18 @@ TARS = Format(
         "category": "category",
         "transcript": "prompt_for_tts",
     },
-    marks=frozenset({"question", "options", "answer_index"}),
+    identifying_columns=frozenset({"question", "options", "answer_index"}),
     id_columns=("key",),
     answers_by_index=True,
 )
 MMLU = Format(
     {"question": "question", "answer": "answer", "options": "choices", "category": "subject", "transcript": "transcript"},
-    marks=frozenset({"question", "choices", "answer"}),
+    identifying_columns=frozenset({"question", "choices", "answer"}),
     id_columns=("id",),
     answers_by_index=True,
 )
 FORMATS = (VOICEBENCH, TARS, MMLU, OWN)
-"""A row is read in the first format whose marks it has."""
+"""A row is read in the first format whose identifying columns it has."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,7 @@ def _possible_answers(columns: _Columns) -> _Answers:
         raise UserError(f"{columns.row}: 'options' or 'answer_set' must list 2 to 26 non-empty texts, not {listed!r:.80}")
     listed = [option.strip() for option in listed]
     # Words said in answer are compared without regard to case, so "Yes" and "yes" would be one.
-    folded = [option if len(option) == 1 or answer_set is None else option.casefold() for option in listed]
+    folded = [option if answer_set is None else fold_answer(option) for option in listed]
     twice = sorted({option for option in folded if folded.count(option) > 1})
     if twice and not format.published:
         raise UserError(f"{columns.row}: {twice[0]!r:.80} is listed twice among the possible answers; remove one")
@@ -305,8 +307,8 @@ def _right_answer(columns: _Columns, answers: _Answers) -> str:
         names |= {str(index): letter for index, letter in enumerate(answers.choices)}
         if answer not in names:
             raise UserError(
-                f"{columns.row}: {columns.format.columns['answer']!r} is {answer:.80}, not 0 to {len(answers.choices) - 1}, "
-                "the place of the right option counted from 0"
+                f"{columns.row}: {columns.format.columns['answer']!r} is {columns.values['answer']!r:.80}, not 0 to "
+                f"{len(answers.choices) - 1}, the place of the right option counted from 0"
             )
     if answer not in names:
         raise UserError(
@@ -348,7 +350,7 @@ def read_items(source: str | Path, *, spoken: bool = True) -> Iterator[Item]:
     copies: Counter[str] = Counter()
     for row in read_rows(str(source)):
         columns = row.values if isinstance(row.values, dict) else {}
-        format = next((format for format in FORMATS if format.marks <= columns.keys()), OWN)
+        format = next((format for format in FORMATS if format.identifying_columns <= columns.keys()), OWN)
         try:
             fields, question = _parse_row(row, format, spoken, copies)
         except UserError as error:

@@ -10,7 +10,7 @@ from tars_fast.support.files import replaced_atomically
 
 _ROWS_PER_GROUP = 100
 _BYTES_PER_GROUP = 64 * 2**20
-"""A reader loads a whole group of rows at once: a group ends at the first of these numbers that it reaches."""
+"""A reader loads a whole group of rows at once, so a group ends when it has reached either of these numbers."""
 
 
 def write_parquet(path: Path, items: Sequence[Mapping[str, object]], read_recording: Callable[[str], bytes]) -> None:

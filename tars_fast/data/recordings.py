@@ -76,7 +76,8 @@ def _encode_samples(array: object, rate: object) -> bytes:
     if not isinstance(rate, int | float) or not 1 <= rate <= 1_000_000:
         raise ValueError(f"holds an array whose sampling_rate is {rate!r:.80}; give it in Hz")
     try:
-        wave = np.asarray(array, np.float32)
+        with np.errstate(over="ignore"):  # Infinity is refused when it is read.
+            wave = np.asarray(array, np.float32)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError("holds an array that is no list of numbers") from error
     if wave.ndim not in (1, 2) or (wave.ndim == 2 and len(wave) > 8):

@@ -35,7 +35,7 @@ NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
 _LARGEST_IN_MEMORY = 64 * 2**20
 """Bytes of parquet files up to which they are read whole: at once, and without the package datasets and a copy in its cache."""
 _ROWS_AT_ONCE = 1000
-"""Turned into Python objects."""
+"""Rows that are turned into Python objects at a time."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,8 @@ def _line_audio(place: str, folder: Path, value: object) -> tuple[Recording | No
         return InlineRecording(place, content), None
     if content is not None and (found := NO_TEXT.search(content)):
         return None, f"holds {found[0]!r}, which no text can hold; correct it"
+    if content is not None and len(content.splitlines()) > 1:
+        return None, f"is {content!r:.80}, a path with a line break; rename the file"
     return None if content is None else folder / content, None
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from tars_fast.data.items import shown_options
+from tars_fast.support.text import fold_case
 from tars_fast.types import Question, UserError
 
 
@@ -15,7 +16,7 @@ def _normalised(question: Question) -> str:
     """A text that two items share where they ask the same, whatever the letters and the order of their options."""
     stem, options = shown_options(question)
     # Signs stay: "3 + 4" and "3 - 4" are two questions.
-    plain = [re.sub(r"[\s.,;:!?\"'()\u2018\u2019\u201c\u201d]+", " ", part).casefold().strip() for part in (stem, *options)]
+    plain = [re.sub(r"[\s.,;:!?\"'()\u2018\u2019\u201c\u201d]+", " ", fold_case(part)).strip() for part in (stem, *options)]
     return "\n".join([plain[0], *sorted(plain[1:])])
 
 

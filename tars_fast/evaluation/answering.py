@@ -13,18 +13,19 @@ from tars_kernels import LayerPooler, pooled_similarity
 
 from tars_fast.data.transcription import word_error_rate
 from tars_fast.evaluation.results import Answered, Evaluated, ItemResult, Transcribed
-from tars_fast.evaluation.scorers import read_completion
+from tars_fast.evaluation.scorers import ScorerError, read_completion
 from tars_fast.learning.rewards.accuracy import accuracy
-from tars_fast.learning.rewards.behaviour import TextSimilarity
+from tars_fast.learning.rewards.behaviour import TextSimilarity, finite_similarities
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.memory import EVALUATION_TOKENS
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.encode import encode_speech, prepare_speech
 from tars_fast.rollout.engine import RolloutEngine, Sampling
+from tars_fast.support.timing import is_out_of_memory
 from tars_fast.types import Completion, Modality, Prompt, Question, UserError
 
 ITEMS_AT_ONCE = 128
-"""Most items of a slice, so also what an interruption costs a process; at 7B and 30 s their recordings embed to 0.8 GB."""
+"""Most items in a slice. An interruption loses at most one slice a process. At 7B the embeddings of 30 s each are 0.8 GB."""
 _FEWEST_AT_ONCE = 32
 _SLICES = 8
 """A small data set is cut into so many slices, so that as many processes have something to do."""
@@ -153,8 +154,8 @@ class Evaluator:
             refused: reason by id of the items that are known to be unusable.
 
         Returns:
-            One result for each question, in order. A question whose recording cannot be used has failed; no other one does
-            because of it.
+            One result for each question, in order. A question fails where its recording cannot be used, or where a scorer or
+            the text embedder raises something on its completions; no other one does because of it.
         """
         model, settings = self.model, self.settings
         failed = dict(refused or {})
@@ -169,46 +170,69 @@ class Evaluator:
             questions = [question for question in questions if question.id not in failed]
             spoken = [prompt for prompt in encoded if isinstance(prompt, Prompt)]
             prompts = {Modality.SPEECH: spoken, Modality.TEXT: model.encode_prompts(questions, Modality.TEXT)}
-        evaluated = iter(self._evaluate_prompts(questions, prompts, part.start) if questions else [])
+        evaluated = self._evaluate_prompts(questions, prompts, part.start) if questions else []
+        done: dict[str, Evaluated] = {}
+        for question, item in zip(questions, evaluated, strict=True):
+            if isinstance(item, Evaluated):
+                done[question.id] = item
+            else:
+                failed[question.id] = str(item)
         return [
-            ItemResult.of(part.data, question, None if question.id in failed else next(evaluated), failed.get(question.id))
-            for question in part.questions
+            ItemResult.of(part.data, question, done.get(question.id), failed.get(question.id)) for question in part.questions
         ]
 
     def _evaluate_prompts(
         self, questions: Sequence[Question], prompts: Mapping[Modality, Sequence[Prompt]], start: int
-    ) -> list[Evaluated]:
+    ) -> list[Evaluated | ScorerError]:
         """`start` as in `DataSlice`."""
         settings = self.settings
         greedy = Sampling(num_completions=1, max_new_tokens=settings.max_new_tokens, temperature=0.0, seed=settings.seed)
         completions = self._generate(prompts, greedy)
-        sampled: dict[Modality, list[float | None]] = {modality: [None] * len(questions) for modality in Modality}
-        if settings.num_samples:
-            sampling = Sampling(settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed + start)
-            for modality, samples in self._generate(prompts, sampling).items():
-                correct = torch.tensor([accuracy(sample, questions[sample.question]) for sample in samples])
-                sampled[modality] = correct.view(len(questions), -1).mean(1).tolist()
-        transcribed = self._transcribe(questions, greedy) if settings.transcribe else [None] * len(questions)
+        sampling = Sampling(settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed + start)
+        samples = self._generate(prompts, sampling) if settings.num_samples else None
+        transcriptions = self._transcribe(questions, greedy) if settings.transcribe else None
         self.engine.release_memory()
-        similarities = self.text_similarity.similarity(*([c.text for c in completions[modality]] for modality in Modality))
+        similarities = self._similarities(*([c.text for c in completions[modality]] for modality in Modality))
         cosines = layer_cosines(self.model, prompts, completions)
 
         def answered(modality: Modality, number: int) -> Answered:
             question, completion = questions[number], completions[modality][number]
             key = f"{settings.seed} {modality} {question.id}"
             readings = read_completion(completion.text, question.choices, question.answer, key)
-            return Answered(completion.text, completion.truncated, readings, sampled[modality][number])
+            if samples is None:
+                return Answered(completion.text, completion.truncated, readings, None)
+            own = samples[modality][number * settings.num_samples : (number + 1) * settings.num_samples]
+            correct = torch.tensor([accuracy(sample, question) for sample in own])
+            return Answered(completion.text, completion.truncated, readings, correct.mean().item())
 
-        return [
-            Evaluated(
-                speech=answered(Modality.SPEECH, number),
-                text=answered(Modality.TEXT, number),
-                behaviour_similarity=similarities[number].item(),
-                layer_cosine=tuple(cosines[number].tolist()),
-                transcribed=transcribed[number],
-            )
-            for number in range(len(questions))
-        ]
+        def evaluated(number: int) -> Evaluated | ScorerError:
+            similarity = similarities[number]
+            if isinstance(similarity, ScorerError):
+                return similarity
+            try:
+                return Evaluated(
+                    speech=answered(Modality.SPEECH, number),
+                    text=answered(Modality.TEXT, number),
+                    behaviour_similarity=similarity,
+                    layer_cosine=tuple(cosines[number].tolist()),
+                    transcribed=None if transcriptions is None else _compare(questions[number], transcriptions[number]),
+                )
+            except ScorerError as error:
+                return error
+
+        return [evaluated(number) for number in range(len(questions))]
+
+    def _similarities(self, spoken: Sequence[str], written: Sequence[str]) -> list[float | ScorerError]:
+        """Similarity of the words of each pair of completions; a pair that the embedder fails on takes no other with it."""
+        try:
+            return [*finite_similarities(self.text_similarity, spoken, written).tolist()]
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            if len(spoken) == 1:
+                return [ScorerError(f"the text embedder raised {error!r:.200} on {spoken[0]!r:.200} and {written[0]!r:.200}")]
+        pairs = zip(spoken, written, strict=True)
+        return [similarity for one, other in pairs for similarity in self._similarities([one], [other])]
 
     def _generate(self, prompts: Mapping[Modality, Sequence[Prompt]], sampling: Sampling) -> dict[Modality, list[Completion]]:
         """Complete spoken and written prompts in one batch."""
@@ -216,13 +240,17 @@ class Evaluator:
         completions = iter(self.engine.generate([prompt for _, prompt in both], [number for number, _ in both], sampling))
         return {modality: list(islice(completions, len(prompts[modality]) * sampling.num_completions)) for modality in Modality}
 
-    def _transcribe(self, questions: Sequence[Question], greedy: Sampling) -> list[Transcribed]:
-        """Have the model write down each recording, and compare that with the transcript."""
+    def _transcribe(self, questions: Sequence[Question], greedy: Sampling) -> list[str]:
+        """Have the model write down each recording."""
         with torch.no_grad():
             prompts = self.model.encode_prompts(questions, Modality.SPEECH, TRANSCRIBE)
-        texts = [completion.text for completion in self.engine.generate(prompts, range(len(questions)), greedy)]
-        transcripts = [question.transcript or "" for question in questions]
-        return [
-            Transcribed(text, transcript, word_error_rate(transcript, text))
-            for transcript, text in zip(transcripts, texts, strict=True)
-        ]
+        return [completion.text for completion in self.engine.generate(prompts, range(len(questions)), greedy)]
+
+
+def _compare(question: Question, transcription: str) -> Transcribed:
+    """Compare what the model wrote down with the transcript."""
+    transcript = question.transcript or ""
+    try:
+        return Transcribed(transcription, transcript, word_error_rate(transcript, transcription))
+    except Exception as error:
+        raise ScorerError(f"the word error rate raised {error!r:.200} on {transcription!r:.200}") from error

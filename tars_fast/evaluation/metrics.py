@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 Statistic = Callable[..., np.ndarray]
-"""Maps arrays [..., N] of values of N items, one for each of its columns, to the figure [...]."""
+"""Takes one array [..., N] a column, the values of N items, and returns the figure [...]."""
 
 NUM_RESAMPLES = 2000
 """Enough for the ends of a 95 % interval to be stable to about a tenth of its width."""

@@ -2,8 +2,9 @@
 
 `strict` is `answers.extract_answer`: training rewards it, and accuracy means it unless another scorer is named. It never
 guesses. `voicebench` repeats the rules of VoiceBench's multiple-choice evaluator, silly ones included, so that published
-figures can be compared. `letter` takes the option that the completion names last; it stands in for xFinder, the 0.5 B model
-that finds the letter in the released TARS code (for its reward and its figures), and is not that model.
+figures can be compared. `letter` takes the option that the completion states in some form, else the one that it names last; it
+stands in for xFinder, the 0.5 B model that finds the letter in the released TARS code (for its reward and its figures), and is
+not that model.
 
 A new scorer is a function and its entry in `SCORERS`, at the end of this file; reports and tables show it from then on.
 """
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tars_fast.learning.rewards.answers import answer_blocks, extract_answer
+from tars_fast.learning.rewards.answers import another_choice, answer_blocks, extract_answer, spellings
+from tars_fast.support.text import fold_case
 
 VOICEBENCH_CHOICES = ("A", "B", "C", "D")
 
@@ -97,6 +100,8 @@ def voicebench_answer(completion: str, _choices: Sequence[str] = VOICEBENCH_CHOI
     return None
 
 
+_CONTEXT = 200
+"""Characters on each side that decide what a name is meant as; completions may be one name thousands of times."""
 # What makes a lower-case letter, or an "A" that could be an article, a mention of the option.
 _LED = re.compile(
     r"(?:\b(?:answer|option|choice|choose|select|pick)s?(?: is| to| was| would be| should be)?:?|boxed\{(?:\\text\{)?"
@@ -106,13 +111,28 @@ _LED = re.compile(
 _NEGATED = re.compile(
     r"(?:\b(?:not|isn't|neither|nor|than|instead of|rules? out|eliminates?)|不是|不选)(?: option)? *[\"'(*]*$", re.IGNORECASE
 )
+_STATED = re.compile(
+    r"(?:\banswer(?: to (?:the|this) question)?(?: is|:)(?: option)?|boxed\{(?:\\text\{)?"
+    r"|答案(?:是|[:\uff1a])(?:选项)?)[\s\"'(\[*:]*$",
+    re.IGNORECASE,
+)
+_ASKED = re.compile(r"[)\s\]*\"'}]*[?\uff1f]")
 # Behind "A", the start of a sentence rather than of a reason: "A tundra", but not "A is", "A because".
 _NOUN_AFTER = re.compile(r" (?!(?:is|was|would|as|because|since|and|or|but|seems|looks|fits)\b)[a-z]")
 
 
+def _any_of(choices: Sequence[str]) -> str:
+    return "|".join(map(re.escape, spellings(choices, fold_case)))
+
+
+@lru_cache(maxsize=1024)
+def _another(choices: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(another_choice(_any_of(choices)), re.IGNORECASE)
+
+
 @lru_cache(maxsize=1024)
 def _named(choices: tuple[str, ...]) -> re.Pattern[str]:
-    names = "|".join(re.escape(name) for name in sorted(choices, key=len, reverse=True))
+    names = _any_of(choices)
     # \b does not stand between a Chinese character and a letter: both are word characters.
     return re.compile(rf"(?<![A-Za-z0-9'\u2019-])(?P<name>{names})(?![A-Za-z0-9]|['\u2019-]\w)", re.IGNORECASE)
 
@@ -130,11 +150,13 @@ def _is_mention(name: str, before: str, after: str) -> bool:
 
 
 def letter_answer(completion: str, choices: Sequence[str]) -> str | None:
-    """The choice that the completion names last, whatever stands around it, or None where it names none.
+    """The choice that the completion states, else the one that it names last, or None where it names none.
 
-    Looks in the last `<answer>` block, else behind the last `</think>`, else everywhere. A choice that is negated ("not A")
-    does not count. A letter in lower case counts where it is all there is or leads a list ("c)"), or stands behind "answer",
-    "option", "choice" or in a `\\boxed{}`; so does an "A" or "I" that could be a word of the sentence.
+    Looks in the last `<answer>` block, else behind the last `</think>`, else everywhere. Stated is what stands last behind
+    "answer is" or "answer:" or in a `\\boxed{}`, but not what is asked ("The answer is A?") or one of several ("A or B").
+    A choice that is negated ("not A") does not count. A letter in lower case counts where it is all there is or leads a list
+    ("c)"), or stands behind "answer", "option", "choice" or in a `\\boxed{}`; so does an "A" or "I" that could be a word of the
+    sentence.
 
     Args:
         completion: decoded text without special tokens.
@@ -142,12 +164,22 @@ def letter_answer(completion: str, choices: Sequence[str]) -> str | None:
     """
     blocks = answer_blocks(completion)
     text = blocks[-1] if blocks else completion.rpartition("</think>")[2]
-    by_name = {choice.casefold(): choice for choice in choices}
+    text = unicodedata.normalize("NFC", text)
+    by_name = {fold_case(choice): choice for choice in choices}
+    # Of two that differ in case alone the one that is spelt like this.
+    by_name |= {unicodedata.normalize("NFC", choice): choice for choice in choices}
+    named = None
     for match in reversed(list(_named(tuple(choices)).finditer(text))):
-        before, after = text[: match.start()], text[match.end() :]
-        if not _NEGATED.search(before) and _is_mention(match["name"], before, after):
-            return by_name[match["name"].casefold()]
-    return None
+        start, end = match.span()
+        name, before, after = match["name"], text[max(0, start - _CONTEXT) : start], text[end : end + _CONTEXT]
+        # The pattern takes letters for one that are not, as "İ" and "i": such a word is no choice.
+        choice = by_name.get(name) or by_name.get(fold_case(name))
+        if choice is None or _NEGATED.search(before) or not _is_mention(name, before, after):
+            continue
+        if _STATED.search(before) and not _ASKED.match(after) and not _another(tuple(choices)).match(after):
+            return choice
+        named = named or choice
+    return named
 
 
 @dataclass(frozen=True)
@@ -170,6 +202,16 @@ SCORERS: dict[str, Scorer] = {
 """All scorers by name, in the order of reports."""
 
 
+class ScorerError(Exception):
+    """A scorer failed on a completion; the message names the scorer."""
+
+
+def read_strictly(completion: str, choices: Sequence[str], answer: str) -> Reading:
+    """What `strict` reads, by which training rewards and accuracy is meant."""
+    extracted = extract_answer(completion, choices)
+    return Reading(extracted, False, extracted == answer)
+
+
 def read_completion(completion: str, choices: Sequence[str], answer: str, key: str) -> dict[str, Reading]:
     """The reading of a completion by every scorer that knows the answer set, by the scorer's name.
 
@@ -178,12 +220,20 @@ def read_completion(completion: str, choices: Sequence[str], answer: str, key: s
         choices: the answer set.
         answer: the reference answer.
         key: seed of guesses; the same for the same item, modality and seed of a run.
+
+    Raises:
+        ScorerError: a scorer raised something, or read what is none of the choices.
     """
     readings = {}
     for name, scorer in SCORERS.items():
         if scorer.choices is not None and tuple(choices) != scorer.choices:
             continue
-        extracted = scorer.read(completion, choices)
+        try:
+            extracted = scorer.read(completion, choices)
+        except Exception as error:
+            raise ScorerError(f"scorer {name!r} raised {error!r:.200} on {completion!r:.200}") from error
+        if extracted is not None and (not isinstance(extracted, str) or extracted not in choices):
+            raise ScorerError(f"scorer {name!r} read {extracted!r:.80} from {completion!r:.200}, which is none of the choices")
         guessed = extracted is None and scorer.guesses
         if guessed:
             extracted = random.Random(key).choice(choices)

@@ -38,7 +38,7 @@ def centred_advantages(rewards_N: Tensor, groups_N: Tensor) -> Tensor:
 
 
 def disagreeing_groups(values_N: Tensor, groups_N: Tensor) -> Tensor:
-    """[G] bool: whether a group's values differ, i.e. whether it has anything to teach."""
+    """[G] bool: whether a group's values differ, i.e. whether any of its completions has an advantage."""
     num_groups = int(groups_N.max()) + 1
     low = values_N.new_full((num_groups,), torch.inf).scatter_reduce_(0, groups_N, values_N, "amin")
     high = values_N.new_full((num_groups,), -torch.inf).scatter_reduce_(0, groups_N, values_N, "amax")

@@ -166,11 +166,17 @@ def check_progress(history: Sequence[Mapping[str, float]], warn: Callable[[str],
         recent = history[-MAX_EMPTY_STEPS:]
         if len(recent) == MAX_EMPTY_STEPS and all(is_empty(metrics) for metrics in recent):
             raise TrainingError(f"every completion was cut off for {MAX_EMPTY_STEPS} steps; raise --max-new-tokens")
+        return
     unanimous = 0
-    while unanimous < len(history) and history[-1 - unanimous]["disagreeing/any"] == 0:
+    for metrics in reversed(history):
+        if metrics["disagreeing/any"] != 0 or is_empty(metrics):
+            break
         unanimous += 1
     if unanimous and (unanimous - 1) % MAX_UNANIMOUS_STEPS == 0:
-        warn(
-            f"step {history[-1]['step']}: no group disagrees in its rewards, so there is nothing to learn; "
-            "raise --temperature or choose items of middling difficulty"
+        truncated, modality = max((history[-1][f"truncated/{modality}"], modality) for modality in Modality)
+        remedy = (
+            f"{100 * truncated:.0f} % of the {modality} completions were cut off, raise --max-new-tokens"
+            if truncated > 0.5
+            else "raise --temperature or choose items of middling difficulty"
         )
+        warn(f"step {history[-1]['step']}: no group disagrees in its rewards, so there is nothing to learn; {remedy}")

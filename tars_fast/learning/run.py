@@ -329,7 +329,7 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("stopping after this step; once more stops at once", file=sys.stderr)
+        print("stopping after this step; a second Ctrl-C stops at once", file=sys.stderr)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """Steps 2 to 5 on one rollout: packed forward passes, R_rep, the policy loss, its backward pass and the optimiser's step.
 
 Every token goes through one forward pass an update, which gives its log-probability and entropy and, pooled by hooks while the
-layers run, R_rep. Groups that cannot have an advantage (most written ones: their completions all earn the same) are known
-before that pass: they go through it without gradients and have no backward pass.
+layers run, R_rep. Groups of which it is known before that pass that their completions all earn the same cannot have an
+advantage: they go through it without gradients and have no backward pass.
 
 Shapes: N completions of a rollout or micro-batch, T completion tokens, L layers that R_rep looks at, D hidden size.
 """
@@ -201,7 +201,7 @@ class Learner:
                 # None: the pass itself has them, so the probability ratio is 1.
                 old_logprobs=None if scored.is_first_update else torch.cat([scored.logprobs[row] for row in rows]),
                 rollout_logprobs=torch.tensor([x for c in completions for x in c.rollout_logprobs], device=device),
-                # Overlong filtering: a truncated completion teaches nothing, not even to be shorter.
+                # Overlong filtering: a truncated completion has no gradient.
                 mask=torch.tensor([not c.truncated for c in completions for _ in c.token_ids], device=device),
                 bias=self.model.suppressed_bias,
                 clip_low=config.clip_low,

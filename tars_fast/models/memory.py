@@ -30,7 +30,7 @@ _LOGIT_TOKENS, _PRODUCT_TOKENS = 512, 1024
 _MOST_TOKENS = {True: 16_384, False: 4096}
 """Most tokens of a micro-batch, by whether the device is a GPU; larger ones do not compute faster."""
 _FEWEST_TOKENS = 1024
-"""Of a micro-batch, on any device."""
+"""Tokens of the smallest micro-batch that is planned, on any device."""
 _ASSUMED_PROMPT_TOKENS = 900
 """Longest prompt where the data is not known: 30 s of speech at 25 tokens a second, inside the paper's instructions."""
 

@@ -174,10 +174,10 @@ class PromptFormat:
         long = [size.seconds for size in sizes if size.seconds > self.max_audio_seconds]
         if not long:
             return None
-        heard = "each is heard as several clips" if self.long_audio == "chunk" else "only the beginning of each is heard"
+        use = "each is encoded as several clips" if self.long_audio == "chunk" else "only the beginning of each is encoded"
         return (
-            f"{len(long)} of {len(sizes)} recordings are longer than the {self.max_audio_seconds:g} s that the model hears at "
-            f"once (the longest {max(long):.0f} s): {heard} (--long-audio {self.long_audio})"
+            f"{len(long)} of {len(sizes)} recordings are longer than the {self.max_audio_seconds:g} s that the model encodes "
+            f"at once (the longest {max(long):.0f} s): {use} (--long-audio {self.long_audio})"
         )
 
     def prompt_sizes(self, questions: Sequence[Question], max_new_tokens: int) -> list[PromptSize | UserError]:

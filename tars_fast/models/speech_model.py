@@ -429,8 +429,10 @@ def make_trainable(
     """
     module = model.module
     if has_adapter(module):
+        source = model.prompts.preset.source
         raise UserError(
-            f"--model {model.prompts.preset.source}: is an adapter; merge it into its base before training on top of it"
+            f"--model {source}: is an adapter; merge it into its base by python -m tars_fast.export --model {source} "
+            "--output-dir MERGED, then train --model MERGED"
         )
     if lora_rank == 0:
         model.language_model.requires_grad_(True)

@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table as ConsoleTable
 
 from tars_fast.evaluation.ablation import SMOOTHED, START, Arms
 from tars_fast.evaluation.figures import FIGURES
-from tars_fast.reports.console import say
 from tars_fast.reports.page import REPORT, Section, Table, write_page
 from tars_fast.reports.plots import DRIFT_PLOT, can_plot, curves_plot, write_png
 from tars_fast.reports.sample import sample_items
 from tars_fast.reports.sections import curves_picture, ends_table, layer_curve, settings_section
 from tars_fast.reports.tables import figure_cell, shown
+from tars_fast.support.console import PlainConsole, say
 from tars_fast.support.files import write_atomically
 from tars_fast.types import Question
 
@@ -100,17 +98,17 @@ def write_tables(output_dir: Path, report: Mapping[str, Mapping[str, Any]]) -> N
         write_atomically(output_dir / name, "\n\n".join(parts) + "\n")
 
 
-def print_ablation(console: Console, report: Mapping[str, Mapping[str, Any]]) -> None:
+def print_ablation(console: PlainConsole, report: Mapping[str, Mapping[str, Any]]) -> None:
     """Print `headline_table` and the notes."""
     table = headline_table(report)
     lines = ConsoleTable(box=box.SIMPLE_HEAD)
     for number, column in enumerate(table.header):
-        lines.add_column(escape(column), justify="right" if number else "left")
+        lines.add_column(column, justify="right" if number else "left")
     for row in table.rows:
-        lines.add_row(*map(escape, row))
+        lines.add_row(*row)
     console.print(lines)
     for note in describe(report):
-        say(console, escape(note))
+        say(console, note)
 
 
 def write_ablation_page(

@@ -12,7 +12,7 @@ import numpy as np
 
 from tars_fast.evaluation.metrics import Curve
 from tars_fast.evaluation.results import Answered, Evaluated, ItemResult
-from tars_fast.evaluation.scorers import read_completion
+from tars_fast.evaluation.scorers import read_strictly
 from tars_fast.reports.page import REPORT, Picture, Section, Table, write_page
 from tars_fast.reports.plots import CKA_PLOT, DRIFT_PLOT, as_svg, can_plot, curves_plot, heat_map_plot, write_png
 from tars_fast.reports.sample import sample_items
@@ -67,7 +67,7 @@ def item_results(analysed: Analysed, data: str, questions: Sequence[Question]) -
         KeyError: a record lacks something that this version writes.
     """
     records = {record["id"]: record for record in analysed.records}
-    failed, seed = analysed.figures["failed"], analysed.figures["settings"]["seed"]
+    failed = analysed.figures["failed"]
     results = []
     for question in questions:
         if (record := records.get(question.id)) is None:
@@ -76,7 +76,7 @@ def item_results(analysed: Analysed, data: str, questions: Sequence[Question]) -
         answers = {}
         for modality in Modality:
             completion = record[modality]
-            readings = read_completion(completion, question.choices, question.answer, f"{seed} {modality} {question.id}")
+            readings = {"strict": read_strictly(completion, question.choices, question.answer)}
             answers[modality] = Answered(completion, record[f"{modality}_truncated"], readings, None)
         cosines = tuple(np.nan if cosine is None else cosine for cosine in record["own_pooled"])
         results.append(

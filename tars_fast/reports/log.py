@@ -10,12 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tars_fast.reports.console import open_console, say
+from tars_fast.support.console import PlainConsole, open_console, say
 from tars_fast.support.files import write_atomically
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class RunLog:
     """
 
     def __init__(self, output_dir: Path | None, num_steps: int, num_completed: int):
-        self.console = Console(quiet=True) if output_dir is None else open_console()
+        self.console = PlainConsole(quiet=True) if output_dir is None else open_console()
         self._path: Path | None = None
         self._writer: SummaryWriter | None = None
         if output_dir is not None:
@@ -121,7 +121,7 @@ class RunLog:
         say(self.console, message)
 
     def warn(self, message: str) -> None:
-        self.say(f"[yellow]warning:[/yellow] {message}")
+        say(self.console, f"warning: {message}", colour="yellow")
 
     def _tables(self, metrics: Mapping[str, float]) -> Iterator[Table]:
         modalities = Table(box=None, pad_edge=False)

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from tars_fast.evaluation.figures import FIGURES, OVERALL
-from tars_fast.reports.console import say
 from tars_fast.reports.log import RunLog
+from tars_fast.support.console import PlainConsole, say
 from tars_fast.types import Modality
 
 _MOST_FAILURES_SHOWN = 5
@@ -84,7 +82,7 @@ def shown(
     return f"{figure} [{low}, {high}]"
 
 
-def print_evaluation(console: Console, evaluation: Mapping[str, Mapping[str, Any]]) -> None:
+def print_evaluation(console: PlainConsole, evaluation: Mapping[str, Mapping[str, Any]]) -> None:
     """Print evaluation.json on one screen: figures, scorers, categories, the comparison, and what failed."""
     data_sets = {name: report for name, report in evaluation.items() if name != OVERALL}
     columns = data_sets if len(data_sets) == 1 else {**data_sets, "mean": evaluation[OVERALL]}
@@ -138,7 +136,7 @@ def best_layer_cells(layers: Mapping[str, Sequence[Any]], number: int) -> tuple[
     )
 
 
-def print_analysis(console: Console, analysis: Mapping[str, Mapping[str, Any]]) -> None:
+def print_analysis(console: PlainConsole, analysis: Mapping[str, Mapping[str, Any]]) -> None:
     """Print analysis.json on one screen: drift and alignment by layer, behaviour, probes, cost."""
     drift, alignment, chain = analysis["drift"], analysis["alignment"], analysis["chain"]
     columns = [(kind, what) for kind in ("own", "forced") for what in ("pooled", "tokens")]
@@ -205,13 +203,13 @@ def _accuracy_table(
     return table
 
 
-def print_failures(console: Console, name: str, report: Mapping[str, Any]) -> None:
+def print_failures(console: PlainConsole, name: str, report: Mapping[str, Any]) -> None:
     """Print the items that could not be evaluated, the first ones with the reason."""
     failed = report["failed"]
     if failed:
-        say(console, f"[red]{name}: {len(failed)} failed[/red], counted by no figure:")
+        say(console, f"{name}: {len(failed)} failed, counted by no figure:", colour="red")
     for item, reason in list(failed.items())[:_MOST_FAILURES_SHOWN]:
-        say(console, escape(f"  {item}: {reason}"))
+        say(console, f"  {item}: {reason}")
     if len(failed) > _MOST_FAILURES_SHOWN:
         say(console, f"  and {len(failed) - _MOST_FAILURES_SHOWN} more, in evaluation.json")
 

@@ -1,7 +1,7 @@
 """Rollouts by the module that is being trained, decoded token by token.
 
-Written because transformers' `generate` makes its masks anew and copies its cache for every token, keeps the keys and values
-of a prompt once for each completion, and goes on computing for completions that have ended.
+It takes the place of transformers' `generate`, which makes its masks again and copies its cache for every token, keeps the keys
+and values of a prompt once for each completion, and goes on computing for completions that have ended.
 
 Shapes: R prompts, N completions of each, D hidden size.
 """

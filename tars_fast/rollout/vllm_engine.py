@@ -5,8 +5,9 @@ there is one copy. LoRA weights stay in the trainer, in float32, and are written
 rollout: they are never merged, and no files are written. Prompts bring audio embeddings, which the trainer has computed.
 
 Only the three `vllm_*` modules of this folder import vLLM: this one is the engine as the loop uses it, `vllm_internals.py`
-holds all that is used of vLLM's private side, `vllm_models.py` the model classes that are registered with it. Sharing the
-weights needs what vLLM does not promise, so versions outside the range of pyproject.toml's extra `vllm` are refused.
+starts and drives vLLM beyond its documented interface, `vllm_models.py` holds the model classes that are registered with it.
+Sharing the weights needs what vLLM does not promise, so versions outside the range that pyproject.toml gives the extra `vllm`
+are refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Everything that is used of vLLM beyond its documented interface, so that a new version has to be read against one file.
+"""Starts and drives vLLM beyond its documented interface.
+
+A new version of vLLM has to be read against this file, against `vllm_models.py`, which builds on vLLM's own model classes, and
+against what `models/weights.py` (`base_layer`, `cpu_linear`) and `models/memory.py` (LoRA ranks, block size) take from it.
 
 Supported is the range that pyproject.toml gives the extra `vllm`, in its CUDA and CPU builds.
 """

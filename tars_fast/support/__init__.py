@@ -1,4 +1,4 @@
-"""Small tools without a subject: files, command lines, versions of packages, threads, seconds by phase.
+"""Small tools without a subject: files, command lines, the terminal, versions of packages, threads, seconds by phase.
 
 Everything may use them.
 

@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tars_fast.support.requirements import missing
+from tars_fast.support.text import visible
 from tars_fast.types import TrainingError, UserError
 
 if TYPE_CHECKING:
@@ -50,17 +51,24 @@ def run_command(command: Callable[[Config], int], config_class: type[Config], pr
     """
     import tyro
 
+    # Nothing that the terminal's encoding lacks, in a name or a path, ends the command where it is printed.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command(tyro.cli(config_class, prog=program))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return MISUSED
     except TrainingError as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        print(f"stopped: {_one_line(error)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _one_line(error: Exception) -> str:
+    return visible(str(error)).replace("\n", "\\n")
 
 
 def flag_of(setting: str) -> str:

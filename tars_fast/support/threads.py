@@ -1,7 +1,7 @@
 """How long threads of torch's operations wait for each other before they sleep.
 
 OpenMP's runtimes spin at first: libgomp for 300,000 rounds, which are several milliseconds, LLVM's and Intel's for 200 ms. A
-small model meets in a few thousand places a step, and beside other work each spinning thread keeps the one that it waits for
+small model has a few thousand barriers a step, and beside other work each spinning thread keeps the one that it waits for
 from its core. Beside two busy loops a step of the default run takes 4.2 times its idle time by libgomp's default, 3.1 times as
 set here, and on idle cores no longer than before (two cores, `bench/results/threads_cpu.json`).
 """

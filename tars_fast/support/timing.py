@@ -54,6 +54,13 @@ SETTINGS_BY_PHASE = {
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on the GPU or the CPU."""
+    # torch's CPU allocator has no exception of its own.
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in message for words in _OUT_OF_MEMORY)
+
+
 @contextmanager
 def explain_out_of_memory(phase: str) -> Iterator[None]:
     """Name phase and remedy when the block runs out of memory.
@@ -64,9 +71,7 @@ def explain_out_of_memory(phase: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch's CPU allocator has no exception of its own.
-        message = str(error).lower()
-        if isinstance(error, MemoryError) or any(words in message for words in _OUT_OF_MEMORY):
+        if is_out_of_memory(error):
             raise TrainingError(
                 f"out of memory in phase {phase!r}; lower {SETTINGS_BY_PHASE[phase]}; "
                 "python -m tars_fast.plan shows what each phase needs"

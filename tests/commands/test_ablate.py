@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from items import first_items
 from pages import check_nothing_foreign, check_plays, on_a_phone
-from rich.console import Console
 
 from tars_fast.ablate import (
     AblateConfig,
@@ -45,6 +44,7 @@ from tars_fast.evaluation.scorers import Reading
 from tars_fast.models.architecture import find_layers
 from tars_fast.reports.ablation_page import describe, difference_table, figure_table, headline_table
 from tars_fast.support.cli import FAILED, INTERRUPTED
+from tars_fast.support.console import PlainConsole
 from tars_fast.train import train
 from tars_fast.types import Question, UserError
 
@@ -344,7 +344,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(small, tmp_path):
         process.kill()
     assert process.returncode == INTERRUPTED
     assert errors.splitlines() == [
-        "stopping after the steps that are running; once more stops at once",
+        "stopping after the steps that are running; a second Ctrl-C stops at once",
         "stopped; the same command continues",
     ]
     done = len(read(run))
@@ -376,7 +376,7 @@ def test_runs_side_by_side_have_gpus_and_cores_of_their_own(tmp_path, monkeypatc
     meet = "[time.sleep(0.02) for _ in range(500) if len(list(folder.parent.glob('*/here'))) < 2]"
     runs = [fake_run(tmp_path, name, f"(folder / 'here').touch(); {meet}; {FINISH}") for name in ("a", "b")]
     started = time.monotonic()
-    assert Runner(2, ["4", "7"], Console(quiet=True)).run(runs) == {}
+    assert Runner(2, ["4", "7"], PlainConsole(quiet=True)).run(runs) == {}
     assert time.monotonic() - started < 9
     assert sorted((run.folder / "evaluation.json").read_text() for run in runs) == ["4 3", "7 3"]
 
@@ -384,7 +384,7 @@ def test_runs_side_by_side_have_gpus_and_cores_of_their_own(tmp_path, monkeypatc
 def test_no_more_runs_at_a_time_than_the_setting_says(tmp_path):
     busy = "other = list(folder.parent.glob('*/busy')); (folder / 'busy').touch(); time.sleep(0.1); (folder / 'busy').unlink()"
     runs = [fake_run(tmp_path, str(number), f"{busy}; sys.exit(3) if other else None; {FINISH}") for number in range(4)]
-    assert Runner(1, [], Console(quiet=True)).run(runs) == {}
+    assert Runner(1, [], PlainConsole(quiet=True)).run(runs) == {}
 
 
 def test_why_a_run_failed(tmp_path):
@@ -401,7 +401,7 @@ def test_why_a_run_failed(tmp_path):
     (tmp_path / "silent" / "log.txt").write_text("what an earlier attempt said\n")
     (tmp_path / "nowhere").write_text("a file where its folder should be")
     said = io.StringIO()
-    reasons = Runner(2, [], Console(file=said)).run(runs)
+    reasons = Runner(2, [], PlainConsole(file=said)).run(runs)
     assert reasons["says, seed 0"].startswith("error: no such thing; see ")
     assert reasons["killed, seed 0"].startswith("ended by signal 9 (SIGKILL)")
     assert reasons["silent, seed 0"].startswith("exit status 7")
@@ -416,7 +416,7 @@ def test_a_run_that_an_earlier_command_left_behind_is_not_trained_twice(tmp_path
         "import subprocess; own = subprocess.Popen(['sleep', '60']); (folder / 'left').write_text(str(own.pid)); sys.exit(7)"
     )
     run = fake_run(tmp_path, "a", leave)
-    runner = Runner(1, [], Console(quiet=True))
+    runner = Runner(1, [], PlainConsole(quiet=True))
     assert runner.run([run])["a, seed 0"].startswith("exit status 7")
     left = int((run.folder / "left").read_text())
     try:
@@ -442,7 +442,7 @@ COUNT_INTERRUPTS = (
 def test_signals_reach_the_runs_and_no_other_begins(tmp_path, sent, received):
     """Only Ctrl-C twice stops at once; a cluster that repeats itself still has the step saved."""
     runs = [fake_run(tmp_path, name, COUNT_INTERRUPTS) for name in ("a", "b")]
-    runner = Runner(1, [], Console(quiet=True))
+    runner = Runner(1, [], PlainConsole(quiet=True))
 
     def send() -> None:
         while not (runs[0].folder / "ready").exists():
@@ -463,7 +463,7 @@ def test_signals_reach_the_runs_and_no_other_begins(tmp_path, sent, received):
 def test_with_nohup_it_goes_on(tmp_path):
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        runner = Runner(1, [], Console(quiet=True))
+        runner = Runner(1, [], PlainConsole(quiet=True))
         assert runner.run([fake_run(tmp_path, "a", f"os.kill(os.getppid(), signal.SIGHUP); time.sleep(0.2); {FINISH}")]) == {}
     finally:
         signal.signal(signal.SIGHUP, previous)
@@ -474,7 +474,7 @@ def test_a_run_that_is_just_starting_is_stopped_too(tmp_path, monkeypatch):
     for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
         # Where coverage is measured it starts in the process first, and swallows a Ctrl-C there.
         monkeypatch.delenv(name, raising=False)
-    runner = Runner(1, [], Console(quiet=True))
+    runner = Runner(1, [], PlainConsole(quiet=True))
     start = subprocess.Popen
 
     def start_late(*arguments, **named) -> subprocess.Popen:

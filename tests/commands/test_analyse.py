@@ -21,7 +21,6 @@ import torch
 from checkpoints import MAKERS
 from items import first_items
 from pages import HOSTILE, Elements, check_nothing_foreign, check_plays, on_a_phone
-from rich.console import Console
 
 from tars_fast import analyse
 from tars_fast.analysis import alignment
@@ -45,6 +44,7 @@ from tars_fast.reports.tables import print_analysis
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.cli import FAILED, MISUSED
+from tars_fast.support.console import PlainConsole
 from tars_fast.types import Completion, Modality, Question, UserError
 
 SETTINGS = AnalysisSettings(max_new_tokens=40, base_layer=2, other_base_layers=(1, 2), seed=0)
@@ -710,7 +710,7 @@ def test_what_is_not_known_is_a_dash(folders):
     }
     made["chain"] |= {"first_divergence_share": None, "first_divergence_share_ci95": [None, None]}
     made["change"] |= {"own_pooled": [None] * NUM_LAYERS, "own_pooled_ci95": unknown}
-    console = Console(record=True, width=200, file=io.StringIO())
+    console = PlainConsole(record=True, width=200, file=io.StringIO())
     print_analysis(console, made)
     said = console.export_text()
     assert "band of - layers, best text layer less speech layer - in the mean" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -134,19 +135,20 @@ def items_lines(folder: Path) -> list[str]:
 
 
 def test_categories_and_transcription(items, kept, tmp_path, monkeypatch, capsys):
-    """What the data says of an item beyond question and answer arrives in the figures."""
+    """What the data says of an item beyond question and answer arrives in the figures, names that look like markup too."""
     original = module.load_questions
 
     def with_more(source):
         return [
-            dataclasses.replace(question, category="even" if number % 2 == 0 else "odd", transcript=question.text)
+            dataclasses.replace(question, category="[/b]" if number % 2 == 0 else "[bold]odd", transcript=question.text)
             for number, question in enumerate(original(source))
         ]
 
     monkeypatch.setattr(module, "load_questions", with_more)
-    made = evaluated(tmp_path / "out", f"ten={items}", transcribe=True)["ten"]
-    results = read_predictions(tmp_path / "out", "")
-    for category, start in (("even", 0), ("odd", 1)):
+    folder = tmp_path / "x[bold]y"
+    made = evaluated(folder, f"[te[n]={items}", transcribe=True)["[te[n]"]
+    results = read_predictions(folder, "")
+    for category, start in (("[/b]", 0), ("[bold]odd", 1)):
         correct = [result.evaluated.speech.readings["strict"].correct for result in results[start::2]]
         assert made["categories"][category]["speech_accuracy"] == pytest.approx(np.mean(correct))
         assert made["categories"][category]["num_items"] == 5
@@ -155,7 +157,10 @@ def test_categories_and_transcription(items, kept, tmp_path, monkeypatch, capsys
     assert made["word_error_rate_ci95"][0] <= made["word_error_rate"] <= made["word_error_rate_ci95"][1]
     shown = capsys.readouterr().out
     assert "word error rate %" in shown
-    assert "ten: by category" in shown
+    assert "[te[n]: by category" in shown
+    assert re.search(r"\n *\[/b\] +5 ", shown)
+    assert re.search(r"\n *\[bold\]odd +5 ", shown)
+    assert f"written to {folder}: " in shown
     plain = read(kept)["items"]
     assert plain["speech_accuracy"] == made["speech_accuracy"], "transcribing changes no answer"
 

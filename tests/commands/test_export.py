@@ -89,6 +89,15 @@ def test_merged_adapter_is_base_plus_adapter(adapter, questions, tmp_path):
     assert (folder / "model.safetensors").stat().st_mode & 0o044 == 0o044, "others may read it"
 
 
+def test_training_on_an_adapter_is_refused_with_the_command_that_makes_it_possible(adapter, tmp_path):
+    settings = {"lora_rank": 4, "lora_alpha": 8.0, "freeze_audio": True, "gradient_checkpointing": False, "adapter": None}
+    with pytest.raises(UserError) as refused:
+        make_trainable(loaded(adapter), **settings)
+    command = f"python -m tars_fast.export --model {adapter} --output-dir MERGED, then train --model MERGED"
+    assert str(refused.value).endswith(command)
+    make_trainable(loaded(exported(adapter, tmp_path / "merged")), **settings)
+
+
 @pytest.mark.parametrize("family", MAKERS)
 def test_adapters_of_every_family(family, questions, tmp_path):
     """Weights of a whole model's part, tied heads, an adapter that the base brings itself: all end in one plain model."""

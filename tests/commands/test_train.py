@@ -30,6 +30,7 @@ from tars_fast.models.registry import PRESETS, find_preset, list_checkpoints
 from tars_fast.reports.log import RunLog
 from tars_fast.reports.tables import print_summary
 from tars_fast.support.cli import FAILED, INTERRUPTED
+from tars_fast.support.console import PlainConsole
 from tars_fast.train import command, run_steps, update_policy
 from tars_fast.types import TrainingError, UserError
 
@@ -326,7 +327,9 @@ def test_every_completion_cut_off_warns_then_stops(small_eval, tmp_path, capsys)
     config = small_config(tmp_path / "run", small_eval, max_new_tokens=5, num_steps=20)
     with pytest.raises(TrainingError, match="--max-new-tokens"):
         command(config)
-    assert "every completion was cut off" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count("every completion was cut off; raise --max-new-tokens") == 3
+    assert "--temperature" not in said
     metrics = read_metrics(tmp_path / "run")
     assert len(metrics) == 3
     assert all(line["grad_norm"] == 0 and line["reward/representation"] == 0 for line in metrics)
@@ -337,9 +340,16 @@ def test_no_disagreement_is_said(tmp_path, capsys):
     metrics = {"step": 7, "truncated/speech": 0.0, "truncated/text": 0.0, "disagreeing/any": 0.0}
     check_progress([metrics], RunLog(tmp_path, 10, 0).warn)
     assert "no group disagrees" in " ".join(capsys.readouterr().out.split())
+    cut_off = {**metrics, "truncated/speech": 0.9}
+    check_progress([cut_off], RunLog(tmp_path, 10, 0).warn)
+    assert "90 % of the speech completions were cut off, raise --max-new-tokens" in " ".join(capsys.readouterr().out.split())
     agreeing = {**metrics, "disagreeing/any": 0.25}
     check_progress([metrics, agreeing], RunLog(tmp_path, 10, 0).warn)
     assert capsys.readouterr().out == ""
+    # Steps in which everything was cut off had a warning of their own, and do not put off this one.
+    empty = {**metrics, "truncated/speech": 1.0, "truncated/text": 1.0}
+    check_progress([empty, empty, metrics], RunLog(tmp_path, 10, 0).warn)
+    assert "raise --temperature" in capsys.readouterr().out
 
 
 def test_non_finite_weights_never_become_a_checkpoint(small_eval, tmp_path, monkeypatch):
@@ -470,10 +480,10 @@ def test_an_item_that_fails_in_an_evaluation_is_told_and_costs_nothing_else(smal
 
 def test_the_live_tables_put_every_figure_under_its_own_name(finished, tmp_path):
     """Speech and text side by side; what belongs to the step as a whole stands below, with a name of its own."""
-    from rich.console import Console, Group
+    from rich.console import Group
 
     metrics = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
-    console = Console(width=100)
+    console = PlainConsole(width=100)
     with console.capture() as capture:
         console.print(Group(*RunLog(tmp_path, 10, 0)._tables(metrics)))
     rows = [line.split() for line in capture.get().splitlines() if line.strip()]

@@ -197,7 +197,7 @@ def recording(seconds: float, spoiled_by: float | None = None) -> np.ndarray:
     [
         pytest.param(recording(1.0, np.nan), ["holds NaN or infinite samples", "write it again"], id="NaN"),
         pytest.param(recording(1.0, np.inf), ["holds NaN or infinite samples", "write it again"], id="infinite"),
-        pytest.param(recording(4.5), ["4.50 s", "hears at most 4 s", "cut it shorter"], id="too long"),
+        pytest.param(recording(4.5), ["4.50 s", "encodes at most 4 s at once", "cut it shorter"], id="too long"),
         pytest.param(recording(0.05), ["0.05 s", "shorter than 0.1 s", "remove or re-record"], id="too short"),
         pytest.param(recording(0.0), ["0.00 s", "shorter than 0.1 s", "remove or re-record"], id="empty"),
     ],

@@ -140,7 +140,7 @@ def test_refuses_empty_and_short_ones(tmp_path, rate, seconds, said):
 @pytest.mark.parametrize("rate", [SAMPLE_RATE, 44_100])
 def test_refuses_long_ones(tmp_path, rate):
     message = refusal(write(tmp_path / "a.wav", tone(440, 4.25, rate), rate))
-    assert "4.25 s (68000 samples at 16 kHz), the model hears at most 4 s; cut it shorter" in message
+    assert "4.25 s (68000 samples at 16 kHz), the model encodes at most 4 s at once; cut it shorter" in message
 
 
 def test_limits_themselves_are_accepted(tmp_path):
@@ -323,6 +323,26 @@ def test_a_header_of_a_rate_that_is_none(tmp_path):
     content[24:28] = struct.pack("<I", 1)
     (tmp_path / "a.wav").write_bytes(content)
     assert refusal(tmp_path / "a.wav").endswith("1 Hz hold no speech; write it again from its source")
+
+
+@pytest.mark.parametrize(("format", "subtype"), WHOLE)
+def test_damaged_recordings_are_decoded_or_refused(tmp_path, format, subtype):
+    """Whatever stands in the header; never another exception."""
+    path = tmp_path / "a"
+    soundfile.write(path, tone(220, 0.5), SAMPLE_RATE, format=format, subtype=subtype)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refusals = []
+    for _ in range(30):
+        content = np.frombuffer(whole, np.uint8).copy()
+        content[rng.integers(0, rng.choice([60, 120, len(content)]), 3)] = rng.choice([0, 127, 128, 255, rng.integers(256)], 3)
+        path.write_bytes(content.tobytes()[: rng.choice([len(content), rng.integers(len(content))])])
+        try:
+            assert decode(path).dtype == np.float32
+        except UserError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 3
+    assert all(refusal.startswith(f"recording {path}: ") for refusal in refusals)
 
 
 def test_headerless_recording_is_refused(tmp_path):

@@ -285,6 +285,7 @@ def test_recordings_inside_a_line(tmp_path, audio):
         (5, "is 5 (int), not a path or a recording"),
         ("data:audio/wav;base64,?", "is a data: URI that is not base64 (Only base64 data is allowed)"),
         ("x" * 400_000, f"is a text of 400000 characters, neither a path nor base64 of a recording ('{'x' * 40}'...)"),
+        ("a\nb.wav", r"is 'a\nb.wav', a path with a line break; rename the file"),
         ("", "missing or empty; an item is id, question, answer, audio, options"),
         ([], "missing or empty; an item is id, question, answer, audio, options"),
         ({"bytes": None, "path": None}, "missing or empty; an item is id, question, answer, audio, options"),

@@ -53,9 +53,8 @@ def _template(node: ast.expr, constants: dict[str, str]) -> str:
     return FIELD
 
 
-def derived_from(name: str, trees: list[ast.Module]) -> set[str]:
+def derived_from(name: str, classes: list[ast.ClassDef]) -> set[str]:
     """A class and all that are derived from it."""
-    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     found = {name}
     for _ in classes:
         found |= {one.name for one in classes if any(isinstance(base, ast.Name) and base.id in found for base in one.bases)}
@@ -66,16 +65,16 @@ def find_messages(folder: Path) -> Iterator[tuple[str, str]]:
     """(line on the terminal, file:line) of every message in the Python files of a folder."""
     paths = sorted(folder.rglob("*.py"))
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
-    beginnings = dict.fromkeys(derived_from("UserError", trees), "error: ")
-    beginnings |= dict.fromkeys(derived_from("TrainingError", trees), "stopped: ")
-    for path, tree in zip(paths, trees, strict=True):
+    nodes = [list(ast.walk(tree)) for tree in trees]
+    classes = [node for held in nodes for node in held if isinstance(node, ast.ClassDef)]
+    beginnings = dict.fromkeys(derived_from("UserError", classes), "error: ")
+    beginnings |= dict.fromkeys(derived_from("TrainingError", classes), "stopped: ")
+    for path, tree, held in zip(paths, trees, nodes, strict=True):
         constants = _constants(tree)
-        refusing = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in SAID_BEHIND]
+        refusing = [node for node in held if isinstance(node, ast.FunctionDef) and node.name in SAID_BEHIND]
         said_behind = {id(node): SAID_BEHIND[function.name] for function in refusing for node in ast.walk(function)}
         texts = [(f"error: {SAID_BEHIND[function.name]}", text) for function in refusing for text in _texts_of(function)]
-        calls = [
-            node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args
-        ]
+        calls = [node for node in held if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args]
         made = [call for call in calls if call.func.id in beginnings]
         texts += [(beginnings[call.func.id] + said_behind.get(id(call), ""), call.args[0]) for call in made]
         for beginning, text in texts:
@@ -91,9 +90,9 @@ def _texts_of(function: ast.FunctionDef) -> Iterator[ast.expr]:
 
 
 def find_texts(folder: Path) -> set[str]:
-    """Every text in the Python files of a folder, without the marks that colour it."""
+    """Every text in the Python files of a folder."""
     texts = set()
     for path in folder.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         texts |= {template(node, {}) for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.JoinedStr)}
-    return {re.sub(r"\[/?[a-z]+\]", "", text) for text in texts}
+    return texts

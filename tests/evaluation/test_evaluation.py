@@ -22,7 +22,7 @@ from tars_fast.evaluation.results import (
     check_same_items,
     read_predictions,
 )
-from tars_fast.evaluation.scorers import Reading
+from tars_fast.evaluation.scorers import SCORERS, Reading, Scorer
 from tars_fast.learning.rewards.answers import extract_answer
 from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.rollout.engine import Sampling
@@ -191,6 +191,47 @@ def test_a_failing_item_is_reported_and_no_wrong_answer(model, questions):
     assert alone == [results[0], results[1], results[3]]
     assert done == [4, 3]
     assert all(r.failed for r in Evaluator(model, engine, HashedNgrams(), SETTINGS).evaluate(broken[2:3], "d", done.append))
+
+
+class Unlucky(HashedNgrams):
+    """A text embedder that fails on one text, alone or among others; without an error by giving NaN for it."""
+
+    def __init__(self, text: str, error: Exception | None = None):
+        super().__init__()
+        self.text, self.error = text, error
+
+    def similarity(self, left, right):
+        unlucky = torch.tensor([self.text in pair for pair in zip(left, right, strict=True)])
+        if self.error is not None and unlucky.any():
+            raise self.error
+        return super().similarity(left, right).masked_fill(unlucky, torch.nan)
+
+
+def test_a_completion_that_something_fails_on_is_one_failed_item(model, questions, monkeypatch):
+    """Whatever a scorer or the text embedder raises; the other items are as they were."""
+    engine = TransformersEngine(model, 16)
+    settings = dataclasses.replace(SETTINGS, num_samples=2)
+    before = Evaluator(model, engine, HashedNgrams(), settings).evaluate(questions, "d", lambda _: None)
+    said = before[1].evaluated.speech.completion
+    unlucky = {result.id for result in before if said in (result.evaluated.speech.completion, result.evaluated.text.completion)}
+
+    def check(results, reason):
+        assert [result.id for result in results] == [question.id for question in questions]
+        for result, whole in zip(results, before, strict=True):
+            assert result == whole or (result.id in unlucky and result.evaluated is None and reason in result.failed)
+        assert {result.id for result in results if result.failed} == unlucky != {question.id for question in questions}
+
+    embedder = Unlucky(said, KeyError("token"))
+    check(Evaluator(model, engine, embedder, settings).evaluate(questions, "d", lambda _: None), "KeyError('token')")
+    check(Evaluator(model, engine, Unlucky(said), settings).evaluate(questions, "d", lambda _: None), "nan for ")
+    embedder = Unlucky(said, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        Evaluator(model, engine, embedder, settings).evaluate(questions, "d", lambda _: None)
+
+    strict = SCORERS["strict"].read
+    scorer = Scorer(lambda completion, choices: [][0] if completion == said else strict(completion, choices))
+    monkeypatch.setitem(SCORERS, "strict", scorer)
+    check(Evaluator(model, engine, HashedNgrams(), settings).evaluate(questions, "d", lambda _: None), "scorer 'strict' raised")
 
 
 def test_readings_and_samples_are_those_of_the_completions(model, questions):

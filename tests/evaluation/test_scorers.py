@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import random
 import re
+import time
 
 import pytest
-from rich.console import Console
 
 from tars_fast.evaluation.figures import OVERALL, report
 from tars_fast.evaluation.results import Answered, Evaluated, ItemResult
@@ -15,12 +16,14 @@ from tars_fast.evaluation.scorers import (
     VOICEBENCH_CHOICES,
     Reading,
     Scorer,
+    ScorerError,
     letter_answer,
     read_completion,
     voicebench_answer,
 )
-from tars_fast.learning.rewards.answers import extract_answer
+from tars_fast.learning.rewards.answers import extract_answer, has_format
 from tars_fast.reports.tables import print_evaluation
+from tars_fast.support.console import PlainConsole
 from tars_fast.types import Question
 
 CASES = [
@@ -60,6 +63,18 @@ CASES = [
     ("Answer: A, because of the cold", None, "A", "A"),
     ("I would go for an apple", None, None, None),
     ("The answer is E.", None, None, None),
+    # What is stated wins over what is named later.
+    ("The answer is B. Note that A is a common distractor.", "B", "B", "B"),
+    ("The answer is b. Note that A is a common distractor.", None, "B", "B"),
+    ("Answer: B. Option A is wrong", None, "B", "B"),
+    (r"So \boxed{B}. A would be too cold.", None, "B", "B"),
+    ("答案是B。A不对。", None, "B", "B"),
+    ("The answer to the question is D. C was close.", None, "D", "D"),
+    ("The answer is B. Wait, the answer is C. A is wrong.", None, "B", "C"),
+    # Asked, denied or one of several is not stated.
+    ("The answer is A? No, it is C.", "A", "A", "C"),
+    ("The answer is not A but C.", None, "C", "C"),
+    ("The answer is A or B. More likely D", None, "A", "D"),
 ]
 
 
@@ -93,6 +108,82 @@ def test_voicebench_strips_the_markers_of_its_speech_models():
 )
 def test_letter_knows_words_and_whole_ones_only(completion, choices, expected):
     assert letter_answer(completion, choices) == expected
+
+
+SPELLINGS = [
+    # The same in another case, or with accents of their own.
+    ("ISTANBUL", ("Istanbul", "Ankara"), "Istanbul"),
+    ("istanbul", ("Ankara", "Istanbul"), "Istanbul"),
+    ("\u0130STANBUL", ("\u0130stanbul", "Ankara"), "\u0130stanbul"),
+    ("\u00c4rger", ("\u00e4rger", "Freude"), "\u00e4rger"),
+    ("STRASSE", ("Stra\u00dfe", "Weg"), "Stra\u00dfe"),
+    ("\u039f\u0394\u039f\u03a3", ("\u03bf\u03b4\u03cc\u03c2", "\u03bf\u03b4\u03bf\u03c2"), "\u03bf\u03b4\u03bf\u03c2"),
+    ("\u0414\u043e\u043c", ("\u0434\u043e\u043c", "\u043b\u0435\u0441"), "\u0434\u043e\u043c"),
+    ("cafe\u0301", ("caf\u00e9", "tea"), "caf\u00e9"),
+    ("caf\u00e9", ("cafe\u0301", "tea"), "cafe\u0301"),
+    # Other letters, which Python's re takes for the same where case is ignored.
+    ("\u0130stanbul", ("Istanbul", "Ankara"), None),
+    ("istanbul", ("\u0130stanbul", "Ankara"), None),
+    ("\u0131stanbul", ("istanbul", "Ankara"), None),
+    # Two choices that differ in case alone are told apart by it.
+    ("a", ("a", "A"), "a"),
+    ("A", ("a", "A"), "A"),
+]
+
+
+@pytest.mark.parametrize(("said", "choices", "expected"), SPELLINGS, ids=[ascii(case[:2]) for case in SPELLINGS])
+def test_case_is_folded_in_one_way_by_every_scorer_and_reward(said, choices, expected):
+    completion = f"<think>?</think> <answer>The answer is {said}.</answer>"
+    assert extract_answer(completion, choices) == expected
+    assert letter_answer(completion, choices) == expected
+    assert has_format(completion, choices) == (expected is not None)
+    readings = read_completion(completion, choices, expected or choices[0], "")
+    assert {reading.correct for reading in readings.values()} == {expected is not None}
+
+
+LETTERS_OF_ALL_KINDS = (
+    "aAiI\u0130\u0131\u0307kK\u212a s\u017fS"
+    "\u00df\u1e9e\u00e4\u00c4\u03c3\u03c2\u03a3\ufb01\u0149\u01c5'-.,()*[]\ud83d\0\n\u4e2d"
+)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_that_stands_in_options_and_completions_makes_a_scorer_fail(seed):
+    rng = random.Random(seed)
+
+    def text(longest: int) -> str:
+        return "".join(rng.choices(LETTERS_OF_ALL_KINDS, k=rng.randint(1, longest)))
+
+    for _ in range(100):
+        choices = tuple({text(3) for _ in range(4)})
+        said = rng.choice(choices)
+        said = rng.choice([said, said.upper(), said.lower(), said.swapcase(), text(3)])
+        lead = rng.choice(["", "The answer is ", "<answer>The answer is ", "Answer: ", "not "])
+        readings = read_completion(lead + said + rng.choice(["", ".", " or ", "?"]) + text(4), choices, choices[0], "")
+        assert all(reading.extracted is None or reading.extracted in choices for reading in readings.values())
+
+
+@pytest.mark.parametrize("word", ["A ", "the answer is A or ", "new york, ", "not A "])
+def test_a_completion_that_repeats_itself_is_read_in_no_time(word):
+    started = time.monotonic()
+    read_completion(word * 8000, ("A", "B", "new", "new york"), "A", "")
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("read", "reason"),
+    [
+        (lambda _completion, choices: {}[choices[0]], "KeyError('A')"),
+        (lambda _completion, _choices: ["A"], "read ['A'] from 'The answer is B.', which is none of the choices"),
+        (lambda _completion, _choices: "E", "read 'E' from"),
+    ],
+    ids=["raises", "no text", "no choice"],
+)
+def test_what_a_scorer_raises_or_makes_up_names_it(monkeypatch, read, reason):
+    monkeypatch.setitem(SCORERS, "own", Scorer(read))
+    with pytest.raises(ScorerError, match="scorer 'own'") as raised:
+        read_completion("The answer is B.", VOICEBENCH_CHOICES, "B", "")
+    assert reason in str(raised.value)
 
 
 def test_a_guess_is_marked_seeded_and_voicebenchs_alone():
@@ -129,6 +220,6 @@ def test_a_scorer_is_added_by_its_entry_alone(monkeypatch):
     made = report(results, 1.0)
     assert list(made["scorers"]) == ["strict", "voicebench", "letter", "first"]
     assert (made["scorers"]["first"]["speech_accuracy"], made["scorers"]["strict"]["speech_accuracy"]) == (1.0, 0.0)
-    console = Console(record=True, width=200, file=io.StringIO())
+    console = PlainConsole(record=True, width=200, file=io.StringIO())
     print_evaluation(console, {"d": made, OVERALL: made})
     assert re.search(r"\n *first +1 +100\.0 ", console.export_text())

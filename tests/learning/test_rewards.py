@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,22 @@ def test_behaviour_reward_goes_to_completions_with_a_reference():
     assert rewards[2] == rewards[3] == 0
 
 
+@pytest.mark.parametrize(
+    ("similarity", "reason"),
+    [
+        (lambda left, _right: torch.tensor([0.5] * (len(left) - 1) + [torch.nan]), r"ValueError\(.nan for 'b' and 'c'.\)"),
+        (lambda left, _right: torch.ones(len(left) + 1), r"ValueError\('shape \(3,\) for 2 pairs"),
+        (lambda _left, _right: {}["token"], r"KeyError\('token'\)"),
+    ],
+    ids=["no number", "another shape", "raises"],
+)
+def test_an_embedder_that_fails_stops_training_in_one_line(similarity, reason):
+    texts = [completion(text) for text in "abc"]
+    embedder = SimpleNamespace(similarity=similarity)
+    with pytest.raises(TrainingError, match=rf"the text embedder of --behaviour-model failed \({reason}"):
+        behaviour_rewards(texts, [2, 2, None], embedder)
+
+
 def test_unknown_embedder_is_the_users_to_put_right():
     with pytest.raises(UserError, match="--behaviour-model no/such-folder"):
         load_text_similarity("no/such-folder", CPU)
@@ -89,6 +106,14 @@ def test_answer_rewards_follow_each_completions_question():
 def test_a_reward_that_is_no_number_names_itself_and_the_item(monkeypatch, value):
     monkeypatch.setitem(COMPLETION_REWARDS, "broken", CompletionReward(lambda *_: value, 1.0))
     with pytest.raises(TrainingError, match=rf"reward 'broken' is {value} for a completion of item 'a': 'The answer"):
+        completion_rewards([completion("The answer is seven.")], [Question("a", "?", "seven", ("six", "seven"))])
+
+
+@pytest.mark.parametrize(("value", "raised"), [(None, "TypeError"), ("", "ValueError"), ([], "TypeError"), (1.0, "IndexError")])
+def test_a_reward_that_raises_something_names_itself_and_the_item(monkeypatch, value, raised):
+    function = (lambda *_: [][0]) if value == 1.0 else (lambda *_: value)
+    monkeypatch.setitem(COMPLETION_REWARDS, "broken", CompletionReward(function, 1.0))
+    with pytest.raises(TrainingError, match=rf"reward 'broken' raised {raised}\(.* for a completion of item 'a': 'The answer"):
         completion_rewards([completion("The answer is seven.")], [Question("a", "?", "seven", ("six", "seven"))])
 
 

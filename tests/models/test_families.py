@@ -8,7 +8,9 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.models.checkpoint import save_model
 from tars_fast.models.families import phi4_multimodal, qwen2_5_omni, qwen2_audio
 from tars_fast.models.preset import THINK_PROMPT
-from tars_fast.models.prompts import load_prompt_format
+from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.models.registry import FAMILIES, PRESETS, architecture_of, family_of, find_preset
 from tars_fast.models.speech_model import SpeechModel, load_module, make_trainable
 from tars_fast.rollout.engine import Sampling
@@ -90,40 +92,121 @@ def greedy(model: SpeechModel, items: list[Question]) -> list[Completion]:
     return TransformersEngine(model, 8).generate(encode(model, items), [*range(len(items))] * 2, GREEDY)
 
 
-def own_processor(name: str, model: SpeechModel):
-    """The class that transformers has for it; neither images nor video are asked of it."""
+def qwen2_audio_processor(prompts: PromptFormat) -> Any:
     import transformers
 
-    prompts = model.prompts
-    if name == "qwen2-audio":
-        return transformers.Qwen2AudioProcessor(prompts.feature_extractor, prompts.tokenizer)
-    if name == "qwen2.5-omni":
-        # Its video processor needs torchvision.
-        processor = object.__new__(transformers.Qwen2_5OmniProcessor)
-        processor.tokenizer, processor.feature_extractor = prompts.tokenizer, prompts.feature_extractor
-        processor.image_processor = processor.video_processor = transformers.Qwen2VLImageProcessor()
-        for token in ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos"):
-            setattr(processor, f"{token}_token", getattr(prompts.tokenizer, f"{token}_token"))
-        processor.chat_template = json.loads((Path(prompts.source) / "chat_template.json").read_text())["chat_template"]
-        return processor
+    return transformers.Qwen2AudioProcessor(prompts.feature_extractor, prompts.tokenizer)
+
+
+def qwen2_5_omni_processor(prompts: PromptFormat) -> Any:
+    """Neither images nor video are asked of it, and its video processor needs torchvision."""
+    import transformers
+
+    processor = object.__new__(transformers.Qwen2_5OmniProcessor)
+    processor.tokenizer, processor.feature_extractor = prompts.tokenizer, prompts.feature_extractor
+    processor.image_processor = processor.video_processor = transformers.Qwen2VLImageProcessor()
+    for token in ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos"):
+        setattr(processor, f"{token}_token", getattr(prompts.tokenizer, f"{token}_token"))
+    processor.chat_template = json.loads((Path(prompts.source) / "chat_template.json").read_text())["chat_template"]
+    return processor
+
+
+def phi4_multimodal_processor(prompts: PromptFormat) -> Any:
+    """No images are asked of it."""
+    import transformers
+
     processor = object.__new__(transformers.Phi4MultimodalProcessor)
     processor.tokenizer, processor.audio_processor = prompts.tokenizer, prompts.feature_extractor
     processor.chat_template = prompts.tokenizer.chat_template
     return processor
 
 
-def own_turn(name: str, question: Question, modality: Modality) -> object:
-    """As each model's card asks for speech."""
-    if modality is Modality.TEXT:
-        return question.text
-    return "<|audio|>" if name == "phi-4-multimodal" else [{"type": "audio", "audio_url": "speech.wav"}]
+def qwen_tokens(processor: Any, rendered: str, recording: np.ndarray) -> list[int]:
+    return processor(text=[rendered], audio=[recording], sampling_rate=SAMPLE_RATE)["input_ids"][0]
+
+
+def phi_tokens(processor: Any, rendered: str, recording: np.ndarray) -> list[int]:
+    size = int(processor.audio_processor([recording], sampling_rate=SAMPLE_RATE)["audio_embed_sizes"][0])
+    return processor.tokenizer(rendered.replace("<|audio|>", "<|audio|>" * size))["input_ids"]
+
+
+def qwen_audio_inputs(features: Any) -> dict[str, torch.Tensor]:
+    return {"input_features": features.input_features, "feature_attention_mask": features.attention_mask}
+
+
+def phi_audio_inputs(features: Any) -> dict[str, torch.Tensor]:
+    return {"audio_input_features": features.audio_input_features, "audio_embed_sizes": features.audio_embed_sizes}
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What transformers and the model's card say of a family, which the tests compare with."""
+
+    processor: Callable[[PromptFormat], Any]
+    """The class that transformers has for it."""
+    tokens: Callable[[Any, str, np.ndarray], list[int]]
+    """(its processor, a rendered spoken prompt, the recording) -> token ids."""
+    speech_turn: object
+    """The user's turn of a spoken prompt, as the model's card has it."""
+    audio_tokens: Mapping[float, int]
+    """Seconds of a recording -> tokens."""
+    extraction: Mapping[str, object]
+    """Settings that its processor gives the feature extractor."""
+    audio_inputs: Callable[[Any], dict[str, torch.Tensor]]
+    """Extracted features -> arguments of the model's own forward pass."""
+    linear_layers: frozenset[str] = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+    """Last names of the decoder's linear layers."""
+    merges_adapter: bool = False
+    """Its base is what an adapter of the checkpoint has been merged into."""
+
+
+QWEN_TURN = [{"type": "audio", "audio_url": "speech.wav"}]
+QWEN_EXTRACTION = {"padding": "max_length", "return_attention_mask": True}
+EXPECTED = {
+    "qwen2-audio": Expected(
+        processor=qwen2_audio_processor,
+        tokens=qwen_tokens,
+        speech_turn=QWEN_TURN,
+        audio_tokens={0.1: 2, 1.0: 25, 7.3: 182, 30.0: 750},
+        extraction=QWEN_EXTRACTION,
+        audio_inputs=qwen_audio_inputs,
+    ),
+    "qwen2.5-omni": Expected(
+        processor=qwen2_5_omni_processor,
+        tokens=qwen_tokens,
+        speech_turn=QWEN_TURN,
+        audio_tokens={0.1: 2, 1.0: 25, 7.3: 182, 30.0: 750, 61.5: 1537},
+        extraction=QWEN_EXTRACTION,
+        audio_inputs=qwen_audio_inputs,
+    ),
+    "phi-4-multimodal": Expected(
+        processor=phi4_multimodal_processor,
+        tokens=phi_tokens,
+        speech_turn="<|audio|>",
+        audio_tokens={0.1: 1, 1.0: 13, 7.3: 91, 30.0: 375, 73.0: 913},
+        extraction={},
+        audio_inputs=phi_audio_inputs,
+        linear_layers=frozenset({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+        merges_adapter=True,
+    ),
+}
+"""By name in `MAKERS`."""
+
+
+@pytest.fixture
+def expected(name) -> Expected:
+    return EXPECTED[name]
+
+
+def test_every_test_checkpoint_has_its_expectations():
+    assert EXPECTED.keys() == MAKERS.keys(), "add the new family to EXPECTED, in this file"
 
 
 @pytest.mark.parametrize("modality", Modality)
-def test_prompts_equal_those_of_the_processors_own_template(name, speech_model, items, modality):
-    processor = own_processor(name, speech_model)
+def test_prompts_equal_those_of_the_processors_own_template(expected, speech_model, items, modality):
+    processor = expected.processor(speech_model.prompts)
     for question, prompt in zip(items, speech_model.encode_prompts(items, modality), strict=True):
-        turn = own_turn(name, question, modality)
+        turn = question.text if modality is Modality.TEXT else expected.speech_turn
         messages = [{"role": "system", "content": THINK_PROMPT}, {"role": "user", "content": turn}]
         rendered = processor.tokenizer.apply_chat_template(
             messages, chat_template=processor.chat_template, add_generation_prompt=True, tokenize=False
@@ -133,24 +216,11 @@ def test_prompts_equal_those_of_the_processors_own_template(name, speech_model, 
             assert prompt.token_ids == tuple(processor.tokenizer(rendered)["input_ids"])
             continue
         recording, _ = soundfile.read(question.audio, dtype="float32")
-        if name == "phi-4-multimodal":
-            size = int(processor.audio_processor([recording], sampling_rate=SAMPLE_RATE)["audio_embed_sizes"][0])
-            expected = processor.tokenizer(rendered.replace("<|audio|>", "<|audio|>" * size))["input_ids"]
-        else:
-            expected = processor(text=[rendered], audio=[recording], sampling_rate=SAMPLE_RATE)["input_ids"][0]
-        assert prompt.token_ids == tuple(expected)
+        assert prompt.token_ids == tuple(expected.tokens(processor, rendered, recording))
 
 
-SECONDS_TO_TOKENS = {
-    "qwen2-audio": {0.1: 2, 1.0: 25, 7.3: 182, 30.0: 750},
-    "qwen2.5-omni": {0.1: 2, 1.0: 25, 7.3: 182, 30.0: 750, 61.5: 1537},
-    "phi-4-multimodal": {0.1: 1, 1.0: 13, 7.3: 91, 30.0: 375, 73.0: 913},
-}
-"""25 a second, 12.5 for Phi."""
-
-
-def test_audio_tokens_are_counted_as_the_tower_makes_them(name, speech_model):
-    lengths = SECONDS_TO_TOKENS[name]
+def test_audio_tokens_are_counted_as_the_tower_makes_them(expected, speech_model):
+    lengths = expected.audio_tokens
     waves = [wave(seconds) for seconds in lengths]
     with torch.no_grad():
         embedded = embed(speech_model, waves)
@@ -158,18 +228,15 @@ def test_audio_tokens_are_counted_as_the_tower_makes_them(name, speech_model):
     assert [len(clip) for clip in embedded] == list(lengths.values())
 
 
-def test_audio_embeddings_are_those_of_the_models_own_forward_pass(name, folder, speech_model):
+def test_audio_embeddings_are_those_of_the_models_own_forward_pass(expected, speech_model):
     """The whole model, fed by its own feature extractor, ends in the logits that our embeddings lead to."""
     model, recording = speech_model, wave(2.35)
     prompts, module = model.prompts, model.module
     with torch.no_grad():
         (clip,) = embed(model, [recording])
     ids = torch.tensor([[5, *[prompts.audio_token_id] * len(clip), 7, 9]])
-    features = prompts.feature_extractor([recording], sampling_rate=SAMPLE_RATE, return_tensors="pt", **EXTRACTION[name])
-    if name == "phi-4-multimodal":
-        given = {"audio_input_features": features.audio_input_features, "audio_embed_sizes": features.audio_embed_sizes}
-    else:
-        given = {"input_features": features.input_features, "feature_attention_mask": features.attention_mask}
+    features = prompts.feature_extractor([recording], sampling_rate=SAMPLE_RATE, return_tensors="pt", **expected.extraction)
+    given = expected.audio_inputs(features)
     embeddings = module.get_input_embeddings()(ids)
     embeddings[0, 1 : 1 + len(clip)] = clip
     with torch.no_grad():
@@ -180,15 +247,7 @@ def test_audio_embeddings_are_those_of_the_models_own_forward_pass(name, folder,
     assert (ours[0, -1] - without_audio[0, -1]).abs().max() > 0.1, "a model that ignores the audio would pass"
 
 
-EXTRACTION = {
-    "qwen2-audio": {"padding": "max_length", "return_attention_mask": True},
-    "qwen2.5-omni": {"padding": "max_length", "return_attention_mask": True},
-    "phi-4-multimodal": {},
-}
-"""As the processors call it."""
-
-
-def test_phi_hears_longer_than_its_towers_window(checkpoints):
+def test_phi_encodes_longer_than_its_towers_window(checkpoints):
     """Beyond 40 s its tower works in windows; the model's own forward pass says what comes of it."""
     from transformers import Phi4MultimodalForCausalLM
 
@@ -204,7 +263,7 @@ def test_phi_hears_longer_than_its_towers_window(checkpoints):
     torch.testing.assert_close(clip, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_batch_hears_what_each_recording_alone_says(speech_model):
+def test_a_batch_is_encoded_as_each_recording_alone(speech_model):
     waves = [wave(seconds, seed) for seed, seconds in enumerate((0.4, 3.0, 1.7))]
     with torch.no_grad():
         together = embed(speech_model, waves)
@@ -224,9 +283,9 @@ def test_long_recordings_become_clips_of_one_prompt(name, folder, tmp_path):
     (size,) = model.prompts.check_questions([question], 8)
     assert (size.num_tokens, size.seconds) == (len(prompt.token_ids), 2.5)
     assert "1 of 1 recordings are longer than the 1 s" in model.prompts.long_audio_notice([size])
-    assert "heard as several clips" in model.prompts.long_audio_notice([size])
+    assert "encoded as several clips" in model.prompts.long_audio_notice([size])
     refusing = dataclasses.replace(model.prompts, long_audio="refuse")
-    with pytest.raises(UserError, match=r"item 'long': recording .*2\.50 s.*the model hears at most 1 s"):
+    with pytest.raises(UserError, match=r"item 'long': recording .*2\.50 s.*the model encodes at most 1 s at once"):
         refusing.check_questions([question], 8)
     with pytest.raises(UserError, match=r"\(2 of 2 recordings are longer\)"):
         refusing.check_questions([question, dataclasses.replace(question, id="again")], 8)
@@ -265,7 +324,7 @@ def train_lora(model: SpeechModel) -> None:
         nn.init.normal_(parameter, 0, 0.05)
 
 
-def test_lora_reaches_exactly_the_linear_layers_of_the_language_model(name, speech_model):
+def test_lora_reaches_exactly_the_linear_layers_of_the_language_model(expected, speech_model):
     train_lora(speech_model)
     adapted = {path for path, layer in speech_model.module.named_modules() if hasattr(layer, "lora_A")}
     inside = speech_model.language_model
@@ -275,8 +334,7 @@ def test_lora_reaches_exactly_the_linear_layers_of_the_language_model(name, spee
         if path.startswith("layers.") and hasattr(layer, "base_layer")
     }
     last_names = {path.rpartition(".")[2] for path in adapted}
-    separate = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert last_names == ({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"} if name == "phi-4-multimodal" else separate)
+    assert last_names == expected.linear_layers
     assert adapted == linear
     assert len(adapted) == 3 * len(last_names), "three layers"
     assert sum(p.numel() for p in speech_model.trainable_parameters()) == speech_model.family.architecture(
@@ -445,7 +503,7 @@ def test_training_runs_on_every_family(folder, tmp_path, monkeypatch, capsys):
     assert (run / "checkpoint-2" / "adapter_model.safetensors").is_file()
 
 
-def test_adapters_are_those_of_peft(name, folder, items, tmp_path):
+def test_adapters_are_those_of_peft(expected, folder, items, tmp_path):
     """Saved ones are read by peft on plain transformers, and ours are read as peft reads them."""
     import transformers
     from peft import PeftModel
@@ -454,8 +512,7 @@ def test_adapters_are_those_of_peft(name, folder, items, tmp_path):
     train_lora(model)
     save_model(model, tmp_path)
     ids = torch.tensor([[5, 6, 7, 8]])
-    # Phi's base is what its speech adapter has been merged into.
-    plain = load(folder).module if name == "phi-4-multimodal" else None
+    plain = load(folder).module if expected.merges_adapter else None
     if plain is None:
         plain = getattr(transformers, model.family.model_class).from_pretrained(folder).eval()
     with torch.no_grad():

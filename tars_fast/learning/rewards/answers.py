@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+
+from tars_fast.support.text import fold_answer
 
 _FORMAT = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
 _ANSWER_BLOCK = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
 
 
+def spellings(choices: Iterable[str], fold: Callable[[str], str]) -> list[str]:
+    """What the choices look like in a text, longest first, so that `sixteen` is not read as `six`.
+
+    With the folded forms a pattern that ignores case also finds what is longer or shorter in another case.
+    """
+    composed = (unicodedata.normalize("NFC", choice) for choice in choices)
+    return sorted({spelling for choice in composed for spelling in (choice, fold(choice))}, key=lambda s: (-len(s), s))
+
+
+def another_choice(names: str) -> str:
+    """Pattern of what stands behind a choice that is one of several, or a part of one: "or B", "/ (B)", "twenty *one*".
+
+    Args:
+        names: pattern of a choice.
+    """
+    return rf"(?:[)\s\]*\"',]*(?:\b(?:or|and)\b|[/&|,])\s*[(\[*\"']*|\s+)(?:{names})(?!\w)"
+
+
 @lru_cache(maxsize=1024)
 def _statement(choices: tuple[str, ...]) -> re.Pattern[str]:
-    # Longest first, so that `sixteen` is not read as `six`; single letters keep their case: "a" is also a word.
-    ordered = sorted(choices, key=len, reverse=True)
-    names = "|".join(re.escape(name) if len(name) == 1 else f"(?ai:{re.escape(name)})" for name in ordered)
+    names = "|".join(
+        re.escape(name) if len(name) == 1 else f"(?i:{re.escape(name)})" for name in spellings(choices, fold_answer)
+    )
     # An answer ends where the word does: neither "twenty-five" nor "twenty one" nor "5.5" nor "A or B" states its first part.
-    another = rf"(?:[)\s\]*\"',]*(?:\b(?:or|and)\b|[/&|,])\s*[(\[*\"']*|\s+)(?:{names})(?!\w)"
-    end = rf"(?!\w|[-.,/:'\u2019]\w|{another})"
+    end = rf"(?!\w|[-.,/:'\u2019]\w|{another_choice(names)})"
     return re.compile(rf"\b(?i:the (?:correct |final )?answer is):?\s*[(\[*\"']*(?P<name>{names}){end}")
 
 
 def _stated(text: str, choices: Sequence[str]) -> set[str]:
     """The choices that `text` states as the answer."""
-    by_name = {_folded(choice): choice for choice in choices}
-    return {by_name[_folded(match["name"])] for match in _statement(tuple(choices)).finditer(text)}
-
-
-def _folded(choice: str) -> str:
-    return choice if len(choice) == 1 else choice.casefold()
+    by_name = {fold_answer(choice): choice for choice in choices}
+    # The pattern takes letters for one that are not, as "İ" and "i": such a word is no choice.
+    names = (fold_answer(match["name"]) for match in _statement(tuple(choices)).finditer(unicodedata.normalize("NFC", text)))
+    return {by_name[name] for name in names if name in by_name}
 
 
 def answer_blocks(completion: str) -> list[str]:

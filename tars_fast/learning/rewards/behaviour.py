@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tars_fast.support.cli import first_line
-from tars_fast.types import Completion, UserError
+from tars_fast.support.timing import is_out_of_memory
+from tars_fast.types import Completion, TrainingError, UserError
 
 
 class TextSimilarity(Protocol):
@@ -84,11 +85,33 @@ def load_text_similarity(name: str, device: torch.device) -> TextSimilarity:
 def behaviour_rewards(
     completions: Sequence[Completion], references: Sequence[int | None], text_similarity: TextSimilarity
 ) -> Tensor:
-    """[N] similarity of a speech completion's text with its reference's; 0 without a reference."""
+    """[N] similarity of a speech completion's text with its reference's; 0 without a reference.
+
+    Raises:
+        TrainingError: the embedder fails, or gives what is not finite.
+    """
     rewards = torch.zeros(len(completions))
     compared = {index: reference for index, reference in enumerate(references) if reference is not None}
     if compared:
-        rewards[list(compared)] = text_similarity.similarity(
-            [completions[index].text for index in compared], [completions[index].text for index in compared.values()]
-        )
+        spoken, written = ([completions[index].text for index in indices] for indices in (compared, compared.values()))
+        try:
+            rewards[list(compared)] = finite_similarities(text_similarity, spoken, written)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason = f"{error!r:.200}"
+            raise TrainingError(
+                f"the text embedder of --behaviour-model failed ({reason}); the last checkpoint, if there is one, is good"
+            ) from error
     return rewards
+
+
+def finite_similarities(text_similarity: TextSimilarity, left: Sequence[str], right: Sequence[str]) -> Tensor:
+    """[P] `text_similarity.similarity`. Raises ValueError for what is not one finite number a pair, or whatever it raises."""
+    similarities = text_similarity.similarity(left, right)
+    if similarities.shape != (len(left),):
+        raise ValueError(f"shape {tuple(similarities.shape)} for {len(left)} pairs of texts")
+    if not similarities.isfinite().all():
+        place = int(similarities.isfinite().int().argmin())
+        raise ValueError(f"{similarities[place]} for {left[place]!r:.100} and {right[place]!r:.100}")
+    return similarities

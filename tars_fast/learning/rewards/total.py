@@ -12,6 +12,7 @@ from torch import Tensor
 from tars_fast.config import RunConfig
 from tars_fast.learning.rewards.accuracy import accuracy, unparsed
 from tars_fast.learning.rewards.format import answer_format
+from tars_fast.support.timing import is_out_of_memory
 from tars_fast.types import Completion, Question, TrainingError
 
 
@@ -40,15 +41,27 @@ def completion_rewards(completions: Sequence[Completion], questions: Sequence[Qu
         questions: `completion.question` is an index into them.
 
     Raises:
-        TrainingError: a reward is NaN or infinite; the message names it, the item and the completion.
+        TrainingError: a reward is NaN or infinite, or its function raised something; the message names it, the item and the
+            completion.
     """
     rewards = {}
     for name, reward in COMPLETION_REWARDS.items():
-        values = [float(reward.function(completion, questions[completion.question])) for completion in completions]
-        for value, completion in zip(values, completions, strict=True):
+        values = []
+        for completion in completions:
+            question = questions[completion.question]
+            try:
+                value = float(reward.function(completion, question))
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise TrainingError(
+                    f"reward {name!r} raised {error!r:.200} for a completion of item {question.id!r}: {completion.text!r:.200}"
+                ) from error
             if not math.isfinite(value):
-                item = questions[completion.question].id
-                raise TrainingError(f"reward {name!r} is {value} for a completion of item {item!r}: {completion.text!r:.200}")
+                raise TrainingError(
+                    f"reward {name!r} is {value} for a completion of item {question.id!r}: {completion.text!r:.200}"
+                )
+            values.append(value)
         rewards[name] = torch.tensor(values)
     return rewards
 
