@@ -121,6 +121,11 @@ _ASKED = re.compile(r"[)\s\]*\"'}]*[?\uff1f]")
 _NOUN_AFTER = re.compile(r" (?!(?:is|was|would|as|because|since|and|or|but|seems|looks|fits)\b)[a-z]")
 
 
+# \b does not stand between a Chinese character and a letter: both are word characters. Thai, Chinese, Japanese and Korean write
+# without spaces, or words and their endings as one.
+_LETTER = r"[^\W_\u0e00-\u0e7f\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff]"
+
+
 def _any_of(choices: Sequence[str]) -> str:
     return "|".join(map(re.escape, spellings(choices, fold_case)))
 
@@ -133,8 +138,8 @@ def _another(choices: tuple[str, ...]) -> re.Pattern[str]:
 @lru_cache(maxsize=1024)
 def _named(choices: tuple[str, ...]) -> re.Pattern[str]:
     names = _any_of(choices)
-    # \b does not stand between a Chinese character and a letter: both are word characters.
-    return re.compile(rf"(?<![A-Za-z0-9'\u2019-])(?P<name>{names})(?![A-Za-z0-9]|['\u2019-]\w)", re.IGNORECASE)
+    before = rf"(?<!{_LETTER})(?<!['\u2019-])(?<!\d[.,](?=\d))"
+    return re.compile(rf"{before}(?P<name>{names})(?!{_LETTER}|['\u2019-]\w|(?<=\d)[.,]\d)", re.IGNORECASE)
 
 
 def _is_mention(name: str, before: str, after: str) -> bool:
