@@ -41,7 +41,16 @@ from tars_fast.reports.analysis_page import Analysed, draw_analysis, item_result
 from tars_fast.reports.tables import print_analysis, print_failures
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.transformers_engine import TransformersEngine
-from tars_fast.support.cli import FAILED, check_numbers, make_output_folder, new_output_folder, require_extra, run_command
+from tars_fast.support.cli import (
+    FAILED,
+    as_paths,
+    check_choices,
+    check_numbers,
+    make_output_folder,
+    new_output_folder,
+    require_extra,
+    run_command,
+)
 from tars_fast.support.console import PlainConsole, open_console, say
 from tars_fast.support.files import write_atomically
 from tars_fast.support.progress import item_progress
@@ -97,6 +106,8 @@ class AnalyseConfig:
     """Type of the weights. auto: bfloat16 on CUDA for models trained with LoRA, else float32."""
 
     def __post_init__(self) -> None:
+        as_paths(self, "output_dir")
+        check_choices(self)
         check_numbers(self, positive=("items", "max_new_tokens", "rollout_batch_size"), not_negative=("seed",))
         for times in self.repeat:
             if times < 2:

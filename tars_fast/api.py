@@ -14,6 +14,7 @@ What would end a command with one line and status 2 or 1 raises `UserError` or `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -96,8 +97,10 @@ class Policy(AbstractContextManager["Policy"]):
             seed: of the samples, where the temperature is not 0.
 
         Raises:
-            UserError: a recording cannot be used, or a prompt is too long.
+            UserError: a recording cannot be used, a prompt is too long, or a number is out of range.
         """
+        if num_completions < 1 or not (math.isfinite(temperature) and temperature >= 0):
+            raise UserError(f"num_completions {num_completions}, temperature {temperature}: at least 1, and 0 or greater")
         with torch.no_grad():
             prompts = self.model.encode_prompts(questions, Modality(modality))
         for question, prompt in zip(questions, prompts, strict=True):
@@ -143,6 +146,8 @@ def load_policy(
         UserError: there is no such model, it cannot be read, or the engine cannot serve it.
         TrainingError: memory ran out.
     """
+    # The settings that a command would refuse.
+    EvaluateConfig(model=model, engine=engine, device=device, dtype=dtype, max_new_tokens=max_new_tokens, long_audio=long_audio)
     preset = find_preset(model)
     lora_rank = adapter_rank(preset.source)
     torch_device, torch_dtype = choose_device(device, dtype, uses_lora=preset.lora_rank > 0)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tars_fast.models.architecture import Architecture, check_layers
 from tars_fast.models.memory import GB, Workload, assumed_longest_prompt
-from tars_fast.support.cli import check_numbers
+from tars_fast.support.cli import as_paths, check_choices, check_numbers
 from tars_fast.types import LongAudio, UserError
 
 if TYPE_CHECKING:
@@ -139,6 +139,8 @@ class TrainConfig:
     """Type of weights. auto: bfloat16 for LoRA on CUDA, else float32. In bfloat16 full fine-tuning rounds stochastically."""
 
     def __post_init__(self) -> None:
+        as_paths(self, "output_dir", "audio_cache_dir")
+        check_choices(self)
         positive = ["kv_cache_gb", "max_logprob_diff", "audio_cache_dir_gb", "eval_items"]
         positive += ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")
         positive += ("max_grad_norm", "tokens_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")

@@ -55,6 +55,8 @@ from tars_fast.rollout.policy import choose_engine, load_model_and_engine
 from tars_fast.support.cli import (
     FAILED,
     INTERRUPTED,
+    as_paths,
+    check_choices,
     check_numbers,
     make_output_folder,
     new_output_folder,
@@ -119,6 +121,8 @@ class EvaluateConfig:
     """Type of the weights. auto: bfloat16 on CUDA for models trained with LoRA, else float32."""
 
     def __post_init__(self) -> None:
+        as_paths(self, "output_dir", "compare")
+        check_choices(self)
         check_numbers(
             self,
             positive=("temperature", "rollout_batch_size", "max_new_tokens", "kv_cache_gb"),

@@ -280,7 +280,10 @@ def choose_micro_batch(config: TrainConfig, output_dir: Path, plan: MemoryPlan, 
 def read_settings(output_dir: Path) -> dict[str, Any]:
     """The result of `settings_of_run` when the run began. Raises UserError where config.json cannot be read."""
     try:
-        return json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
+        return settings
     except (OSError, ValueError) as error:
         raise UserError(
             f"--resume: {output_dir / 'config.json'} cannot be read ({first_line(error)}); it is written by the run"

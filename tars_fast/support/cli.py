@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO, TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from tars_fast.support.requirements import missing
 from tars_fast.support.text import visible
@@ -145,8 +145,11 @@ def load_function(flag: str, name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, OSError) as error:
-        raise UserError(f"{flag} {name}: {error}; give module:function, of a module that Python finds from here") from error
+    # Whatever the module raises while it is imported.
+    except Exception as error:
+        raise UserError(
+            f"{flag} {name}: {first_line(error)}; give module:function, of a module that Python finds from here"
+        ) from error
 
 
 MAX_SEED = 2**32 - 1
@@ -160,7 +163,26 @@ def check_numbers(config: object, *, positive: Sequence[str] = (), not_negative:
         flag = f"{flag_of(name)} {value}"
         if value is None:
             continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{flag}: must be a number, not {type(value).__name__}")
         if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
             raise UserError(f"{flag}: must be {'greater than 0' if name in positive else '0 or greater'}, and finite")
         if name == "seed" and value > MAX_SEED:
             raise UserError(f"{flag}: must be at most {MAX_SEED}")
+
+
+def check_choices(config: object) -> None:
+    """Raises UserError for the first field that is none of its choices; the command line has its own check of them."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal and (value := getattr(config, name)) not in get_args(kind):
+            listed = ", ".join(map(str, get_args(kind)))
+            raise UserError(f"--{name.replace('_', '-')} {value}: is none of {listed}")
+
+
+def as_paths(config: object, *names: str) -> None:
+    """Make paths of these fields where a caller gave texts."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, str):
+            # The class is frozen.
+            object.__setattr__(config, name, Path(value))

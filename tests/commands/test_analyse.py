@@ -304,7 +304,7 @@ def test_behaviour_along_the_chain():
 
     one, two, six = (f"The answer is {word}" for word in question.choices)
     items = [item(one, one), item(one, two), item(two, six), item("Well", "Hm"), item("Well", one)]
-    chain = _chain(items, 0)
+    chain = _chain(items)
     assert chain["speech_accuracy"].tolist() == [1, 1, 0, 0, 0]
     assert chain["text_accuracy"].tolist() == [1, 0, 0, 0, 1]
     assert chain["same_answer"].tolist() == [1, 0, 0, 0, 0], "two that give none do not agree"

@@ -97,6 +97,22 @@ def test_errors_are_those_of_the_commands(settings, tmp_path):
         TrainConfig(num_steps=0)
     with pytest.raises(UserError, match="already holds a run; add --resume"):
         train(TrainConfig(output_dir=make_run(tmp_path), data=settings.data, eval_data=settings.eval_data, device="cpu"))
+    for wrong, message in (
+        ({"num_steps": "3"}, "--num-steps 3: must be a number, not str"),
+        ({"engine": "foo"}, "--engine foo: is none of auto, vllm, transformers"),
+        ({"long_audio": "z"}, "--long-audio z: is none of refuse, chunk, truncate"),
+    ):
+        with pytest.raises(UserError, match=message):
+            TrainConfig(**wrong)
+    assert TrainConfig(output_dir="runs/x").output_dir == Path("runs/x")
+    assert EvaluateConfig(output_dir="runs/x").output_dir == AnalyseConfig(output_dir="runs/x").output_dir == Path("runs/x")
+    for wrong in ({"engine": "x"}, {"device": "tpu"}, {"dtype": "float16"}, {"long_audio": "z"}, {"max_new_tokens": -5}):
+        with pytest.raises(UserError, match=r"is none of|must be greater than 0"):
+            load_policy(**wrong)
+    with load_policy(device="cpu", engine="transformers") as policy:
+        for wrong in ({"num_completions": 0}, {"temperature": -1.0}, {"temperature": float("nan")}):
+            with pytest.raises(UserError, match="num_completions"):
+                policy.answer(load_questions(HELD_OUT_DATA)[:1], **wrong)
     with load_policy(device="cpu", max_new_tokens=1000) as policy, pytest.raises(UserError, match="more than the engine's"):
         policy.answer(load_questions(HELD_OUT_DATA)[:1])
 
