@@ -436,7 +436,7 @@ def test_threads_and_torch_are_left_as_they_were(full_engine):
 LOADING = """
 import json, os, sys, threading, time
 import torch
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests/rollout", "tests"]
 from test_vllm_engine import start, PRESETS, load_prompt_format
 
 def anonymous():
