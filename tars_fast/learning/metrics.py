@@ -129,7 +129,7 @@ def completion_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         first_group += int(part["group"].max()) + 1
     columns = {name: torch.cat([part[name] for part in shifted]) for name in parts[0]}
     groups_N, is_speech_N = columns["group"], columns["is_speech"]
-    alignment = {name: columns.pop(name) for name in ("representation", "behaviour", "without_reference")}
+    alignment = {name: columns.pop(name) for name in (*ALIGNMENT_REWARDS, "without_reference")}
     disagreeing_accuracy_G = disagreeing_groups(columns["accuracy"], groups_N)
     trained_G = group_means(columns["trained"], groups_N)
     metrics: dict[str, float] = {}

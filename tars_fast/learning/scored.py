@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -68,13 +69,13 @@ class ScoredRollout:
         self.rewards_N[rows] = rewards_N
         self.advantages_N[rows] = centred_advantages(rewards_N, groups_N)
 
+    @cached_property
     def may_have_gradient(self) -> list[bool]:
         """[N] whether a completion's group can have a gradient: its rewards differ or are not all known yet, and it has a
-        completion that was not cut off (those that were are masked out of the loss)."""
+        completion that was not cut off (those that were are masked out of the loss). As known before the first update."""
         groups_N = self.rollout.groups_N
-        # Where a reward is not known, the group counts as disagreeing.
-        is_open_G = torch.zeros(int(groups_N.max()) + 1).index_add_(0, groups_N, self.rewards_N.isnan().float()) > 0
-        is_open_G |= disagreeing_groups(self.rewards_N.nan_to_num(), groups_N)
+        is_open_G = disagreeing_groups(self.rewards_N.nan_to_num(), groups_N)
+        is_open_G[groups_N[self.rewards_N.isnan()]] = True
         kept_N = torch.tensor([not completion.truncated for completion in self.rollout.completions])
         return (is_open_G[groups_N] & torch.isin(groups_N, groups_N[kept_N])).tolist()
 

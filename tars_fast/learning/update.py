@@ -130,8 +130,7 @@ class Learner:
         layers = self.model.language_model.layers
         chosen = find_layers(self.config.representation_layers, len(layers))
         pooler = LayerPooler(layers, self.model.language_model.norm, layers=chosen)
-        is_open = scored.may_have_gradient()
-        closed, opened = ([row for row in rows if is_open[row] is wanted] for wanted in (False, True))
+        closed, opened = ([row for row in rows if scored.may_have_gradient[row] is wanted] for wanted in (False, True))
         with torch.no_grad():
             without_gradient = self._forward(scored.rollout, closed, pooler) if closed else None
         return MicroBatch(without_gradient, self._forward(scored.rollout, opened, pooler) if opened else None)

@@ -176,7 +176,7 @@ def check_choices(config: object) -> None:
     for name, kind in get_type_hints(type(config)).items():
         if get_origin(kind) is Literal and (value := getattr(config, name)) not in get_args(kind):
             listed = ", ".join(map(str, get_args(kind)))
-            raise UserError(f"--{name.replace('_', '-')} {value}: is none of {listed}")
+            raise UserError(f"{flag_of(name)} {value}: is none of {listed}")
 
 
 def as_paths(config: object, *names: str) -> None:
