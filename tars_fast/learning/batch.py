@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,13 @@ class Rollout:
     def num_tokens(self) -> int:
         """Unmasked completion tokens of the whole batch; truncated completions are masked out of the loss."""
         return sum(len(completion.token_ids) for completion in self.completions if not completion.truncated)
+
+    def __getstate__(self) -> dict[str, object]:
+        # A future cannot be sent to another process; its result can.
+        return vars(self) | {"behaviour": self.behaviour.result()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"behaviour": completed(state["behaviour"])})
 
 
 def completed(value: Tensor) -> Future[Tensor]:

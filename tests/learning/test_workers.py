@@ -29,15 +29,13 @@ ONE_STEP = """
 import pickle, sys, torch
 sys.path[:0] = {path!r}
 from conftest import new_model
-from tars_fast.learning.batch import Rollout, completed
 from tars_fast.learning.metrics import completion_columns, completion_metrics
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import join_workers
 from tars_fast.train import update_policy
 
 with join_workers() as workers:
-    states, config = pickle.load(open({given!r}, "rb"))
-    rollouts = [state and Rollout(**state | {{"behaviour": completed(state["behaviour"])}}) for state in states]
+    rollouts, config = pickle.load(open({given!r}, "rb"))
     model = new_model()
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.0)
     mine = rollouts[workers.rank]
@@ -91,9 +89,7 @@ def test_gradient_and_metrics_of_two_processes_are_those_of_one(make_model, ques
     metrics |= completion_metrics([completion_columns(scored)])
 
     given, result = tmp_path / "given.pickle", tmp_path / "result"
-    # A future cannot be pickled; its result can.
-    states = [one and vars(one) | {"behaviour": one.behaviour.result()} for one in rollouts]
-    given.write_bytes(pickle.dumps((states, config)))
+    given.write_bytes(pickle.dumps((rollouts, config)))
     script = tmp_path / "step.py"
     script.write_text(ONE_STEP.format(path=[str(Path(__file__).parents[1])], given=str(given), result=str(result)))
     subprocess.run([*TORCHRUN, str(script)], check=True, capture_output=True, text=True)
