@@ -19,7 +19,8 @@ from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
 from tars_fast.types import Completion, Modality, Prompt, Question
 
-TOLERANCE = 1e-5
+TOLERANCE = 3e-5 if torch.cuda.is_available() else 1e-5
+"""cuBLAS adds up in another order for another number of rows: 1.3e-5 was seen on an H100."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def completions_of(
 
 
 def assert_close(got: Tensor, expected: Tensor, what: str) -> None:
-    """Within 1e-5 of the largest entry, or of 1."""
+    """Within `TOLERANCE` of the largest entry, or of 1."""
     assert got.shape == expected.shape
     error = (got - expected).abs().max() / max(1.0, expected.abs().max().item())
     assert error <= TOLERANCE, f"{what}: {error:.2e}"
