@@ -368,8 +368,9 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
         return errors, expected
 
-    def count(self, name: str, size: int) -> dict[str, float]:
-        """Token positions that go through the decoder, and how many of them are padding."""
+    @contextmanager
+    def counting(self, name: str, found: dict[str, float]) -> Iterator[None]:
+        """Write into `found` the token positions that go through the decoder inside the block, and how many are padding."""
         forward, backward, calls = 0, 0, 0
 
         def record(_module, _args, kwargs) -> None:
@@ -381,7 +382,7 @@ class Bench:
 
         hook = self.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
         try:
-            self.step(name, size)
+            yield
         finally:
             hook.remove()
         passes = CONTENDERS[name].num_passes
@@ -389,7 +390,7 @@ class Bench:
         prompts = [*{id(one): one for one in self.rollout.prompts}.values()] if name == "ours" else self.rollout.prompts
         held = sum(len(one.token_ids) for one in (*prompts, *self.rollout.completions))
         padding = forward - passes * held
-        return {
+        found |= {
             "num_passes": passes,
             "num_forward_calls": calls,
             "forward_positions": forward,
@@ -517,7 +518,7 @@ def run_case(
 
 
 def choose_size(bench: Bench, name: str, sizes: Sequence[int]) -> dict[str, object]:
-    """The smallest micro-batch as fast as the fastest of those that fit, each timed once, and what `count` finds of it.
+    """The smallest micro-batch as fast as the fastest of those that fit, each timed once, and what `counting` finds of it.
 
     `tried` has them all, on CUDA with their peak of memory.
     """
@@ -526,22 +527,28 @@ def choose_size(bench: Bench, name: str, sizes: Sequence[int]) -> dict[str, obje
     num = len(bench.rollout.completions)
     usable = sorted({min(size, num) for size in sizes if name != "ours" or size >= bench.config.group_size})
     for size in usable or [bench.config.group_size]:
-        timer, found = StepTimer(), {}
+        timer, found, counted, whole = StepTimer(), {}, {}, bench.rollout
         try:
             if bench.model.device.type == "cuda":
-                # Kernels compile, and choose their blocks, for each size anew.
-                counts[size] = bench.count(name, size)
+                # Libraries start and kernels compile on a single question.
+                bench.rollout = first_questions(whole, 1)
+                bench.step(name, size)
+                bench.rollout = whole
                 bench.optimizer.zero_grad(set_to_none=True)
-                with peak_memory(found):
+                with peak_memory(found), bench.counting(name, counted):
                     bench.step(name, size, timer)
             else:
-                bench.step(name, size, timer)
+                with bench.counting(name, counted):
+                    bench.step(name, size, timer)
         except torch.OutOfMemoryError:
+            bench.rollout = whole
             bench.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             tried.append({"completions": size, "seconds": None})
             continue
+        counts[size] = counted
         tried.append({"completions": size, "seconds": round(timer.seconds["step"][0], 5), **found})
+        print(f"{name}, {size} completions a micro-batch: {timer.seconds['step'][0]:.3f} s", file=sys.stderr, flush=True)
     fitting = [one for one in tried if one["seconds"] is not None]
     if not fitting:
         raise RuntimeError(f"{name!r} fits into memory with none of {[one['completions'] for one in tried]} completions")
@@ -549,7 +556,7 @@ def choose_size(bench: Bench, name: str, sizes: Sequence[int]) -> dict[str, obje
     best = next(one for one in fitting if one["seconds"] <= _TIE * fastest)
     size = best["completions"]
     found = {"peak_bytes": best["peak_bytes"]} if "peak_bytes" in best else {}
-    return {"completions_per_micro_batch": size, "tried": tried, **(counts.get(size) or bench.count(name, size)), **found}
+    return {"completions_per_micro_batch": size, "tried": tried, **counts[size], **found}
 
 
 def headline(cases: dict[str, dict]) -> dict[str, object]:
