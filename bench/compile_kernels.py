@@ -25,7 +25,7 @@ from pathlib import Path
 import tars_kernels
 import torch
 import triton
-from tars_kernels import backend, distillation, rows, similarity
+from tars_kernels import backend, distillation, rows
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -107,16 +107,12 @@ def compiled_launches(found: dict[tuple, Compiled]) -> Iterator[None]:
         if key not in found:
             found[key] = measure(self, kernel, args, named)
 
-    addresses = similarity.address_table
-
-    def fake_table(tensors):
-        return torch.empty(len(tensors), dtype=torch.int64, device=tensors[0].device)
-
-    JITFunction.run, similarity.address_table = compile_only, fake_table
+    address = Tensor.data_ptr
+    JITFunction.run, Tensor.data_ptr = compile_only, lambda tensor: 1 << 40
     try:
         yield
     finally:
-        JITFunction.run, similarity.address_table = run, addresses
+        JITFunction.run, Tensor.data_ptr = run, address
 
 
 def measure(function: JITFunction, kernel: object, args: list[object], named: dict[str, object]) -> Compiled:
