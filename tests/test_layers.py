@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from configparser import ConfigParser
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -63,7 +64,11 @@ def test_a_wheel_holds_every_package():
     listed = ConfigParser()
     listed.read(ROOT / "setup.cfg")
     packages = set(listed["options"]["packages"].split())
-    assert packages == {"tars_kernels", *(module_of(path) for path in PACKAGE.rglob("__init__.py"))}
+    kernels = {path.parent.relative_to(ROOT / "kernels") for path in (ROOT / "kernels" / "tars_kernels").rglob("__init__.py")}
+    kernels = {".".join(path.parts) for path in kernels}
+    assert packages == kernels | {module_of(path) for path in PACKAGE.rglob("__init__.py")}
+    alone = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text())
+    assert set(alone["tool"]["setuptools"]["packages"]) == kernels
 
 
 def test_imports_follow_the_table_of_wings():

@@ -80,6 +80,10 @@ def test_ranges_bind_nobody_who_only_wants_the_kernels():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     base = [Requirement(line) for line in project["dependencies"]]
     assert [(one.name, str(one.specifier)) for one in base] == [("torch", ">=2.11"), ("triton", ">=3.6")]
+    # Two distributions from one tree: what the whole package brings of the kernels is what they are alone.
+    alone = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text())["project"]
+    for field in ("version", "requires-python", "dependencies", "license"):
+        assert alone[field] == project[field], field
     bounded = {
         name for name, specifier in requirements.supported("vllm").items() if any(one.operator == "<" for one in specifier)
     }
