@@ -228,7 +228,7 @@ def check(architecture: int, dtypes: Sequence[torch.dtype]) -> tuple[list[Compil
     # What triton 3.9 does anyway, with a warning that its next version will not.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     driver.set_active(OfflineDriver(architecture))
-    backend.runs_anywhere = True
+    backend.runs_anywhere = backend.walks_launches = True
     found: dict[tuple, Compiled] = {}
     problems = []
     with compiled_launches(found):

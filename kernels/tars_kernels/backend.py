@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -52,8 +53,8 @@ def _without_autocast(tensor: Tensor | None) -> AbstractContextManager[None]:
 
 
 def _on_device_of(tensor: Tensor | None) -> AbstractContextManager[None]:
-    # torch.compile does not know this, and what it traces is no launch.
-    if tensor is None or not tensor.is_cuda or torch.compiler.is_compiling():
+    # What is traced launches nothing.
+    if tensor is None or not tensor.is_cuda or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
         return nullcontext()
     return torch.cuda.device_of(tensor)
 

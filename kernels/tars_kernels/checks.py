@@ -189,11 +189,7 @@ def check_packing(states: Tensor, cu_seqlens: Tensor, positions: Tensor | None) 
             raise ValueError(f"positions: dtype {positions.dtype}; convert it with .long()")
         if _shows_values(positions) and len(positions.unique()) < len(positions):
             raise ValueError("positions: holds a row twice; every packed token has a place of its own")
-        if (
-            _shows_values(positions)
-            and len(positions)
-            and not 0 <= int(positions.min()) <= int(positions.max()) < len(states)
-        ):
+        if _shows_values(positions) and len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < len(states):
             raise ValueError(f"positions: holds numbers outside 0 ... {len(states) - 1}; they are rows of the states")
     check_cu_seqlens(cu_seqlens, len(states) if positions is None else len(positions))
 

@@ -399,6 +399,5 @@ def cka_of_centred(x: Tensor, y: Tensor) -> Tensor:
     """[Lx, Ly] from states [L, T, D] whose columns have mean 0, so that their Gram matrices are double-centred."""
     x_grams, y_grams = (torch.bmm(states, states.mT).flatten(1) for states in map(_unit_scale, (x, y)))
     products = x_grams @ y_grams.T
-    norms = [grams.square().sum(-1) for grams in (x_grams, y_grams)]
-    scale = norms[0][:, None] * norms[1]
+    scale = torch.outer(*(grams.square().sum(-1) for grams in (x_grams, y_grams)))
     return products.masked_fill(scale == 0, 0.0) / scale.masked_fill(scale == 0, 1.0).sqrt()

@@ -10,7 +10,6 @@ Shapes: T packed tokens, N sequences, D hidden size, L layers, P pairs, S splits
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -326,7 +325,7 @@ def _add_pooled_gradient(
     )  # fmt: skip
 
 
-def _pool_gradients(
+def _pool_gradients(  # noqa: PLR0913
     pooled_gradient: Tensor,
     cu_seqlens: Tensor,
     positions: Tensor | None,
@@ -424,9 +423,7 @@ def _cosines_operator_backward(ctx, upstream, *_):
     return None if upstream is None else _cosines_gradient_operator(upstream, *ctx.saved_tensors), None
 
 
-_cosines_gradient_operator = operator(
-    "cosines_gradient", _cosines_gradient, lambda *tensors: torch.empty_like(tensors[-2])
-)
+_cosines_gradient_operator = operator("cosines_gradient", _cosines_gradient, lambda *tensors: torch.empty_like(tensors[-2]))
 _cosines_operator = operator(
     "cosines",
     _cosines,
@@ -443,7 +440,7 @@ def pool_sequences(states: Tensor, cu_seqlens: Tensor, *, positions: Tensor | No
     check_pooling(pooling)
     check_rows_contiguous("states", states)
     positions = None if positions is None else positions.contiguous()
-    return _pool_operator([states], cu_seqlens.contiguous(), positions, [0], pooling)[0]
+    return _pool_operator([states], cu_seqlens.contiguous(), positions, [0], pooling).squeeze(0)
 
 
 def pooled_similarity(pooled: Tensor, pairs: Tensor, *, weights: Tensor | None = None) -> Tensor:
