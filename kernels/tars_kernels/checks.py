@@ -146,9 +146,15 @@ def head_parameters(weight: Tensor | nn.Module, bias: Tensor | None) -> tuple[Te
     """Weight and bias of an output head, given as its weight or as the module itself.
 
     Raises:
-        ValueError: the module carries an adapter, whose output its weight alone does not give, or is no linear layer.
+        ValueError: the module carries an adapter, whose output its weight alone does not give, or is no linear layer; or the
+            weight is in parts.
     """
     if isinstance(weight, Tensor):
+        if hasattr(weight, "full_tensor"):
+            raise ValueError(
+                f"weight: a {type(weight).__name__}, of which this process holds a part; call from the forward of the module "
+                "that gathers it, or pass weight.full_tensor()"
+            )
         return weight, bias
     if hasattr(weight, "lora_A") or hasattr(weight, "base_layer"):
         raise ValueError(
@@ -159,7 +165,7 @@ def head_parameters(weight: Tensor | nn.Module, bias: Tensor | None) -> tuple[Te
     if not isinstance(weight, nn.Linear) and not hasattr(weight, "modules_to_save"):
         raise ValueError(f"weight: {type(weight).__name__}; pass the head's weight [V, D] or the nn.Linear itself")
     head: Any = weight
-    return head.weight, getattr(head, "bias", None) if bias is None else bias
+    return head_parameters(head.weight, getattr(head, "bias", None) if bias is None else bias)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, allow_float64: bool) -> None:

@@ -250,7 +250,7 @@ def logprob_and_entropy(
     return logprobs.clone(), entropies.clone()
 
 
-def linear_logprob(
+def linear_logprob(  # noqa: PLR0913
     hidden: Tensor,
     weight: Tensor | nn.Module,
     targets: Tensor,
@@ -258,18 +258,20 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if not runs_kernels(hidden):
         return reference.linear_logprob(
-            hidden, weight, targets, bias=bias, temperature=temperature, return_entropy=return_entropy
-        )
+            hidden, weight, targets, bias=bias, temperature=temperature, return_entropy=return_entropy,
+            entropy_gradient=entropy_gradient,
+        )  # fmt: skip
     weight, bias = head_parameters(weight, bias)
     check_head(hidden, weight, bias, allow_float64=False)
     check_same_device(("hidden", hidden), targets=targets)
     check_rows_contiguous("weight", weight)
     check_targets(targets, len(hidden), len(weight))
     check_temperature(temperature)
-    logprobs, entropy = logprob_and_entropy(hidden, weight, bias, targets, temperature, entropy_gradient=False)
+    logprobs, entropy = logprob_and_entropy(hidden, weight, bias, targets, temperature, entropy_gradient=entropy_gradient)
     return (logprobs, entropy) if return_entropy else logprobs
 
 

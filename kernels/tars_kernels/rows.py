@@ -9,7 +9,8 @@ gradient. Shapes: T tokens, V vocabulary.
 
 Functions that Triton compiles, here and in the other modules, take every pointer, size and flag as an argument of its own,
 because that is how a kernel is launched; so do functions that are made operators (`backend.operator`), whose schemas know no
-objects. They are exempt from the limit on the number of arguments (`noqa: PLR0913`).
+objects, and public operations, whose every option is a keyword. They are exempt from the limit on the number of arguments
+(`noqa: PLR0913`).
 """
 
 from __future__ import annotations

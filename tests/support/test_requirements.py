@@ -67,7 +67,9 @@ def test_everything_imported_is_declared_where_it_is_needed():
     optional = {extra: requirements.supported(extra).keys() - train for extra in ("analysis", "speech", "vllm")}
     assert used.keys() | {"triton"} == train.union(*optional.values()), "declared and imported differ"
     assert {name for name, at_top in used.items() if at_top} <= train, "what an extra brings is imported where it is used"
-    assert imported("kernels/tars_kernels").keys() == {"torch", "triton"}
+    kernels = imported("kernels/tars_kernels")
+    assert {name for name, at_top in kernels.items() if at_top} == {"torch", "triton"}
+    assert kernels.keys() - {"torch", "triton"} <= requirements.supported("bench").keys()
     development = requirements.supported("dev").keys()
     for folder, extra in (("tests", "dev"), ("kernels/tests", "bench"), ("bench", "bench")):
         peers = requirements.supported(extra).keys() - development
