@@ -6,10 +6,12 @@ Gradients are taken once: none of them is differentiable twice.
 
 from tars_kernels import reference
 from tars_kernels.backend import use_reference
+from tars_kernels.divergence import Distillation, DistillationLoss
 from tars_kernels.objective import Objective, PolicyLoss, from_padded
 from tars_kernels.operations import (
     layer_similarity,
     linear_cka,
+    linear_distillation_loss,
     linear_logprob,
     linear_policy_loss,
     policy_loss,
@@ -21,12 +23,15 @@ from tars_kernels.operations import (
 from tars_kernels.pooling import LayerPooler
 
 __all__ = [
+    "Distillation",
+    "DistillationLoss",
     "LayerPooler",
     "Objective",
     "PolicyLoss",
     "from_padded",
     "layer_similarity",
     "linear_cka",
+    "linear_distillation_loss",
     "linear_logprob",
     "linear_policy_loss",
     "policy_loss",

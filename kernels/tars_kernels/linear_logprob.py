@@ -32,9 +32,9 @@ from tars_kernels.checks import (
 )
 from tars_kernels.rows import LogitRows, RowPowers, RowTerms, sweep_rows, write_rows_gradient
 
-_LOGITS_ROWS = 512
+LOGITS_ROWS = 512
 """Tokens whose fp32 logits exist at once: 0.32 GB at a vocabulary of 156,032."""
-_PRODUCT_ROWS = 1024
+PRODUCT_ROWS = 1024
 """Tokens whose probabilities meet the head in one product: enough 128-row tiles at D 4096 to fill a large GPU."""
 
 
@@ -75,7 +75,7 @@ def product_fp32(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def _blocks(start: int, stop: int, size: int) -> Iterator[slice]:
+def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))
 
@@ -100,11 +100,11 @@ class _LinearLogprob(torch.autograd.Function):
         inverse_others = torch.empty_like(terms.logprobs)
         means = torch.empty_like(hidden) if frozen_gradient else None
         entropy_means = torch.empty_like(hidden) if frozen_gradient and entropy_gradient else None
-        for outer in _blocks(0, num_tokens, _PRODUCT_ROWS if frozen_gradient else num_tokens or 1):
+        for outer in blocks(0, num_tokens, PRODUCT_ROWS if frozen_gradient else num_tokens or 1):
             shape = (outer.stop - outer.start, vocabulary)
             powers = torch.empty(shape, dtype=hidden.dtype, device=hidden.device) if frozen_gradient else None
             entropy_powers = None if powers is None or entropy_means is None else torch.empty_like(powers)
-            for inner in _blocks(outer.start, outer.stop, _LOGITS_ROWS):
+            for inner in blocks(outer.start, outer.stop, LOGITS_ROWS):
                 logits = product_fp32(hidden[inner], weight.T)
                 written = slice(inner.start - outer.start, inner.stop - outer.start)
                 row_powers = None
@@ -160,7 +160,7 @@ class _LinearLogprob(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-        for tokens in _blocks(0, num_tokens, _LOGITS_ROWS):
+        for tokens in blocks(0, num_tokens, LOGITS_ROWS):
             logits = product_fp32(hidden[tokens], weight.T)
             gradient = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
             rows = LogitRows(logits, bias, targets[tokens], inverse_temperature)

@@ -452,14 +452,14 @@ def from_padded(mask: Tensor, *, drop_padding: bool = False, **vectors: Tensor) 
     return found
 
 
-def shows_settings(loss: Loss) -> Loss:
-    """Let `help` and `inspect.signature` list the settings that `loss` takes as `**objective`, with their defaults."""
+def shows_settings(loss: Loss, kind: type[Any] = Objective) -> Loss:
+    """Let `help` and `inspect.signature` list the settings that `loss` takes as `**`: the fields of `kind`, with defaults."""
     shown = inspect.signature(loss, eval_str=True)
     named = [parameter for parameter in shown.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    kinds = get_type_hints(Objective)
+    kinds = get_type_hints(kind)
     settings = [
         inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name])
-        for field in fields(Objective)
+        for field in fields(kind)
     ]
     loss.__signature__ = shown.replace(parameters=[*named, *settings])  # type: ignore[attr-defined]  # read by inspect
     return loss

@@ -726,7 +726,8 @@ def _policy_loss_from_logprobs(logprobs: Tensor, entropies: Tensor, terms: Token
 def _as_policy_loss(*results: Tensor) -> PolicyLoss:
     """Of loss, log-probabilities, entropies, statistics, losses of tokens and KL."""
     loss, logprobs, entropies, statistics, token_losses, kl = results
-    return PolicyLoss(loss, logprobs.detach(), entropies.detach(), *statistics[1:].unbind(), token_losses, kl)
+    _, low, high, mean, largest, outside = statistics.unbind()
+    return PolicyLoss(loss, logprobs.detach(), entropies.detach(), low, high, mean, largest, outside, token_losses, kl)
 
 
 @shows_settings

@@ -7,6 +7,7 @@ whatever the inputs, or in fp64 for fp64 inputs, which is the truth that tests c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -32,6 +33,7 @@ from tars_kernels.checks import (
     choose_layers,
     head_parameters,
 )
+from tars_kernels.divergence import LOWEST_LOGIT, Distillation, DistillationLoss, DistillationSettings
 from tars_kernels.objective import (
     Objective,
     ObjectiveSettings,
@@ -211,6 +213,68 @@ def _policy_loss(
         targets = targets.masked_fill(~terms.keep, 0)
     logprobs, entropy = _softmax_terms(logits, targets, bias, temperature, entropy_gradient=objective.entropy_coef != 0)
     return token_loss(logprobs, entropy, terms)
+
+
+@isolated
+def linear_distillation_loss(
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor | nn.Module,
+    *,
+    bias: Tensor | None = None,
+    teacher_weight: Tensor | nn.Module | None = None,
+    temperature: float = 1.0,
+    **distillation: Unpack[DistillationSettings],
+) -> DistillationLoss:
+    """Divergence between a student's and a teacher's next-token distributions, over the whole vocabulary, from hidden states.
+
+    The teacher, its head and its bias get no gradient, also where they are the student's.
+
+    Args:
+        hidden: [T, D] states of the student.
+        teacher_hidden: [T, D] states of the teacher that predict the same tokens; of any width with `teacher_weight`.
+        weight: [V, D] output head, or the `nn.Linear` itself, which shows an adapter on it.
+        bias: [V] added to the logits; -inf suppresses a token.
+        teacher_weight: [V, teacher's D] head of the teacher; None: the student's.
+        temperature: logits of both are divided by it.
+        distillation: the settings of `Distillation`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, a setting out of range, a head with an adapter.
+    """
+    settings = Distillation.from_keywords(distillation)
+    heads = settings.heads(weight, bias, teacher_weight)
+    settings.check(hidden, teacher_hidden, heads, allow_float64=True)
+    check_temperature(temperature)
+    logprobs = _all_logprobs(settings.blank(hidden), heads.weight, heads.bias, temperature)
+    with torch.no_grad():
+        teacher_logprobs = _all_logprobs(settings.blank(teacher_hidden), heads.teacher_weight, heads.teacher_bias, temperature)
+    return settings.loss(_divergences(logprobs, teacher_logprobs, settings))
+
+
+shows_settings(linear_distillation_loss, Distillation)
+
+
+def _all_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """[T, V], all of them finite."""
+    logits = F.linear(_accumulated(hidden), _accumulated(weight))
+    if bias is not None:
+        logits = logits + bias
+    return (logits.clamp(min=LOWEST_LOGIT) / temperature).log_softmax(-1)
+
+
+def _divergences(logprobs: Tensor, teacher_logprobs: Tensor, settings: Distillation) -> Tensor:
+    """[T] from [T, V]."""
+    if settings.divergence == "reverse_kl":
+        return F.kl_div(teacher_logprobs, logprobs, reduction="none", log_target=True).sum(-1)
+    if settings.divergence == "forward_kl":
+        return F.kl_div(logprobs, teacher_logprobs, reduction="none", log_target=True).sum(-1)
+    beta = settings.beta
+    mixture = torch.logaddexp(logprobs + math.log1p(-beta), teacher_logprobs + math.log(beta))
+    own, teachers = (
+        F.kl_div(mixture, side, reduction="none", log_target=True).sum(-1) for side in (logprobs, teacher_logprobs)
+    )
+    return beta * teachers + (1 - beta) * own
 
 
 def pool_sequences(states: Tensor, cu_seqlens: Tensor, *, positions: Tensor | None = None, pooling: str = "mean") -> Tensor:

@@ -5,7 +5,6 @@ the method that generates. verl cannot be imported without ray, so its functions
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast

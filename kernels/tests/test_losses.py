@@ -112,8 +112,8 @@ def test_blocks_of_tokens_change_nothing(device, monkeypatch, head, entropy_coef
     hidden, weight, targets = (x.to(device) for x in sample(37, 24, 1100))
     results = []
     for logits_rows, product_rows in ((512, 1024), (8, 16)):
-        monkeypatch.setitem(tars_kernels.linear_logprob.__globals__, "_LOGITS_ROWS", logits_rows)
-        monkeypatch.setitem(tars_kernels.linear_logprob.__globals__, "_PRODUCT_ROWS", product_rows)
+        monkeypatch.setitem(tars_kernels.linear_logprob.__globals__, "LOGITS_ROWS", logits_rows)
+        monkeypatch.setitem(tars_kernels.linear_logprob.__globals__, "PRODUCT_ROWS", product_rows)
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(head == "trainable")]
         result = tars_kernels.linear_policy_loss(
             *leaves, targets, torch.linspace(-1, 1, 37, device=device), entropy_coef=entropy_coef

@@ -1,4 +1,4 @@
-"""Values and gradients of the losses in float64 beside the installed code of TRL, verl and Liger; each is skipped where absent."""
+"""Values and gradients of the losses in float64 beside the installed code of TRL, verl and Liger, where there is some."""
 
 from __future__ import annotations
 
