@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from importlib.util import find_spec
+from pathlib import Path
+from typing import get_args
 
 import peers
 import pytest
 import torch
 from peers import PaddedBatch
-from tars_kernels import Objective, from_padded, reference
+from tars_kernels import Objective, from_padded, objective, reference
 
 LENGTHS, LONGEST = (13, 1, 18, 10), 18
 
@@ -149,3 +153,37 @@ def test_verl(settings):
 )
 def test_liger(settings):
     assert_same(settings, peers.liger_loss)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "policy-losses.md"
+SOURCES = {
+    "trl": ["trainer/grpo_config.py", "trainer/grpo_trainer.py"],
+    "verl": ["workers/config/actor.py", "trainer/ppo/core_algos.py", "trainer/ppo/rollout_corr_helper.py"],
+    "liger_kernel": ["chunked_loss/grpo_loss.py"],
+}
+
+
+def tables() -> list[list[list[str]]]:
+    """Rows of cells of every table of the page."""
+    blocks = re.findall(r"(?:^\|.*\n)+", PAGE.read_text(), flags=re.MULTILINE)
+    return [[row.strip("| \n").split(" | ") for row in block.splitlines()[2:]] for block in blocks]
+
+
+def test_the_page_names_every_option():
+    presets, options = tables()
+    assert [tuple(cell.strip("`") for cell in row) for row in presets] == [
+        (name, *formula) for name, formula in objective.PRESETS.items()
+    ]
+    kinds = (objective.LossName, objective.RatioLevel, objective.Normalise, objective.KlEstimator)
+    expected = [field.name for field in fields(Objective)] + [value for kind in kinds for value in get_args(kind)]
+    assert sorted(row[0].strip("`") for row in options) == sorted(expected)
+
+
+@pytest.mark.parametrize(("column", "package"), list(enumerate(SOURCES, 1)), ids=SOURCES)
+def test_the_peers_have_what_the_page_says(column, package):
+    if find_spec(package) is None:
+        pytest.skip(f"needs {package}")
+    (folder,) = find_spec(package).submodule_search_locations
+    words = {word for path in SOURCES[package] for word in re.findall(r"\w+", (Path(folder) / path).read_text())}
+    named = {part for row in tables()[1] for name in re.findall("`([^`]+)`", row[column]) for part in name.split(".")}
+    assert named - words - {"num_tokens"} == set()
