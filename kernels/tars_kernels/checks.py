@@ -142,8 +142,8 @@ def check_pooling(pooling: str) -> None:
         raise ValueError(f"pooling: {pooling!r}; must be 'mean' or 'last'")
 
 
-def head_parameters(weight: Tensor | nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of an output head, given as its weight or as the module itself.
+def head_parameters(weight: Tensor | nn.Module, bias: Tensor | None, name: str = "weight") -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of an output head, given as its weight or as the module itself; `name` is the argument's.
 
     Raises:
         ValueError: the module carries an adapter, whose output its weight alone does not give, or is no linear layer; or the
@@ -158,30 +158,30 @@ def head_parameters(weight: Tensor | nn.Module, bias: Tensor | None) -> tuple[Te
         return weight, bias
     if hasattr(weight, "lora_A") or hasattr(weight, "base_layer"):
         raise ValueError(
-            f"weight: {type(weight).__name__} with an adapter, which its weight leaves out; merge the adapter, leave the "
+            f"{name}: {type(weight).__name__} with an adapter, which its weight leaves out; merge the adapter, leave the "
             "head out of its target modules, or pass logits to policy_loss"
         )
     # peft wraps modules that it trains whole in one that hands on the trained copy's parameters.
     if not isinstance(weight, nn.Linear) and not hasattr(weight, "modules_to_save"):
-        raise ValueError(f"weight: {type(weight).__name__}; pass the head's weight [V, D] or the nn.Linear itself")
+        raise ValueError(f"{name}: {type(weight).__name__}; pass the head's weight [V, D] or the nn.Linear itself")
     head: Any = weight
     return head_parameters(head.weight, getattr(head, "bias", None) if bias is None else bias)
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, allow_float64: bool) -> None:
-    """Raises ValueError unless hidden [T, D], weight [V, D] and bias [V] fit together."""
-    check_floats("hidden", hidden, (None, None), allow_float64=allow_float64)
-    check_floats("weight", weight, (None, hidden.shape[1]), allow_float64=allow_float64)
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, allow_float64: bool, prefix: str = "") -> None:
+    """Raises ValueError unless hidden [T, D], weight [V, D] and bias [V] fit together; `prefix` begins the arguments' names."""
+    check_floats(f"{prefix}hidden", hidden, (None, None), allow_float64=allow_float64)
+    check_floats(f"{prefix}weight", weight, (None, hidden.shape[1]), allow_float64=allow_float64)
     if weight.dtype != hidden.dtype:
-        raise ValueError(f"weight: dtype {weight.dtype}, hidden {hidden.dtype}; convert one of them")
-    check_same_device(("hidden", hidden), weight=weight, bias=bias)
-    check_bias(bias, weight.shape[0])
+        raise ValueError(f"{prefix}weight: dtype {weight.dtype}, {prefix}hidden {hidden.dtype}; convert one of them")
+    check_same_device((f"{prefix}hidden", hidden), **{f"{prefix}weight": weight, f"{prefix}bias": bias})
+    check_bias(bias, weight.shape[0], f"{prefix}bias")
 
 
-def check_bias(bias: Tensor | None, vocabulary: int) -> None:
+def check_bias(bias: Tensor | None, vocabulary: int, name: str = "bias") -> None:
     """Raises ValueError unless `bias` is None or one floating point number for each token of the vocabulary."""
     if bias is not None:
-        check_floats("bias", bias, (vocabulary,), allow_float64=True)
+        check_floats(name, bias, (vocabulary,), allow_float64=True)
 
 
 def check_packing(states: Tensor, cu_seqlens: Tensor, positions: Tensor | None) -> None:

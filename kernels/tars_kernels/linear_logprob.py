@@ -30,9 +30,9 @@ from tars_kernels.checks import (
 )
 from tars_kernels.rows import LogitRows, RowPowers, RowTerms, sweep_rows, write_rows_gradient
 
-_LOGITS_ROWS = 512
+LOGITS_ROWS = 512
 """Tokens whose fp32 logits exist at once: 0.32 GB at a vocabulary of 156,032."""
-_PRODUCT_ROWS = 1024
+PRODUCT_ROWS = 1024
 """Tokens whose probabilities meet the head in one product: enough 128-row tiles at D 4096 to fill a large GPU."""
 
 
@@ -73,7 +73,7 @@ def product_fp32(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def _blocks(start: int, stop: int, size: int) -> Iterator[slice]:
+def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))
 
@@ -98,11 +98,11 @@ def _forward(  # noqa: PLR0913
     inverse_others = torch.empty_like(terms.logprobs)
     means = torch.empty(num_tokens if frozen_gradient else 0, width, dtype=hidden.dtype, device=hidden.device)
     entropy_means = torch.empty_like(means[: num_tokens if entropy_gradient else 0])
-    for outer in _blocks(0, num_tokens, _PRODUCT_ROWS if frozen_gradient else num_tokens or 1):
+    for outer in blocks(0, num_tokens, PRODUCT_ROWS if frozen_gradient else num_tokens or 1):
         shape = (outer.stop - outer.start, vocabulary)
         powers = torch.empty(shape, dtype=hidden.dtype, device=hidden.device) if frozen_gradient else None
         entropy_powers = None if powers is None or not entropy_gradient else torch.empty_like(powers)
-        for inner in _blocks(outer.start, outer.stop, _LOGITS_ROWS):
+        for inner in blocks(outer.start, outer.stop, LOGITS_ROWS):
             logits = product_fp32(hidden[inner], weight.T)
             written = slice(inner.start - outer.start, inner.stop - outer.start)
             row_powers = None
@@ -168,7 +168,7 @@ def _trainable_gradients(  # noqa: PLR0913
     hidden_gradient = torch.empty_like(hidden if needs_hidden else hidden[:0])
     weight_gradient = torch.zeros_like(weight if needs_weight else weight[:0], dtype=torch.float32)
     bias_gradient = torch.zeros(len(weight) if needs_bias else 0, dtype=torch.float32, device=hidden.device)
-    for tokens in _blocks(0, len(hidden), _LOGITS_ROWS):
+    for tokens in blocks(0, len(hidden), LOGITS_ROWS):
         logits = product_fp32(hidden[tokens], weight.T)
         gradient = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
         rows = LogitRows(logits, bias, targets[tokens], inverse_temperature)

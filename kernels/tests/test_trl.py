@@ -49,9 +49,11 @@ def train(folder: Path, settings: dict[str, object], *, patched: bool, lora: boo
     config = Qwen2Config(
         vocab_size=42, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=not lora, **sizes
     )
+    # TRL loads its reference model from where the policy came from.
+    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     gradients = Gradients()
     trainer = trl.GRPOTrainer(
-        Qwen2ForCausalLM(config),
+        Qwen2ForCausalLM.from_pretrained(folder / "model"),
         reward,
         args=trl.GRPOConfig(
             output_dir=str(folder), max_steps=num_steps, per_device_train_batch_size=4, num_generations=4, logging_steps=1,
