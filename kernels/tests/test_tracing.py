@@ -15,8 +15,6 @@ from torch.utils._pytree import tree_map_only
 
 from conftest import DEVICE
 
-OPERATIONS = [name for name in OPERATIONS if "loss" not in name]
-
 
 def positional(name: str) -> list[str]:
     parameters = inspect.signature(getattr(tars_kernels, name)).parameters.values()
