@@ -40,7 +40,7 @@ lane's rescaling."""
 LONG_ROW_LANES = rows.tile(156032)["LANES"]
 assert distillation.tile(156032)["LANES"] == LONG_ROW_LANES
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-OTHER_SIZES = ((1, 1, 0.7, 0.2), (77, 3, 1.3, 1.0), (16384, 64, 2.0, 0.03))
+OTHER_SIZES = ((1, 1, 0.7, 0.2), (77, 3, 1.3, 1), (16384, 64, 2, 0.03))
 """Tokens, sequences, temperature, coefficient that must not lead to another compilation."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -183,7 +183,10 @@ class Head:
 
 def launch_everything(head: Head, temperature: float, coefficient: float, *, thorough: bool) -> None:
     """Every public operation with its gradient; `thorough` adds the options that make other variants of the kernels."""
-    packed = {"cu_seqlens": head.cu_seqlens, "mask": head.mask, **head.vectors, "importance_cap": 1.0 + coefficient}
+    packed = {
+        "cu_seqlens": head.cu_seqlens, "advantage_level": "sequence", "mask": head.mask, **head.vectors,
+        "importance_cap": 1 + coefficient,
+    }  # fmt: skip
     kl = {"kl_coef": coefficient, "ref_logprobs": head.ref_logprobs}
     objectives: list[dict[str, object]] = [
         {},
@@ -193,11 +196,21 @@ def launch_everything(head: Head, temperature: float, coefficient: float, *, tho
     ]
     if thorough:
         objectives += [
-            packed | {"loss_type": "cispo", "clip_high": 5.0},
-            packed | {"dual_clip": 3.0},
-            packed | {"importance_mode": "mask"},
+            packed | {"loss_type": "cispo", "clip_high": 4 + coefficient, "cispo_low": coefficient / 2},
+            packed | {"loss_type": "sapo", "sapo_temperatures": (1, coefficient)},
+            packed | {"loss": "dppo-tv", "clip_high": coefficient, "dual_clip": 3 + coefficient},
+            packed | {"loss": "dppo-kl", "clip_high": coefficient},
+            packed | {"loss": "reinforce", "importance_weights": head.ref_logprobs},
+            packed | {"dual_clip": 3 + coefficient},
+            packed | {"importance_mode": "mask", "importance_floor": coefficient / 2},
+            *[packed | kl | {"kl_estimator": name} for name in ("k1", "k2", "k1+", "k3+")],
+            packed | kl | {"kl_bias_correction": False},
             packed | kl | {"entropy_coef": coefficient},
             packed | kl | {"entropy_coef": coefficient, "loss_type": "gspo"},
+            packed | kl | {"entropy_coef": coefficient, "top_entropy_quantile": 0.2 + coefficient / 2, "scale": coefficient},
+            packed | kl | {"loss_type": "gspo", "ratio_level": "sequence-token", "off_policy_threshold": coefficient},
+            packed | kl | {"loss_type": "vespo", "vespo_positive": (1, 1 + coefficient)},
+            packed | kl | {"loss_type": "gmpo", "clip_low": coefficient / 2},
             packed | {"bias": head.bias},
         ]
     for objective in objectives:
@@ -210,6 +223,7 @@ def launch_everything(head: Head, temperature: float, coefficient: float, *, tho
             loss.loss.backward()
         with torch.no_grad():
             tars_kernels.policy_loss(head.logits, head.targets, advantages, **options)
+    tars_kernels.token_policy_loss(head.ref_logprobs.clone().requires_grad_(), head.advantages, **packed).loss.backward()
     trainable = head.weight.clone().requires_grad_()
     tars_kernels.linear_logprob(head.hidden, trainable, head.targets, temperature=temperature).sum().backward()
     for divergence in ("reverse_kl", "forward_kl", "jsd") if thorough else ("reverse_kl",):
@@ -236,7 +250,7 @@ def check(architecture: int, dtypes: Sequence[torch.dtype]) -> tuple[list[Compil
     # What triton 3.9 does anyway, with a warning that its next version will not.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     driver.set_active(OfflineDriver(architecture))
-    backend.runs_anywhere = True
+    backend.runs_anywhere = backend.walks_launches = True
     found: dict[tuple, Compiled] = {}
     problems = []
     with compiled_launches(found):

@@ -8,7 +8,7 @@ if HAS_TRITON:
     from tars_kernels.distillation import linear_distillation_loss
     from tars_kernels.linear_cka import linear_cka
     from tars_kernels.linear_logprob import linear_logprob
-    from tars_kernels.policy_loss import linear_policy_loss, policy_loss
+    from tars_kernels.policy_loss import linear_policy_loss, policy_loss, token_policy_loss
     from tars_kernels.similarity import add_pooled_gradient, layer_similarity, pool_sequences, pooled_similarity
     from tars_kernels.token_similarity import token_similarity
 else:
@@ -21,6 +21,7 @@ else:
         policy_loss,
         pool_sequences,
         pooled_similarity,
+        token_policy_loss,
         token_similarity,
     )
 
@@ -34,5 +35,6 @@ __all__ = [
     "policy_loss",
     "pool_sequences",
     "pooled_similarity",
+    "token_policy_loss",
     "token_similarity",
 ]

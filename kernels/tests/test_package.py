@@ -23,7 +23,7 @@ from torch import nn
 
 OPERATIONS = [
     "layer_similarity", "linear_cka", "linear_distillation_loss", "linear_logprob", "linear_policy_loss", "policy_loss",
-    "pool_sequences", "pooled_similarity", "token_similarity",
+    "pool_sequences", "pooled_similarity", "token_policy_loss", "token_similarity",
 ]  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def arguments(device, dtype=torch.float32) -> dict[str, torch.Tensor]:
         "weight": normal(100, 16),
         "logits": normal(6, 100),
         "targets": torch.arange(6, device=device),
+        "logprobs": -normal(6).abs(),
         "advantages": normal(6).float(),
         "hidden_states": normal(2, 6, 16),
         "cu_seqlens": torch.tensor([0, 2, 6], device=device),
@@ -162,18 +163,15 @@ def test_autocast_changes_nothing(device, implementation):
         assert torch.equal(plain, cast)
 
 
-LOSSES = ("policy_loss", "linear_policy_loss")
+HEAD_LOSSES = ("policy_loss", "linear_policy_loss")
+LOSSES = (*HEAD_LOSSES, "token_policy_loss")
 DISTILLATION = "linear_distillation_loss"
-HEADS = (*LOSSES, "linear_logprob")
+HEADS = (*HEAD_LOSSES, "linear_logprob")
 WRONG = [
-    *[
-        (name, {"temperature": value}, "temperature")
-        for name in (*LOSSES, "linear_logprob")
-        for value in (0.0, -1.0, float("nan"))
-    ],
-    *[(name, {"targets": lambda v: v["targets"][:3]}, "targets") for name in (*LOSSES, "linear_logprob")],
-    *[(name, {"targets": lambda v: v["targets"].float()}, r"targets.*\.long") for name in (*LOSSES, "linear_logprob")],
-    *[(name, {"bias": lambda v: v["hidden"][0]}, "bias") for name in (*LOSSES, "linear_logprob")],
+    *[(name, {"temperature": value}, "temperature") for name in HEADS for value in (0.0, -1.0, float("nan"))],
+    *[(name, {"targets": lambda v: v["targets"][:3]}, "targets") for name in HEADS],
+    *[(name, {"targets": lambda v: v["targets"].float()}, r"targets.*\.long") for name in HEADS],
+    *[(name, {"bias": lambda v: v["hidden"][0]}, "bias") for name in HEADS],
     *[(name, {"advantages": lambda v: v["advantages"][:3]}, "advantages: 3") for name in LOSSES],
     *[(name, {"advantages": lambda v: v["advantages"][:2]}, "advantages: 2.*needs cu_seqlens") for name in LOSSES],
     *[(name, {"mask": lambda v: v["targets"][:3] > 0}, "mask") for name in LOSSES],
@@ -184,14 +182,36 @@ WRONG = [
     *[(name, {"rollout_logprobs": lambda v: v["targets"]}, "rollout_logprobs.*int64") for name in LOSSES],
     *[(name, {"cu_seqlens": lambda v: v["cu_seqlens"] + 1}, "cu_seqlens.*rise from 0") for name in LOSSES],
     *[(name, {"loss_type": "ppo"}, "loss_type: 'ppo'.*gspo") for name in LOSSES],
-    *[(name, {"loss_type": "grpo"}, "cu_seqlens: None; grpo") for name in LOSSES],
+    *[(name, {"loss_type": "grpo"}, "cu_seqlens: None; .*grpo") for name in LOSSES],
+    *[(name, {"loss": "trpo"}, "loss: 'trpo'.*reinforce") for name in LOSSES],
+    *[(name, {"dual_clip": 1.2}, "dual_clip: 1.2; must be at least 1.*1.28") for name in LOSSES],
+    *[(name, {"loss": "sapo", "dual_clip": 3.0}, "dual_clip: 3.0; sapo") for name in LOSSES],
+    *[
+        (name, {"cu_seqlens": lambda v: v["targets"].new_tensor([0, 0, 2, 3, 4, 5, 6])}, "say advantage_level")
+        for name in LOSSES
+    ],
+    *[(name, {"advantage_level": "sequence"}, "advantages: 6.*needs cu_seqlens") for name in LOSSES],
     *[(name, {"loss_type": "cispo"}, "clip_high") for name in LOSSES],
     *[(name, {"loss_type": "dr_grpo"}, "num_tokens") for name in LOSSES],
-    *[(name, {"loss_type": "grpo", "num_tokens": 5}, "num_tokens: 5; grpo") for name in LOSSES],
+    *[(name, {"loss_type": "grpo", "num_tokens": 5}, "num_tokens: 5; .*grpo.*num_sequences") for name in LOSSES],
     *[(name, {"num_tokens": lambda v: v["advantages"]}, "num_tokens") for name in LOSSES],
     *[(name, {"importance_mode": "drop"}, "importance_mode") for name in LOSSES],
     *[(name, {"importance_level": "batch"}, "importance_level") for name in LOSSES],
     *[(name, {"importance_cap": -1.0}, "importance_cap") for name in LOSSES],
+    ("token_policy_loss", {"importance_floor": 3.0}, "importance_floor: 3.0; must be below importance_cap, 2.0"),
+    ("token_policy_loss", {"num_sequences": 5}, "num_sequences: 5; .*num_tokens"),
+    ("token_policy_loss", {"scale": 0.0}, "scale: 0.0"),
+    ("token_policy_loss", {"loss": "reinforce", "ratio_level": "sequence"}, "ratio_level: 'sequence'; reinforce"),
+    ("token_policy_loss", {"loss": "gmpo"}, "ratio_level: 'token'; gmpo.*loss_type 'gmpo'"),
+    ("token_policy_loss", {"loss_type": "vespo", "importance_level": "sequence"}, "importance_level: 'sequence'; vespo"),
+    ("token_policy_loss", {"off_policy_threshold": 0.1}, "cu_seqlens: None; off_policy_threshold"),
+    ("token_policy_loss", {"loss": "dppo-tv"}, "clip_high: None; dppo-tv"),
+    ("token_policy_loss", {"loss": "cispo", "clip_high": 2.0, "cispo_low": 3.0}, "cispo_low: 3.0"),
+    ("token_policy_loss", {"top_entropy_quantile": 0.0}, "top_entropy_quantile: 0.0"),
+    ("token_policy_loss", {"top_entropy_quantile": 0.5}, "entropy: None; top_entropy_quantile 0.5"),
+    ("token_policy_loss", {"entropy_coef": 0.1}, "entropy: None; entropy_coef 0.1"),
+    ("token_policy_loss", {"sapo_temperatures": (0.0, 1.0)}, "sapo_temperatures"),
+    ("token_policy_loss", {"logprobs": lambda v: v["hidden"]}, "logprobs: shape"),
     *[(name, {"clip_low": float("nan")}, "clip_low") for name in LOSSES],
     *[(name, {"clip_low": 1.5}, "clip_low: 1.5; must be below 1") for name in LOSSES],
     *[(name, {"kl_coef": 0.1}, "kl_coef.*ref_logprobs") for name in LOSSES],
@@ -285,7 +305,7 @@ def test_target_outside_the_vocabulary(device, name, outside):
 
 @pytest.mark.parametrize("outside", [-1, 100, 2**40])
 @pytest.mark.parametrize("settings", [{}, {"loss_type": "gspo", "entropy_coef": 0.1}], ids=str)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", HEAD_LOSSES)
 def test_nothing_is_touched_outside_of_memory(device, monkeypatch, name, settings, outside):
     """What CUDA does with such a target: its own row is NaN, its neighbours are as they would be without it."""
     monkeypatch.setitem(tars_kernels.policy_loss.__globals__, "check_targets", lambda *_: None)
