@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tars_fast.models.architecture import Architecture, check_layers
-from tars_fast.models.memory import GB, Workload, assumed_longest_prompt
+from tars_fast.models.memory import Workload, assumed_longest_prompt
 from tars_fast.support.cli import as_paths, check_choices, check_numbers
+from tars_fast.support.text import GB
 from tars_fast.types import LongAudio, UserError
 
 if TYPE_CHECKING:

@@ -127,7 +127,7 @@ def make_output_folder(output_dir: Path) -> None:
         raise UserError(f"--output-dir {output_dir}: cannot be made ({error.strerror}); name another folder") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of a library's error, or its type where it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
