@@ -44,7 +44,8 @@ def soak(folder: Path, num_steps: int, save_every: int) -> tuple[list[str], list
         AssertionError: the run failed.
     """
     run, log = folder / "run", folder / "log.txt"
-    settings = [*settings_of(folder, num_steps), "--save-every", str(save_every)]
+    # So small a batch teaches nothing in so many steps; at the usual rate it ruins the policy.
+    settings = [*settings_of(folder, num_steps), "--save-every", str(save_every), "--learning-rate", "1e-6"]
     started = start([*settings, "--output-dir", str(run)], log)
     process, marks = psutil.Process(started.pid), []
     while started.is_alive():
