@@ -148,8 +148,9 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
             yield run
         except CannotWriteError as error:
             checkpoints = list_checkpoints(output_dir)
-            goes_on = f"; --resume continues from {checkpoints[-1][1].name}" if checkpoints else ""
-            raise TrainingError(f"{error}{goes_on}") from error
+            if not checkpoints:
+                raise
+            raise TrainingError(f"{error}; --resume continues from {checkpoints[-1][1].name}") from error
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class KilledRuns:
         self._start(self.unbroken, "--help").join()
         started = time.monotonic()
         self._start(self.unbroken).join()
-        self.seconds = time.monotonic() - started
+        self.seconds = self.unbroken_seconds = time.monotonic() - started
         assert (self.unbroken / "evaluation.json").exists(), (folder / "log.txt").read_text()
         self.num_finished = 0
 
@@ -59,8 +59,9 @@ class KilledRuns:
             process.join(after)
             if process.is_alive():
                 break
-            # It came to its end first.
+            # It came to its end first: the machine is less busy than it was.
             self._check_finished(process.exitcode)
+            self.seconds *= 0.8
             shutil.rmtree(self.run)
         process.kill()
         process.join()
@@ -101,7 +102,7 @@ def read_whole_lines(path: Path) -> list[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=30, help="of each run")
+    parser.add_argument("--steps", type=int, default=12, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
@@ -124,7 +125,7 @@ def write(given: argparse.Namespace, log: dict, killed: KilledRuns) -> None:
     report = provenance() | {
         "command": command,
         "train": "python -m tars_fast.train " + " ".join(killed.settings).replace(str(killed.folder), "DATA"),
-        "seconds_of_an_unbroken_run": round(killed.seconds, 2),
+        "seconds_of_an_unbroken_run": round(killed.unbroken_seconds, 2),
         "kills_made": len(log["kills"]),
         "kills_that_left_something_half_written": sum(bool(kill["left"]) for kill in log["kills"]),
     }

@@ -49,7 +49,7 @@ def soak(folder: Path, num_steps: int, save_every: int) -> tuple[list[str], list
     started = start([*settings, "--output-dir", str(run)], log)
     process, marks = psutil.Process(started.pid), []
     while started.is_alive():
-        time.sleep(0.05)
+        time.sleep(0.5)
         metrics = run / "metrics.jsonl"
         step = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
         if step > len(marks) * num_steps / 10 and step < num_steps and started.is_alive():
