@@ -35,6 +35,8 @@ from tars_fast.support.cli import (
     FAILED,
     INTERRUPTED,
     as_arguments,
+    as_paths,
+    check_file_names,
     check_numbers,
     flag_of,
     parse_arguments,
@@ -99,6 +101,8 @@ class AblateConfig:
     """Runs at a time, each on a GPU of its own as far as there are enough. None: one for each GPU, on a CPU one."""
 
     def __post_init__(self) -> None:
+        as_paths(self, "output_dir")
+        check_file_names(self, "model")
         check_numbers(self, positive=("seeds", "num_steps", "jobs"))
 
 

@@ -45,6 +45,7 @@ from tars_fast.support.cli import (
     FAILED,
     as_paths,
     check_choices,
+    check_file_names,
     check_numbers,
     make_output_folder,
     new_output_folder,
@@ -108,6 +109,7 @@ class AnalyseConfig:
 
     def __post_init__(self) -> None:
         as_paths(self, "output_dir")
+        check_file_names(self, "model", "compare")
         check_choices(self)
         check_numbers(self, positive=("items", "max_new_tokens", "rollout_batch_size"), not_negative=("seed",))
         for times in self.repeat:

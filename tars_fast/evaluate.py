@@ -56,6 +56,7 @@ from tars_fast.support.cli import (
     INTERRUPTED,
     as_paths,
     check_choices,
+    check_file_names,
     check_numbers,
     new_output_folder,
     require_extra,
@@ -121,6 +122,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         as_paths(self, "output_dir", "compare")
+        check_file_names(self, "model", "reference")
         check_choices(self)
         check_numbers(
             self,

@@ -26,7 +26,7 @@ from tars_fast.models.modules import PolicyModule
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.models.registry import PRESETS, find_preset
 from tars_fast.models.speech_model import SpeechModel, load_module
-from tars_fast.support.cli import run_command
+from tars_fast.support.cli import as_paths, check_file_names, run_command
 from tars_fast.support.files import atomic_folder, listing
 from tars_fast.support.locks import LOCK, locked
 from tars_fast.types import UserError
@@ -54,6 +54,8 @@ class ExportConfig:
     """evaluation.json for the model card. None: that of the run, where the checkpoint is its last."""
 
     def __post_init__(self) -> None:
+        as_paths(self, "output_dir", "evaluation")
+        check_file_names(self, "model")
         if self.adapter and self.dtype != "auto":
             raise UserError(f"--dtype {self.dtype}: an adapter is written as it was trained; leave --dtype or --adapter out")
         if os.path.lexists(self.output_dir) and (not self.output_dir.is_dir() or set(os.listdir(self.output_dir)) - {LOCK}):

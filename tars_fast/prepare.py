@@ -43,7 +43,7 @@ from tars_fast.data.recognition import load_recogniser
 from tars_fast.data.sources import read_rows
 from tars_fast.data.synthesis import VOICES, Synthesiser
 from tars_fast.data.transcription import word_error_rate
-from tars_fast.support.cli import FAILED, check_numbers, first_line, load_function, require_extra, run_command
+from tars_fast.support.cli import FAILED, as_paths, check_numbers, first_line, load_function, require_extra, run_command
 from tars_fast.support.console import PlainConsole
 from tars_fast.support.files import append, explain_cannot_write, remove_partial, write_atomically
 from tars_fast.support.locks import LOCK, locked
@@ -89,6 +89,7 @@ class PrepareConfig:
     """JSON file for what --check finds. None: shown only."""
 
     def __post_init__(self) -> None:
+        as_paths(self, "output_dir", "output")
         check_numbers(self, positive=("jobs", "max_seconds"), not_negative=("seed", "retries", "max_word_error_rate"))
         if (self.check is None) == (self.data is None):
             raise UserError("--data or --check: give one of them, text items to be spoken or spoken items to be checked")

@@ -21,7 +21,7 @@ import torch
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_bundled, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
-from tars_fast.learning.metrics import check_reward_names
+from tars_fast.learning.metrics import check_rewards
 from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
 from tars_fast.learning.rewards.total import reward_weights
@@ -135,7 +135,7 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
             another process writes into, a checkpoint that cannot be read, a disk without room for the checkpoints.
         TrainingError: memory ran out.
     """
-    check_reward_names()
+    check_rewards()
     preset = config.as_preset(find_preset(config.model))
     output_dir = config.output_dir or workers.gather(new_output_folder(config.model))[0]
     if preset.questions_per_step < workers.size:

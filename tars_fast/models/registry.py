@@ -100,7 +100,8 @@ def find_preset(model: str) -> Preset:
     for preset in PRESETS.values():
         if preset.source == model:
             return preset
-    if not Path(model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", model) is None:
+    # Neither begins with a dot on the hub: that is a path.
+    if not Path(model).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@\S+)?", model) is None:
         raise UserError(
             f"--model {model}: neither a preset ({', '.join(PRESETS)}), nor a folder, nor a name on the hub (owner/name)"
         )

@@ -1,7 +1,7 @@
 """Train for thousands of tiny steps and watch what grows: `python tests/faults/soak.py --steps 2000 --output FILE`.
 
-Memory, threads, open files and the size of the folder are looked at after each tenth of the run. What may grow: metrics.jsonl and
-TensorBoard's events, by the same amount each step. Two checkpoints stay.
+Memory, threads, open files and the size of the folder are looked at after each tenth of the run. What may grow: metrics.jsonl
+and TensorBoard's events, by the same amount each step. Two checkpoints stay.
 """
 
 from __future__ import annotations
