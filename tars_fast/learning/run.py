@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
@@ -182,6 +183,8 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
             print(note, flush=True)
     if config.audio_cache_dir is not None:
         make_cache_folder(config.audio_cache_dir)
+    if source != preset.source:
+        check_architecture(Path(source), prompts)
     with explain_out_of_memory("loading the model"), _explain_damage(resumed_from):
         model, engine = load_model_and_engine(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
     with closing(engine):
@@ -197,6 +200,18 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
             check_room(output_dir, model, math.ceil(num_steps_left / run_config.save_every))
         workers.gather(None)
         yield Run(run_config, data, learner, engine, text_similarity, num_completed)
+
+
+def check_architecture(checkpoint: Path, prompts: PromptFormat) -> None:
+    """Raises UserError where a checkpoint's config.json is not of its run's model; transformers fills gaps with large defaults."""
+    try:
+        architecture = architecture_of(dataclasses.replace(prompts.preset, source=str(checkpoint), architecture=None))
+        if architecture == prompts.family.architecture(prompts.config):
+            return
+        fault: Exception = ValueError("of another model")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError) as error:
+        fault = error
+    raise is_damaged(checkpoint, f"config.json: {first_line(fault)}") from fault
 
 
 @contextmanager

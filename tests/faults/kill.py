@@ -1,8 +1,8 @@
 """Kill training at random moments and resume it: `python tests/faults/kill.py --kills 100 --output FILE`.
 
 Runs of a few steps, with a checkpoint after each, are killed by SIGKILL at moments drawn uniformly over the time that a whole
-run takes, and resumed, until enough kills were made. After every kill all checkpoints must be whole, the newest must be no older
-than before, and metrics.jsonl must have every step up to it. Runs that come to their end must have the metrics and the
+run takes, and resumed, until enough kills were made. After every kill all checkpoints must be whole, the newest no older than
+before, and metrics.jsonl must have every step up to it. Runs that come to their end must have the metrics and the
 evaluation of an unbroken run. FILE lists every kill; the same command goes on where it was stopped.
 """
 
