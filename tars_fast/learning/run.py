@@ -203,7 +203,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
 
 
 def check_architecture(checkpoint: Path, prompts: PromptFormat) -> None:
-    """Raises UserError where a checkpoint's config.json is not of its run's model; transformers fills gaps with large defaults."""
+    """Raises UserError where a checkpoint's config.json is of another model; transformers fills gaps with large defaults."""
     try:
         architecture = architecture_of(dataclasses.replace(prompts.preset, source=str(checkpoint), architecture=None))
         if architecture == prompts.family.architecture(prompts.config):

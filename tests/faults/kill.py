@@ -54,14 +54,15 @@ class KilledRuns:
         """
         while True:
             before = [step for step, _ in list_checkpoints(self.run)]
+            started = time.monotonic()
             process = self._start(self.run, *["--resume"] * bool(before))
             after = rng.uniform(0.0, self.seconds)
             process.join(after)
             if process.is_alive():
                 break
-            # It came to its end first: the machine is less busy than it was.
+            # It came to its end first. How long that takes follows from how busy the machine is.
             self._check_finished(process.exitcode)
-            self.seconds *= 0.8
+            self.seconds = 0.8 * self.seconds if before else time.monotonic() - started
             shutil.rmtree(self.run)
         process.kill()
         process.join()
