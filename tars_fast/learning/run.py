@@ -211,7 +211,7 @@ def check_architecture(checkpoint: Path, prompts: PromptFormat) -> None:
         fault: Exception = ValueError("of another model")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError) as error:
         fault = error
-    raise is_damaged(checkpoint, f"config.json: {first_line(fault)}") from fault
+    raise is_damaged(checkpoint, f"config.json: {first_line(fault.__cause__ or fault)}") from fault
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def is_damaged(checkpoint: Path, fault: str) -> UserError:
     """The UserError for a checkpoint that a run cannot go on from; it names the one to take instead."""
     others = [path for _, path in list_checkpoints(checkpoint.parent) if path != checkpoint and fault_of(path) is None]
     remedy = f"{others[-1]} is whole: remove the first and resume" if others else "none is whole: start anew in another folder"
-    return UserError(f"--resume: {checkpoint} is damaged ({fault}); {remedy}")
+    return UserError(f"--resume: {checkpoint} is damaged ({fault:.150}); {remedy}")
 
 
 def fault_of(checkpoint: Path) -> str | None:

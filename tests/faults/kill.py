@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from runs import read_metrics, settings_of, start
+from runs import make_data, read_metrics, settings_of, start
 
 from tars_fast.models.checkpoint import fault_of
 from tars_fast.models.registry import list_checkpoints
@@ -33,7 +33,7 @@ class KilledRuns:
     """
 
     def __init__(self, folder: Path, num_steps: int):
-        self.settings = [*settings_of(folder, num_steps), "--save-every", "1"]
+        self.settings = [*settings_of(make_data(folder), num_steps), "--save-every", "1"]
         self.folder, self.unbroken, self.run = folder, folder / "unbroken", folder / "run"
         # The first process waits for the imports of the one that it is forked from.
         self._start(self.unbroken, "--help").join()

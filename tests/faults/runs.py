@@ -16,11 +16,15 @@ from items import first_items
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA
 
 
+def make_data(folder: Path) -> Path:
+    """Write sixteen items to train on and four to evaluate on into `folder`."""
+    first_items(TRAINING_DATA, 16, folder / "training")
+    first_items(VALIDATION_DATA, 4, folder / "evaluation")
+    return folder
+
+
 def settings_of(folder: Path, num_steps: int) -> list[str]:
-    """The command line of a run of so many tiny steps, without its folder; `folder` receives its data."""
-    if not (folder / "evaluation").exists():
-        first_items(TRAINING_DATA, 16, folder / "training")
-        first_items(VALIDATION_DATA, 4, folder / "evaluation")
+    """The command line of a run of so many tiny steps on the data in `folder`, without the run's own folder."""
     settings = ["--data", str(folder / "training"), "--eval-data", str(folder / "evaluation"), "--eval-samples", "0"]
     settings += ["--num-steps", str(num_steps), "--questions-per-step", "2", "--group-size", "4", "--device", "cpu"]
     # As many as free memory holds by default, which other processes change.

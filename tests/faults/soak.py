@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import psutil
-from runs import settings_of, start
+from runs import make_data, settings_of, start
 
 from tars_fast.support.files import write_atomically
 from tars_fast.support.provenance import provenance
@@ -45,7 +45,7 @@ def soak(folder: Path, num_steps: int, save_every: int) -> tuple[list[str], list
     """
     run, log = folder / "run", folder / "log.txt"
     # So small a batch teaches nothing in so many steps; at the usual rate it ruins the policy.
-    settings = [*settings_of(folder, num_steps), "--save-every", str(save_every), "--learning-rate", "1e-6"]
+    settings = [*settings_of(make_data(folder), num_steps), "--save-every", str(save_every), "--learning-rate", "1e-6"]
     started = start([*settings, "--output-dir", str(run)], log)
     process, marks = psutil.Process(started.pid), []
     while started.is_alive():
