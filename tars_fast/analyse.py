@@ -256,7 +256,10 @@ def read_analysis(path: Path) -> Analysed:
     figures = json.loads((path / ANALYSIS).read_text(encoding="utf-8"))
     if not isinstance(figures, dict) or not {"settings", "failed", "drift"} <= figures.keys():
         raise ValueError(f"its {ANALYSIS} is none")
-    return Analysed(figures, [json.loads(line) for line in (path / ITEMS).read_text(encoding="utf-8").splitlines()])
+    records = [json.loads(line) for line in (path / ITEMS).read_text(encoding="utf-8").splitlines()]
+    if len(records) != figures.get("num_items") or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"its {ITEMS} does not hold {figures.get('num_items')} items")
+    return Analysed(figures, records)
 
 
 def check_settings(given: str, theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

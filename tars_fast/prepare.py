@@ -27,7 +27,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from string import ascii_uppercase
@@ -294,6 +294,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The recipe and the format that a folder was begun with. Raises UserError where settings.json is damaged."""
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
+        if missing := [field.name for field in fields(Recipe) if field.name not in begun]:
+            raise ValueError(f"no {missing[0]}")
         # `jsonl` was written by a release that knew no other format.
         return {"output_format": "jsonl", **begun}
     except (OSError, ValueError, TypeError) as error:
