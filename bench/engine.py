@@ -42,7 +42,7 @@ from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.update import Learner
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.families import qwen2_audio
-from tars_fast.models.memory import GB, plan_memory
+from tars_fast.models.memory import plan_memory
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import SpeechModel, make_trainable
@@ -50,6 +50,7 @@ from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.vllm_engine import VllmEngine, as_request, vllm_refusal
 from tars_fast.rollout.vllm_internals import VllmSettings
 from tars_fast.support.provenance import provenance
+from tars_fast.support.text import GB
 from tars_fast.train import update_policy
 from tars_fast.types import Modality, Prompt, Question
 

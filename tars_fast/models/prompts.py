@@ -229,11 +229,12 @@ def load_prompt_format(preset: Preset, source: str, long_audio: LongAudio = "ref
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         feature_extractor = AutoFeatureExtractor.from_pretrained(folder)
         described, _ = ProcessorMixin.get_processor_dict(folder)
-        try:
+        if (folder / "generation_config.json").is_file():
             generation_config = GenerationConfig.from_pretrained(folder)
-        except OSError:
+        else:
             generation_config = GenerationConfig.from_model_config(config)
-    except (OSError, ValueError) as error:
+    # Libraries raise much over a file that is JSON, but of something else.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise cannot_be_loaded(source, error) from error
     chat_template = described.get("chat_template") or tokenizer.chat_template or family.default_template()
     if chat_template is None:
