@@ -380,6 +380,9 @@ def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype:
     try:
         module, found = family.transformers_class().from_pretrained(
             folder,
+            trust_remote_code=False,
+            # Never a pickle.
+            use_safetensors=True,
             dtype=torch.float32 if adapted else dtype,
             attn_implementation="sdpa",
             output_loading_info=True,
