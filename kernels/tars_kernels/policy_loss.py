@@ -171,11 +171,11 @@ def _loss_from_logits(  # noqa: PLR0913
     if HAS_GRADIENT:
         slope = (slope + kl_slope) * weight * inverse_temperature
         entropy_slope *= inverse_temperature
+        # The gradient, zeros too, may take the place of the logits, whose target some threads may not have read yet.
+        tl.debug_barrier()
         if (slope == 0) & (entropy_slope == 0):
             fill_row(gradient + pid * V, V, ROWS, LANES)
         else:
-            # The gradient may take the place of the logits, whose target some threads may not have read yet.
-            tl.debug_barrier()
             write_gradient(
                 gradient + pid * V, row, bias, target, V, scale, peak, total, rest, logprob, entropy, slope, entropy_slope,
                 HAS_BIAS, HAS_ENTROPY, ROWS, LANES,
