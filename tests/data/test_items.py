@@ -299,5 +299,5 @@ def test_recordings_inside_a_line(tmp_path, audio):
 def test_values_that_are_no_recordings_are_named(tmp_path, audio, said):
     with pytest.raises(UserError) as caught:
         load_questions(write(tmp_path / "items.jsonl", LETTERED | {"audio": audio}))
-    assert str(caught.value) == f"{tmp_path / 'items.jsonl'}, line 1: item 'q1': 'audio' {said}"
+    assert str(caught.value) == f"{tmp_path / 'items.jsonl'}, line 1: item 'q1': the recording in 'audio' {said}"
     assert load_questions(write(tmp_path / "items.jsonl", LETTERED | {"audio": audio}), spoken=False)[0].audio is None
