@@ -202,7 +202,7 @@ def check(path: Path, prompts: PromptFormat, lines: list[str]) -> None:
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=40, derandomize=True, **COMMON)
+@settings(max_examples=80, derandomize=True, **COMMON)
 @given(st.lists(LINES, min_size=1, max_size=4))
 def test_nonsense_never_gives_a_traceback(folder, prompts, lines):
     check(folder / "items.jsonl", prompts, lines)
