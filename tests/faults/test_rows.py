@@ -61,6 +61,7 @@ ODD = [
 ]
 TEXTS = st.one_of(
     st.sampled_from(["", " ", "A", "B", "0", "1", "x", "y", "q?", "A. x\nB. y\nC. x", "The answer is B.", "ok.wav", *ODD]),
+    st.sampled_from(ODD),
     st.text(st.characters(exclude_categories=()), max_size=8),
     st.builds("".join, st.lists(st.sampled_from([*ODD, "A", " ", "x"]), max_size=5)),
 )
@@ -122,12 +123,13 @@ def rows(draw: st.DrawFn) -> object:
     format = draw(st.sampled_from(FORMATS))
     columns = {*format.columns.values(), *format.id_columns, draw(st.sampled_from([format.audio, "audio"]))}
     columns |= format.identifying_columns | set(draw(st.lists(st.sampled_from(COLUMNS), max_size=2)))
-    row = {}
-    for column in sorted(columns):
+    row = {column: GOOD.get(column, "x") for column in sorted(columns)}
+    for column in draw(st.lists(st.sampled_from(sorted(columns)), max_size=3)):
         likely = VALUES.get(column, TEXTS)
-        kind = draw(st.integers(0, 19))
-        if kind:
-            row[column] = draw({1: JSON, 2: NUMBERS, 3: TEXTS, 4: likely, 5: likely}.get(kind, st.just(GOOD.get(column, "x"))))
+        kind = draw(st.integers(0, 7))
+        row[column] = draw({0: JSON, 1: NUMBERS, 2: st.none()}.get(kind, likely if kind < 6 else TEXTS))
+        if kind == 2 and draw(st.booleans()):
+            del row[column]
     return row
 
 
