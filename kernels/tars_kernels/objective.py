@@ -265,5 +265,7 @@ class PolicyLoss:
 def sequence_numbers(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """[T] which sequence each packed token belongs to."""
     tokens = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    # Never more than the last sequence, whatever the boundaries hold: what is gathered with it must exist.
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).clamp(max=max(0, len(cu_seqlens) - 2))
+    # The whole of cu_seqlens: torch.compile of torch 2.11 forgets on CUDA where a slice of it would begin.
+    numbers = torch.searchsorted(cu_seqlens.contiguous(), tokens, right=True) - 1
+    # Only sequences that there are, whatever the boundaries hold: what is gathered with it must exist.
+    return numbers.clamp(0, max(0, len(cu_seqlens) - 2))

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from tars_fast.models.adapters import add_adapter, has_adapter, load_adapter, load_adapter_weights, merge_adapter
 from tars_fast.models.audio_cache import AudioCache, ClipEmbeddings, fingerprint
 from tars_fast.models.families.base import Features
+from tars_fast.models.flash_attention import find_flash_attention
 from tars_fast.models.hub import base_of, cannot_be_loaded, checkpoint_folder
 from tars_fast.models.key_values import KeyValues
 from tars_fast.models.modules import Decoder, PolicyModule
-from tars_fast.models.packed_attention import PackedGroups, use_packed_attention, uses_flash
+from tars_fast.models.packed_attention import PackedGroups, use_packed_attention
 from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.types import Completion, Modality, Prompt, Question, Recording, UserError
@@ -104,7 +105,8 @@ class SpeechModel:
     def attention(self) -> str:
         """The kind of attention in the trainer's forward pass, as messages name it."""
         attention: Any = self.language_model.layers[0].self_attn
-        return "FlashAttention" if uses_flash(self.device, self.module.dtype, attention.head_dim) else "masked attention"
+        flash = find_flash_attention(self.device, self.module.dtype, attention.head_dim)
+        return "masked attention" if flash is None else flash.name
 
     def set_audio_cache(self, max_bytes: int, folder: Path | None, max_folder_bytes: int) -> None:
         """Replace the cache of audio embeddings by an empty one.
