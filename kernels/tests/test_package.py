@@ -152,6 +152,11 @@ WRONG = [
         for name in (*LOSSES, "linear_logprob")
         for value in (0.0, -1.0, float("nan"))
     ],
+    # A number is meant; it would have to be read.
+    *[
+        (name, {"temperature": lambda _: torch.tensor(0.7)}, r"temperature: a Tensor; pass the number, float\(")
+        for name in HEADS
+    ],
     *[(name, {"targets": lambda v: v["targets"][:3]}, "targets") for name in (*LOSSES, "linear_logprob")],
     *[(name, {"targets": lambda v: v["targets"].float()}, r"targets.*\.long") for name in (*LOSSES, "linear_logprob")],
     *[(name, {"bias": lambda v: v["hidden"][0]}, "bias") for name in (*LOSSES, "linear_logprob")],

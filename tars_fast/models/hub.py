@@ -153,9 +153,11 @@ def model_type(source: str) -> str:
     """
     try:
         config = json.loads((checkpoint_folder(source, weights=False) / "config.json").read_text(encoding="utf-8"))
-        return str(config["model_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+            raise ValueError("config.json names no model_type")
+    except (OSError, ValueError) as error:
         raise cannot_be_loaded(source, error) from error
+    return config["model_type"]
 
 
 def read_weights(source: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
@@ -184,4 +186,5 @@ def cannot_be_loaded(source: str, error: Exception) -> UserError:
         return UserError(
             f"--model {source}: asks for code of its own, which is never run; name a revision that transformers reads without"
         )
-    return UserError(f"--model {source}: cannot be loaded ({first_line(error)}); check the path, or the network")
+    remedy = "copy it again, whole" if Path(source).is_dir() else "check the spelling, or the network"
+    return UserError(f"--model {source}: cannot be loaded ({first_line(error)}); {remedy}")

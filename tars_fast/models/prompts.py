@@ -105,9 +105,24 @@ class PromptFormat:
         try:
             return render_template(self.chat_template, messages, self.tokenizer.special_tokens_map)
         except TemplateError as error:
-            raise UserError(
-                f"--model {self.source}: its chat template cannot be used ({error}); put its chat_template.jinja right"
-            ) from error
+            raise self._template_error(str(error)) from error
+
+    def _template_error(self, reason: str) -> UserError:
+        return UserError(
+            f"--model {self.source}: its chat template cannot be used ({reason}); put its chat_template.jinja right"
+        )
+
+    def check(self) -> None:
+        """Raises UserError where every prompt would lack its end, its question or its recording, as with a damaged file."""
+        vocabulary = self.tokenizer.get_vocab()
+        if self.audio_token not in vocabulary or not self.stop_token_ids:
+            lacking = "no token that ends a completion" if self.audio_token in vocabulary else f"no {self.audio_token}"
+            raise UserError(f"--model {self.source}: its tokenizer has {lacking}; copy the checkpoint again, whole")
+        probe = Question("", "What is asked?", "A", ("A",))
+        if probe.text not in self.render(probe, Modality.TEXT):
+            raise self._template_error("it leaves the question out")
+        if (number := self.render(probe, Modality.SPEECH).count(self.audio_token)) != 1:
+            raise self._template_error(f"it holds a recording {number} times")
 
     def token_ids(
         self, question: Question, modality: Modality, audio_tokens: Sequence[int] = (), instruction: str | None = None
@@ -237,13 +252,15 @@ def load_prompt_format(preset: Preset, source: str, long_audio: LongAudio = "ref
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         feature_extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
         described, _ = ProcessorMixin.get_processor_dict(folder)
-        try:
+        if (folder / "generation_config.json").is_file():
             generation_config = GenerationConfig.from_pretrained(folder, trust_remote_code=False)
-        except OSError:
+        else:
             generation_config = GenerationConfig.from_model_config(config)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # A damaged file makes the libraries raise anything.
         raise cannot_be_loaded(source, error) from error
-    chat_template = described.get("chat_template") or tokenizer.chat_template or family.default_template()
+    chat_template = described.get("chat_template", tokenizer.chat_template)
+    if chat_template is None:
+        chat_template = family.default_template()
     if isinstance(chat_template, dict):
         # Several by name.
         chat_template = chat_template.get("default")
@@ -260,7 +277,5 @@ def load_prompt_format(preset: Preset, source: str, long_audio: LongAudio = "ref
         base,
         long_audio,
     )
-    # Not only with the first item.
-    for modality in Modality:
-        prompts.render(Question("", "", "A", ("A",)), modality)
+    prompts.check()
     return prompts

@@ -150,6 +150,9 @@ BAD_TEMPLATES = {
     "raise_exception": ("{{ raise_exception('no system role') }}", "no system role"),
     "sandbox": ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "constant": ("3", "it leaves the question out"),
+    "emptied": ("", "it leaves the question out"),
+    "twice": ("{{ messages[1].content }}<|AUDIO|><|AUDIO|>", "it holds a recording 2 times"),
     "long": ("{{ 'x' * 2000000 }}", "it makes a prompt of 2000000 characters"),
     "3 GB": ("{{ 'x' * 3000000000 }}", "it takes more than 2 GB of memory"),
     "tokens named as arguments": ("{{ messages }}", "multiple values"),
@@ -193,13 +196,52 @@ def test_a_ctrl_c_leaves_no_answer_behind(monkeypatch):
     process.wait()
 
 
-@pytest.mark.parametrize("template", [{"default": "{{ messages[1].content }}"}, {"rag": "x"}, ["x"], 3])
+BY_NAME = {"default": "{{ messages[1].content if messages[1].content is string else '<|AUDIO|>' }}", "rag": "x"}
+
+
+@pytest.mark.parametrize("template", [BY_NAME, {"rag": "x"}, ["x"], 3])
 def test_templates_by_name_and_templates_that_are_none(template, checkpoint, monkeypatch):
     monkeypatch.setattr("transformers.ProcessorMixin.get_processor_dict", lambda *_: ({"chat_template": template}, {}))
     preset = find_preset(str(checkpoint))
-    if template == {"default": "{{ messages[1].content }}"}:
+    if template is BY_NAME:
         question = next(iter(read_items(str(PACKAGE / "assets/spoken-arithmetic/held_out.parquet")))).question
         assert load_prompt_format(preset, str(checkpoint)).render(question, Modality.TEXT) == question.text
         return
     with pytest.raises(UserError, match="brings no chat template"):
         load_prompt_format(preset, str(checkpoint))
+
+
+DAMAGES = ("", "[]", "null", "3", '"x"', "{", '{"a": 1}', b"\xff\xfe\x00", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        ("config.json", ()),
+        # Of the tokenizer's settings and these nothing is needed that is not elsewhere.
+        ("generation_config.json", ('{"a": 1}', None)),
+        ("tokenizer_config.json", ('{"a": 1}', None)),
+        ("processor_config.json", ()),
+        ("tokenizer.json", ()),
+        ("model.safetensors", ()),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(name, whole, checkpoint):
+    """Each file cut, emptied, of other contents, removed."""
+    for content in DAMAGES:
+        (checkpoint / name).unlink(missing_ok=True)
+        if content is not None:
+            (checkpoint / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with nullcontext() if content in whole else pytest.raises(UserError, match=r"^--model .*; copy .* again, whole$"):
+            load_module(load_prompt_format(find_preset(str(checkpoint)), str(checkpoint)), str(checkpoint), CPU, torch.float32)
+
+
+def test_a_tokenizer_without_what_prompts_need_is_named(checkpoint):
+    tokenizer = (checkpoint / "tokenizer.json").read_text()
+    (checkpoint / "tokenizer.json").write_text(tokenizer.replace("<|AUDIO|>", "<|SOUND|>"))
+    config = (checkpoint / "tokenizer_config.json").read_text()
+    (checkpoint / "tokenizer_config.json").write_text(config.replace("<|AUDIO|>", "<|SOUND|>"))
+    prompts = load_prompt_format(PRESETS["pocket"], str(POCKET))
+    with pytest.raises(UserError, match=r"its tokenizer has no <\|AUDIO\|>|holds a recording 0 times"):
+        load_prompt_format(find_preset(str(checkpoint)), str(checkpoint))
+    assert prompts.audio_token == "<|AUDIO|>"
