@@ -58,8 +58,12 @@ WALKED = ("kernels/tars_kernels/*.py", "tars_fast/models/packed_attention.py", "
 """Files every line of whose CUDA branches must run."""
 NOT_WALKED = ("reference.py", "token_loss.py", "operations.py", "__init__.py")
 """The specification, which runs without a GPU, and what only imports."""
-NOT_ON_CUDA = r"not runs_kernels|device\.type == '(cpu|meta)'|_shows_values|is_compiling|detect_fake_mode|(upstream|slopes) is None( and|$)"
-"""Conditions of what runs without a GPU, while a graph is traced, or where autograd asks for no gradient at all."""
+NOT_ON_CUDA = (
+    r"not runs_kernels|device\.type == '(cpu|meta)'|_shows_values|is_compiling|detect_fake_mode"
+    # Autograd's questions about a gradient that nobody wants.
+    r"|(upstream|slopes) is None( and|$)"
+)
+"""Conditions of what does not run on a GPU, or only while a graph is traced."""
 WALKED_BY_TESTS = r"_flash_attention_[23]|.*_outputs"
 """Functions that need packages which are not installed (tests/models/test_packed_attention.py has stand-ins for them), or run
 while a graph is traced."""
