@@ -79,7 +79,9 @@ def add_product_fp32(total: Tensor, left: Tensor, right: Tensor, *, first: bool)
     """Add `left @ right` to `total` in place, in fp32; the first of several products is written over what stands there."""
     beta = 0.0 if first else 1.0
     if left.is_cuda and left.dtype != torch.float32:
-        torch.addmm(total, left, right, out_dtype=torch.float32, beta=beta, out=total)
+        # As a batch of one: `addmm` takes no fp32 total for bf16 factors in every version.
+        batch = total[None]
+        torch.baddbmm(batch, left[None], right[None], out_dtype=torch.float32, beta=beta, out=batch)
     else:
         torch.addmm(total, left.float(), right.float(), beta=beta, out=total)
 
