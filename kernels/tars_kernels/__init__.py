@@ -6,31 +6,39 @@ Gradients are taken once: none of them is differentiable twice.
 
 from tars_kernels import reference
 from tars_kernels.backend import use_reference
-from tars_kernels.objective import Objective, PolicyLoss
+from tars_kernels.divergence import Distillation, DistillationLoss
+from tars_kernels.objective import Objective, PolicyLoss, from_padded
 from tars_kernels.operations import (
     layer_similarity,
     linear_cka,
+    linear_distillation_loss,
     linear_logprob,
     linear_policy_loss,
     policy_loss,
     pool_sequences,
     pooled_similarity,
+    token_policy_loss,
     token_similarity,
 )
 from tars_kernels.pooling import LayerPooler
 
 __all__ = [
+    "Distillation",
+    "DistillationLoss",
     "LayerPooler",
     "Objective",
     "PolicyLoss",
+    "from_padded",
     "layer_similarity",
     "linear_cka",
+    "linear_distillation_loss",
     "linear_logprob",
     "linear_policy_loss",
     "policy_loss",
     "pool_sequences",
     "pooled_similarity",
     "reference",
+    "token_policy_loss",
     "token_similarity",
     "use_reference",
 ]

@@ -1,7 +1,7 @@
 """Arguments refused before anything is launched; every message names the argument, its value and the remedy.
 
 Nothing here reads a CUDA tensor: that would stop the host until the device is done. What only its values can show is checked
-for CPU tensors, and on CUDA kept from reading outside of memory (a target out of range gives NaN).
+for CPU tensors, outside of torch.compile, and on CUDA kept from reading outside of memory (a target out of range gives NaN).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32)
@@ -46,6 +47,11 @@ def check_integers(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> 
     check_shape(name, tensor, shape)
 
 
+def _shows_values(tensor: Tensor) -> bool:
+    """Whether values can be looked at: on the CPU, where there are any, and without breaking a graph that is being traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+
+
 def check_same_device(reference: tuple[str, Tensor], **others: Tensor | None) -> None:
     """Raises ValueError for the first of `others` that lies elsewhere; None passes."""
     home, tensor = reference
@@ -65,7 +71,7 @@ def check_targets(targets: Tensor, num_tokens: int, vocabulary: int, mask: Tenso
     check_integers("targets", targets, (num_tokens,))
     if mask is not None:
         check_mask(mask, num_tokens)
-    if targets.device.type == "cpu":
+    if _shows_values(targets):
         outside = (targets < 0) | (targets >= vocabulary)
         if mask is not None:
             outside = outside & mask.bool()
@@ -99,7 +105,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
     check_integers("cu_seqlens", cu_seqlens, (None,))
     if len(cu_seqlens) < 1:
         raise ValueError("cu_seqlens: empty; it holds the start of every sequence and, last, the number of tokens")
-    if cu_seqlens.device.type == "cpu":
+    if _shows_values(cu_seqlens):
         values = cu_seqlens.tolist()
         if values[0] != 0 or values[-1] != num_tokens or values != sorted(values):
             raise ValueError(f"cu_seqlens: {values}; must rise from 0 to the number of tokens, {num_tokens}")
@@ -108,7 +114,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
 def check_pairs(pairs: Tensor, num_sequences: int) -> None:
     """Raises ValueError for a wrong dtype or shape, and on the CPU for a sequence number out of range."""
     check_integers("pairs", pairs, (None, 2))
-    if pairs.device.type == "cpu" and pairs.numel() and not (int(pairs.min()) >= 0 and int(pairs.max()) < num_sequences):
+    if _shows_values(pairs) and pairs.numel() and not (int(pairs.min()) >= 0 and int(pairs.max()) < num_sequences):
         raise ValueError(f"pairs: holds numbers outside 0 ... {num_sequences - 1}; number the sequences of cu_seqlens from 0")
 
 
@@ -139,40 +145,46 @@ def check_pooling(pooling: str) -> None:
         raise ValueError(f"pooling: {pooling!r}; must be 'mean' or 'last'")
 
 
-def head_parameters(weight: Tensor | nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of an output head, given as its weight or as the module itself.
+def head_parameters(weight: Tensor | nn.Module, bias: Tensor | None, name: str = "weight") -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of an output head, given as its weight or as the module itself; `name` is the argument's.
 
     Raises:
-        ValueError: the module carries an adapter, whose output its weight alone does not give, or is no linear layer.
+        ValueError: the module carries an adapter, whose output its weight alone does not give, or is no linear layer; or the
+            weight is in parts.
     """
     if isinstance(weight, Tensor):
+        if hasattr(weight, "full_tensor"):
+            raise ValueError(
+                f"weight: a {type(weight).__name__}, of which this process holds a part; call from the forward of the module "
+                "that gathers it, or pass weight.full_tensor()"
+            )
         return weight, bias
     if hasattr(weight, "lora_A") or hasattr(weight, "base_layer"):
         raise ValueError(
-            f"weight: {type(weight).__name__} with an adapter, which its weight leaves out; merge the adapter, leave the "
+            f"{name}: {type(weight).__name__} with an adapter, which its weight leaves out; merge the adapter, leave the "
             "head out of its target modules, or pass logits to policy_loss"
         )
     # peft wraps modules that it trains whole in one that hands on the trained copy's parameters.
     if not isinstance(weight, nn.Linear) and not hasattr(weight, "modules_to_save"):
-        raise ValueError(f"weight: {type(weight).__name__}; pass the head's weight [V, D] or the nn.Linear itself")
+        raise ValueError(f"{name}: {type(weight).__name__}; pass the head's weight [V, D] or the nn.Linear itself")
     head: Any = weight
-    return head.weight, getattr(head, "bias", None) if bias is None else bias
+    return head_parameters(head.weight, getattr(head, "bias", None) if bias is None else bias)
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, allow_float64: bool) -> None:
-    """Raises ValueError unless hidden [T, D], weight [V, D] and bias [V] fit together."""
-    check_floats("hidden", hidden, (None, None), allow_float64=allow_float64)
-    check_floats("weight", weight, (None, hidden.shape[1]), allow_float64=allow_float64)
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, allow_float64: bool, prefix: str = "") -> None:
+    """Raises ValueError unless hidden [T, D], weight [V, D] and bias [V] fit together; `prefix` begins the arguments' names."""
+    check_floats(f"{prefix}hidden", hidden, (None, None), allow_float64=allow_float64)
+    check_floats(f"{prefix}weight", weight, (None, hidden.shape[1]), allow_float64=allow_float64)
     if weight.dtype != hidden.dtype:
-        raise ValueError(f"weight: dtype {weight.dtype}, hidden {hidden.dtype}; convert one of them")
-    check_same_device(("hidden", hidden), weight=weight, bias=bias)
-    check_bias(bias, weight.shape[0])
+        raise ValueError(f"{prefix}weight: dtype {weight.dtype}, {prefix}hidden {hidden.dtype}; convert one of them")
+    check_same_device((f"{prefix}hidden", hidden), **{f"{prefix}weight": weight, f"{prefix}bias": bias})
+    check_bias(bias, weight.shape[0], f"{prefix}bias")
 
 
-def check_bias(bias: Tensor | None, vocabulary: int) -> None:
+def check_bias(bias: Tensor | None, vocabulary: int, name: str = "bias") -> None:
     """Raises ValueError unless `bias` is None or one floating point number for each token of the vocabulary."""
     if bias is not None:
-        check_floats("bias", bias, (vocabulary,), allow_float64=True)
+        check_floats(name, bias, (vocabulary,), allow_float64=True)
 
 
 def check_packing(states: Tensor, cu_seqlens: Tensor, positions: Tensor | None) -> None:
@@ -184,13 +196,9 @@ def check_packing(states: Tensor, cu_seqlens: Tensor, positions: Tensor | None) 
         check_integers("positions", positions, (None,))
         if positions.dtype != torch.int64:
             raise ValueError(f"positions: dtype {positions.dtype}; convert it with .long()")
-        if positions.device.type == "cpu" and len(positions.unique()) < len(positions):
+        if _shows_values(positions) and len(positions.unique()) < len(positions):
             raise ValueError("positions: holds a row twice; every packed token has a place of its own")
-        if (
-            positions.device.type == "cpu"
-            and len(positions)
-            and not 0 <= int(positions.min()) <= int(positions.max()) < len(states)
-        ):
+        if _shows_values(positions) and len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < len(states):
             raise ValueError(f"positions: holds numbers outside 0 ... {len(states) - 1}; they are rows of the states")
     check_cu_seqlens(cu_seqlens, len(states) if positions is None else len(positions))
 

@@ -1,20 +1,54 @@
-"""Settings and results of a clipped policy-gradient loss, and its per-token terms, from which every implementation starts."""
+"""Settings and results of a policy-gradient loss, and its per-token terms, from which every implementation starts."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from tars_kernels.checks import check_cu_seqlens, check_floats, check_mask, check_same_device, check_shape
 
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"]
-_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
+LossName = Literal["ppo", "cispo", "sapo", "dppo-tv", "dppo-kl", "vespo", "gmpo", "reinforce"]
+RatioLevel = Literal["token", "sequence", "sequence-token"]
+Normalise = Literal["token-mean", "sequence-mean", "sequence-sum", "constant"]
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "gspo", "cispo", "sapo", "vespo", "gmpo"]
+KlEstimator = Literal["k1", "k2", "k3", "k1+", "k3+"]
+Level = Literal["token", "sequence"]
 
+
+class Formula(NamedTuple):
+    """What a name of the field stands for."""
+
+    loss: LossName
+    ratio_level: RatioLevel
+    normalise: Normalise
+
+
+PRESETS: dict[LossType, Formula] = {
+    "grpo": Formula("ppo", "token", "sequence-mean"),
+    "bnpo": Formula("ppo", "token", "token-mean"),
+    "dr_grpo": Formula("ppo", "token", "constant"),
+    "dapo": Formula("ppo", "token", "token-mean"),
+    "luspo": Formula("ppo", "sequence", "sequence-sum"),
+    "gspo": Formula("ppo", "sequence", "sequence-mean"),
+    "cispo": Formula("cispo", "token", "token-mean"),
+    "sapo": Formula("sapo", "token", "sequence-mean"),
+    "vespo": Formula("vespo", "token", "token-mean"),
+    "gmpo": Formula("gmpo", "sequence", "sequence-mean"),
+}
+"""The names papers gave: grpo arXiv 2402.03300, dapo 2503.14476, dr_grpo 2503.20783, gspo 2507.18071, cispo 2506.13585, sapo
+2511.20347, gmpo 2507.20673, dppo 2602.04879; bnpo, luspo and vespo as TRL 1.16 has them."""
+
+MAX_EXPONENT = 40.0
+"""Where a log-ratio is larger, the ratio is e to this power, without a gradient: products of two stay finite in fp32."""
+VESPO_RANGE = (-18.420680743952367, 20.0)
+"""Bounds of logarithms in vespo's weight, from log 1e-8 (TRL)."""
+GMPO_FLOOR = 1e-10
+"""Added to importance weights before gmpo takes their logarithm (verl)."""
 
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 
@@ -26,93 +60,181 @@ class ObjectiveSettings(TypedDict, total=False):
     old_logprobs: Tensor | None
     rollout_logprobs: Tensor | None
     ref_logprobs: Tensor | None
+    importance_weights: Tensor | None
     mask: Tensor | None
+    advantage_level: Level | None
     loss_type: LossType
+    loss: LossName | None
+    ratio_level: RatioLevel | None
+    normalise: Normalise | None
+    num_tokens: float | Tensor | None
+    num_sequences: float | Tensor | None
+    constant: float | Tensor | None
+    scale: float | Tensor
     clip_low: float
     clip_high: float | None
     dual_clip: float | None
-    importance_cap: float
+    cispo_low: float
+    sapo_temperatures: tuple[float, float]
+    vespo_positive: tuple[float, float]
+    vespo_negative: tuple[float, float]
+    importance_cap: float | None
+    importance_floor: float | None
     importance_mode: Literal["truncate", "mask"]
-    importance_level: Literal["token", "sequence"]
-    kl_coef: float
+    importance_level: Level
+    off_policy_threshold: float | None
+    top_entropy_quantile: float
     entropy_coef: float
-    num_tokens: float | Tensor | None
+    kl_coef: float
+    kl_estimator: KlEstimator
+    kl_bias_correction: bool
 
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """Settings of `policy_loss` and `linear_policy_loss`, by keyword. T tokens, N sequences.
+    """Settings of `policy_loss`, `linear_policy_loss` and `token_policy_loss`, by keyword. T tokens, N sequences.
 
-    With r = exp(logprob - old), advantage A and importance weight w = exp(old - rollout), bounded by `importance_cap`, the
-    loss of a token is `-min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A) * w + kl_coef * KL`, KL = exp(ref - logprob)
-    - (ref - logprob) - 1, and the loss of the batch the sum over unmasked tokens divided by what `loss_type` says. Formulas are
-    those of TRL 1.16's GRPOTrainer.
+    With r = exp(logprob - old), advantage A and importance weight w = exp(old - rollout) within its bounds, the loss of a token
+    is `-min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A) * w + kl_coef * KL * r`, KL = exp(ref - logprob) - (ref - logprob)
+    - 1, and the loss of the batch the sum over unmasked tokens divided by their number. `loss`, `ratio_level`, `normalise` and
+    `kl_*` change the parts of this formula; docs/policy-losses.md has each of them beside its name in TRL, verl and Liger.
 
     Raises:
         ValueError: a setting out of range, or a tensor of the wrong shape, dtype or device.
     """
 
     cu_seqlens: Tensor | None = None
-    """[N + 1] boundaries of the packed sequences, from 0 to T; for advantages per sequence, grpo, gspo and sequence-level w."""
+    """[N + 1] boundaries of the packed sequences, from 0 to T; for whatever belongs to sequences."""
     old_logprobs: Tensor | None = None
     """[T] of the policy that the ratio starts from. None: the current policy, so that r is exactly 1."""
     rollout_logprobs: Tensor | None = None
     """[T] as the rollout engine reports them; NaN where it reports none, which gives w = 1. None: w = 1 everywhere."""
     ref_logprobs: Tensor | None = None
     """[T] of the reference policy of the KL term."""
+    importance_weights: Tensor | None = None
+    """[T] ready-made w, taken as they are, in place of those from `rollout_logprobs`."""
     mask: Tensor | None = None
     """[T] bool; False leaves a token out of everything, whatever its slots hold, NaN included."""
+    advantage_level: Level | None = None
+    """Whether advantages are one a token or one a sequence. None: what their number says, which must say it (T is not N)."""
     loss_type: LossType = "dapo"
-    """dapo, bnpo: divided by unmasked tokens (DAPO, arXiv 2503.14476, eq. 8). grpo: mean over sequences of the mean over their
-    tokens (arXiv 2402.03300, eq. 3). dr_grpo: divided by `num_tokens`, batch x maximum length (arXiv 2503.20783). cispo:
-    -min(r, clip_high) * A * logprob with the factor held constant (arXiv 2506.13585, eq. 4). gspo: dapo with
-    r = exp(mean over the sequence of logprob - old) (arXiv 2507.18071, eq. 7)."""
+    """The name of a combination of the next three, see `PRESETS`: each of them that is None is taken from it."""
+    loss: LossName | None = None
+    """ppo: clipped on the side of the advantage. cispo: -clip(r) * A * logprob with the factor held constant. sapo: a sigmoid
+    gate of r in place of the clip. dppo-tv, dppo-kl: -r * A * logprob with the factor held constant, 0 where the probability
+    moved too far. vespo: the same with a gamma weight of the sequence's ratio. gmpo: r is the geometric mean of the sequence's
+    clipped ratios. reinforce: -A * logprob."""
+    ratio_level: RatioLevel | None = None
+    """sequence: r = exp(mean over the sequence of logprob - old). sequence-token: the same value, but the gradient of a token's
+    r goes to that token alone (verl's gspo)."""
+    normalise: Normalise | None = None
+    """What the sum over unmasked tokens is divided by. token-mean: their number. sequence-mean: the mean over sequences of the
+    mean over tokens. sequence-sum: the number of sequences. constant: `constant`."""
+    num_tokens: float | Tensor | None = None
+    """Unmasked tokens of the whole accumulated batch, a number or 0-d tensor, in place of those here; at least 1. With it, and
+    `num_sequences` where these count, the losses of micro-batches add up to the loss of the batch."""
+    num_sequences: float | Tensor | None = None
+    """The same for sequences. None: N, those that are empty or masked out included (TRL)."""
+    constant: float | Tensor | None = None
+    """What normalise constant (dr_grpo) divides by: sequences x longest completion."""
+    scale: float | Tensor = 1.0
+    """The loss is multiplied by it. `policy_loss` writes the gradient of bf16 logits in the forward pass: a factor given here,
+    and not applied to its result, rounds that gradient once instead of twice and saves another pass over it."""
     clip_low: float = 0.2
-    """r is held above 1 - clip_low where A < 0."""
+    """ppo: r is held above 1 - clip_low where A < 0. gmpo: log r above -clip_low. dppo: the probability may fall by so much."""
     clip_high: float | None = None
-    """r is held below 1 + clip_high where A > 0; None: 0.28. For cispo the upper bound itself, which must be given."""
+    """ppo: r is held below 1 + clip_high where A > 0; None: 0.28. gmpo: log r below clip_high. cispo: the upper bound of r
+    itself (TRL's epsilon_high). dppo: the probability may rise by so much."""
     dual_clip: float | None = None
-    """Upper bound of r where A < 0 (TRL's delta, arXiv 2505.07291, eq. 1)."""
-    importance_cap: float = 2.0
-    """Largest w (truncated importance sampling)."""
+    """ppo: upper bound of r where A < 0, at least 1 + clip_high (arXiv 2505.07291, eq. 1). dppo: of its constant factor."""
+    cispo_low: float = 0.0
+    """Lower bound of cispo's factor (verl: 1 - clip_ratio_low)."""
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)
+    """Of the gate where A > 0, and elsewhere."""
+    vespo_positive: tuple[float, float] = (2.0, 3.0)
+    """Shape k and rate lambda of the gamma weight where A >= 0."""
+    vespo_negative: tuple[float, float] = (3.0, 2.0)
+    """The same where A < 0."""
+    importance_cap: float | None = 2.0
+    """Largest w."""
+    importance_floor: float | None = None
+    """Smallest w."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
-    """truncate: w above the cap becomes the cap. mask: it becomes 0."""
-    importance_level: Literal["token", "sequence"] = "token"
+    """truncate: w outside of its bounds becomes the bound. mask: it becomes 0 (with both bounds: IcePop)."""
+    importance_level: Level = "token"
     """sequence: w is the product over the sequence's unmasked tokens."""
-    kl_coef: float = 0.0
+    off_policy_threshold: float | None = None
+    """Tokens with A < 0 have no policy loss where the sequence's mean of rollout (else old) - logprob is larger (DeepSeek-V3.2,
+    eq. 9)."""
+    top_entropy_quantile: float = 1.0
+    """Part of the unmasked tokens, those of highest entropy, that policy loss and entropy bonus act on (arXiv 2506.01939)."""
     entropy_coef: float = 0.0
     """The loss falls by this times the mean entropy of unmasked tokens, whose gradient is taken only where this is not 0."""
-    num_tokens: float | Tensor | None = None
-    """Unmasked tokens of the whole accumulated batch, a number or 0-d tensor, in place of those here; at least 1. With it the
-    losses of micro-batches add up to the loss of the batch, except for grpo, which has no token normaliser."""
+    kl_coef: float = 0.0
+    kl_estimator: KlEstimator = "k3"
+    """With d = logprob - ref. k1: d. k2: d^2 / 2. k3: exp(-d) + d - 1. k1+, k3+: their value with the gradient of k2 (verl)."""
+    kl_bias_correction: bool = True
+    """Multiply KL by r, gradient included (DeepSeek-V3.2; TRL's default, verl has no such factor)."""
 
     def __post_init__(self) -> None:
-        if self.loss_type not in _LOSS_TYPES:
-            raise ValueError(f"loss_type: {self.loss_type!r}; must be one of {', '.join(_LOSS_TYPES)}")
-        if self.importance_mode not in ("truncate", "mask"):
-            raise ValueError(f"importance_mode: {self.importance_mode!r}; must be 'truncate' or 'mask'")
-        if self.importance_level not in ("token", "sequence"):
-            raise ValueError(f"importance_level: {self.importance_level!r}; must be 'token' or 'sequence'")
-        if self.clip_high is None and self.loss_type == "cispo":
-            raise ValueError("clip_high: None; cispo needs it, as the upper bound of the ratio itself (e.g. 5.0)")
-        for name in ("clip_low", "clip_high", "importance_cap", "dual_clip"):
+        for name, known in _CHOICES.items():
             value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{name}: {value}; must be a finite number, at least 0")
-        if self.clip_low >= 1:
-            raise ValueError(f"clip_low: {self.clip_low}; must be below 1, the ratio is held above 1 - clip_low")
-        if self.dual_clip is not None and self.loss_type == "cispo":
-            raise ValueError(f"dual_clip: {self.dual_clip}; cispo has no second clip, leave it out")
+            if value not in known and not (value is None and name in _OPTIONAL_CHOICES):
+                raise ValueError(f"{name}: {value!r}; must be one of {', '.join(known)}")
+        self._check_numbers()
+        self._check_formula()
         if self.kl_coef != 0 and self.ref_logprobs is None:
             raise ValueError(f"kl_coef: {self.kl_coef} without ref_logprobs; pass the reference policy's log-probabilities")
-        if self.num_tokens is None and self.loss_type == "dr_grpo":
-            raise ValueError("num_tokens: None; dr_grpo needs it, as batch x maximum completion length")
-        if self.num_tokens is not None and self.loss_type == "grpo":
-            raise ValueError(f"num_tokens: {self.num_tokens}; grpo has no token normaliser, scale its loss instead")
-        if isinstance(self.num_tokens, Tensor):
-            check_shape("num_tokens", self.num_tokens, ())
-        elif self.num_tokens is not None and not 0 <= self.num_tokens < float("inf"):
-            raise ValueError(f"num_tokens: {self.num_tokens}; must be a number of tokens")
+
+    def _check_numbers(self) -> None:
+        for name in (
+            "clip_low", "clip_high", "dual_clip", "cispo_low", "importance_cap", "importance_floor", "off_policy_threshold",
+            "sapo_temperatures", "vespo_positive", "vespo_negative",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else () if value is None else (value,):
+                if not 0 <= number < float("inf"):
+                    raise ValueError(f"{name}: {value}; must be a finite number, at least 0")
+        if min(self.sapo_temperatures) == 0:
+            raise ValueError(f"sapo_temperatures: {self.sapo_temperatures}; must be above 0")
+        if not 0 < self.top_entropy_quantile <= 1:
+            raise ValueError(f"top_entropy_quantile: {self.top_entropy_quantile}; must be above 0, at most 1")
+        if None not in (self.importance_floor, self.importance_cap) and self.importance_floor >= self.importance_cap:  # type: ignore[operator]
+            raise ValueError(f"importance_floor: {self.importance_floor}; must be below importance_cap, {self.importance_cap}")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                check_shape(name, value, ())
+            elif value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: {value}; must be a finite number, at least 0")
+        for name in ("constant", "scale"):
+            if not isinstance(getattr(self, name), Tensor) and getattr(self, name) == 0:
+                raise ValueError(f"{name}: 0; must be above 0")
+
+    def _check_formula(self) -> None:
+        loss, ratio_level, normalise = self.formula
+        if self.clip_high is None and loss in ("cispo", "dppo-tv", "dppo-kl"):
+            remedy = "as the upper bound of the ratio itself (e.g. 5.0)" if loss == "cispo" else "as the largest divergence"
+            raise ValueError(f"clip_high: None; {loss} needs it, {remedy}")
+        if loss == "ppo" and self.clip_low >= 1:
+            raise ValueError(f"clip_low: {self.clip_low}; must be below 1, the ratio is held above 1 - clip_low")
+        if loss == "cispo" and self.cispo_low > self.high:
+            raise ValueError(f"cispo_low: {self.cispo_low}; must not be above clip_high, {self.high}")
+        if self.dual_clip is not None and loss not in ("ppo", "dppo-tv", "dppo-kl"):
+            raise ValueError(f"dual_clip: {self.dual_clip}; {loss} has no second clip, leave it out")
+        if self.dual_clip is not None and loss == "ppo" and self.dual_clip < 1 + self.high:
+            raise ValueError(f"dual_clip: {self.dual_clip}; must be at least 1 + clip_high, {1 + self.high}")
+        if ratio_level != "token" and loss in ("dppo-tv", "dppo-kl", "vespo", "reinforce"):
+            raise ValueError(f"ratio_level: {ratio_level!r}; {loss} is defined for 'token'")
+        if loss == "gmpo" and ratio_level != "sequence":
+            raise ValueError(f"ratio_level: {ratio_level!r}; gmpo is defined for 'sequence', which loss_type 'gmpo' implies")
+        if loss in ("vespo", "gmpo") and self.importance_level == "sequence":
+            raise ValueError(f"importance_level: 'sequence'; {loss} takes weights of tokens into its sequence's weight itself")
+        if (normalise == "constant") != (self.constant is not None):
+            remedy = "needs it, as sequences x longest completion" if self.constant is None else "does not use it"
+            raise ValueError(f"constant: {self.constant}; normalise {normalise!r} (loss_type {self.loss_type!r}) {remedy}")
+        if self.num_sequences is not None and not normalise.startswith("sequence"):
+            raise ValueError(f"num_sequences: {self.num_sequences}; normalise {normalise!r} does not count sequences")
 
     @classmethod
     def from_keywords(cls, keywords: ObjectiveSettings) -> Objective:
@@ -121,101 +243,229 @@ class Objective:
         Raises:
             TypeError: one that does not exist.
         """
-        known = [field.name for field in fields(cls)]
+        # Of all ways to a dataclass's fields, the one that torch.compile follows.
+        known = cls.__match_args__
         for name in keywords:
             if name not in known:
                 raise TypeError(f"unexpected keyword {name!r}; the settings of the loss are {', '.join(known)}")
         return cls(**keywords)
 
     @property
-    def ratio_bounds(self) -> tuple[float, float]:
-        """Smallest and largest ratio that the clip lets through; nothing bounds cispo's from below."""
-        # Never None for cispo, see `__post_init__`.
-        clip_high = 0.28 if self.clip_high is None else self.clip_high
-        return (0.0, clip_high) if self.loss_type == "cispo" else (1 - self.clip_low, 1 + clip_high)
+    def formula(self) -> Formula:
+        """Which loss, ratio and normaliser, the preset's where they were not given."""
+        preset = PRESETS[self.loss_type]
+        return Formula(self.loss or preset.loss, self.ratio_level or preset.ratio_level, self.normalise or preset.normalise)
+
+    @property
+    def high(self) -> float:
+        """`clip_high` with its default."""
+        return 0.28 if self.clip_high is None else self.clip_high
+
+    @property
+    def clip_bounds(self) -> tuple[float, float]:
+        """Bounds of r for ppo and cispo, of log r for gmpo; for dppo how far the probability may fall and rise."""
+        bounds = {"ppo": (1 - self.clip_low, 1 + self.high), "cispo": (self.cispo_low, self.high)}
+        bounds["gmpo"] = (-self.clip_low, self.high)
+        return bounds.get(self.formula.loss, (self.clip_low, self.high))
+
+    @property
+    def importance_bounds(self) -> tuple[float, float]:
+        """Smallest and largest w."""
+        return (
+            -1.0 if self.importance_floor is None else self.importance_floor,
+            float("inf") if self.importance_cap is None else self.importance_cap,
+        )
+
+    @property
+    def sequence_importance(self) -> bool:
+        """Whether w is a product over the sequence."""
+        return self.importance_level == "sequence" and self.rollout_logprobs is not None and self.importance_weights is None
 
     @property
     def by_sequence(self) -> bool:
         """Whether a token's loss depends on log-probabilities of other tokens of its sequence."""
-        return self.loss_type == "gspo" or (self.importance_level == "sequence" and self.rollout_logprobs is not None)
+        loss, ratio_level, _ = self.formula
+        couples = ratio_level != "token" or loss in ("vespo", "gmpo")
+        return couples or self.sequence_importance or self.off_policy_threshold is not None
 
-    def token_terms(self, targets: Tensor, advantages: Tensor, dtype: torch.dtype = torch.float32) -> TokenTerms:
+    def token_terms(self, num_tokens: int, advantages: Tensor, dtype: torch.dtype = torch.float32) -> TokenTerms:
         """Check what belongs to tokens, and spread what belongs to sequences or the batch over them.
 
         Args:
-            targets: [T], for their number and device.
+            num_tokens: T.
             advantages: [T], or [N] with `cu_seqlens`.
             dtype: of the result.
 
         Raises:
             ValueError: a tensor does not fit, or `cu_seqlens` is missing.
         """
-        num_targets = len(targets)
-        vectors = {name: getattr(self, name) for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs")}
-        for name, vector in vectors.items():
-            if vector is not None:
-                check_floats(name, vector, (num_targets,), allow_float64=True)
-        if self.mask is not None:
-            check_mask(self.mask, num_targets)
-        check_floats("advantages", advantages, (None,), allow_float64=True)
-        check_same_device(
-            ("targets", targets),
-            **vectors,
-            advantages=advantages,
-            mask=self.mask,
-            cu_seqlens=self.cu_seqlens,
-            num_tokens=self.num_tokens if isinstance(self.num_tokens, Tensor) else None,
-        )
-        per_token = len(advantages) == num_targets
-        if self.cu_seqlens is not None:
-            check_cu_seqlens(self.cu_seqlens, num_targets)
-            per_token = per_token and len(self.cu_seqlens) - 1 != num_targets
-        if not per_token and (self.cu_seqlens is None or len(advantages) != len(self.cu_seqlens) - 1):
-            known = (
-                "a sequence, which needs cu_seqlens" if self.cu_seqlens is None else f"a sequence ({len(self.cu_seqlens) - 1})"
-            )
-            raise ValueError(f"advantages: {len(advantages)} of them; must be one a token ({num_targets}), or one {known}")
-        if self.cu_seqlens is None and (self.by_sequence or self.loss_type == "grpo"):
-            what = self.loss_type if self.loss_type in ("grpo", "gspo") else "importance_level 'sequence'"
-            raise ValueError(f"cu_seqlens: None; {what} needs the boundaries of the sequences")
-
+        self._check_tensors(num_tokens, advantages)
         advantages = advantages.detach().to(dtype).contiguous()
+        normalise, device = self.formula.normalise, advantages.device
+        per_token = self._advantages_per_token(num_tokens, len(advantages))
         numbers = None
-        if self.cu_seqlens is not None and (not per_token or self.by_sequence or self.loss_type == "grpo"):
-            numbers = sequence_numbers(self.cu_seqlens, num_targets)
+        if self.cu_seqlens is not None and (not per_token or self.by_sequence or normalise == "sequence-mean"):
+            numbers = sequence_numbers(self.cu_seqlens, num_tokens)
         if not per_token:
             advantages = advantages[numbers]
         keep = None if self.mask is None else self.mask.bool()
-        ones = torch.ones(num_targets, dtype=dtype, device=targets.device) if keep is None else keep.to(dtype)
+        ones = torch.ones(num_tokens, dtype=dtype, device=device) if keep is None else keep.to(dtype)
         num_kept = ones.sum().clamp(min=1)
-        if self.num_tokens is None:
-            normaliser = num_kept
-        elif isinstance(self.num_tokens, Tensor):
-            normaliser = self.num_tokens.to(dtype).clamp(min=1)
-        else:
-            normaliser = torch.full((), max(1.0, self.num_tokens), dtype=dtype, device=targets.device)
-        if self.loss_type == "grpo":
+
+        def number(value: float | Tensor | None, otherwise: Tensor | int) -> Tensor | float:
+            if value is None:
+                return otherwise
+            return value.to(dtype).clamp(min=1) if isinstance(value, Tensor) else max(1.0, value)
+
+        kept = normaliser = number(self.num_tokens, num_kept)
+        if normalise == "constant":
+            assert self.constant is not None, "refused above"
+            normaliser = self.constant.to(dtype) if isinstance(self.constant, Tensor) else float(self.constant)
+        if normalise.startswith("sequence"):
             assert self.cu_seqlens is not None, "refused above"
-            assert numbers is not None
-            num_sequences = len(self.cu_seqlens) - 1
-            # Sums of whole numbers are exact in any order, so that this is reproducible on CUDA too.
-            counts = ones.new_zeros(num_sequences).index_add(0, numbers, ones)
-            weights = ones / (counts.clamp(min=1)[numbers] * num_sequences)
-        else:
-            weights = ones / normaliser
+            num_sequences = normaliser = number(self.num_sequences, len(self.cu_seqlens) - 1)
+            if normalise == "sequence-mean":
+                assert numbers is not None
+                # Sums of whole numbers are exact in any order, so that this is reproducible on CUDA too.
+                counts = ones.new_zeros(len(self.cu_seqlens) - 1).index_add(0, numbers, ones)
+                normaliser = counts.clamp(min=1)[numbers] * num_sequences
+        weights = ones / normaliser
         # Entropy is a mean over tokens whatever the policy term is divided by (TRL).
-        entropy_normaliser = num_kept if self.loss_type in ("grpo", "dr_grpo") else normaliser
-        return TokenTerms(self, advantages, weights, num_kept, self.entropy_coef / entropy_normaliser, numbers, keep)
+        entropy_weight = self.entropy_coef / (kept if isinstance(kept, Tensor) else ones.new_full((), kept))
+        if isinstance(self.scale, Tensor) or self.scale != 1:
+            weights, entropy_weight = weights * self.scale, entropy_weight * self.scale
+        return TokenTerms(self, advantages, weights, num_kept, entropy_weight, numbers, keep)
+
+    def _check_tensors(self, num_tokens: int, advantages: Tensor) -> None:
+        vectors = {name: getattr(self, name) for name in VECTORS}
+        for name, vector in vectors.items():
+            if vector is not None:
+                check_floats(name, vector, (num_tokens,), allow_float64=True)
+        if self.mask is not None:
+            check_mask(self.mask, num_tokens)
+        check_floats("advantages", advantages, (None,), allow_float64=True)
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        check_same_device(
+            ("advantages", advantages), **vectors, mask=self.mask, cu_seqlens=self.cu_seqlens,
+            **{name: number for name, number in numbers.items() if isinstance(number, Tensor)},
+        )  # fmt: skip
+        if self.cu_seqlens is not None:
+            check_cu_seqlens(self.cu_seqlens, num_tokens)
+        elif self.by_sequence or self.formula.normalise.startswith("sequence"):
+            loss, ratio_level, normalise = self.formula
+            needy = {
+                f"ratio_level {ratio_level!r}": ratio_level != "token",
+                f"loss {loss!r}": loss in ("vespo", "gmpo"),
+                "importance_level 'sequence'": self.sequence_importance,
+                "off_policy_threshold": self.off_policy_threshold is not None,
+                f"normalise {normalise!r}": normalise.startswith("sequence"),
+            }
+            what = next(name for name, needs in needy.items() if needs)
+            raise ValueError(f"cu_seqlens: None; {what} (loss_type {self.loss_type!r}) needs the boundaries of the sequences")
+
+    def _advantages_per_token(self, num_tokens: int, num_advantages: int) -> bool:
+        num_sequences = None if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        fits = {"token": num_advantages == num_tokens, "sequence": num_advantages == num_sequences}
+        if self.advantage_level is None and all(fits.values()) and num_tokens:
+            raise ValueError(
+                f"advantages: {num_advantages} for as many tokens as sequences; say advantage_level='token' or 'sequence'"
+            )
+        level = self.advantage_level or ("token" if fits["token"] and not fits["sequence"] else "sequence")
+        if not fits[level]:
+            known = "a sequence, which needs cu_seqlens" if num_sequences is None else f"a sequence ({num_sequences})"
+            wanted = f"one a token ({num_tokens}), or one {known}"
+            if self.advantage_level is not None:
+                wanted = f"one a token ({num_tokens})" if level == "token" else f"one {known}"
+            raise ValueError(f"advantages: {num_advantages} of them; must be {wanted}")
+        return level == "token"
 
 
-def shows_settings(loss: Loss) -> Loss:
-    """Let `help` and `inspect.signature` list the settings that `loss` takes as `**objective`, with their defaults."""
+VECTORS = ("old_logprobs", "rollout_logprobs", "ref_logprobs", "importance_weights")
+"""Settings that hold one number a token."""
+_NUMBERS = ("num_tokens", "num_sequences", "constant", "scale")
+"""Settings that may be 0-d tensors."""
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "loss_type": get_args(LossType),
+    "loss": get_args(LossName),
+    "ratio_level": get_args(RatioLevel),
+    "normalise": get_args(Normalise),
+    "advantage_level": get_args(Level),
+    "importance_mode": ("truncate", "mask"),
+    "importance_level": get_args(Level),
+    "kl_estimator": get_args(KlEstimator),
+}
+_OPTIONAL_CHOICES = ("loss", "ratio_level", "normalise", "advantage_level")
+
+
+def check_token_vectors(logprobs: Tensor, advantages: Tensor, entropy: Tensor | None, objective: Objective) -> Tensor:
+    """What `token_policy_loss` starts from; returns the entropies, 0 where none are needed.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, or entropies that are needed and missing.
+    """
+    check_floats("logprobs", logprobs, (None,), allow_float64=True)
+    check_same_device(("logprobs", logprobs), advantages=advantages, entropy=entropy)
+    for name, idle in (("entropy_coef", 0), ("top_entropy_quantile", 1)):
+        if entropy is None and getattr(objective, name) != idle:
+            raise ValueError(f"entropy: None; {name} {getattr(objective, name)} needs it")
+    if entropy is None:
+        return torch.zeros_like(logprobs)
+    check_floats("entropy", entropy, (len(logprobs),), allow_float64=True)
+    return entropy if objective.entropy_coef != 0 else entropy.detach()
+
+
+def from_padded(mask: Tensor, *, drop_padding: bool = False, **vectors: Tensor) -> dict[str, Any]:
+    """The keywords of `token_policy_loss` for a padded batch of B completions of at most S tokens.
+
+    Padding stays in the vectors, masked out, so that no shape depends on data and the host waits for nothing;
+    `result.token_losses.view_as(mask)` has the padded shape again.
+
+    Args:
+        mask: [B, S] of any dtype, not 0 where a token counts.
+        drop_padding: leave padding out of the vectors, for `linear_policy_loss`, whose work it saves. Reads the mask on the
+            host, and masks nothing any more.
+        vectors: [B, S] or [B, S, D] by the names of the loss's arguments; [B, 1] and [B] belong to whole sequences.
+
+    Returns:
+        `mask`, `cu_seqlens`, every one of `vectors` with B and S as one dimension, and with `advantages` the
+        `advantage_level`.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    check_shape("mask", mask, (None, None))
+    if mask.device.type == "cpu" and mask.is_floating_point() and (mask < 0).any():
+        raise ValueError("mask: holds numbers below 0; pass one that is not 0 where a token counts, not one that is added")
+    batch, longest = mask.shape
+    keep = mask.flatten() != 0
+    chosen = keep.nonzero()[:, 0] if drop_padding else None
+    lengths = (mask != 0).sum(1) if drop_padding else torch.full((batch,), longest, device=mask.device)
+    found: dict[str, Any] = {"cu_seqlens": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])}
+    if not drop_padding:
+        found["mask"] = keep
+    for name, vector in vectors.items():
+        if name == "advantages" and vector.shape in ((batch,), (batch, 1)):
+            found |= {"advantages": vector.flatten(), "advantage_level": "sequence"}
+            continue
+        if vector.ndim == 1:
+            vector = vector[:, None]
+        if vector.shape[0] != batch or vector.shape[1] not in (1, longest):
+            raise ValueError(f"{name}: shape {tuple(vector.shape)}; must be [{batch}, {longest}], as the mask, or [{batch}]")
+        flat = vector.expand(batch, longest, *vector.shape[2:]).flatten(0, 1)
+        found[name] = flat if chosen is None else flat[chosen]
+        if name == "advantages":
+            found["advantage_level"] = "token"
+    return found
+
+
+def shows_settings(loss: Loss, kind: type[Any] = Objective) -> Loss:
+    """Let `help` and `inspect.signature` list the settings that `loss` takes as `**`: the fields of `kind`, with defaults."""
     shown = inspect.signature(loss, eval_str=True)
     named = [parameter for parameter in shown.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    kinds = get_type_hints(Objective)
+    kinds = get_type_hints(kind)
     settings = [
         inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name])
-        for field in fields(Objective)
+        for field in fields(kind)
     ]
     loss.__signature__ = shown.replace(parameters=[*named, *settings])  # type: ignore[attr-defined]  # read by inspect
     return loss
@@ -238,11 +488,28 @@ class TokenTerms:
     """[T] int64; None where nothing depends on sequences."""
     keep: Tensor | None
     """[T] bool; None where nothing is masked."""
+    acts: Tensor | None = None
+    """[T] bool, tokens that policy loss and entropy bonus act on; None: all that are kept."""
+
+    def of_top_entropy(self, entropies: Tensor) -> TokenTerms:
+        """The same, acting on the tokens of highest entropy only, as `top_entropy_quantile` says."""
+        quantile = self.objective.top_entropy_quantile
+        if quantile == 1 or not len(entropies):
+            return self
+        entropies = entropies.detach()
+        known = entropies if self.keep is None else entropies.masked_fill(~self.keep, torch.inf)
+        ordered = known.sort().values
+        place = (1 - quantile) * (self.num_kept - 1)
+        below = place.floor()
+        low, high = ordered.gather(0, torch.stack([below, place.ceil()]).long()).unbind()
+        acts = (entropies >= torch.lerp(low, high, (place - below).to(low.dtype))) & (self.weights != 0)
+        num_acting = acts.sum().clamp(min=1)
+        return replace(self, acts=acts, entropy_weight=self.entropy_weight * (self.num_kept / num_acting))
 
 
 @dataclass(frozen=True, eq=False)
 class PolicyLoss:
-    """What `policy_loss` and `linear_policy_loss` return; only `loss` carries a gradient."""
+    """What `policy_loss`, `linear_policy_loss` and `token_policy_loss` return; only `loss` carries a gradient."""
 
     loss: Tensor
     """[] the part of the batch's loss that these tokens contribute."""
@@ -255,11 +522,15 @@ class PolicyLoss:
     clip_high_fraction: Tensor
     """[] part whose ratio rose above its bound with a positive advantage."""
     importance_mean: Tensor
-    """[] mean over unmasked tokens of exp(old - rollout) before the cap; 1 without rollout log-probabilities."""
+    """[] mean over unmasked tokens of exp(old - rollout) before its bounds; 1 without rollout log-probabilities."""
     importance_max: Tensor
     """[] the largest of them; 0 where everything is masked."""
     importance_capped_fraction: Tensor
-    """[] part of them above the cap."""
+    """[] part of them outside of their bounds."""
+    token_losses: Tensor
+    """[T] fp32 loss of each token, KL term included and entropy bonus not, before normaliser and scale; 0 where masked out."""
+    kl: Tensor
+    """[T] fp32 estimate of KL as it enters the loss, before its coefficient; 0 without reference and where masked out."""
 
 
 def sequence_numbers(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

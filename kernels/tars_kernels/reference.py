@@ -7,6 +7,7 @@ whatever the inputs, or in fp64 for fp64 inputs, which is the truth that tests c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -32,7 +33,16 @@ from tars_kernels.checks import (
     choose_layers,
     head_parameters,
 )
-from tars_kernels.objective import Objective, ObjectiveSettings, PolicyLoss, TokenTerms, sequence_numbers, shows_settings
+from tars_kernels.divergence import LOWEST_LOGIT, Distillation, DistillationLoss, DistillationSettings
+from tars_kernels.objective import (
+    Objective,
+    ObjectiveSettings,
+    PolicyLoss,
+    check_token_vectors,
+    sequence_numbers,
+    shows_settings,
+)
+from tars_kernels.token_loss import token_loss
 
 NORM_FLOOR = 1e-8
 """States with a norm below this have no direction: their cosine is 0 and carries no gradient."""
@@ -43,7 +53,7 @@ def _accumulated(tensor: Tensor) -> Tensor:
 
 
 @isolated
-def linear_logprob(
+def linear_logprob(  # noqa: PLR0913
     hidden: Tensor,
     weight: Tensor | nn.Module,
     targets: Tensor,
@@ -51,6 +61,7 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target under `softmax((hidden @ weight.T + bias) / temperature)`.
 
@@ -60,7 +71,8 @@ def linear_logprob(
         targets: [T] int64. On CUDA one outside the vocabulary gives NaN, since looking would stop the host.
         bias: [V] added to the logits; -inf suppresses a token.
         temperature: the logits are divided by it.
-        return_entropy: also return the distribution's entropy, without a gradient.
+        return_entropy: also return the distribution's entropy.
+        entropy_gradient: let the entropy carry a gradient, which a frozen head pays for with another product.
 
     Returns:
         [T] fp32 log-probabilities in nats, and with `return_entropy` [T] fp32 entropies in nats.
@@ -74,7 +86,7 @@ def linear_logprob(
     check_targets(targets, len(hidden), len(weight))
     check_temperature(temperature)
     logits = F.linear(_accumulated(hidden), _accumulated(weight))
-    logprobs, entropy = _softmax_terms(logits, targets, bias, temperature, entropy_gradient=False)
+    logprobs, entropy = _softmax_terms(logits, targets, bias, temperature, entropy_gradient=entropy_gradient)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
@@ -90,7 +102,7 @@ def policy_loss(
     inplace: bool = False,
     **objective: Unpack[ObjectiveSettings],
 ) -> PolicyLoss:
-    """Clipped asymmetric policy-gradient loss of a policy given by its logits; kernels let it be differentiated once.
+    """Policy-gradient loss of a policy given by its logits; kernels let it be differentiated once.
 
     Args:
         logits: [T, V] that predict `targets`.
@@ -107,11 +119,33 @@ def policy_loss(
     """
     settings = Objective.from_keywords(objective)
     check_floats("logits", logits, (None, None), allow_float64=True)
-    check_same_device(("logits", logits), targets=targets, bias=bias)
+    check_same_device(("logits", logits), targets=targets, bias=bias, advantages=advantages)
     check_targets(targets, len(logits), logits.shape[1], settings.mask)
     check_bias(bias, logits.shape[1])
     check_temperature(temperature)
     return _policy_loss(_accumulated(logits), targets, advantages, bias, temperature, settings)
+
+
+@shows_settings
+@isolated
+def token_policy_loss(
+    logprobs: Tensor, advantages: Tensor, *, entropy: Tensor | None = None, **objective: Unpack[ObjectiveSettings]
+) -> PolicyLoss:
+    """Policy-gradient loss from log-probabilities, with a gradient through them and, for an entropy bonus, through entropies.
+
+    Args:
+        logprobs: [T] of the sampled tokens, in nats; `from_padded` makes them, and what belongs to them, of a padded batch.
+        advantages: [T], or [N] with `cu_seqlens`.
+        entropy: [T] of the policy's distribution, in nats; for an entropy bonus and `top_entropy_quantile`.
+        objective: the settings of `Objective`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, a setting out of range, or one that needs `entropy`.
+    """
+    settings = Objective.from_keywords(objective)
+    entropy = check_token_vectors(logprobs, advantages, entropy, settings)
+    terms = settings.token_terms(len(logprobs), advantages, _accumulated(logprobs).dtype)
+    return token_loss(_accumulated(logprobs), _accumulated(entropy), terms)
 
 
 @shows_settings
@@ -126,7 +160,7 @@ def linear_policy_loss(
     temperature: float = 1.0,
     **objective: Unpack[ObjectiveSettings],
 ) -> PolicyLoss:
-    """Clipped asymmetric policy-gradient loss of a linear head's distribution, from the states under it.
+    """Policy-gradient loss of a linear head's distribution, from the states under it.
 
     Args:
         hidden: [T, D] states that predict `targets`.
@@ -144,7 +178,7 @@ def linear_policy_loss(
     settings = Objective.from_keywords(objective)
     weight, bias = head_parameters(weight, bias)
     check_head(hidden, weight, bias, allow_float64=True)
-    check_same_device(("hidden", hidden), targets=targets)
+    check_same_device(("hidden", hidden), targets=targets, advantages=advantages)
     check_targets(targets, len(hidden), len(weight), settings.mask)
     check_temperature(temperature)
     if settings.mask is not None:
@@ -175,7 +209,7 @@ def _softmax_terms(
 def _policy_loss(
     logits: Tensor, targets: Tensor, advantages: Tensor, bias: Tensor | None, temperature: float, objective: Objective
 ) -> PolicyLoss:
-    terms = objective.token_terms(targets, advantages, logits.dtype)
+    terms = objective.token_terms(len(targets), advantages, logits.dtype)
     if terms.keep is not None:
         logits = logits.masked_fill(~terms.keep[:, None], 0.0)
         targets = targets.masked_fill(~terms.keep, 0)
@@ -183,71 +217,66 @@ def _policy_loss(
     return token_loss(logprobs, entropy, terms)
 
 
-def token_loss(logprobs: Tensor, entropy: Tensor, terms: TokenTerms) -> PolicyLoss:
-    """The loss from log-probabilities and entropies [T], written as TRL's `_compute_loss` is, on packed tokens."""
-    objective = terms.objective
-    keep = torch.ones_like(logprobs, dtype=torch.bool) if terms.keep is None else terms.keep
+@isolated
+def linear_distillation_loss(
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor | nn.Module,
+    *,
+    bias: Tensor | None = None,
+    teacher_weight: Tensor | nn.Module | None = None,
+    temperature: float = 1.0,
+    **distillation: Unpack[DistillationSettings],
+) -> DistillationLoss:
+    """Divergence between a student's and a teacher's next-token distributions, over the whole vocabulary, from hidden states.
 
-    def masked(vector: Tensor) -> Tensor:
-        return vector.to(logprobs.dtype).masked_fill(~keep, 0.0)
+    The teacher, its head and its bias get no gradient, also where they are the student's.
 
-    def given(vector: Tensor) -> Tensor:
-        return masked(vector.detach())
+    Args:
+        hidden: [T, D] states of the student.
+        teacher_hidden: [T, D] states of the teacher that predict the same tokens; of any width with `teacher_weight`.
+        weight: [V, D] output head, or the `nn.Linear` itself, which shows an adapter on it.
+        bias: [V] added to the logits; -inf suppresses a token.
+        teacher_weight: [V, teacher's D] head of the teacher; None: the student's.
+        temperature: logits of both are divided by it.
+        distillation: the settings of `Distillation`.
 
-    def sequence_sums(vector: Tensor) -> Tensor:
-        assert objective.cu_seqlens is not None, "token_terms refuses what needs it"
-        assert terms.sequence_numbers is not None
-        sums = vector.new_zeros(len(objective.cu_seqlens) - 1).index_add(0, terms.sequence_numbers, vector)
-        return sums[terms.sequence_numbers]
-
-    logprobs, entropy, advantages = masked(logprobs), masked(entropy), given(terms.advantages)
-    old = logprobs.detach() if objective.old_logprobs is None else given(objective.old_logprobs)
-    importance_ratio = torch.ones_like(old)
-    if objective.rollout_logprobs is not None:
-        # The rollout engine has no log-probability to report: no correction (TRL).
-        difference = (old - given(objective.rollout_logprobs)).nan_to_num(nan=0.0)
-        if objective.importance_level == "sequence":
-            difference = sequence_sums(difference)
-        importance_ratio = difference.exp()
-    is_capped = importance_ratio > objective.importance_cap
-    importance = torch.where(
-        is_capped, objective.importance_cap if objective.importance_mode == "truncate" else 0.0, importance_ratio
-    )
-
-    log_ratio = logprobs - old
-    if objective.loss_type == "gspo":
-        log_ratio = sequence_sums(log_ratio) / sequence_sums(keep.to(log_ratio.dtype)).clamp(min=1)
-    ratio = log_ratio.exp()
-    low, high = objective.ratio_bounds
-    if objective.loss_type == "cispo":
-        losses = -ratio.clamp(max=high).detach() * advantages * logprobs
-        bounded = ratio
-    else:
-        bounded = ratio if objective.dual_clip is None else ratio.clamp(max=objective.dual_clip)
-        losses = -torch.minimum(bounded * advantages, ratio.clamp(low, high) * advantages)
-    losses = losses * importance
-    if objective.kl_coef != 0 and objective.ref_logprobs is not None:
-        to_reference = given(objective.ref_logprobs) - logprobs
-        losses = losses + objective.kl_coef * (to_reference.exp() - to_reference - 1)
-    loss = (losses * terms.weights).sum()
-    if objective.entropy_coef != 0:
-        loss = loss - (entropy.sum() * terms.entropy_weight)
-
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, a setting out of range, a head with an adapter.
+    """
+    settings = Distillation.from_keywords(distillation)
+    heads = settings.heads(weight, bias, teacher_weight)
+    settings.check(hidden, teacher_hidden, heads, allow_float64=True)
+    check_temperature(temperature)
+    logprobs = _all_logprobs(settings.blank(hidden), heads.weight, heads.bias, temperature)
     with torch.no_grad():
-        clipped_low = (bounded < low) & (advantages < 0) & (objective.loss_type != "cispo")
-        clipped_high = (bounded > high) & (advantages > 0)
-        kept_ratio = importance_ratio.masked_fill(~keep, 0.0)
-        fraction = [(event & keep).sum() / terms.num_kept for event in (clipped_low, clipped_high, is_capped)]
-    return PolicyLoss(
-        loss=loss,
-        logprobs=logprobs.detach(),
-        entropy=entropy.detach(),
-        clip_low_fraction=fraction[0],
-        clip_high_fraction=fraction[1],
-        importance_mean=kept_ratio.sum() / terms.num_kept,
-        importance_max=kept_ratio.max() if len(kept_ratio) else kept_ratio.sum(),
-        importance_capped_fraction=fraction[2],
+        teacher_logprobs = _all_logprobs(settings.blank(teacher_hidden), heads.teacher_weight, heads.teacher_bias, temperature)
+    return settings.loss(_divergences(logprobs, teacher_logprobs, settings))
+
+
+shows_settings(linear_distillation_loss, Distillation)
+
+
+def _all_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """[T, V], all of them finite."""
+    logits = F.linear(_accumulated(hidden), _accumulated(weight))
+    if bias is not None:
+        logits = logits + bias
+    return (logits.clamp(min=LOWEST_LOGIT) / temperature).log_softmax(-1)
+
+
+def _divergences(logprobs: Tensor, teacher_logprobs: Tensor, settings: Distillation) -> Tensor:
+    """[T] from [T, V]."""
+    if settings.divergence == "reverse_kl":
+        return F.kl_div(teacher_logprobs, logprobs, reduction="none", log_target=True).sum(-1)
+    if settings.divergence == "forward_kl":
+        return F.kl_div(logprobs, teacher_logprobs, reduction="none", log_target=True).sum(-1)
+    beta = settings.beta
+    mixture = torch.logaddexp(logprobs + math.log1p(-beta), teacher_logprobs + math.log(beta))
+    own, teachers = (
+        F.kl_div(mixture, side, reduction="none", log_target=True).sum(-1) for side in (logprobs, teacher_logprobs)
     )
+    return beta * teachers + (1 - beta) * own
 
 
 def pool_sequences(states: Tensor, cu_seqlens: Tensor, *, positions: Tensor | None = None, pooling: str = "mean") -> Tensor:
@@ -399,6 +428,5 @@ def cka_of_centred(x: Tensor, y: Tensor) -> Tensor:
     """[Lx, Ly] from states [L, T, D] whose columns have mean 0, so that their Gram matrices are double-centred."""
     x_grams, y_grams = (torch.bmm(states, states.mT).flatten(1) for states in map(_unit_scale, (x, y)))
     products = x_grams @ y_grams.T
-    norms = [grams.square().sum(-1) for grams in (x_grams, y_grams)]
-    scale = norms[0][:, None] * norms[1]
+    scale = torch.outer(*(grams.square().sum(-1) for grams in (x_grams, y_grams)))
     return products.masked_fill(scale == 0, 0.0) / scale.masked_fill(scale == 0, 1.0).sqrt()

@@ -38,8 +38,8 @@ def assert_accurate(
         pytorch_error = (pytorch - true).masked_fill(both_infinite, 0.0).abs().nan_to_num(nan=0.0)
         finite = true[torch.isfinite(true)]
         allowance = torch.finfo(dtype).eps * (finite.abs().max() if len(finite) else 0.0)
-        if true.ndim == 0:
-            # A sum of terms of size 1 that cancel: how well PyTorch hits it is luck.
+        if true.numel() == 1:
+            # One number, a sum of terms of size 1 that cancel: how well PyTorch hits it is luck.
             allowance = 4 * torch.finfo(dtype).eps * true.abs().clamp(min=1.0)
         limit = FACTOR * pytorch_error.max() + allowance if error.numel() else 0.0
         worst = error.max() if error.numel() else 0.0

@@ -1,4 +1,4 @@
-"""Log-probabilities and policy losses: against float64, against TRL's formulas, and over every awkward input we know of."""
+"""Log-probabilities and policy losses: kernels against the specification in float64, over every awkward input we know of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from accuracy import assert_accurate, run
 from tars_kernels import reference
 from torch.nn.functional import linear
-from trl import PaddedBatch, TrlSettings, trl_loss
 
 slow = pytest.mark.slow
 DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=slow)]
@@ -43,7 +42,7 @@ def policy_inputs(logprobs: torch.Tensor, seed: int = 1) -> dict[str, torch.Tens
     num_tokens = len(logprobs)
     not_reported = torch.arange(num_tokens) == 5
     steps = torch.tensor([0.0, 0.1, -0.1, 0.6, -0.6, 1.5, 0.0])
-    old = logprobs.double() + steps[torch.arange(num_tokens) % len(steps)]
+    old = (logprobs.double() + steps[torch.arange(num_tokens) % len(steps)]).clamp(max=-1e-3)
     return {
         "old_logprobs": old,
         "rollout_logprobs": (old - torch.tensor([0.0, 0.3, 1.1, -0.4, 2.0])[torch.arange(num_tokens) % 5]).masked_fill(
@@ -67,7 +66,7 @@ def moved(settings: dict[str, object], device, dtype=None) -> dict[str, object]:
 def outputs(loss) -> list[torch.Tensor]:
     return [
         loss.loss, loss.logprobs, loss.entropy, loss.clip_low_fraction, loss.clip_high_fraction, loss.importance_mean,
-        loss.importance_max, loss.importance_capped_fraction,
+        loss.importance_max, loss.importance_capped_fraction, loss.token_losses,
     ]  # fmt: skip
 
 
@@ -113,8 +112,8 @@ def test_blocks_of_tokens_change_nothing(device, monkeypatch, head, entropy_coef
     hidden, weight, targets = (x.to(device) for x in sample(37, 24, 1100))
     results = []
     for logits_rows, product_rows in ((512, 1024), (8, 16)):
-        monkeypatch.setitem(tars_kernels.linear_logprob.__globals__, "_LOGITS_ROWS", logits_rows)
-        monkeypatch.setitem(tars_kernels.linear_logprob.__globals__, "_PRODUCT_ROWS", product_rows)
+        monkeypatch.setitem(tars_kernels.linear_logprob.__globals__, "LOGITS_ROWS", logits_rows)
+        monkeypatch.setitem(tars_kernels.linear_logprob.__globals__, "PRODUCT_ROWS", product_rows)
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(head == "trainable")]
         result = tars_kernels.linear_policy_loss(
             *leaves, targets, torch.linspace(-1, 1, 37, device=device), entropy_coef=entropy_coef
@@ -170,77 +169,184 @@ def test_vocabularies(device, vocabulary):
 
 OBJECTIVES = [
     {"loss_type": "dapo"},
-    {"loss_type": "dapo", "num_tokens": 100.0, "kl_coef": 0.1},
-    {"loss_type": "dapo", "dual_clip": 1.1, "importance_mode": "mask", "temperature": 1.4},
-    {"loss_type": "dapo", "entropy_coef": 0.05},
-    {"loss_type": "grpo", "kl_coef": 0.04, "clip_low": 0.1, "clip_high": 0.4},
+    {"loss_type": "dapo", "num_tokens": 100, "kl_coef": 0.1},
+    {"loss_type": "dapo", "dual_clip": 1.5, "importance_mode": "mask", "temperature": 1.4},
+    {"loss_type": "dapo", "entropy_coef": 0.05, "scale": 0.25},
+    {"loss_type": "grpo", "kl_coef": 0.04, "clip_low": 0.1, "clip_high": 0.4, "kl_bias_correction": False},
     {"loss_type": "grpo", "importance_level": "sequence", "entropy_coef": 0.02},
     {"loss_type": "bnpo", "importance_level": "sequence", "importance_mode": "mask", "importance_cap": 1.5},
-    {"loss_type": "dr_grpo", "num_tokens": 4 * 40, "entropy_coef": 0.01},
-    {"loss_type": "cispo", "clip_high": 1.5},
+    {"loss_type": "dr_grpo", "constant": 4 * 40, "entropy_coef": 0.01},
+    {"loss_type": "cispo", "clip_high": 1.5, "cispo_low": 0.9},
     {"loss_type": "gspo"},
-    {"loss_type": "gspo", "importance_level": "sequence", "kl_coef": 0.1, "entropy_coef": 0.05, "dual_clip": 1.05},
+    {"loss_type": "gspo", "importance_level": "sequence", "kl_coef": 0.1, "entropy_coef": 0.05, "dual_clip": 1.4},
+    {"loss_type": "sapo", "kl_coef": 0.1, "kl_estimator": "k2"},
+    {"loss": "dppo-kl", "clip_low": 1e-4, "clip_high": 1e-3, "dual_clip": 1.5},
+    {"loss_type": "dapo", "top_entropy_quantile": 0.4, "entropy_coef": 0.1, "kl_coef": 0.1},
 ]
+MORE_OBJECTIVES = [
+    {"loss_type": "dapo", "importance_mode": "mask", "importance_floor": 0.8, "importance_cap": 1.4},
+    {"loss_type": "dapo", "importance_floor": 0.8, "importance_cap": None},
+    *[{"kl_coef": 0.1, "kl_estimator": name} for name in ("k1", "k1+", "k3+")],
+    {"loss_type": "grpo", "off_policy_threshold": 0.02, "kl_coef": 0.1, "num_sequences": 7},
+    {"loss_type": "luspo", "kl_coef": 0.1},
+    {"loss_type": "gspo", "ratio_level": "sequence-token", "kl_coef": 0.1},
+    {"loss_type": "gspo", "normalise": "token-mean", "top_entropy_quantile": 0.6},
+    {"loss_type": "cispo", "clip_high": 1.5, "ratio_level": "sequence", "kl_coef": 0.1},
+    {"loss_type": "sapo", "ratio_level": "sequence", "sapo_temperatures": (1.3, 0.9)},
+    {"loss_type": "vespo", "kl_coef": 0.1},
+    {"loss_type": "vespo", "importance_mode": "mask", "vespo_positive": (1.5, 2.0), "vespo_negative": (2.5, 1.0)},
+    {"loss": "dppo-tv", "clip_low": 0.01, "clip_high": 0.02},
+    {"loss_type": "gmpo", "clip_low": 0.4, "clip_high": 0.4, "kl_coef": 0.1},
+    {"loss_type": "gmpo", "off_policy_threshold": 0.02, "importance_mode": "mask"},
+    {"loss": "reinforce", "normalise": "sequence-sum"},
+    {"loss_type": "dapo", "importance_weights": "made below"},
+    {"loss_type": "vespo", "importance_weights": "made below", "off_policy_threshold": 0.02},
+]
+"""What the others leave out, for losses from log-probabilities, which cost little."""
 
 
-@pytest.mark.parametrize("settings", OBJECTIVES, ids=str)
-def test_the_specification_is_trls(settings):
-    """The reference on packed float64 tokens, value and gradient, against TRL's formulas on a padded batch."""
-    hidden, weight, targets = (x.double() if x.is_floating_point() else x for x in sample(41, 24, 123))
-    lengths = [13, 0, 18, 10]
-    cu_seqlens = torch.tensor([0, 13, 13, 31, 41])
-    with torch.no_grad():
-        logprobs = reference.linear_logprob(hidden, weight, targets)
-    inputs = policy_inputs(logprobs)
-    advantages = torch.tensor([1.0, 3.0, -1.2, 0.7], dtype=torch.float64)
-    ours = hidden.clone().requires_grad_()
-    options = dict(settings)
-    temperature = options.pop("temperature", 1.0)
-    result = reference.linear_policy_loss(
-        ours, weight, targets, advantages, cu_seqlens=cu_seqlens, temperature=temperature, **inputs, **options
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=slow)])
+@pytest.mark.parametrize("settings", [*OBJECTIVES, *MORE_OBJECTIVES], ids=str)
+def test_losses_from_logprobs(device, settings, dtype):
+    """Sequences longer than a program's block of tokens among them; gradients by log-probabilities and entropies."""
+    num_tokens = 2300
+    generator = torch.Generator().manual_seed(3)
+    logprobs = (-1.5 - torch.randn(num_tokens, generator=generator)).clamp(max=-0.05).to(dtype).float()
+    entropy = (1 + 0.3 * torch.randn(num_tokens, generator=generator)).clamp(min=0.1).to(dtype).float()
+    options = {name: value for name, value in settings.items() if name != "temperature"}
+    fixed = policy_inputs(logprobs) | {"cu_seqlens": torch.tensor([0, 0, 1, 40, 1400, 1403, 2300])} | options
+    # Small steps in long sequences: of a sum of large ones the rounding alone would be left to compare. vespo's exponential
+    # of such a sum has none.
+    late, step = torch.arange(num_tokens) > 40, 0.0 if options.get("loss_type") == "vespo" else 1e-4
+    for name, steps in (("old_logprobs", 2), ("rollout_logprobs", 3)):
+        fixed[name] = torch.where(late, logprobs.double() * (1 - steps * step), fixed[name])
+    if "importance_weights" in settings:
+        fixed["importance_weights"] = torch.where(late, 1.0, torch.rand(num_tokens, generator=generator))
+    advantages = torch.tensor([2.0, 1.0, 0.3, -1.2, 0.7, 0.0])
+
+    def results_of(implementation, real, leaf_dtype, device):
+        options = moved(fixed, device, real)
+
+        def loss(logprobs, entropy=entropy):
+            arguments = {"entropy": entropy.to(device, leaf_dtype), **options}
+            result = implementation.token_policy_loss(logprobs, advantages.to(device, real), **arguments)
+            return [*outputs(result), result.kl]
+
+        leaves = [logprobs, entropy] if "entropy_coef" in settings else [logprobs]
+        return run(loss, leaves, leaf_dtype, device)
+
+    cpu = torch.device("cpu")
+    ours = results_of(tars_kernels, torch.float32, dtype, device)
+    assert_accurate(
+        ours,
+        results_of(reference, torch.float32, dtype, cpu),
+        results_of(reference, torch.float64, torch.float64, cpu),
+        [torch.float32] * 10 + [dtype] * (len(ours) - 10),
     )
-    result.loss.backward()
 
-    theirs = hidden.clone().requires_grad_()
-    all_logprobs = (theirs @ weight.T / temperature).log_softmax(-1)
 
-    def padded(vector):
-        parts = torch.split(vector, lengths)
-        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+@pytest.mark.parametrize("implementation", [tars_kernels, reference], ids=["kernels", "reference"])
+def test_what_papers_and_trl_say_in_small(device, implementation):
+    """Numbers worked out by hand."""
 
-    keep = padded(inputs["mask"].double())
-    level = options.pop("importance_level", "token")
-    batch = PaddedBatch(
-        padded(all_logprobs.gather(-1, targets[:, None])[:, 0]),
-        padded(-(all_logprobs.exp() * all_logprobs).sum(-1)),
-        keep,
-        advantages[:, None],
-        *(padded(inputs[name]) for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs")),
-    )
-    trl_settings = TrlSettings(
-        loss_type=options.pop("loss_type"),
-        num_tokens=options.pop("num_tokens", keep.sum()),
-        max_length=40,
-        mode=f"{level}_{options.pop('importance_mode', 'truncate')}",
-        beta=options.pop("kl_coef", 0.0),
-        delta=options.pop("dual_clip", None),
-        cap=options.pop("importance_cap", 2.0),
-        **options,
-    )
-    loss = trl_loss(batch, trl_settings)
-    if settings.get("num_tokens") == 100.0:
-        assert "entropy_coef" not in settings
-    loss.backward()
-    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-12)
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-14)
+    def gradient_of(logprobs, advantages, **settings):
+        leaf = torch.tensor(logprobs, device=device).requires_grad_()
+        vectors = {
+            name: torch.tensor(value, device=device) if isinstance(value, list) else value for name, value in settings.items()
+        }
+        result = implementation.token_policy_loss(leaf, torch.tensor(advantages, device=device), **vectors)
+        return result.loss.item(), torch.autograd.grad(result.loss, leaf)[0].tolist()
+
+    # TRL multiplies its KL by the ratio, gradient included: 1 - e^0.5 from KL, and KL itself, e^0.5 - 1.5.
+    kl = {"old_logprobs": [-1.0], "ref_logprobs": [-0.5], "kl_coef": 1.0}
+    assert gradient_of([-1.0], [0.0], **kl)[1] == pytest.approx([-0.5], abs=1e-6)
+    assert gradient_of([-1.0], [0.0], **kl, kl_bias_correction=False)[1] == pytest.approx([-0.648721], abs=1e-6)
+    # GSPO is a mean over sequences, however long: +1 and -1 cancel.
+    five = {"logprobs": [-1.0] * 5, "advantages": [1.0, -1.0], "cu_seqlens": [0, 1, 5]}
+    assert gradient_of(**five, loss_type="gspo")[0] == 0.0
+    assert gradient_of(**five, loss_type="gspo", normalise="token-mean")[0] == pytest.approx(0.6)
+    # Ratios beyond what fp32 holds are clipped on one side, and finite on the other.
+    assert gradient_of([-1.0], [1.0], old_logprobs=[-101.0]) == (pytest.approx(-1.28), [0.0])
+    for settings in ({}, {"loss": "sapo"}, {"loss": "cispo", "clip_high": 3.0}, kl):
+        loss, gradient = gradient_of([-1.0], [-1.0], **{**settings, "old_logprobs": [-101.0]})
+        assert torch.isfinite(torch.tensor([loss, *gradient])).all()
+    # Two tokens, two sequences, one of them empty: one advantage a token, or one a sequence.
+    pair = {"logprobs": [-1.0, -1.0], "advantages": [3.0, 5.0], "cu_seqlens": [0, 2, 2]}
+    assert gradient_of(**pair, advantage_level="token")[0] == -4.0
+    assert gradient_of(**pair, advantage_level="sequence")[0] == -3.0
+
+
+def test_padded_batches(device):
+    """The same loss of a batch as TRL and verl hold it and of its packed tokens, with a mask of any dtype."""
+    generator = torch.Generator(device).manual_seed(0)
+    lengths, longest = torch.tensor([3, 7, 0], device=device), 7
+    mask = torch.arange(longest, device=device) < lengths[:, None]
+    logprobs, old = (-torch.rand(3, longest, generator=generator, device=device) for _ in range(2))
+    advantages = torch.tensor([1.0, -0.5, 2.0], device=device)
+    weights = torch.tensor([[0.5], [1.5], [1.0]], device=device)
+    expected = tars_kernels.token_policy_loss(
+        logprobs[mask], advantages, old_logprobs=old[mask], importance_weights=weights.expand_as(mask)[mask],
+        cu_seqlens=torch.tensor([0, 3, 10, 10], device=device), loss_type="gspo",
+    )  # fmt: skip
+    for dtype in (torch.bool, torch.int64, torch.float32):
+        for drop_padding in (False, True):
+            padded = tars_kernels.from_padded(
+                mask.to(dtype), drop_padding=drop_padding, logprobs=logprobs.masked_fill(~mask, torch.nan),
+                advantages=advantages[:, None], old_logprobs=old, importance_weights=weights,
+            )  # fmt: skip
+            result = tars_kernels.token_policy_loss(**padded, loss_type="gspo")
+            torch.testing.assert_close(result.loss, expected.loss)
+            flat = result.token_losses if drop_padding else result.token_losses.view_as(mask)[mask]
+            torch.testing.assert_close(flat, expected.token_losses)
+    per_token = tars_kernels.from_padded(mask, logprobs=logprobs, advantages=advantages[:, None].expand_as(mask))
+    assert per_token["advantage_level"] == "token"
+    assert len(per_token["advantages"]) == mask.numel()
+    with pytest.raises(ValueError, match=r"logprobs: shape \(3, 6\); must be \[3, 7\]"):
+        tars_kernels.from_padded(mask, logprobs=logprobs[:, 1:])
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="mask: holds numbers below 0"):
+            tars_kernels.from_padded((~mask).float() * -1e4, logprobs=logprobs)
+
+
+def test_kl_of_tokens_is_among_the_results(device):
+    hidden, weight, targets = (x.to(device) for x in sample(12, 24, 1100))
+    options = {"mask": torch.arange(12, device=device) != 4}
+    options["ref_logprobs"] = tars_kernels.linear_logprob(hidden, weight, targets) + torch.linspace(-1, 1, 12, device=device)
+    for name, first in (("policy_loss", (hidden @ weight.T,)), ("linear_policy_loss", (hidden, weight))):
+        arguments = (*first, targets, torch.linspace(-1, 1, 12, device=device))
+        ours, theirs = (getattr(module, name)(*arguments, **options) for module in (tars_kernels, reference))
+        torch.testing.assert_close(ours.kl, theirs.kl, rtol=1e-4, atol=1e-6)
+        assert ours.kl[4] == 0
+        assert ours.kl.count_nonzero() == 11
+
+
+def test_a_scale_given_before_rounds_once(device):
+    """A third, as of three accumulated batches: taken in the forward pass, or of the bf16 gradient afterwards."""
+    hidden, weight, targets = (x.to(device) for x in sample(9, 24, 1100))
+    logits = (hidden @ weight.T).bfloat16()
+
+    def gradient(logits, scale, factor):
+        leaf = logits.clone().requires_grad_()
+        loss = tars_kernels.policy_loss(leaf, targets, torch.ones(9, device=device), scale=scale, entropy_coef=0.1).loss
+        return loss.detach(), torch.autograd.grad(loss * factor, leaf)[0]
+
+    loss, exact = gradient(logits.float(), 1.0, 1 / 3)
+    for scale in (1 / 3, torch.tensor(1 / 3, device=device)):
+        scaled_loss, once = gradient(logits, scale, 1.0)
+        torch.testing.assert_close(scaled_loss, loss / 3)
+        assert (once != exact.bfloat16()).float().mean() < 0.01
+    twice = gradient(logits, 1.0, 1 / 3)[1]
+    assert (twice != exact.bfloat16()).float().mean() > 0.1
 
 
 IN_TURN = [
-    pytest.param(start, settings, dtype, marks=() if number % 6 == place else slow, id=f"{start}-{settings}-{dtype}")
+    pytest.param(
+        start, settings, dtype, marks=() if number % 6 == place and number < 13 else slow, id=f"{start}-{settings}-{dtype}"
+    )
     for number, settings in enumerate(OBJECTIVES)
     for place, (dtype, start) in enumerate(product([torch.float32, torch.bfloat16, torch.float16], ["logits", "hidden"]))
 ]
-"""Each objective from each start in each dtype; the fast tier has one of the six for each objective."""
+"""Each objective from each start in each dtype; the fast tier has one of the six for each objective but the last."""
 
 
 @pytest.mark.parametrize(("start", "settings", "dtype"), IN_TURN)
@@ -278,7 +384,7 @@ def test_losses(device, start, settings, dtype):
         run(loss_of(tars_kernels, torch.float32, device), leaf, dtype, device),
         run(eager, leaf, dtype, cpu),
         run(loss_of(reference, torch.float64, cpu), leaf, torch.float64, cpu),
-        [torch.float32] * 8 + [dtype],
+        [torch.float32] * 9 + [dtype],
     )
 
 
@@ -307,7 +413,7 @@ def test_losses_train_a_head_with_its_bias(device, dtype):
         run(loss_of(tars_kernels, torch.float32, device), [hidden, weight, bias], dtype, device),
         run(eager, [hidden, weight, bias], dtype, cpu),
         run(loss_of(reference, torch.float64, cpu), [hidden, weight, bias], torch.float64, cpu),
-        [torch.float32] * 8 + [dtype] * 3,
+        [torch.float32] * 9 + [dtype] * 3,
     )
 
 
@@ -567,7 +673,7 @@ def test_a_second_backward_is_refused_or_right(device):
     logits = (hidden @ weight.T).requires_grad_()
     loss = tars_kernels.policy_loss(logits, targets, torch.ones(8, device=device)).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second time"):
+    with pytest.raises(RuntimeError, match=r"second time|modified by an inplace"):
         loss.backward()
     leaf = hidden.clone().requires_grad_()
     loss = tars_kernels.linear_policy_loss(leaf, weight, targets, torch.ones(8, device=device)).loss
@@ -602,21 +708,21 @@ def test_the_same_bits_twice(device, settings):
         assert torch.equal(first, second)
 
 
-def test_micro_batches_add_up(device):
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "gspo", "luspo"])
+def test_micro_batches_add_up(device, loss_type):
     hidden, weight, targets = (x.to(device) for x in sample(40, 24, 1100))
+    options = {"entropy_coef": 0.1, "loss_type": loss_type, "advantage_level": "token"}
     advantages = torch.linspace(-1, 1, 40, device=device)
-    whole = tars_kernels.linear_policy_loss(hidden, weight, targets, advantages, entropy_coef=0.1).loss
-    num_tokens = torch.tensor(40.0, device=device)
+    boundaries = torch.tensor([0, 5, 13, 40], device=device)
+    whole = reference.linear_policy_loss(hidden, weight, targets, advantages, cu_seqlens=boundaries, **options).loss
+    options["num_tokens"] = torch.tensor(40.0, device=device)
+    if loss_type != "dapo":
+        options["num_sequences"] = 3
     parts = [
         tars_kernels.linear_policy_loss(
-            hidden[rows],
-            weight,
-            targets[rows],
-            advantages[rows],
-            num_tokens=num_tokens,
-            entropy_coef=0.1,
+            hidden[rows], weight, targets[rows], advantages[rows], cu_seqlens=cu_seqlens - cu_seqlens[0], **options
         ).loss
-        for rows in (slice(0, 13), slice(13, 40))
+        for rows, cu_seqlens in ((slice(0, 13), boundaries[:3]), (slice(13, 40), boundaries[2:]))
     ]
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
 

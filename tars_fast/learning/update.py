@@ -196,6 +196,7 @@ class Learner:
                 self.model.head,
                 states.packed.targets,
                 scored.advantages_N[rows].to(device),
+                advantage_level="sequence",
                 cu_seqlens=states.packed.cu_seqlens,
                 # None: the pass itself has them, so the probability ratio is 1.
                 old_logprobs=None if scored.is_first_update else torch.cat([scored.logprobs[row] for row in rows]),

@@ -12,13 +12,14 @@ import torch
 
 from tars_fast.models.adapters import load_adapter
 from tars_fast.models.families.base import Family
-from tars_fast.models.memory import Workload, plan_memory, size
+from tars_fast.models.memory import Workload, plan_memory
 from tars_fast.models.prompts import PromptFormat
 from tars_fast.models.speech_model import SpeechModel, load_module
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.rollout.vllm_engine import VllmEngine, adapter_refusal, vllm_refusal
 from tars_fast.rollout.vllm_internals import VllmSettings
+from tars_fast.support.text import size
 from tars_fast.types import UserError
 
 

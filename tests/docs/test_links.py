@@ -21,9 +21,12 @@ FILE = re.compile(rf"[\w./-]+\.(?:{SUFFIXES})(?![\w.])")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 TRL = "num_generations reward_funcs reward_weights scale_rewards loss_type epsilon_low epsilon_high num_iterations max_steps "
 TRL += "mask_truncated_completions vllm_importance_sampling_cap gradient_accumulation_steps eval_steps log_completions"
+VERL = "rollout_correction loss_mode rollout_log_probs rollout_is_weights rollout_is_threshold rollout_is rollout_rs "
+VERL += "entropy_coeff kl_loss_coef kl_loss_type old_log_prob ref_log_prob response_mask"
 ELSEWHERE = {
     **dict.fromkeys(("--nnodes", "--rdzv-endpoint", "--shutdown-timeout"), "torchrun"),
     **dict.fromkeys(TRL.split(), "TRL"),
+    **dict.fromkeys(VERL.split(), "verl"),
     **dict.fromkeys(("Qwen2_5OmniThinkerForConditionalGeneration", "spk_dict.pt"), "transformers"),
     "data/law-00000-of-00001.parquet": "a file that somebody may have",
 }

@@ -1,0 +1,406 @@
+"""Token distillation between two streams of hidden states; logits of both exist for 512 tokens at a time.
+
+Forward: for a block of tokens the logits of student and teacher by cuBLAS in fp32, one kernel over both (`_divergence_rows`),
+and, for a frozen head, a third product with what it writes, the derivative of each token's divergence by its logits. It leaves
+the derivative by the hidden state, [T, D], so that the backward of any loss of the divergences is elementwise: 6 T V D
+operations in all. A trainable head has both logits computed again in the backward pass, since its gradient depends on the loss,
+whose weights may depend on all divergences of a sequence: 12 T V D.
+
+With x a token's logits over the temperature, p the student's and q the teacher's distribution, the derivatives by x are
+reverse_kl: p (r - mean of r under p), r = log p - log q; forward_kl: p - q; jsd: (1 - beta) p (s - mean of s under p),
+s = log p - log (beta q + (1 - beta) p).
+
+Shapes: T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Unpack
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tars_kernels import reference
+from tars_kernels.backend import isolated, runs_kernels
+from tars_kernels.checks import check_rows_contiguous, check_temperature
+from tars_kernels.divergence import LOWEST_LOGIT, Distillation, DistillationLoss, DistillationSettings, Heads
+from tars_kernels.linear_logprob import LOGITS_ROWS, PRODUCT_ROWS, blocks, product_fp32
+from tars_kernels.objective import shows_settings
+from tars_kernels.rows import LN2, LOG2E, load_tile, power, store_tile
+
+_LOWEST = tl.constexpr(LOWEST_LOGIT)
+_REVERSE, _FORWARD, _JSD = (tl.constexpr(kind) for kind in (0, 1, 2))
+_KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
+_SMALLEST = tl.constexpr(1.0e-30)
+"""Probabilities below add nothing to a divergence that fp32 could show, and their quotients may not be finite."""
+
+
+def tile(vocabulary: int) -> dict[str, int]:
+    """Tile and warps; half of what a row of logits takes alone, for there are two, and as wide as a store of bf16 wants it."""
+    if vocabulary <= 4096:
+        return {"ROWS": 1, "LANES": max(128, min(1024, triton.next_power_of_2(vocabulary))), "num_warps": 4}
+    return {"ROWS": 2, "LANES": 4096, "num_warps": 16}
+
+
+@triton.jit
+def _finite(x):
+    # By a comparison that lets NaN through.
+    return tl.where(x < _LOWEST, _LOWEST, x)
+
+
+@triton.jit
+def _scan_rows(  # noqa: PLR0913
+    row, bias, teacher_row, teacher_bias, V, scale,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One sweep over a token's logits x and y of student and teacher; `scale` turns logits into powers of 2.
+
+    Returns:
+        top, total: the student's largest logit, and the sum of 2 ** ((x - top) * scale).
+        teacher_top, teacher_total: the same of the teacher.
+        gap: mean of (x - top) - (y - teacher_top), in logits: under the student's distribution, for forward_kl the teacher's.
+    """
+    tops = tl.full([LANES], _LOWEST, tl.float32)
+    sums = tl.zeros([LANES], tl.float32)
+    teacher_tops = tl.full([LANES], _LOWEST, tl.float32)
+    teacher_sums = tl.zeros([LANES], tl.float32)
+    gaps = tl.zeros([LANES], tl.float32)
+    for start in range(0, V, ROWS * LANES):
+        x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES)
+        y = load_tile(teacher_row, teacher_bias, start, V, HAS_TEACHER_BIAS, ROWS, LANES)
+        higher = tl.maximum(tops, tl.max(x, 0))
+        teacher_higher = tl.maximum(teacher_tops, tl.max(y, 0))
+        e, _ = power(x - higher[None, :], scale)
+        f, _ = power(y - teacher_higher[None, :], scale)
+        factor, _ = power(tops - higher, scale)
+        teacher_factor, _ = power(teacher_tops - teacher_higher, scale)
+        if KIND != _JSD:
+            gap = (_finite(x) - higher[None, :]) - (_finite(y) - teacher_higher[None, :])
+            shift = (tops - higher) - (teacher_tops - teacher_higher)
+            if KIND == _REVERSE:
+                gaps = (gaps + shift * sums) * factor + tl.sum(e * gap, 0)
+            else:
+                gaps = (gaps + shift * teacher_sums) * teacher_factor + tl.sum(f * gap, 0)
+        sums = sums * factor + tl.sum(e, 0)
+        teacher_sums = teacher_sums * teacher_factor + tl.sum(f, 0)
+        tops = higher
+        teacher_tops = teacher_higher
+    top = tl.max(tops, 0)
+    teacher_top = tl.max(teacher_tops, 0)
+    factor, _ = power(tops - top, scale)
+    teacher_factor, _ = power(teacher_tops - teacher_top, scale)
+    shift = (tops - top) - (teacher_tops - teacher_top)
+    total = tl.sum(sums * factor, 0)
+    teacher_total = tl.sum(teacher_sums * teacher_factor, 0)
+    if KIND == _REVERSE:
+        gap = tl.sum((gaps + shift * sums) * factor, 0) / total
+    else:
+        gap = tl.sum((gaps + shift * teacher_sums) * teacher_factor, 0) / teacher_total
+    return top, total, teacher_top, teacher_total, gap
+
+
+@triton.jit
+def _mixture_terms(x, y, scale, inverse_total, teacher_inverse_total, beta):
+    """Of logits less their row's largest: p, q, and the logarithms to base 2 of p / m and q / m, finite where p or q is 0."""
+    e, _ = power(x, scale)
+    f, _ = power(y, scale)
+    p = e * inverse_total
+    q = f * teacher_inverse_total
+    inverse = 1.0 / tl.maximum(beta * q + (1.0 - beta) * p, _SMALLEST)
+    log_p = tl.log2(tl.maximum(p, _SMALLEST) * inverse)
+    log_q = tl.log2(tl.maximum(q, _SMALLEST) * inverse)
+    return p, q, log_p, log_q
+
+
+@triton.jit
+def _derivative(x, y, scale, inverse_total, teacher_inverse_total, centre, beta, KIND: tl.constexpr):  # noqa: PLR0913
+    """Of the divergence, by the student's logits over the temperature; x, y less their row's largest, `centre` see `_Terms`."""
+    if KIND == _REVERSE:
+        e, _ = power(x, scale)
+        g = (e * inverse_total) * ((_finite(x) - _finite(y)) - centre) * (scale * LN2)
+    elif KIND == _FORWARD:
+        e, _ = power(x, scale)
+        f, _ = power(y, scale)
+        g = e * inverse_total - f * teacher_inverse_total
+    else:
+        p, _, log_p, _ = _mixture_terms(x, y, scale, inverse_total, teacher_inverse_total, beta)
+        g = ((1.0 - beta) * LN2) * p * (log_p - centre)
+    return g
+
+
+@triton.jit
+def _write_derivative(  # noqa: PLR0913
+    output, row, bias, teacher_row, teacher_bias, V, scale, top, total, teacher_top, teacher_total, centre, beta, slope,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Row of the derivative times `slope`."""
+    inverse_total = 1.0 / total
+    teacher_inverse_total = 1.0 / teacher_total
+    for start in range(0, V, ROWS * LANES):
+        x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES)
+        y = load_tile(teacher_row, teacher_bias, start, V, HAS_TEACHER_BIAS, ROWS, LANES)
+        g = _derivative(x - top, y - teacher_top, scale, inverse_total, teacher_inverse_total, centre, beta, KIND)
+        store_tile(output, g * slope, start, V, ROWS, LANES)
+
+
+@triton.jit
+def _divergence_rows(  # noqa: PLR0913
+    # Written.
+    divergences, tops, totals, teacher_tops, teacher_totals, centres,  # [T]
+    largest,  # [T]
+    derivatives,  # [T, V]
+    # Read.
+    logits,  # [T, V]
+    bias,  # [V]
+    teacher_logits,  # [T, V]
+    teacher_bias,  # [V]
+    V, logits_stride, teacher_stride, inverse_temperature, beta,
+    KIND: tl.constexpr, HAS_DERIVATIVE: tl.constexpr, HAS_LARGEST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """With HAS_LARGEST a row of the derivative is divided by its largest entry, so that fp16 does not lose small ones."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = logits + pid * logits_stride
+    teacher_row = teacher_logits + pid * teacher_stride
+    scale = inverse_temperature * LOG2E
+    top, total, teacher_top, teacher_total, gap = _scan_rows(
+        row, bias, teacher_row, teacher_bias, V, scale, KIND, HAS_BIAS, HAS_TEACHER_BIAS, ROWS, LANES
+    )
+    inverse_total = 1.0 / total
+    teacher_inverse_total = 1.0 / teacher_total
+    centre = gap
+    if KIND == _JSD:
+        own = tl.zeros([LANES], tl.float32)
+        teachers = tl.zeros([LANES], tl.float32)
+        for start in range(0, V, ROWS * LANES):
+            x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES)
+            y = load_tile(teacher_row, teacher_bias, start, V, HAS_TEACHER_BIAS, ROWS, LANES)
+            p, q, log_p, log_q = _mixture_terms(x - top, y - teacher_top, scale, inverse_total, teacher_inverse_total, beta)
+            own += tl.sum(p * log_p, 0)
+            teachers += tl.sum(q * log_q, 0)
+        centre = tl.sum(own, 0)
+        divergence = LN2 * ((1.0 - beta) * centre + beta * tl.sum(teachers, 0))
+    else:
+        divergence = gap * inverse_temperature - tl.log(total / teacher_total)
+        if KIND == _FORWARD:
+            divergence = -divergence
+    tl.store(divergences + pid, divergence)
+    tl.store(tops + pid, top)
+    tl.store(totals + pid, total)
+    tl.store(teacher_tops + pid, teacher_top)
+    tl.store(teacher_totals + pid, teacher_total)
+    tl.store(centres + pid, centre)
+    if HAS_DERIVATIVE:
+        slope = 1.0
+        if HAS_LARGEST:
+            highest = tl.zeros([LANES], tl.float32)
+            for start in range(0, V, ROWS * LANES):
+                x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES)
+                y = load_tile(teacher_row, teacher_bias, start, V, HAS_TEACHER_BIAS, ROWS, LANES)
+                g = _derivative(x - top, y - teacher_top, scale, inverse_total, teacher_inverse_total, centre, beta, KIND)
+                highest = tl.maximum(highest, tl.max(tl.abs(g), 0))
+            peak = tl.max(highest, 0)
+            tl.store(largest + pid, peak)
+            slope = 1.0 / tl.where(peak > 0, peak, 1.0)
+        _write_derivative(
+            derivatives + pid * V, row, bias, teacher_row, teacher_bias, V, scale, top, total, teacher_top, teacher_total,
+            centre, beta, slope, KIND, HAS_BIAS, HAS_TEACHER_BIAS, ROWS, LANES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _divergence_rows_backward(  # noqa: PLR0913
+    gradient,  # [T, V], written; may be the memory of the logits
+    slopes, tops, totals, teacher_tops, teacher_totals, centres,  # [T]
+    logits,  # [T, V]
+    bias,  # [V]
+    teacher_logits,  # [T, V]
+    teacher_bias,  # [V]
+    V, logits_stride, teacher_stride, inverse_temperature, beta,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Gradient of `slopes * divergences` by the logits."""
+    pid = tl.program_id(0).to(tl.int64)
+    slope = tl.load(slopes + pid) * inverse_temperature
+    _write_derivative(
+        gradient + pid * logits_stride, logits + pid * logits_stride, bias, teacher_logits + pid * teacher_stride, teacher_bias,
+        V, inverse_temperature * LOG2E, tl.load(tops + pid), tl.load(totals + pid), tl.load(teacher_tops + pid),
+        tl.load(teacher_totals + pid), tl.load(centres + pid), beta, slope, KIND, HAS_BIAS, HAS_TEACHER_BIAS, ROWS, LANES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _scale_directions(  # noqa: PLR0913
+    gradient,  # [T, D], written
+    directions,  # [T, D]
+    slopes, largest,  # [T]
+    D, inverse_temperature,
+    HAS_LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    slope = tl.load(slopes + pid) * inverse_temperature
+    if HAS_LARGEST:
+        slope *= tl.load(largest + pid)
+    for start in range(0, D, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        direction = tl.load(directions + pid * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+        # What a zero slope multiplies may be infinite.
+        g = tl.where(slope == 0, 0.0, slope * direction)
+        tl.store(gradient + pid * D + columns, g.to(gradient.dtype.element_ty), mask=columns < D)
+
+
+class _Terms(NamedTuple):
+    """What one pass over both rows finds; all [T] fp32."""
+
+    divergences: Tensor
+    """In nats."""
+    tops: Tensor
+    """The student's largest logit."""
+    totals: Tensor
+    """Sum of exp((logit - largest) / temperature)."""
+    teacher_tops: Tensor
+    teacher_totals: Tensor
+    centres: Tensor
+    """Mean under p of what the derivative subtracts from each entry: of (x - top) - (y - teacher_top) in logits for reverse_kl,
+    of log2(p / m) for jsd; forward_kl needs none."""
+
+    def part(self, tokens: slice) -> _Terms:
+        """Views of some tokens."""
+        return _Terms(*(term[tokens] for term in self))
+
+
+class _Options(NamedTuple):
+    kind: int
+    beta: float
+    inverse_temperature: float
+    frozen_gradient: bool
+    """The gradient by hidden states is wanted, and none by the head: it is taken in the forward pass."""
+
+
+class _LinearDivergence(torch.autograd.Function):
+    """[T] divergences from hidden states."""
+
+    @staticmethod
+    @isolated
+    def forward(ctx, options, hidden, teacher_hidden, *head_tensors):
+        heads = Heads(*head_tensors)
+        num_tokens, vocabulary = len(hidden), len(heads.weight)
+        terms = _Terms(*(torch.empty(num_tokens, dtype=torch.float32, device=hidden.device) for _ in _Terms._fields))
+        frozen = options.frozen_gradient
+        directions = torch.empty_like(hidden) if frozen else None
+        largest = torch.empty_like(terms.tops) if frozen and hidden.dtype == torch.float16 else None
+        for outer in blocks(0, num_tokens, PRODUCT_ROWS if frozen else num_tokens or 1):
+            shape = (outer.stop - outer.start, vocabulary)
+            derivatives = torch.empty(shape, dtype=hidden.dtype, device=hidden.device) if frozen else None
+            for inner in blocks(outer.start, outer.stop, LOGITS_ROWS):
+                written = slice(inner.start - outer.start, inner.stop - outer.start)
+                arguments = _row_arguments(hidden[inner], teacher_hidden[inner], heads, options)
+                _divergence_rows[(inner.stop - inner.start,)](
+                    *terms.part(inner), None if largest is None else largest[inner],
+                    None if derivatives is None else derivatives[written], **arguments, HAS_DERIVATIVE=frozen,
+                    HAS_LARGEST=largest is not None,
+                )  # fmt: skip
+                del arguments
+            if directions is not None and derivatives is not None:
+                directions[outer] = product_fp32(derivatives, heads.weight)
+        if frozen:
+            ctx.save_for_backward(directions, largest)
+        else:
+            # A copy of what is returned, because the caller may change it.
+            saved = terms._replace(divergences=terms.divergences.clone())
+            ctx.save_for_backward(hidden, teacher_hidden, *heads, *saved)
+        ctx.options = options
+        return terms.divergences
+
+    @staticmethod
+    @once_differentiable
+    @isolated
+    def backward(ctx: Any, *upstreams: Any) -> Any:
+        (slopes,) = upstreams
+        options = ctx.options
+        if options.frozen_gradient:
+            directions, largest = ctx.saved_tensors
+            gradient = torch.empty_like(directions)
+            num_tokens, num_features = directions.shape
+            if num_tokens:
+                _scale_directions[(num_tokens,)](
+                    gradient, directions, slopes.contiguous(), largest, num_features, options.inverse_temperature,
+                    HAS_LARGEST=largest is not None, BLOCK=min(2048, triton.next_power_of_2(num_features)),
+                )  # fmt: skip
+            return None, gradient, None, None, None, None, None
+
+        hidden, teacher_hidden, *saved = ctx.saved_tensors
+        heads, terms = Heads(*saved[:4]), _Terms(*saved[4:])
+        _, needs_hidden, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        slopes = slopes.contiguous()
+        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
+        weight_gradient = torch.zeros_like(heads.weight, dtype=torch.float32) if needs_weight else None
+        bias_gradient = torch.zeros_like(heads.bias, dtype=torch.float32) if needs_bias and heads.bias is not None else None
+        for tokens in blocks(0, len(hidden), LOGITS_ROWS):
+            arguments = _row_arguments(hidden[tokens], teacher_hidden[tokens], heads, options)
+            logits = arguments["logits"]
+            gradient = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
+            _divergence_rows_backward[(len(logits),)](gradient, slopes[tokens], *terms.part(tokens)[1:], **arguments)
+            if hidden_gradient is not None:
+                hidden_gradient[tokens] = gradient @ heads.weight
+            if weight_gradient is not None:
+                weight_gradient += product_fp32(gradient.T, hidden[tokens])
+            if bias_gradient is not None:
+                bias_gradient += gradient.sum(0, dtype=torch.float32)
+            del arguments, logits, gradient
+        weight_gradient = None if weight_gradient is None else weight_gradient.to(heads.weight.dtype)
+        if bias_gradient is not None and heads.bias is not None:
+            bias_gradient = bias_gradient.to(heads.bias.dtype)
+        return None, hidden_gradient, None, weight_gradient, bias_gradient, None, None
+
+
+def _row_arguments(hidden: Tensor, teacher_hidden: Tensor, heads: Heads, options: _Options) -> dict[str, Any]:
+    """What both kernels have in common, by name; takes the products with the heads."""
+    logits = product_fp32(hidden, heads.weight.T)
+    teacher_logits = product_fp32(teacher_hidden, heads.teacher_weight.T)
+    vocabulary = logits.shape[1]
+    return {
+        "logits": logits, "bias": heads.bias, "teacher_logits": teacher_logits, "teacher_bias": heads.teacher_bias,
+        "V": vocabulary, "logits_stride": logits.stride(0), "teacher_stride": teacher_logits.stride(0),
+        "inverse_temperature": options.inverse_temperature, "beta": options.beta, "KIND": options.kind,
+        "HAS_BIAS": heads.bias is not None, "HAS_TEACHER_BIAS": heads.teacher_bias is not None, **tile(vocabulary),
+    }  # fmt: skip
+
+
+def linear_distillation_loss(
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor | nn.Module,
+    *,
+    bias: Tensor | None = None,
+    teacher_weight: Tensor | nn.Module | None = None,
+    temperature: float = 1.0,
+    **distillation: Unpack[DistillationSettings],
+) -> DistillationLoss:
+    if not runs_kernels(hidden):
+        return reference.linear_distillation_loss(
+            hidden, teacher_hidden, weight, bias=bias, teacher_weight=teacher_weight, temperature=temperature, **distillation
+        )
+    settings = Distillation.from_keywords(distillation)
+    heads = settings.heads(weight, bias, teacher_weight)
+    settings.check(hidden, teacher_hidden, heads, allow_float64=False)
+    check_temperature(temperature)
+    check_rows_contiguous("weight", heads.weight)
+    check_rows_contiguous("teacher_weight", heads.teacher_weight)
+    recording = torch.is_grad_enabled()
+    trainable_head = recording and (heads.weight.requires_grad or (heads.bias is not None and heads.bias.requires_grad))
+    frozen_gradient = recording and hidden.requires_grad and not trainable_head
+    options = _Options(_KINDS[settings.divergence], settings.beta, 1.0 / temperature, frozen_gradient)
+    bias, teacher_bias = (None if each is None else each.contiguous() for each in (heads.bias, heads.teacher_bias))
+    divergences = _LinearDivergence.apply(
+        options, settings.blank(hidden).contiguous(), settings.blank(teacher_hidden).detach().contiguous(), heads.weight, bias,
+        heads.teacher_weight, teacher_bias,
+    )  # fmt: skip
+    return settings.loss(divergences)
+
+
+linear_distillation_loss.__doc__ = reference.linear_distillation_loss.__doc__
+shows_settings(linear_distillation_loss, Distillation)
