@@ -230,7 +230,9 @@ def test_an_adapter_without_safetensors_runs_no_pickle(base, tmp_path):
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save(Evil(), tmp_path / "adapter_model.bin")
-    with pytest.raises(UserError, match=r"the adapter cannot be loaded \(no adapter_model.safetensors is in it"):
+    with pytest.raises(
+        UserError, match=r"--model .*: holds no adapter_model.safetensors; save it by peft's save_pretrained, no pickle is read"
+    ):
         load(tmp_path)
     assert not (tmp_path / "ran").exists()
     assert adapter_config(str(tmp_path)) is not None
