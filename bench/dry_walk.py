@@ -108,8 +108,8 @@ class Launches:
             narrow, multiplies = narrow_offsets(kernel.asm["ttir"])
             if multiplies:
                 self.problems.add(f"{name}: a 64-bit offset is a 32-bit product")
-            if "int_to_ptr" in narrow:
-                self.problems.add(f"{name}: 32-bit offsets from an address that it loads")
+            for origin in narrow & {"int_to_ptr", "unknown"}:
+                self.problems.add(f"{name}: 32-bit offsets from an address ({origin})")
         for argument, tensor in pointers.items():
             extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             self.largest_argument[name] = max(self.largest_argument[name], extent)
@@ -125,11 +125,13 @@ def narrow_offsets(code: str) -> tuple[set[str], bool]:
     """What in a kernel's Triton code may overflow 32 bits.
 
     Returns:
-        the pointers (arguments, and `int_to_ptr` for addresses that were loaded) to which a 32-bit offset is added first;
-        whether a 64-bit number is made from the 32-bit product of two that are not known before the launch.
+        the pointers to which a 32-bit offset is added first (arguments; `int_to_ptr` for addresses that were loaded; `unknown`
+        for one whose origin is not seen); whether a 64-bit number is made from the 32-bit product of two that are not known
+        before the launch.
     """
     narrow: set[str] = set()
-    pointers = {name: name for name in re.findall(r"%(\w+): !tt\.ptr", code)}
+    # Where each pointer comes from; None: from within what a 64-bit offset may have been added to.
+    pointers: dict[str, str | None] = {name: name for name in re.findall(r"%(\w+): !tt\.ptr", code)}
     constants: set[str] = set()
     products: set[str] = set()
     multiplies = False
@@ -145,9 +147,11 @@ def narrow_offsets(code: str) -> tuple[set[str], bool]:
             pointers[name] = "int_to_ptr"
         elif operation in ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast") and operands[0] in pointers:
             pointers[name] = pointers[operands[0]]
-        elif operation == "tt.addptr" and operands[0] in pointers:
-            if re.search(r"\bi32$|xi32>$", rest):
-                narrow.add(pointers[operands[0]])
+        elif operation == "tt.addptr":
+            origin = pointers.get(operands[0], "unknown")
+            pointers[name] = None
+            if origin is not None and re.search(r"\bi32$|xi32>$", rest):
+                narrow.add(origin)
         elif operation == "arith.muli" and re.search(r"\bi32$|xi32>$", rest) and not constants & set(operands):
             products.add(name)
         elif operation == "arith.extsi" and operands[0] in products:
