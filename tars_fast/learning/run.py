@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import sys
@@ -148,6 +149,11 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
     # Not from the checkpoint it resumes from, which later ones outlive: processor and configuration are read at each save.
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
+    if config.kl_coef and config.rollout_ahead and engine_name == "transformers":
+        raise UserError(
+            f"--kl-coef {config.kl_coef}: with --rollout-ahead 1 this engine would sample while the adapter is off; use "
+            "--engine vllm or --rollout-ahead 0"
+        )
     data = keep_usable(config, prompts, RunData(training, held_out, notes, 0), workers)
     workload = config.workload(
         preset,
@@ -301,7 +307,8 @@ def check_output(config: RunConfig, settings: Mapping[str, object]) -> None:
     if config.resume:
         latest_checkpoint(config.output_dir)
         earlier = read_settings(config.output_dir)
-        # Runs of earlier versions did not write them down.
+        # Runs of earlier versions did not write them down; settings that came later did then what their defaults do.
+        earlier = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | earlier
         earlier.setdefault("rewards", settings["rewards"])
         changed = sorted(name for name in settings if name not in MAY_CHANGE_ON_RESUME and earlier.get(name) != settings[name])
         if changed:
