@@ -1,9 +1,9 @@
 """Compile every kernel for GPUs that are not there, and hold it to limits: `python bench/compile_kernels.py`.
 
-The public operations and their gradients run on tensors without memory at the shapes of Qwen2-Audio-7B; every launch is
-compiled exactly as the JIT would compile it, and then left out. A table gives registers, spills, shared memory and exponentials
-per element. Exit status 1 when a kernel spills, needs more than `MAX_REGISTERS`, takes more than `MAX_EXPONENTIALS` an element
-of a long row, or is compiled a second time for another length, count, temperature or coefficient.
+The public operations and their gradients run on a GPU that is not there (`fake_gpu.py`) at the shapes of Qwen2-Audio-7B; every
+launch is compiled exactly as the JIT would compile it, and then left out. A table gives registers, spills, shared memory and
+exponentials per element. Exit status 1 when a kernel spills, needs more than `MAX_REGISTERS`, takes more than
+`MAX_EXPONENTIALS` an element of a long row, or is compiled a second time for another length, count, temperature or coefficient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from pathlib import Path
 import tars_kernels
 import torch
 import triton
-from tars_kernels import backend, distillation, rows, similarity
+from fake_gpu import fake_gpu
+from tars_kernels import backend, distillation, rows
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -106,17 +107,13 @@ def compiled_launches(found: dict[tuple, Compiled]) -> Iterator[None]:
         key = (driver.active.architecture, self.__name__, kernel.hash)
         if key not in found:
             found[key] = measure(self, kernel, args, named)
+        return kernel
 
-    addresses = similarity.address_table
-
-    def fake_table(tensors):
-        return torch.empty(len(tensors), dtype=torch.int64, device=tensors[0].device)
-
-    JITFunction.run, similarity.address_table = compile_only, fake_table
+    JITFunction.run = compile_only
     try:
         yield
     finally:
-        JITFunction.run, similarity.address_table = run, addresses
+        JITFunction.run = run
 
 
 def measure(function: JITFunction, kernel: object, args: list[object], named: dict[str, object]) -> Compiled:
@@ -168,21 +165,21 @@ class Head:
 
     def __init__(self, dtype: torch.dtype, num_tokens: int, vocabulary: int, width: int, num_sequences: int):
         def floats(*shape: int, dtype: torch.dtype = torch.float32, gradient: bool = False) -> Tensor:
-            return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=gradient)
+            return torch.empty(*shape, dtype=dtype, device="cuda", requires_grad=gradient)
 
         self.hidden = floats(num_tokens, width, dtype=dtype, gradient=True)
         self.teacher_hidden = floats(num_tokens, width, dtype=dtype)
         self.weight = floats(vocabulary, width, dtype=dtype)
         self.bias = floats(vocabulary)
         self.logits = floats(num_tokens, vocabulary, dtype=dtype, gradient=True)
-        self.targets = torch.empty(num_tokens, dtype=torch.int64, device="meta")
-        self.mask = torch.empty(num_tokens, dtype=torch.bool, device="meta")
-        self.cu_seqlens = torch.empty(num_sequences + 1, dtype=torch.int64, device="meta")
+        self.targets = torch.empty(num_tokens, dtype=torch.int64, device="cuda")
+        self.mask = torch.empty(num_tokens, dtype=torch.bool, device="cuda")
+        self.cu_seqlens = torch.empty(num_sequences + 1, dtype=torch.int64, device="cuda")
         self.advantages = floats(num_sequences)
         self.vectors = {name: floats(num_tokens) for name in ("old_logprobs", "rollout_logprobs")}
         self.ref_logprobs = floats(num_tokens)
         self.states = [floats(num_tokens, width, dtype=dtype, gradient=True) for _ in range(3)]
-        self.pairs = torch.empty(2 * num_sequences, 2, dtype=torch.int64, device="meta")
+        self.pairs = torch.empty(2 * num_sequences, 2, dtype=torch.int64, device="cuda")
 
 
 def launch_everything(head: Head, temperature: float, coefficient: float, *, thorough: bool) -> None:
@@ -254,10 +251,11 @@ def check(architecture: int, dtypes: Sequence[torch.dtype]) -> tuple[list[Compil
     # What triton 3.9 does anyway, with a warning that its next version will not.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     driver.set_active(OfflineDriver(architecture))
-    backend.runs_anywhere = True
+    # Operators are nodes to what traces fake tensors, unless it is told to go through their launches.
+    backend.walks_launches = True
     found: dict[tuple, Compiled] = {}
     problems = []
-    with compiled_launches(found):
+    with fake_gpu(divmod(architecture, 10)), compiled_launches(found):
         for dtype in dtypes:
             thorough = dtype is torch.bfloat16
             launch_everything(Head(dtype, 4096, 156032, 4096, 8), 1.0, 0.1, thorough=thorough)

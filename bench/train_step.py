@@ -337,18 +337,18 @@ class Bench:
         }
         self.rollout = dataclasses.replace(self.rollout, prompts=[prompts[id(prompt)] for prompt in self.rollout.prompts])
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Every contender's gradient; keeps our advantages."""
+    def gradients(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Each contender's gradient; keeps our advantages."""
         _, self.advantages_N = self.step("ours", self.config.group_size)
         found = {}
-        for name in CONTENDERS:
+        for name in names:
             self.step(name, self.config.group_size)
             found[name] = self.gradient()
         self.optimizer.zero_grad(set_to_none=True)
         return found
 
-    def check(self) -> tuple[dict[str, float], Tensor]:
-        """(relative error of every contender's gradient against ours, our gradient); keeps our advantages.
+    def check(self, names: Sequence[str]) -> tuple[dict[str, float], Tensor]:
+        """(relative error of each contender's gradient against ours, our gradient); keeps our advantages.
 
         Raises:
             DisagreementError: gradients or rewards differ by more than rounding.
@@ -357,7 +357,7 @@ class Bench:
         rewards_N, self.advantages_N = self.step("ours", size)
         expected = self.gradient()
         errors: dict[str, float] = {}
-        for name in CONTENDERS:
+        for name in names:
             rewards, _ = self.step(name, size)
             errors[name] = distance(self.gradient(), expected)
             if not errors[name] <= TOLERANCE:
@@ -472,10 +472,10 @@ def run_case(
         at_all_sizes: measure memory at every micro-batch tried; on CUDA that is so anyway.
     """
     bench = make_bench(workload if workload.dtype == "float32" else dataclasses.replace(workload, num_questions=1))
-    rounding = None if workload.dtype == "float32" else bench.gradients()
+    rounding = None if workload.dtype == "float32" else bench.gradients(names)
     if rounding is not None:
         bench.to_float32()
-    errors, exact = bench.check()
+    errors, exact = bench.check(names)
     if rounding is not None:
         rounding = {name: distance(gradient, exact) for name, gradient in rounding.items()}
         if not rounding["ours"] <= _ROUNDING * max(rounding.values()):
@@ -568,16 +568,16 @@ def headline(cases: dict[str, dict]) -> dict[str, object]:
     def speedup(other: str) -> float:
         return round(contenders[other]["median_seconds"] / ours["median_seconds"], 3)
 
-    ratios: dict[str, object] = {f"speedup_vs_{other}": speedup(other) for other in CONTENDERS if other != "ours"}
+    others = [other for other in contenders if other != "ours"]
+    ratios: dict[str, object] = {f"speedup_vs_{other}": speedup(other) for other in others}
     if "peak_bytes" in ours:
         ratios |= {
-            f"peak_memory_vs_{other}": round(ours["peak_bytes"] / contenders[other]["peak_bytes"], 3)
-            for other in CONTENDERS
-            if other != "ours"
+            f"peak_memory_vs_{other}": round(ours["peak_bytes"] / contenders[other]["peak_bytes"], 3) for other in others
         }
         ratios = {name.replace("peak_memory", "peak_memory_each_at_its_fastest"): ratio for name, ratio in ratios.items()}
-        size, ratios["peak_memory_vs_trl"] = at_our_size(contenders)
-        ratios["peak_memory_completions_per_micro_batch"] = size
+        if "trl" in others:
+            size, ratios["peak_memory_vs_trl"] = at_our_size(contenders)
+            ratios["peak_memory_completions_per_micro_batch"] = size
     return {"headline": name, **ratios}
 
 
@@ -650,6 +650,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=shapes, default="qwen2-audio-7b" if on_cuda else "pocket")
     parser.add_argument("--cases", nargs="+", help="of the shape's, by name; the first is the headline")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, help="besides ours")
     sizes = [4, 8, 16, 32] if on_cuda else [8, 16, 32]
     parser.add_argument("--micro-batches", type=int, nargs="+", default=sizes, help="completions; each takes the fastest")
     parser.add_argument("--json", type=Path, help="file to write; a chart of --scaling goes beside it as .png")
@@ -671,13 +672,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_worker(options.worker, options.worker_size, options.worker_file)
         return 0
     workloads = cases_of(options.shape)
+    names = [name for name in CONTENDERS if name == "ours" or name in options.contenders]
     cases: dict[str, dict] = {}
     report = provenance() | {"shape": options.shape, "threads": torch.get_num_threads(), "repeats": options.repeats}
     try:
         for name in options.cases or workloads:
             cases[name] = run_case(
                 workloads[name],
-                list(CONTENDERS),
+                names,
                 options.micro_batches,
                 options.repeats,
                 memory=not options.no_memory,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from importlib.util import find_spec
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -20,6 +21,8 @@ HAS_TRITON = find_spec("triton") is not None
 runs_anywhere = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Launch kernels for tensors of any device: under Triton's interpreter, which runs them on the CPU for tests. Triton reads
 the variable once, when kernels are defined."""
+walks_launches = False
+"""Operators go through their launches for tensors without data too: for tools that compile what would be launched."""
 _reference_depth = 0
 
 
@@ -49,6 +52,13 @@ def _without_autocast(tensor: Tensor | None) -> AbstractContextManager[None]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def _on_device_of(tensor: Tensor | None) -> AbstractContextManager[None]:
+    # What is traced launches nothing.
+    if tensor is None or not tensor.is_cuda or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return nullcontext()
+    return torch.cuda.device_of(tensor)
+
+
 def isolated(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Run on the device of the first tensor, which need not be the current one, and without autocast.
 
@@ -58,7 +68,28 @@ def isolated(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     @wraps(function)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        with torch.cuda.device_of(first) if first is not None else nullcontext(), _without_autocast(first):
+        with _on_device_of(first), _without_autocast(first):
             return function(*args, **kwargs)
 
     return guarded
+
+
+def operator(name: str, run: Callable[..., Any], outputs: Callable[..., Any], *, mutates: Sequence[str] = ()) -> Any:
+    """`run` as the operator `tars_kernels::name`, one node to whatever traces: torch.compile, export, fake tensors.
+
+    Args:
+        run: launches kernels; its annotations say what the operator takes.
+        outputs: of the same arguments, empty tensors like those that `run` returns.
+        mutates: names of the arguments that are written.
+
+    Returns:
+        a function like `run`, whose gradient is given to it with `register_autograd`.
+    """
+    guarded = isolated(run)
+    made = torch.library.custom_op(f"tars_kernels::{name}", guarded, mutates_args=mutates)
+
+    @made.register_fake
+    def without_data(*args: Any) -> Any:
+        return guarded(*args) if walks_launches else outputs(*args)
+
+    return made

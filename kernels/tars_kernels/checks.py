@@ -1,7 +1,7 @@
 """Arguments refused before anything is launched; every message names the argument, its value and the remedy.
 
 Nothing here reads a CUDA tensor: that would stop the host until the device is done. What only its values can show is checked
-for CPU tensors, and on CUDA kept from reading outside of memory (a target out of range gives NaN).
+for CPU tensors, outside of torch.compile, and on CUDA kept from reading outside of memory (a target out of range gives NaN).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32)
@@ -46,6 +47,11 @@ def check_integers(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> 
     check_shape(name, tensor, shape)
 
 
+def _shows_values(tensor: Tensor) -> bool:
+    """Whether values can be looked at: on the CPU, where there are any, and without breaking a graph that is being traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+
+
 def check_same_device(reference: tuple[str, Tensor], **others: Tensor | None) -> None:
     """Raises ValueError for the first of `others` that lies elsewhere; None passes."""
     home, tensor = reference
@@ -65,7 +71,7 @@ def check_targets(targets: Tensor, num_tokens: int, vocabulary: int, mask: Tenso
     check_integers("targets", targets, (num_tokens,))
     if mask is not None:
         check_mask(mask, num_tokens)
-    if targets.device.type == "cpu":
+    if _shows_values(targets):
         outside = (targets < 0) | (targets >= vocabulary)
         if mask is not None:
             outside = outside & mask.bool()
@@ -87,7 +93,10 @@ def check_mask(mask: Tensor, num_tokens: int) -> None:
 
 def check_temperature(temperature: float) -> None:
     """Raises ValueError unless `temperature` is a number above 0."""
-    if not isinstance(temperature, float | int) or not 0 < temperature < float("inf"):
+    if not isinstance(temperature, float | int):
+        # Not read here: on CUDA the host would wait for it.
+        raise ValueError(f"temperature: a {type(temperature).__name__}; pass the number, float(temperature)")
+    if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: {temperature!r}; must be a number above 0")
 
 
@@ -96,7 +105,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
     check_integers("cu_seqlens", cu_seqlens, (None,))
     if len(cu_seqlens) < 1:
         raise ValueError("cu_seqlens: empty; it holds the start of every sequence and, last, the number of tokens")
-    if cu_seqlens.device.type == "cpu":
+    if _shows_values(cu_seqlens):
         values = cu_seqlens.tolist()
         if values[0] != 0 or values[-1] != num_tokens or values != sorted(values):
             raise ValueError(f"cu_seqlens: {values}; must rise from 0 to the number of tokens, {num_tokens}")
@@ -105,7 +114,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
 def check_pairs(pairs: Tensor, num_sequences: int) -> None:
     """Raises ValueError for a wrong dtype or shape, and on the CPU for a sequence number out of range."""
     check_integers("pairs", pairs, (None, 2))
-    if pairs.device.type == "cpu" and pairs.numel() and not (int(pairs.min()) >= 0 and int(pairs.max()) < num_sequences):
+    if _shows_values(pairs) and pairs.numel() and not (int(pairs.min()) >= 0 and int(pairs.max()) < num_sequences):
         raise ValueError(f"pairs: holds numbers outside 0 ... {num_sequences - 1}; number the sequences of cu_seqlens from 0")
 
 
@@ -140,9 +149,15 @@ def head_parameters(weight: Tensor | nn.Module, bias: Tensor | None, name: str =
     """Weight and bias of an output head, given as its weight or as the module itself; `name` is the argument's.
 
     Raises:
-        ValueError: the module carries an adapter, whose output its weight alone does not give, or is no linear layer.
+        ValueError: the module carries an adapter, whose output its weight alone does not give, or is no linear layer; or the
+            weight is in parts.
     """
     if isinstance(weight, Tensor):
+        if hasattr(weight, "full_tensor"):
+            raise ValueError(
+                f"weight: a {type(weight).__name__}, of which this process holds a part; call from the forward of the module "
+                "that gathers it, or pass weight.full_tensor()"
+            )
         return weight, bias
     if hasattr(weight, "lora_A") or hasattr(weight, "base_layer"):
         raise ValueError(
@@ -153,7 +168,7 @@ def head_parameters(weight: Tensor | nn.Module, bias: Tensor | None, name: str =
     if not isinstance(weight, nn.Linear) and not hasattr(weight, "modules_to_save"):
         raise ValueError(f"{name}: {type(weight).__name__}; pass the head's weight [V, D] or the nn.Linear itself")
     head: Any = weight
-    return head.weight, getattr(head, "bias", None) if bias is None else bias
+    return head_parameters(head.weight, getattr(head, "bias", None) if bias is None else bias)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, allow_float64: bool, prefix: str = "") -> None:
@@ -181,13 +196,9 @@ def check_packing(states: Tensor, cu_seqlens: Tensor, positions: Tensor | None) 
         check_integers("positions", positions, (None,))
         if positions.dtype != torch.int64:
             raise ValueError(f"positions: dtype {positions.dtype}; convert it with .long()")
-        if positions.device.type == "cpu" and len(positions.unique()) < len(positions):
+        if _shows_values(positions) and len(positions.unique()) < len(positions):
             raise ValueError("positions: holds a row twice; every packed token has a place of its own")
-        if (
-            positions.device.type == "cpu"
-            and len(positions)
-            and not 0 <= int(positions.min()) <= int(positions.max()) < len(states)
-        ):
+        if _shows_values(positions) and len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < len(states):
             raise ValueError(f"positions: holds numbers outside 0 ... {len(states) - 1}; they are rows of the states")
     check_cu_seqlens(cu_seqlens, len(states) if positions is None else len(positions))
 

@@ -9,16 +9,14 @@ Shapes: T tokens, D hidden size, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tars_kernels import reference
-from tars_kernels.backend import isolated, runs_kernels
+from tars_kernels.backend import operator, runs_kernels
 from tars_kernels.checks import check_aligned
 from tars_kernels.similarity import layer_arguments, load_base
 
@@ -52,6 +50,7 @@ def _centre(  # noqa: PLR0913
 
 
 def _centred(layers: Sequence[Tensor]) -> Tensor:
+    """[L, T, D] fp32 from L tensors."""
     num_tokens, width = layers[0].shape
     centred = torch.empty(len(layers), num_tokens, width, dtype=torch.float32, device=layers[0].device)
     if centred.numel():
@@ -62,28 +61,29 @@ def _centred(layers: Sequence[Tensor]) -> Tensor:
     return centred
 
 
-class _Centre(torch.autograd.Function):
-    """[L, T, D] fp32 from L tensors; its own adjoint."""
+def _save_type(ctx, inputs, output):
+    (layers,) = inputs
+    ctx.dtype = layers[0].dtype
 
-    @staticmethod
-    @isolated
-    def forward(ctx, *layers):
-        ctx.dtype = layers[0].dtype
-        return _centred(layers)
 
-    @staticmethod
-    @once_differentiable
-    @isolated
-    def backward(ctx: Any, *upstreams: Any) -> Any:
-        (gradient,) = upstreams
-        return tuple(_centred(gradient.contiguous().unbind()).to(ctx.dtype).unbind())
+def _centre_operator_backward(ctx, gradient):
+    # Centring is its own adjoint.
+    return (list(_centre_operator(gradient.contiguous().unbind()).to(ctx.dtype).unbind()),)
+
+
+_centre_operator = operator(
+    "centre",
+    _centred,
+    lambda layers: layers[0].new_empty(len(layers), *layers[0].shape, dtype=torch.float32),
+)
+_centre_operator.register_autograd(_centre_operator_backward, setup_context=_save_type)
 
 
 def linear_cka(x_layers: Tensor | Sequence[Tensor], y_layers: Tensor | Sequence[Tensor]) -> Tensor:
     x, y = check_aligned(x_layers, y_layers)
     if not runs_kernels(x[0]):
         return reference.linear_cka(x, y)
-    return reference.cka_of_centred(_Centre.apply(*x), _Centre.apply(*y))
+    return reference.cka_of_centred(_centre_operator(x), _centre_operator(y))
 
 
 linear_cka.__doc__ = reference.linear_cka.__doc__

@@ -11,17 +11,15 @@ Shapes: T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tars_kernels import reference
-from tars_kernels.backend import isolated, runs_kernels
+from tars_kernels.backend import operator, runs_kernels
 from tars_kernels.checks import (
     check_head,
     check_rows_contiguous,
@@ -80,105 +78,156 @@ def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, stop))
 
 
-class _Options(NamedTuple):
-    inverse_temperature: float
-    frozen_gradient: bool
-    """The gradient by hidden states is wanted, and none by the head: what it needs is taken in the forward pass."""
-    entropy_gradient: bool
+def _forward(  # noqa: PLR0913
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    inverse_temperature: float,
+    frozen_gradient: bool,
+    entropy_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`RowTerms`, and the mean head rows of the other tokens [T, D] for log-probability and entropy, empty where not wanted.
+
+    Args:
+        frozen_gradient: the gradient by hidden states is wanted, and none by the head: take what it needs here.
+    """
+    num_tokens, width = hidden.shape
+    vocabulary = len(weight)
+    terms = RowTerms.empty(num_tokens, hidden.device)
+    inverse_others = torch.empty_like(terms.logprobs)
+    means = torch.empty(num_tokens if frozen_gradient else 0, width, dtype=hidden.dtype, device=hidden.device)
+    entropy_means = torch.empty_like(means[: num_tokens if entropy_gradient else 0])
+    for outer in blocks(0, num_tokens, PRODUCT_ROWS if frozen_gradient else num_tokens or 1):
+        shape = (outer.stop - outer.start, vocabulary)
+        powers = torch.empty(shape, dtype=hidden.dtype, device=hidden.device) if frozen_gradient else None
+        entropy_powers = None if powers is None or not entropy_gradient else torch.empty_like(powers)
+        for inner in blocks(outer.start, outer.stop, LOGITS_ROWS):
+            logits = product_fp32(hidden[inner], weight.T)
+            written = slice(inner.start - outer.start, inner.stop - outer.start)
+            row_powers = None
+            if powers is not None:
+                row_powers = RowPowers(
+                    inverse_others[inner], powers[written], None if entropy_powers is None else entropy_powers[written]
+                )
+            rows = LogitRows(logits, bias, targets[inner], inverse_temperature)
+            sweep_rows(rows, terms.part(inner), row_powers)
+            del logits, rows
+        if powers is not None:
+            means[outer] = product_fp32(powers, weight).mul_(inverse_others[outer, None])
+        if entropy_powers is not None:
+            entropy_means[outer] = product_fp32(entropy_powers, weight)
+    return *terms, means, entropy_means
 
 
-class _LinearLogprob(torch.autograd.Function):
-    """([T] log-probabilities, [T] entropies) from hidden states."""
+def _forward_outputs(hidden, weight, bias, targets, inverse_temperature, frozen_gradient, entropy_gradient):  # noqa: PLR0913
+    terms = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in RowTerms._fields)
+    wanted = frozen_gradient, frozen_gradient and entropy_gradient
+    return *terms, *(hidden.new_empty(hidden.shape[0] if gradient else 0, hidden.shape[1]) for gradient in wanted)
 
-    @staticmethod
-    @isolated
-    def forward(ctx, hidden, weight, bias, targets, options):
-        frozen_gradient, entropy_gradient = options.frozen_gradient, options.entropy_gradient
-        num_tokens = len(hidden)
-        vocabulary = len(weight)
-        terms = RowTerms.empty(num_tokens, hidden.device)
-        inverse_others = torch.empty_like(terms.logprobs)
-        means = torch.empty_like(hidden) if frozen_gradient else None
-        entropy_means = torch.empty_like(hidden) if frozen_gradient and entropy_gradient else None
-        for outer in blocks(0, num_tokens, PRODUCT_ROWS if frozen_gradient else num_tokens or 1):
-            shape = (outer.stop - outer.start, vocabulary)
-            powers = torch.empty(shape, dtype=hidden.dtype, device=hidden.device) if frozen_gradient else None
-            entropy_powers = None if powers is None or entropy_means is None else torch.empty_like(powers)
-            for inner in blocks(outer.start, outer.stop, LOGITS_ROWS):
-                logits = product_fp32(hidden[inner], weight.T)
-                written = slice(inner.start - outer.start, inner.stop - outer.start)
-                row_powers = None
-                if powers is not None:
-                    row_powers = RowPowers(
-                        inverse_others[inner], powers[written], None if entropy_powers is None else entropy_powers[written]
-                    )
-                rows = LogitRows(logits, bias, targets[inner], options.inverse_temperature)
-                sweep_rows(rows, terms.part(inner), row_powers)
-                del logits, rows
-            if means is not None and powers is not None:
-                means[outer] = product_fp32(powers, weight).mul_(inverse_others[outer, None])
-            if entropy_means is not None and entropy_powers is not None:
-                entropy_means[outer] = product_fp32(entropy_powers, weight)
-        if frozen_gradient:
-            ctx.save_for_backward(weight, targets, terms.rests, means, entropy_means)
-        else:
-            # Copies of what is returned, because the caller may change it.
-            saved = terms._replace(logprobs=terms.logprobs.clone(), entropies=terms.entropies.clone())
-            ctx.save_for_backward(hidden, weight, bias, targets, *saved)
-        ctx.options = options
-        if not entropy_gradient:
-            ctx.mark_non_differentiable(terms.entropies)
-        ctx.set_materialize_grads(False)
-        return terms.logprobs, terms.entropies
 
-    @staticmethod
-    @once_differentiable
-    @isolated
-    def backward(ctx: Any, *upstreams: Any) -> Any:
-        slopes, entropy_slopes = upstreams
-        inverse_temperature = ctx.options.inverse_temperature
-        has_entropy = ctx.options.entropy_gradient and entropy_slopes is not None
-        entropy_slopes = entropy_slopes.contiguous() if has_entropy else None
-        if ctx.options.frozen_gradient:
-            weight, targets, rests, means, entropy_means = ctx.saved_tensors
-            slopes = torch.zeros_like(rests) if slopes is None else slopes.contiguous()
-            gradient = torch.empty_like(means)
-            num_tokens, num_features = means.shape
-            if num_tokens:
-                _hidden_gradient[(num_tokens,)](
-                    gradient, means, entropy_means, weight, targets, slopes, entropy_slopes, rests, len(weight), num_features,
-                    weight.stride(0), inverse_temperature, HAS_ENTROPY=has_entropy,
-                    BLOCK=min(2048, triton.next_power_of_2(num_features)),
-                )  # fmt: skip
-            return gradient, None, None, None, None
-
-        hidden, weight, bias, targets, *saved = ctx.saved_tensors
-        terms = RowTerms(*saved)
-        slopes = torch.zeros_like(terms.logprobs) if slopes is None else slopes.contiguous()
-        num_tokens = len(hidden)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-        for tokens in blocks(0, num_tokens, LOGITS_ROWS):
-            logits = product_fp32(hidden[tokens], weight.T)
-            gradient = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
-            rows = LogitRows(logits, bias, targets[tokens], inverse_temperature)
-            block_entropy_slopes = None if entropy_slopes is None else entropy_slopes[tokens]
-            write_rows_gradient(gradient, rows, terms.part(tokens), slopes[tokens], block_entropy_slopes)
-            if hidden_gradient is not None:
-                hidden_gradient[tokens] = gradient @ weight
-            if weight_gradient is not None:
-                weight_gradient += product_fp32(gradient.T, hidden[tokens])
-            if bias_gradient is not None:
-                bias_gradient += gradient.sum(0, dtype=torch.float32)
-            del logits, gradient, rows
-        return (
-            hidden_gradient,
-            None if weight_gradient is None else weight_gradient.to(weight.dtype),
-            None if bias_gradient is None else bias_gradient.to(bias.dtype),
-            None, None,
+def _frozen_gradient(  # noqa: PLR0913
+    means: Tensor,
+    entropy_means: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    slopes: Tensor,
+    entropy_slopes: Tensor | None,
+    rests: Tensor,
+    inverse_temperature: float,
+) -> Tensor:
+    """[T, D] by the hidden states under a frozen head."""
+    gradient = torch.empty_like(means)
+    num_tokens, num_features = means.shape
+    if num_tokens:
+        _hidden_gradient[(num_tokens,)](
+            gradient, means, entropy_means, weight, targets, slopes.contiguous(),
+            None if entropy_slopes is None else entropy_slopes.contiguous(), rests, len(weight), num_features,
+            weight.stride(0), inverse_temperature, HAS_ENTROPY=entropy_slopes is not None,
+            BLOCK=min(2048, triton.next_power_of_2(num_features)),
         )  # fmt: skip
+    return gradient
+
+
+def _trainable_gradients(  # noqa: PLR0913
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    terms: Sequence[Tensor],
+    slopes: Tensor,
+    entropy_slopes: Tensor | None,
+    inverse_temperature: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """By hidden states, head and bias, empty where not needed; logits are computed again."""
+    row_terms = RowTerms(*terms)
+    slopes = slopes.contiguous()
+    entropy_slopes = None if entropy_slopes is None else entropy_slopes.contiguous()
+    needs_hidden, needs_weight, needs_bias = needs
+    hidden_gradient = torch.empty_like(hidden if needs_hidden else hidden[:0])
+    weight_gradient = torch.zeros_like(weight if needs_weight else weight[:0], dtype=torch.float32)
+    bias_gradient = torch.zeros(len(weight) if needs_bias else 0, dtype=torch.float32, device=hidden.device)
+    for tokens in blocks(0, len(hidden), LOGITS_ROWS):
+        logits = product_fp32(hidden[tokens], weight.T)
+        gradient = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
+        rows = LogitRows(logits, bias, targets[tokens], inverse_temperature)
+        block_entropy_slopes = None if entropy_slopes is None else entropy_slopes[tokens]
+        write_rows_gradient(gradient, rows, row_terms.part(tokens), slopes[tokens], block_entropy_slopes)
+        if needs_hidden:
+            hidden_gradient[tokens] = gradient @ weight
+        if needs_weight:
+            weight_gradient += product_fp32(gradient.T, hidden[tokens])
+        if needs_bias:
+            bias_gradient += gradient.sum(0, dtype=torch.float32)
+        del logits, gradient, rows
+    return [hidden_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(torch.float32 if bias is None else bias.dtype)]
+
+
+def _trainable_gradients_outputs(hidden, weight, bias, *rest):
+    needs = rest[-1]
+    like = hidden, weight, weight.new_empty(weight.shape[0], dtype=torch.float32) if bias is None else bias
+    return [torch.empty_like(one if need else one[:0]) for one, need in zip(like, needs, strict=True)]
+
+
+def _save_forward(ctx, inputs, output):
+    hidden, weight, bias, targets, ctx.inverse_temperature, ctx.frozen_gradient, ctx.entropy_gradient = inputs
+    terms = RowTerms(*output[: len(RowTerms._fields)])
+    if ctx.frozen_gradient:
+        ctx.save_for_backward(weight, targets, terms.rests, *output[len(terms) :])
+    else:
+        ctx.save_for_backward(hidden, weight, bias, targets, *terms)
+    ctx.mark_non_differentiable(*output[1 if not ctx.entropy_gradient else 2 :])
+    ctx.set_materialize_grads(False)
+
+
+def _forward_backward(ctx, slopes, entropy_slopes, *_):
+    if not ctx.entropy_gradient:
+        entropy_slopes = None
+    no_gradients = None, None, None, None
+    if slopes is None and entropy_slopes is None:
+        return None, None, None, *no_gradients
+    slopes = torch.zeros_like(entropy_slopes) if slopes is None else slopes
+    if ctx.frozen_gradient:
+        weight, targets, rests, means, entropy_means = ctx.saved_tensors
+        gradient = _frozen_gradient_operator(
+            means, entropy_means, weight, targets, slopes, entropy_slopes, rests, ctx.inverse_temperature
+        )
+        return gradient, None, None, *no_gradients
+    hidden, weight, bias, targets, *terms = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _trainable_gradients_operator(
+        hidden, weight, bias, targets, terms, slopes, entropy_slopes, ctx.inverse_temperature, needs
+    )
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *no_gradients
+
+
+_frozen_gradient_operator = operator(
+    "linear_logprob_frozen_gradient", _frozen_gradient, lambda means, *_: torch.empty_like(means)
+)
+_trainable_gradients_operator = operator("linear_logprob_gradients", _trainable_gradients, _trainable_gradients_outputs)
+_forward_operator = operator("linear_logprob", _forward, _forward_outputs)
+_forward_operator.register_autograd(_forward_backward, setup_context=_save_forward)
 
 
 def logprob_and_entropy(
@@ -188,16 +237,20 @@ def logprob_and_entropy(
     recording = torch.is_grad_enabled()
     trainable_head = recording and (weight.requires_grad or (bias is not None and bias.requires_grad))
     frozen_gradient = recording and hidden.requires_grad and not trainable_head
-    return _LinearLogprob.apply(
+    logprobs, entropies, *_ = _forward_operator(
         hidden.contiguous(),
         weight,
         None if bias is None else bias.contiguous(),
         targets.contiguous(),
-        _Options(1.0 / temperature, frozen_gradient, entropy_gradient),
+        1.0 / temperature,
+        frozen_gradient,
+        entropy_gradient,
     )
+    # Copies, because the gradient needs the originals and the caller may change these.
+    return logprobs.clone(), entropies.clone()
 
 
-def linear_logprob(
+def linear_logprob(  # noqa: PLR0913
     hidden: Tensor,
     weight: Tensor | nn.Module,
     targets: Tensor,
@@ -205,18 +258,20 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if not runs_kernels(hidden):
         return reference.linear_logprob(
-            hidden, weight, targets, bias=bias, temperature=temperature, return_entropy=return_entropy
-        )
+            hidden, weight, targets, bias=bias, temperature=temperature, return_entropy=return_entropy,
+            entropy_gradient=entropy_gradient,
+        )  # fmt: skip
     weight, bias = head_parameters(weight, bias)
     check_head(hidden, weight, bias, allow_float64=False)
     check_same_device(("hidden", hidden), targets=targets)
     check_rows_contiguous("weight", weight)
     check_targets(targets, len(hidden), len(weight))
     check_temperature(temperature)
-    logprobs, entropy = logprob_and_entropy(hidden, weight, bias, targets, temperature, entropy_gradient=False)
+    logprobs, entropy = logprob_and_entropy(hidden, weight, bias, targets, temperature, entropy_gradient=entropy_gradient)
     return (logprobs, entropy) if return_entropy else logprobs
 
 

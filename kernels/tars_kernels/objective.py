@@ -243,7 +243,8 @@ class Objective:
         Raises:
             TypeError: one that does not exist.
         """
-        known = [field.name for field in fields(cls)]
+        # Of all ways to a dataclass's fields, the one that torch.compile follows.
+        known = cls.__match_args__
         for name in keywords:
             if name not in known:
                 raise TypeError(f"unexpected keyword {name!r}; the settings of the loss are {', '.join(known)}")

@@ -1,12 +1,12 @@
 """Policy-gradient losses, from logits, from hidden states and from log-probabilities.
 
 Every loss is one function of a token's log-probability, `_token_loss`; its specification is `token_loss.py`. Ways to it:
-- `linear_policy_loss`, which the trainer of tars_fast calls: `linear_logprob.logprob_and_entropy`, then `_LossFromLogprobs`;
-- `token_policy_loss`: `_LossFromLogprobs`;
-- `policy_loss`: `_LossFromLogits` in most cases;
-- `policy_loss` in the cases below: `_LogprobFromLogits`, then `_LossFromLogprobs`.
+- `linear_policy_loss`, which the trainer of tars_fast calls: `linear_logprob.logprob_and_entropy`, then `_from_logprobs`;
+- `token_policy_loss`: `_from_logprobs`;
+- `policy_loss`: `_from_logits` in most cases;
+- `policy_loss` in the cases below: `_sweep_logits`, then `_from_logprobs`.
 
-`_LossFromLogits` is one launch: it reads a row of logits, computes its token's loss, and reads the row again, from the L2 cache
+`_from_logits` is one launch: it reads a row of logits, computes its token's loss, and reads the row again, from the L2 cache
 by then, to write the gradient. The upstream gradient is not known yet, so the backward pass launches a kernel that multiplies
 by it, and returns at once if it is 1: a factor that is known before belongs into `scale`. It cannot serve losses that couple
 tokens (of a sequence: gspo, sequence-level importance; of the batch: `top_entropy_quantile`), fp16 logits (whose gradient
@@ -17,16 +17,18 @@ Shapes: T tokens, N sequences, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Unpack
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.autograd.function import once_differentiable
 
 from tars_kernels import reference
-from tars_kernels.backend import isolated, runs_kernels
+from tars_kernels.backend import isolated, operator, runs_kernels
 from tars_kernels.checks import (
     check_bias,
     check_floats,
@@ -511,28 +513,31 @@ def _scale_gradient(gradient, scale, V, ROWS: tl.constexpr, LANES: tl.constexpr)
             store_tile(row, load_tile(row, row, start, V, False, ROWS, LANES) * factor, start, V, ROWS, LANES)
 
 
-class _TokenResults:
-    """What a loss kernel writes for every token, and statistics of it."""
+class _TokenResults(NamedTuple):
+    """What a loss kernel writes for every token, [T] each."""
 
-    def __init__(self, num_tokens: int, device: torch.device):
-        # Zeros, because tokens that belong to no sequence are not written.
-        self.losses = torch.zeros(num_tokens, dtype=torch.float32, device=device)
-        self.kls = torch.zeros_like(self.losses)
-        self.ratios = torch.zeros_like(self.losses)
-        self.events = torch.zeros(num_tokens, dtype=torch.int32, device=device)
+    losses: Tensor
+    kls: Tensor
+    ratios: Tensor
+    events: Tensor
 
-    def statistics(self, terms: TokenTerms) -> Tensor:
+    @classmethod
+    def zeros(cls, num_tokens: int, device: torch.device) -> _TokenResults:
+        """Zeros, because tokens that belong to no sequence are not written."""
+        floats = (torch.zeros(num_tokens, dtype=torch.float32, device=device) for _ in range(3))
+        return cls(*floats, torch.zeros(num_tokens, dtype=torch.int32, device=device))
+
+    def statistics(self, weights: Tensor, num_kept: Tensor) -> Tensor:
         """[6] loss, clip_low_fraction, clip_high_fraction, importance_mean, importance_max, importance_capped_fraction."""
         statistics = self.losses.new_empty(6)
         _batch_statistics[(1,)](
-            statistics, self.losses, terms.weights, self.ratios, self.events, terms.num_kept, len(self.losses),
-            BLOCK=4 * _BLOCK,
-        )  # fmt: skip
+            statistics, self.losses, weights, self.ratios, self.events, num_kept, len(self.losses), BLOCK=4 * _BLOCK
+        )
         return statistics
 
 
-def _loss_arguments(terms: TokenTerms, results: _TokenResults) -> dict[str, Any]:
-    """The arguments that both loss kernels have, by name."""
+def _loss_arguments(terms: TokenTerms) -> dict[str, Any]:
+    """The arguments that both loss kernels have, by name, and what statistics need."""
     objective = terms.objective
     low, high = objective.clip_bounds
     floor, cap = objective.importance_bounds
@@ -553,10 +558,7 @@ def _loss_arguments(terms: TokenTerms, results: _TokenResults) -> dict[str, Any]
         **{name: float(number) for name, number in numbers.items()},
         "advantages": terms.advantages,
         "weights": terms.weights,
-        "losses": results.losses,
-        "kls": results.kls,
-        "ratios": results.ratios,
-        "events": results.events,
+        "num_kept": terms.num_kept,
         "LOSS": objective.formula.loss,
         "HAS_OLD": objective.old_logprobs is not None,
         "HAS_ROLLOUT": objective.rollout_logprobs is not None,
@@ -590,44 +592,124 @@ def _sequence_arguments(terms: TokenTerms) -> dict[str, Any]:
     }
 
 
-class _LogitsOptions(NamedTuple):
-    """What to do with logits, beside the objective."""
+class _Packed(NamedTuple):
+    """The arguments of a loss kernel by kind, as operators can take them."""
 
-    inverse_temperature: float
-    gradient: bool
-    """Whether the gradient by the logits is wanted."""
-    inplace: bool
-    """Whether it takes the memory of the logits."""
+    tensors: list[Tensor | None]
+    numbers: list[float]
+    names: str
+    """Of the tensors, of the numbers, and of flags with their values; separated by semicolons."""
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any]) -> _Packed:
+        numbers = {name: value for name, value in arguments.items() if isinstance(value, float)}
+        flags = [f"{name}={value}" for name, value in arguments.items() if isinstance(value, bool | str)]
+        tensors = {name: value for name, value in arguments.items() if value is None or isinstance(value, Tensor)}
+        names = ";".join(" ".join(kind) for kind in (tensors, numbers, flags))
+        return cls(list(tensors.values()), list(numbers.values()), names)
+
+    def arguments(self) -> dict[str, Any]:
+        """By name."""
+        tensors, numbers, flags = (names.split(" ") for names in self.names.split(";"))
+        values = {"True": True, "False": False}
+        constants = {name: values.get(value, value) for name, _, value in (flag.partition("=") for flag in flags)}
+        return {
+            **dict(zip(tensors, self.tensors, strict=True)), **dict(zip(numbers, self.numbers, strict=True)), **constants,
+        }  # fmt: skip
 
 
-class _LossFromLogits(torch.autograd.Function):
-    """(loss, [T] log-probabilities, [T] entropies, statistics, [T] losses, [T] KL) in one launch, gradient included."""
+def _launch_from_logits(
+    gradient: Tensor | None,
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    inverse_temperature: float,
+    packed: _Packed,
+) -> tuple[Tensor, ...]:
+    """Loss, [T] log-probabilities, [T] entropies, statistics, [T] losses, [T] KL; writes `gradient`, which may be `logits`."""
+    num_tokens, vocabulary = logits.shape
+    results = _TokenResults.zeros(num_tokens, logits.device)
+    logprobs, entropies = torch.empty_like(results.losses), torch.empty_like(results.losses)
+    arguments = packed.arguments()
+    num_kept = arguments.pop("num_kept")
+    if num_tokens:
+        _loss_from_logits[(num_tokens,)](
+            gradient=gradient, logprobs=logprobs, entropies=entropies, **results._asdict(), logits=logits, bias=bias,
+            targets=targets, V=vocabulary, logits_stride=logits.stride(0), inverse_temperature=inverse_temperature,
+            HAS_GRADIENT=gradient is not None, HAS_BIAS=bias is not None, **arguments, **tile(vocabulary),
+        )  # fmt: skip
+    statistics = results.statistics(arguments["weights"], num_kept)
+    loss = statistics[0].clone()
+    if arguments["HAS_ENTROPY"]:
+        loss -= entropies.sum() * arguments["entropy_weight"]
+    return loss, logprobs, entropies, statistics, results.losses, results.kls
+
+
+def _from_logits(  # noqa: PLR0913
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    inverse_temperature: float,
+    wants_gradient: bool,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    names: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `_launch_from_logits` returns, and the gradient, which is empty where it is not wanted."""
+    gradient = torch.empty_like(logits if wants_gradient else logits[:0])
+    packed = _Packed(list(tensors), list(numbers), names)
+    loss, logprobs, entropies, statistics, losses, kls = _launch_from_logits(
+        gradient if wants_gradient else None, logits, bias, targets, inverse_temperature, packed
+    )
+    return loss, logprobs, entropies, statistics, losses, kls, gradient
+
+
+def _from_logits_outputs(logits, bias, targets, inverse_temperature, wants_gradient, *_):
+    vectors = [logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(4)]
+    loss, statistics = (logits.new_empty(shape, dtype=torch.float32) for shape in ((), (6,)))
+    return loss, *vectors[:2], statistics, *vectors[2:], torch.empty_like(logits if wants_gradient else logits[:0])
+
+
+def _save_gradient(ctx, inputs, output):
+    ctx.save_for_backward(output[-1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _from_logits_backward(ctx, upstream, *_):
+    (gradient,) = ctx.saved_tensors
+    if upstream is None:
+        return (None,) * 8
+    if detect_fake_mode(gradient) is not None:
+        # Whoever traces this plans the memory.
+        return gradient * upstream, *(None,) * 7
+    # In place: a second backward pass finds it changed, and is refused by autograd.
+    _scale_gradient_operator(gradient, upstream)
+    return gradient, *(None,) * 7
+
+
+def _scale_rows(gradient: Tensor, upstream: Tensor) -> None:
+    num_tokens, vocabulary = gradient.shape
+    if num_tokens:
+        _scale_gradient[(num_tokens,)](gradient, upstream, vocabulary, **tile(vocabulary))
+
+
+_scale_gradient_operator = operator("scale_gradient", _scale_rows, lambda *_: None, mutates=("gradient",))
+_from_logits_operator = operator("policy_loss", _from_logits, _from_logits_outputs)
+_from_logits_operator.register_autograd(_from_logits_backward, setup_context=_save_gradient)
+
+
+class _InPlaceLoss(torch.autograd.Function):
+    """`_from_logits` with the gradient in the place of the logits, which no operator may return."""
 
     @staticmethod
     @isolated
-    def forward(ctx, logits, bias, targets, terms, options):
-        num_tokens, vocabulary = logits.shape
-        results = _TokenResults(num_tokens, logits.device)
-        logprobs, entropies = torch.empty_like(results.losses), torch.empty_like(results.losses)
-        gradient = None
-        if options.gradient:
-            gradient = logits if options.inplace else torch.empty_like(logits)
-        if num_tokens:
-            _loss_from_logits[(num_tokens,)](
-                gradient=gradient, logprobs=logprobs, entropies=entropies, logits=logits, bias=bias, targets=targets,
-                entropy_weight=terms.entropy_weight, V=vocabulary, logits_stride=logits.stride(0),
-                inverse_temperature=options.inverse_temperature, HAS_GRADIENT=options.gradient, HAS_BIAS=bias is not None,
-                HAS_ENTROPY=terms.objective.entropy_coef != 0, **_loss_arguments(terms, results), **tile(vocabulary),
-            )  # fmt: skip
-        if options.gradient and options.inplace:
-            torch.autograd.graph.increment_version(logits)
-        ctx.gradient = gradient
-        statistics = results.statistics(terms)
-        loss = statistics[0].clone()
-        if terms.objective.entropy_coef != 0:
-            loss -= entropies.sum() * terms.entropy_weight
-        ctx.mark_non_differentiable(logprobs, entropies, statistics, results.losses, results.kls)
-        return loss, logprobs, entropies, statistics, results.losses, results.kls
+    def forward(ctx, logits, *arguments):
+        results = _launch_from_logits(logits, logits, *arguments)
+        torch.autograd.graph.increment_version(logits)
+        ctx.gradient = logits
+        ctx.mark_non_differentiable(*results[1:])
+        return results
 
     @staticmethod
     @once_differentiable
@@ -636,90 +718,124 @@ class _LossFromLogits(torch.autograd.Function):
         if ctx.gradient is None:
             raise RuntimeError("policy_loss: backward a second time; its gradient was handed out the first time")
         gradient, ctx.gradient = ctx.gradient, None
-        num_tokens, vocabulary = gradient.shape
-        if num_tokens:
-            _scale_gradient[(num_tokens,)](gradient, upstreams[0], vocabulary, **tile(vocabulary))
+        _scale_rows(gradient, upstreams[0])
         return gradient, None, None, None, None
 
 
-class _LogprobFromLogits(torch.autograd.Function):
-    """([T] log-probabilities, [T] entropies) of logits, with the gradient in a launch of its own."""
-
-    @staticmethod
-    @isolated
-    def forward(ctx, logits, bias, targets, options, entropy_gradient):
-        terms = RowTerms.empty(len(logits), logits.device)
-        sweep_rows(LogitRows(logits, bias, targets, options.inverse_temperature), terms)
-        # Copies of what is returned, because the caller may change it.
-        saved = terms._replace(logprobs=terms.logprobs.clone(), entropies=terms.entropies.clone())
-        ctx.save_for_backward(logits, bias, targets, *saved)
-        ctx.options = options
-        ctx.entropy_gradient = entropy_gradient
-        if not entropy_gradient:
-            ctx.mark_non_differentiable(terms.entropies)
-        ctx.set_materialize_grads(False)
-        return terms.logprobs, terms.entropies
-
-    @staticmethod
-    @once_differentiable
-    @isolated
-    def backward(ctx: Any, *upstreams: Any) -> Any:
-        slopes, entropy_slopes = upstreams
-        logits, bias, targets, *saved = ctx.saved_tensors
-        terms = RowTerms(*saved)
-        slopes = torch.zeros_like(terms.logprobs) if slopes is None else slopes.contiguous()
-        has_entropy = ctx.entropy_gradient and entropy_slopes is not None
-        entropy_slopes = entropy_slopes.contiguous() if has_entropy else None
-        gradient = logits if ctx.options.inplace else torch.empty_like(logits)
-        rows = LogitRows(logits, bias, targets, ctx.options.inverse_temperature)
-        write_rows_gradient(gradient, rows, terms, slopes, entropy_slopes)
-        if ctx.options.inplace:
-            # The logits are overwritten, so autograd must refuse to come here a second time.
-            torch.autograd.graph.increment_version(logits)
-        bias_gradient = gradient.sum(0, dtype=torch.float32).to(bias.dtype) if ctx.needs_input_grad[1] else None
-        return gradient, bias_gradient, None, None, None
+def _sweep_logits(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, inverse_temperature: float, entropy_gradient: bool, inplace: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`RowTerms` of logits; their gradient is a launch of its own."""
+    terms = RowTerms.empty(len(logits), logits.device)
+    sweep_rows(LogitRows(logits, bias, targets, inverse_temperature), terms)
+    return tuple(terms)
 
 
-class _LossFromLogprobs(torch.autograd.Function):
-    """(loss, statistics, [T] losses, [T] KL) from log-probabilities and entropies [T]."""
+def _write_logits_gradient(  # noqa: PLR0913
+    gradient: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    inverse_temperature: float,
+    terms: Sequence[Tensor],
+    slopes: Tensor,
+    entropy_slopes: Tensor | None,
+) -> None:
+    rows = LogitRows(logits, bias, targets, inverse_temperature)
+    entropy_slopes = None if entropy_slopes is None else entropy_slopes.contiguous()
+    write_rows_gradient(gradient, rows, RowTerms(*terms), slopes.contiguous(), entropy_slopes)
 
-    @staticmethod
-    @isolated
-    def forward(ctx, logprobs, entropies, terms):
-        objective, num_tokens = terms.objective, len(logprobs)
-        results = _TokenResults(num_tokens, logprobs.device)
-        slopes = torch.zeros_like(logprobs)
-        arguments = _loss_arguments(terms, results) | _sequence_arguments(terms)
-        cu_seqlens = arguments["cu_seqlens"]
-        programs = triton.cdiv(num_tokens, _BLOCK) if cu_seqlens is None else len(cu_seqlens) - 1
-        if programs:
-            _loss_from_logprobs[(programs,)](
-                slopes=slopes, logprobs=logprobs, T=num_tokens, **arguments, BLOCK=_BLOCK, num_warps=8
-            )
-        statistics = results.statistics(terms)
-        loss = statistics[0].clone()
-        entropy_slopes = None
-        if objective.entropy_coef != 0:
-            is_idle = terms.weights == 0 if terms.acts is None else ~terms.acts
-            entropy_slopes = (-terms.entropy_weight).expand(num_tokens).masked_fill(is_idle, 0.0)
-            loss += (entropies.masked_fill(is_idle, 0.0) * entropy_slopes).sum()
-        ctx.save_for_backward(slopes, entropy_slopes)
-        ctx.mark_non_differentiable(statistics, results.losses, results.kls)
-        return loss, statistics, results.losses, results.kls
 
-    @staticmethod
-    @once_differentiable
-    @isolated
-    def backward(ctx: Any, *upstreams: Any) -> Any:
-        slopes, entropy_slopes = ctx.saved_tensors
-        return slopes * upstreams[0], None if entropy_slopes is None else entropy_slopes * upstreams[0], None
+def _save_logits(ctx, inputs, output):
+    logits, bias, targets, ctx.inverse_temperature, ctx.entropy_gradient, ctx.inplace = inputs
+    ctx.save_for_backward(logits, bias, targets, *output)
+    ctx.mark_non_differentiable(*output[2 if ctx.entropy_gradient else 1 :])
+    ctx.set_materialize_grads(False)
+
+
+def _sweep_logits_backward(ctx, slopes, entropy_slopes, *_):
+    entropy_slopes = entropy_slopes if ctx.entropy_gradient else None
+    if slopes is None and entropy_slopes is None:
+        return (None,) * 6
+    logits, bias, targets, *terms = ctx.saved_tensors
+    slopes = torch.zeros_like(entropy_slopes) if slopes is None else slopes
+    # Overwritten logits are noticed by autograd, which refuses to come here a second time.
+    gradient = logits if ctx.inplace else torch.empty_like(logits)
+    _write_logits_gradient_operator(gradient, logits, bias, targets, ctx.inverse_temperature, terms, slopes, entropy_slopes)
+    bias_gradient = gradient.sum(0, dtype=torch.float32).to(bias.dtype) if ctx.needs_input_grad[1] else None
+    return gradient, bias_gradient, *(None,) * 4
+
+
+_write_logits_gradient_operator = operator("logits_gradient", _write_logits_gradient, lambda *_: None, mutates=("gradient",))
+_sweep_logits_operator = operator(
+    "logits_logprob",
+    _sweep_logits,
+    lambda logits, *_: tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in RowTerms._fields),
+)
+_sweep_logits_operator.register_autograd(_sweep_logits_backward, setup_context=_save_logits)
+
+
+def _from_logprobs(
+    logprobs: Tensor,
+    entropies: Tensor,
+    entropy_gradient: bool,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    names: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, statistics, [T] losses, [T] KL, its derivatives by log-probabilities and, if wanted, entropies."""
+    num_tokens = len(logprobs)
+    results = _TokenResults.zeros(num_tokens, logprobs.device)
+    slopes = torch.zeros_like(logprobs)
+    arguments = _Packed(list(tensors), list(numbers), names).arguments()
+    num_kept, entropy_weight = (arguments.pop(name) for name in ("num_kept", "entropy_weight"))
+    cu_seqlens, weights, acts = (arguments[name] for name in ("cu_seqlens", "weights", "acts"))
+    programs = triton.cdiv(num_tokens, _BLOCK) if cu_seqlens is None else len(cu_seqlens) - 1
+    if programs:
+        _loss_from_logprobs[(programs,)](
+            slopes=slopes, logprobs=logprobs, T=num_tokens, **results._asdict(), **arguments, BLOCK=_BLOCK, num_warps=8
+        )
+    statistics = results.statistics(weights, num_kept)
+    loss = statistics[0].clone()
+    entropy_slopes = slopes.new_zeros(num_tokens if entropy_gradient else 0)
+    if entropy_gradient:
+        is_idle = weights == 0 if acts is None else ~acts
+        entropy_slopes = (entropy_slopes - entropy_weight).masked_fill(is_idle, 0.0)
+        loss += (entropies.masked_fill(is_idle, 0.0) * entropy_slopes).sum()
+    return loss, statistics, results.losses, results.kls, slopes, entropy_slopes
+
+
+def _from_logprobs_outputs(logprobs, entropies, entropy_gradient, *_):
+    vectors = [torch.empty_like(logprobs) for _ in range(3)]
+    slopes = logprobs.new_empty(logprobs.shape[0] if entropy_gradient else 0)
+    return logprobs.new_empty(()), logprobs.new_empty(6), *vectors, slopes
+
+
+def _save_slopes(ctx, inputs, output):
+    ctx.entropy_gradient = inputs[2]
+    ctx.save_for_backward(*output[-2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _from_logprobs_backward(ctx, upstream, *_):
+    slopes, entropy_slopes = ctx.saved_tensors
+    if upstream is None:
+        return (None,) * 6
+    return slopes * upstream, entropy_slopes * upstream if ctx.entropy_gradient else None, *(None,) * 4
+
+
+_from_logprobs_operator = operator("token_policy_loss", _from_logprobs, _from_logprobs_outputs)
+_from_logprobs_operator.register_autograd(_from_logprobs_backward, setup_context=_save_slopes)
 
 
 def _policy_loss_from_logprobs(logprobs: Tensor, entropies: Tensor, terms: TokenTerms) -> PolicyLoss:
-    results = _LossFromLogprobs.apply(logprobs, entropies, terms.of_top_entropy(entropies))
+    terms = terms.of_top_entropy(entropies)
+    packed = _Packed.of(_loss_arguments(terms) | _sequence_arguments(terms) | {"entropy_weight": terms.entropy_weight})
+    results = _from_logprobs_operator(logprobs, entropies, terms.objective.entropy_coef != 0, *packed)
     if terms.keep is not None:
         logprobs, entropies = (vector.detach().masked_fill(~terms.keep, 0.0) for vector in (logprobs, entropies))
-    loss, *others = results
+    loss, *others = results[:4]
     return _as_policy_loss(loss, logprobs, entropies, *others)
 
 
@@ -771,12 +887,20 @@ def policy_loss(
     differentiable_bias = recording and bias is not None and bias.requires_grad
     if inplace and not logits.is_contiguous():
         raise ValueError(f"inplace: True for logits with row stride {logits.stride(0)}; pass logits.contiguous()")
-    options = _LogitsOptions(1.0 / temperature, recording and logits.requires_grad, inplace)
+    # Permission that a compiled graph, which plans its memory itself, makes no use of.
+    inplace = inplace and not torch.compiler.is_compiling()
+    wants_gradient, inverse_temperature = recording and logits.requires_grad, 1.0 / temperature
+    wants_entropy = settings.entropy_coef != 0
     couples_tokens = settings.by_sequence or settings.top_entropy_quantile < 1
     if couples_tokens or differentiable_bias or logits.dtype == torch.float16:
-        logprobs, entropies = _LogprobFromLogits.apply(logits, bias, targets, options, settings.entropy_coef != 0)
-        return _policy_loss_from_logprobs(logprobs, entropies, terms)
-    return _as_policy_loss(*_LossFromLogits.apply(logits, bias, targets, terms, options))
+        swept = _sweep_logits_operator(logits, bias, targets, inverse_temperature, wants_entropy, inplace)
+        # Copies, because the gradient needs the originals and the caller may change these.
+        return _policy_loss_from_logprobs(swept[0].clone(), swept[1].clone(), terms)
+    packed = _Packed.of(_loss_arguments(terms) | {"entropy_weight": terms.entropy_weight, "HAS_ENTROPY": wants_entropy})
+    if inplace and wants_gradient:
+        return _as_policy_loss(*_InPlaceLoss.apply(logits, bias, targets, inverse_temperature, packed))
+    results = _from_logits_operator(logits, bias, targets, inverse_temperature, wants_gradient, *packed)
+    return _as_policy_loss(*results[:6])
 
 
 @shows_settings

@@ -43,7 +43,7 @@ class _Tap(torch.autograd.Function):
         flat = gradient.view(-1, ctx.shape[-1])
         if ctx.runs_kernels:
             operations.add_pooled_gradient(
-                [flat], pooled_gradient[None].contiguous(), ctx.cu_seqlens, ctx.positions, ctx.pooling, adds=True
+                [flat], pooled_gradient[None].contiguous(), ctx.cu_seqlens, ctx.positions, ctx.pooling, True
             )
         else:
             with torch.enable_grad():

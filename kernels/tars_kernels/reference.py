@@ -53,7 +53,7 @@ def _accumulated(tensor: Tensor) -> Tensor:
 
 
 @isolated
-def linear_logprob(
+def linear_logprob(  # noqa: PLR0913
     hidden: Tensor,
     weight: Tensor | nn.Module,
     targets: Tensor,
@@ -61,6 +61,7 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target under `softmax((hidden @ weight.T + bias) / temperature)`.
 
@@ -70,7 +71,8 @@ def linear_logprob(
         targets: [T] int64. On CUDA one outside the vocabulary gives NaN, since looking would stop the host.
         bias: [V] added to the logits; -inf suppresses a token.
         temperature: the logits are divided by it.
-        return_entropy: also return the distribution's entropy, without a gradient.
+        return_entropy: also return the distribution's entropy.
+        entropy_gradient: let the entropy carry a gradient, which a frozen head pays for with another product.
 
     Returns:
         [T] fp32 log-probabilities in nats, and with `return_entropy` [T] fp32 entropies in nats.
@@ -84,7 +86,7 @@ def linear_logprob(
     check_targets(targets, len(hidden), len(weight))
     check_temperature(temperature)
     logits = F.linear(_accumulated(hidden), _accumulated(weight))
-    logprobs, entropy = _softmax_terms(logits, targets, bias, temperature, entropy_gradient=False)
+    logprobs, entropy = _softmax_terms(logits, targets, bias, temperature, entropy_gradient=entropy_gradient)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
@@ -426,6 +428,5 @@ def cka_of_centred(x: Tensor, y: Tensor) -> Tensor:
     """[Lx, Ly] from states [L, T, D] whose columns have mean 0, so that their Gram matrices are double-centred."""
     x_grams, y_grams = (torch.bmm(states, states.mT).flatten(1) for states in map(_unit_scale, (x, y)))
     products = x_grams @ y_grams.T
-    norms = [grams.square().sum(-1) for grams in (x_grams, y_grams)]
-    scale = norms[0][:, None] * norms[1]
+    scale = torch.outer(*(grams.square().sum(-1) for grams in (x_grams, y_grams)))
     return products.masked_fill(scale == 0, 0.0) / scale.masked_fill(scale == 0, 1.0).sqrt()

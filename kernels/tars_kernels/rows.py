@@ -8,7 +8,9 @@ out of the sums: `1 - p(target)` is then a sum of small numbers, not a differenc
 gradient. Shapes: T tokens, V vocabulary.
 
 Functions that Triton compiles, here and in the other modules, take every pointer, size and flag as an argument of its own,
-because that is how a kernel is launched: they are exempt from the limit on the number of arguments (`noqa: PLR0913`).
+because that is how a kernel is launched; so do functions that are made operators (`backend.operator`), whose schemas know no
+objects, and public operations, whose every option is a keyword. They are exempt from the limit on the number of arguments
+(`noqa: PLR0913`).
 """
 
 from __future__ import annotations

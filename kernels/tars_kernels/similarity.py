@@ -10,16 +10,14 @@ Shapes: T packed tokens, N sequences, D hidden size, L layers, P pairs, S splits
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tars_kernels import reference
-from tars_kernels.backend import isolated, runs_kernels
+from tars_kernels.backend import operator, runs_kernels
 from tars_kernels.checks import (
     check_floats,
     check_layer_states,
@@ -245,10 +243,34 @@ def _pair_cosines_backward(  # noqa: PLR0913
     tl.store(pooled_gradient + row * D + columns, gradient, mask=inside)
 
 
+@triton.jit(do_not_specialize=["count", *(f"a{place}" for place in range(32))])
+def _write_addresses(  # noqa: PLR0913
+    table,  # [32]
+    count,
+    a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15,
+    a16, a17, a18, a19, a20, a21, a22, a23, a24, a25, a26, a27, a28, a29, a30, a31,
+):  # fmt: skip
+    addresses = (
+        a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15,
+        a16, a17, a18, a19, a20, a21, a22, a23, a24, a25, a26, a27, a28, a29, a30, a31,
+    )  # fmt: skip
+    for place in tl.static_range(32):
+        tl.store(table + place, addresses[place].to(tl.int64), mask=place < count)
+
+
 def address_table(tensors: Sequence[Tensor]) -> Tensor:
-    """[L] int64 addresses on the tensors' device, sent there without stopping the host."""
-    table = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, pin_memory=tensors[0].is_cuda)
-    return table.to(tensors[0].device, non_blocking=True)
+    """[L] int64 addresses on the tensors' device.
+
+    They travel as arguments of a launch: a copy from the host would, in a captured CUDA graph, read at every replay a memory
+    that has long been given to something else.
+    """
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    table = torch.empty(len(addresses), dtype=torch.int64, device=tensors[0].device)
+    for first in range(0, len(addresses), 32):
+        part = addresses[first : first + 32]
+        # Repeats, since a 0 would be an argument of another type.
+        _write_addresses[(1,)](table[first:], len(part), *part, *[part[-1]] * (32 - len(part)), num_warps=1)
+    return table
 
 
 def layer_arguments(name: str, layers: Sequence[Tensor]) -> tuple[Tensor, int, bool, tl.dtype]:
@@ -269,8 +291,12 @@ def layer_arguments(name: str, layers: Sequence[Tensor]) -> tuple[Tensor, int, b
     return address_table(layers), first.stride(0), is_aligned, _TRITON_TYPES[first.dtype]
 
 
-def _pool(layers: Sequence[Tensor], cu_seqlens: Tensor, positions: Tensor | None, pooling: str) -> Tensor:
-    """[L, N, D] fp32."""
+def _pool(
+    states: Sequence[Tensor], cu_seqlens: Tensor, positions: Tensor | None, chosen: Sequence[int], pooling: str
+) -> Tensor:
+    """[L', N, D] fp32 of the chosen layers, from L tensors [T, D] or from one [L, T, D]."""
+    stack = states[0] if states[0].ndim == 3 else states
+    layers = [stack[layer] for layer in chosen]
     num_layers, num_sequences, (num_rows, width) = len(layers), len(cu_seqlens) - 1, layers[0].shape
     num_tokens = num_rows if positions is None else len(positions)
     pooled = torch.empty(num_layers, num_sequences, width, dtype=torch.float32, device=layers[0].device)
@@ -295,13 +321,12 @@ def _num_splits(programs: int, pooling: str) -> int:
     return 1 if pooling == "last" else max(1, min(_MAX_SPLITS, _PROGRAMS // programs))
 
 
-def add_pooled_gradient(
+def _add_pooled_gradient(
     gradients: Sequence[Tensor],
     pooled_gradient: Tensor,
     cu_seqlens: Tensor,
     positions: Tensor | None,
     pooling: str,
-    *,
     adds: bool,
 ) -> None:
     """Write, or add to what is there, the gradient of pooled vectors [L, N, D] by the states they were pooled from."""
@@ -324,79 +349,111 @@ def add_pooled_gradient(
     )  # fmt: skip
 
 
-class _PoolSequences(torch.autograd.Function):
-    """[L', N, D] of the chosen layers, from L tensors [T, D] or from one [L, T, D]."""
-
-    @staticmethod
-    @isolated
-    def forward(ctx, cu_seqlens, positions, chosen, pooling, *states):
-        layers = states[0] if states[0].ndim == 3 else states
-        ctx.cu_seqlens, ctx.positions, ctx.chosen, ctx.pooling = cu_seqlens, positions, chosen, pooling
-        ctx.like = [(state.shape, state.dtype) for state in states]
-        return _pool([layers[layer] for layer in chosen], cu_seqlens, positions, pooling)
-
-    @staticmethod
-    @once_differentiable
-    @isolated
-    def backward(ctx: Any, *upstreams: Any) -> Any:
-        (pooled_gradient,) = upstreams
-        # A layer chosen twice is one memory: its gradients are added one after the other.
-        repeats = len(set(ctx.chosen)) < len(ctx.chosen)
-        adds = ctx.positions is not None or repeats
-        shape, dtype = ctx.like[0]
-        gradients: list[Tensor | None]
-        if len(shape) == 3:
-            is_complete = not adds and len(ctx.chosen) == shape[0]
-            stack = (torch.empty if is_complete else torch.zeros)(shape, dtype=dtype, device=pooled_gradient.device)
-            gradients, layers = [stack], dict(enumerate(stack.unbind()))
-        else:
-            make = torch.zeros if adds else torch.empty
-            layers = {
-                layer: make(shape, dtype=dtype, device=pooled_gradient.device)
-                for layer, (shape, dtype) in enumerate(ctx.like)
-                if layer in ctx.chosen
-            }
-            gradients = [layers.get(layer) for layer in range(len(ctx.like))]
-        pooled_gradient = pooled_gradient.contiguous()
-        places = range(len(ctx.chosen))
-        for batch in [[place] for place in places] if repeats else [places]:
-            add_pooled_gradient(
-                [layers[ctx.chosen[place]] for place in batch], pooled_gradient[batch[0] : batch[-1] + 1], ctx.cu_seqlens,
-                ctx.positions, ctx.pooling, adds=adds,
-            )  # fmt: skip
-        return None, None, None, None, *gradients
+def _pool_gradients(  # noqa: PLR0913
+    pooled_gradient: Tensor,
+    cu_seqlens: Tensor,
+    positions: Tensor | None,
+    chosen: Sequence[int],
+    pooling: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """The gradient of each chosen layer [T, D], in rising order, or of the whole stack [L, T, D]."""
+    # A layer chosen twice is one memory: its gradients are added one after the other.
+    repeats = len(set(chosen)) < len(chosen)
+    adds = positions is not None or repeats
+    if len(shape) == 3:
+        is_complete = not adds and len(chosen) == shape[0]
+        gradients = [(torch.empty if is_complete else torch.zeros)(shape, dtype=dtype, device=pooled_gradient.device)]
+        layers = dict(enumerate(gradients[0].unbind()))
+    else:
+        make = torch.zeros if adds else torch.empty
+        layers = {layer: make(shape, dtype=dtype, device=pooled_gradient.device) for layer in sorted(set(chosen))}
+        gradients = list(layers.values())
+    pooled_gradient = pooled_gradient.contiguous()
+    places = range(len(chosen))
+    for batch in [[place] for place in places] if repeats else [places]:
+        _add_pooled_gradient(
+            [layers[chosen[place]] for place in batch], pooled_gradient[batch[0] : batch[-1] + 1], cu_seqlens, positions,
+            pooling, adds,
+        )  # fmt: skip
+    return gradients
 
 
-class _PooledSimilarity(torch.autograd.Function):
-    @staticmethod
-    @isolated
-    def forward(ctx, pooled, pairs):
-        num_layers, num_sequences, width = pooled.shape
-        cosines = torch.empty(len(pairs), num_layers, dtype=torch.float32, device=pooled.device)
-        inverses, left_shares, right_shares = (torch.empty_like(cosines) for _ in range(3))
-        if cosines.numel():
-            _pair_cosines[(cosines.numel(),)](
-                cosines, inverses, left_shares, right_shares, pooled, pairs, num_layers, num_sequences, len(pairs), width,
-                BLOCK=_COSINE_BLOCK,
-            )  # fmt: skip
-        ctx.save_for_backward(pooled, pairs, inverses, left_shares, right_shares)
-        return cosines
+def _pool_gradients_outputs(pooled_gradient, cu_seqlens, positions, chosen, pooling, shape, dtype):  # noqa: PLR0913
+    return [pooled_gradient.new_empty(shape, dtype=dtype) for _ in range(1 if len(shape) == 3 else len(set(chosen)))]
 
-    @staticmethod
-    @once_differentiable
-    @isolated
-    def backward(ctx: Any, *upstreams: Any) -> Any:
-        (upstream,) = upstreams
-        pooled, pairs, inverses, left_shares, right_shares = ctx.saved_tensors
-        num_layers, num_sequences, width = pooled.shape
-        gradient = torch.empty_like(pooled)
-        programs = num_layers * num_sequences * triton.cdiv(width, _COSINE_BLOCK)
-        if programs:
-            _pair_cosines_backward[(programs,)](
-                gradient, upstream.contiguous(), inverses, left_shares, right_shares, pooled, pairs, num_layers, num_sequences,
-                len(pairs), width, BLOCK=_COSINE_BLOCK,
-            )  # fmt: skip
-        return gradient, None
+
+def _save_pooling(ctx, inputs, output):
+    states, cu_seqlens, positions, ctx.chosen, ctx.pooling = inputs
+    ctx.num_states, ctx.shape, ctx.dtype = len(states), states[0].shape, states[0].dtype
+    ctx.save_for_backward(cu_seqlens, positions)
+
+
+def _pool_operator_backward(ctx, pooled_gradient):
+    pooling = *ctx.saved_tensors, ctx.chosen, ctx.pooling
+    gradients = _pool_gradients_operator(pooled_gradient, *pooling, ctx.shape, ctx.dtype)
+    layers = [0] if len(ctx.shape) == 3 else sorted(set(ctx.chosen))
+    by_layer = dict(zip(layers, gradients, strict=True))
+    return [by_layer.get(layer) for layer in range(ctx.num_states)], None, None, None, None
+
+
+_pool_gradients_operator = operator("pool_gradients", _pool_gradients, _pool_gradients_outputs)
+_pool_operator = operator(
+    "pool",
+    _pool,
+    lambda states, cu_seqlens, positions, chosen, pooling: states[0].new_empty(
+        len(chosen), cu_seqlens.shape[0] - 1, states[0].shape[-1], dtype=torch.float32
+    ),
+)
+_pool_operator.register_autograd(_pool_operator_backward, setup_context=_save_pooling)
+add_pooled_gradient = operator("add_pooled_gradient", _add_pooled_gradient, lambda *_: None, mutates=("gradients",))
+
+
+def _cosines(pooled: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[P, L] cosines, and the three terms of `cosine_terms` that their gradient needs."""
+    num_layers, num_sequences, width = pooled.shape
+    cosines = torch.empty(len(pairs), num_layers, dtype=torch.float32, device=pooled.device)
+    inverses, left_shares, right_shares = (torch.empty_like(cosines) for _ in range(3))
+    if cosines.numel():
+        _pair_cosines[(cosines.numel(),)](
+            cosines, inverses, left_shares, right_shares, pooled, pairs, num_layers, num_sequences, len(pairs), width,
+            BLOCK=_COSINE_BLOCK,
+        )  # fmt: skip
+    return cosines, inverses, left_shares, right_shares
+
+
+def _cosines_gradient(
+    upstream: Tensor, inverses: Tensor, left_shares: Tensor, right_shares: Tensor, pooled: Tensor, pairs: Tensor
+) -> Tensor:
+    num_layers, num_sequences, width = pooled.shape
+    gradient = torch.empty_like(pooled)
+    programs = num_layers * num_sequences * triton.cdiv(width, _COSINE_BLOCK)
+    if programs:
+        _pair_cosines_backward[(programs,)](
+            gradient, upstream.contiguous(), inverses, left_shares, right_shares, pooled, pairs, num_layers, num_sequences,
+            len(pairs), width, BLOCK=_COSINE_BLOCK,
+        )  # fmt: skip
+    return gradient
+
+
+def _save_cosines(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:], *inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _cosines_operator_backward(ctx, upstream, *_):
+    return None if upstream is None else _cosines_gradient_operator(upstream, *ctx.saved_tensors), None
+
+
+_cosines_gradient_operator = operator("cosines_gradient", _cosines_gradient, lambda *tensors: torch.empty_like(tensors[-2]))
+_cosines_operator = operator(
+    "cosines",
+    _cosines,
+    lambda pooled, pairs: tuple(pooled.new_empty(pairs.shape[0], pooled.shape[0]) for _ in range(4)),
+)
+_cosines_operator.register_autograd(_cosines_operator_backward, setup_context=_save_cosines)
 
 
 def pool_sequences(states: Tensor, cu_seqlens: Tensor, *, positions: Tensor | None = None, pooling: str = "mean") -> Tensor:
@@ -407,7 +464,7 @@ def pool_sequences(states: Tensor, cu_seqlens: Tensor, *, positions: Tensor | No
     check_pooling(pooling)
     check_rows_contiguous("states", states)
     positions = None if positions is None else positions.contiguous()
-    return _PoolSequences.apply(cu_seqlens.contiguous(), positions, [0], pooling, states)[0]
+    return _pool_operator([states], cu_seqlens.contiguous(), positions, [0], pooling).squeeze(0)
 
 
 def pooled_similarity(pooled: Tensor, pairs: Tensor, *, weights: Tensor | None = None) -> Tensor:
@@ -417,7 +474,7 @@ def pooled_similarity(pooled: Tensor, pairs: Tensor, *, weights: Tensor | None =
     check_pairs(pairs, pooled.shape[1])
     check_weights(weights, len(pooled))
     check_same_device(("pooled", pooled), pairs=pairs, weights=weights)
-    cosines = _PooledSimilarity.apply(pooled.float().contiguous(), pairs.contiguous())
+    cosines, *_ = _cosines_operator(pooled.float().contiguous(), pairs.contiguous())
     return cosines if weights is None else cosines * weights.float()
 
 
@@ -437,7 +494,7 @@ def layer_similarity(
     check_packing(states[0], cu_seqlens, None)
     check_pooling(pooling)
     inputs = [hidden_states] if isinstance(hidden_states, Tensor) else states
-    pooled = _PoolSequences.apply(cu_seqlens.contiguous(), None, chosen, pooling, *inputs)
+    pooled = _pool_operator(inputs, cu_seqlens.contiguous(), None, chosen, pooling)
     return pooled_similarity(pooled, pairs, weights=weights)
 
 

@@ -6,16 +6,14 @@ Shapes: T tokens, D hidden size, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tars_kernels import reference
-from tars_kernels.backend import isolated, runs_kernels
+from tars_kernels.backend import operator, runs_kernels
 from tars_kernels.checks import check_versions, choose_layers
 from tars_kernels.similarity import cosine_terms, layer_arguments, load_base
 
@@ -84,49 +82,6 @@ def _token_cosines_backward(  # noqa: PLR0913
         tl.store(gradients + values[:, None] * D + columns, gradient.to(gradients.dtype.element_ty), mask=inside)
 
 
-class _TokenSimilarity(torch.autograd.Function):
-    """[L', T] of the chosen layers; `states` are the layers of x, then those of y."""
-
-    @staticmethod
-    @isolated
-    def forward(ctx, chosen, *states):
-        num_layers = len(states) // 2
-        x, y = states[:num_layers], states[num_layers:]
-        num_tokens = len(x[0])
-        cosines = torch.empty(len(chosen), num_tokens, dtype=torch.float32, device=x[0].device)
-        terms = [torch.empty_like(cosines) for _ in range(3)]
-        if cosines.numel():
-            arguments = _table_arguments([x[layer] for layer in chosen], [y[layer] for layer in chosen])
-            _token_cosines[_grid(cosines)](cosines, *terms, **arguments, ROWS=_ROWS, LANES=_LANES)
-        ctx.chosen = chosen
-        ctx.save_for_backward(*terms, *states)
-        return cosines
-
-    @staticmethod
-    @once_differentiable
-    @isolated
-    def backward(ctx: Any, *upstreams: Any) -> Any:
-        (upstream,) = upstreams
-        inverses, x_shares, y_shares, *states = ctx.saved_tensors
-        num_layers = len(states) // 2
-        gradients: list[Tensor | None] = [None] * len(states)
-        upstream = upstream.contiguous()
-        for first, shares in ((0, x_shares), (num_layers, y_shares)):
-            if not any(ctx.needs_input_grad[1 + first : 1 + first + num_layers]):
-                continue
-            own = [states[first + layer] for layer in ctx.chosen]
-            other = [states[num_layers - first + layer] for layer in ctx.chosen]
-            gradient = own[0].new_empty(len(own), *own[0].shape)
-            if gradient.numel():
-                arguments = _table_arguments(own, other)
-                _token_cosines_backward[_grid(inverses)](
-                    gradient, upstream, inverses, shares, **arguments, ROWS=_ROWS, LANES=_LANES
-                )
-            for layer, part in zip(ctx.chosen, gradient, strict=True):
-                gradients[first + layer] = part if gradients[first + layer] is None else gradients[first + layer] + part
-        return None, *gradients
-
-
 def _grid(cosines: Tensor) -> tuple[int]:
     num_layers, num_tokens = cosines.shape
     return (num_layers * triton.cdiv(num_tokens, _ROWS),)
@@ -142,13 +97,71 @@ def _table_arguments(x: Sequence[Tensor], y: Sequence[Tensor]) -> dict[str, obje
     }  # fmt: skip
 
 
+def _cosines(x: Sequence[Tensor], y: Sequence[Tensor], chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[L', T] of the chosen layers, and the three terms of `cosine_terms` that their gradient needs."""
+    cosines = torch.empty(len(chosen), len(x[0]), dtype=torch.float32, device=x[0].device)
+    inverses, x_shares, y_shares = (torch.empty_like(cosines) for _ in range(3))
+    if cosines.numel():
+        arguments = _table_arguments([x[layer] for layer in chosen], [y[layer] for layer in chosen])
+        _token_cosines[_grid(cosines)](cosines, inverses, x_shares, y_shares, **arguments, ROWS=_ROWS, LANES=_LANES)
+    return cosines, inverses, x_shares, y_shares
+
+
+def _cosines_gradient(
+    upstream: Tensor, inverses: Tensor, shares: Tensor, own: Sequence[Tensor], other: Sequence[Tensor]
+) -> Tensor:
+    """[L', T, D] by the layers `own` of one side."""
+    gradient = own[0].new_empty(len(own), *own[0].shape)
+    if gradient.numel():
+        _token_cosines_backward[_grid(inverses)](
+            gradient, upstream.contiguous(), inverses, shares, **_table_arguments(own, other), ROWS=_ROWS, LANES=_LANES
+        )
+    return gradient
+
+
+def _save_cosines(ctx, inputs, output):
+    x, y, ctx.chosen = inputs
+    ctx.num_layers = len(x)
+    ctx.save_for_backward(*output[1:], *x, *y)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _cosines_operator_backward(ctx, upstream, *_):
+    inverses, x_shares, y_shares, *states = ctx.saved_tensors
+    sides = states[: ctx.num_layers], states[ctx.num_layers :]
+    gradients: list[list[Tensor | None]] = []
+    for shares, own, other, needed in zip((x_shares, y_shares), sides, sides[::-1], ctx.needs_input_grad[:2], strict=True):
+        gradients.append([None] * ctx.num_layers)
+        if upstream is not None and any(needed):
+            chosen = [[side[layer] for layer in ctx.chosen] for side in (own, other)]
+            parts = _cosines_gradient_operator(upstream, inverses, shares, *chosen)
+            for layer, part in zip(ctx.chosen, parts.unbind(), strict=True):
+                known = gradients[-1][layer]
+                gradients[-1][layer] = part if known is None else known + part
+    return *gradients, None
+
+
+_cosines_gradient_operator = operator(
+    "token_cosines_gradient",
+    _cosines_gradient,
+    lambda upstream, inverses, shares, own, other: own[0].new_empty(len(own), *own[0].shape),
+)
+_cosines_operator = operator(
+    "token_cosines",
+    _cosines,
+    lambda x, y, chosen: tuple(x[0].new_empty(len(chosen), x[0].shape[0], dtype=torch.float32) for _ in range(4)),
+)
+_cosines_operator.register_autograd(_cosines_operator_backward, setup_context=_save_cosines)
+
+
 def token_similarity(
     x_layers: Tensor | Sequence[Tensor], y_layers: Tensor | Sequence[Tensor], *, layers: Sequence[int] | None = None
 ) -> Tensor:
     x, y = check_versions(x_layers, y_layers)
     if not runs_kernels(x[0]):
         return reference.token_similarity(x, y, layers=layers)
-    return _TokenSimilarity.apply(choose_layers(layers, len(x)), *x, *y)
+    return _cosines_operator(x, y, choose_layers(layers, len(x)))[0]
 
 
 token_similarity.__doc__ = reference.token_similarity.__doc__

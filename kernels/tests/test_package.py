@@ -170,6 +170,11 @@ DISTILLATION = "linear_distillation_loss"
 HEADS = (*HEAD_LOSSES, "linear_logprob")
 WRONG = [
     *[(name, {"temperature": value}, "temperature") for name in HEADS for value in (0.0, -1.0, float("nan"))],
+    # A number is meant; it would have to be read.
+    *[
+        (name, {"temperature": lambda _: torch.tensor(0.7)}, r"temperature: a Tensor; pass the number, float\(")
+        for name in HEADS
+    ],
     *[(name, {"targets": lambda v: v["targets"][:3]}, "targets") for name in HEADS],
     *[(name, {"targets": lambda v: v["targets"].float()}, r"targets.*\.long") for name in HEADS],
     *[(name, {"bias": lambda v: v["hidden"][0]}, "bias") for name in HEADS],

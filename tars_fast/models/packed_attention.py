@@ -77,7 +77,9 @@ class PackedGroups:
 
     def _mask(self, number: int, dtype: torch.dtype) -> Tensor:
         lengths = torch.tensor(self.completion_lengths[number], device=self.device)
-        segments = torch.arange(len(lengths), device=self.device).repeat_interleave(lengths)
+        segments = torch.arange(len(lengths), device=self.device)
+        # Without the size the host would wait for a GPU to add up the lengths.
+        segments = segments.repeat_interleave(lengths, output_size=self.group_lengths[number])
         own = (segments[:, None] == segments).tril()
         seen = torch.cat([own.new_ones(len(own), self.prompt_lengths[number]), own], dim=1)
         return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)[None, None]

@@ -382,6 +382,9 @@ def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype:
     try:
         module, found = family.transformers_class().from_pretrained(
             folder,
+            trust_remote_code=False,
+            # Never a pickle.
+            use_safetensors=True,
             dtype=torch.float32 if adapted else dtype,
             attn_implementation="sdpa",
             output_loading_info=True,
@@ -392,7 +395,9 @@ def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype:
             # The checkpoint's own speech adapter (Phi-4-multimodal): without it the base does not understand speech. It is
             # merged in float32, and also answers written prompts, so that there is one policy.
             module = merge_adapter(module, family, folder / family.adapter_folder).to(dtype)
-    except (OSError, ValueError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise cannot_be_loaded(source, error) from error
     module = family.without_unused(module).requires_grad_(False).to(device).eval()
     load_adapter(module, family, source)

@@ -67,7 +67,9 @@ def test_everything_imported_is_declared_where_it_is_needed():
     optional = {extra: requirements.supported(extra).keys() - train for extra in ("analysis", "speech", "vllm")}
     assert used.keys() | {"triton"} == train.union(*optional.values()), "declared and imported differ"
     assert {name for name, at_top in used.items() if at_top} <= train, "what an extra brings is imported where it is used"
-    assert imported("kernels/tars_kernels").keys() == {"torch", "triton"}
+    kernels = imported("kernels/tars_kernels")
+    assert {name for name, at_top in kernels.items() if at_top} == {"torch", "triton"}
+    assert kernels.keys() - {"torch", "triton"} <= requirements.supported("bench").keys()
     development = requirements.supported("dev").keys()
     for folder, extra in (("tests", "dev"), ("kernels/tests", "bench"), ("bench", "bench")):
         peers = requirements.supported(extra).keys() - development
@@ -80,6 +82,10 @@ def test_ranges_bind_nobody_who_only_wants_the_kernels():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     base = [Requirement(line) for line in project["dependencies"]]
     assert [(one.name, str(one.specifier)) for one in base] == [("torch", ">=2.11"), ("triton", ">=3.6")]
+    # Two distributions from one tree: what the whole package brings of the kernels is what they are alone.
+    alone = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text())["project"]
+    for field in ("version", "requires-python", "dependencies", "license"):
+        assert alone[field] == project[field], field
     bounded = {
         name for name, specifier in requirements.supported("vllm").items() if any(one.operator == "<" for one in specifier)
     }
