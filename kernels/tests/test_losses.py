@@ -669,7 +669,7 @@ def test_a_second_backward_is_refused_or_right(device):
     logits = (hidden @ weight.T).requires_grad_()
     loss = tars_kernels.policy_loss(logits, targets, torch.ones(8, device=device)).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second time|modified by an inplace"):
+    with pytest.raises(RuntimeError, match=r"second time|modified by an inplace"):
         loss.backward()
     leaf = hidden.clone().requires_grad_()
     loss = tars_kernels.linear_policy_loss(leaf, weight, targets, torch.ones(8, device=device)).loss
