@@ -1,9 +1,9 @@
 """Compile every kernel for GPUs that are not there, and hold it to limits: `python bench/compile_kernels.py`.
 
-The public operations and their gradients run on tensors without memory at the shapes of Qwen2-Audio-7B; every launch is
-compiled exactly as the JIT would compile it, and then left out. A table gives registers, spills, shared memory and exponentials
-per element. Exit status 1 when a kernel spills, needs more than `MAX_REGISTERS`, takes more than `MAX_EXPONENTIALS` an element
-of a long row, or is compiled a second time for another length, count, temperature or coefficient.
+The public operations and their gradients run on a GPU that is not there (`fake_gpu.py`) at the shapes of Qwen2-Audio-7B; every
+launch is compiled exactly as the JIT would compile it, and then left out. A table gives registers, spills, shared memory and
+exponentials per element. Exit status 1 when a kernel spills, needs more than `MAX_REGISTERS`, takes more than
+`MAX_EXPONENTIALS` an element of a long row, or is compiled a second time for another length, count, temperature or coefficient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from pathlib import Path
 import tars_kernels
 import torch
 import triton
-from tars_kernels import backend, distillation, rows, similarity
+from fake_gpu import fake_gpu
+from tars_kernels import backend, distillation, rows
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -42,6 +43,8 @@ assert distillation.tile(156032)["LANES"] == LONG_ROW_LANES
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OTHER_SIZES = ((1, 1, 0.7, 0.2), (77, 3, 1.3, 1), (16384, 64, 2, 0.03))
 """Tokens, sequences, temperature, coefficient that must not lead to another compilation."""
+UNEVEN_VOCABULARIES = (50257, 151655)
+"""No multiples of 8, so that rows of their logits begin anywhere."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -89,6 +92,16 @@ class Compiled:
     """In the costliest loop; None for kernels that do not sweep over long rows."""
     threads: int
     rows_at_once: int
+    vocabulary: int | None
+    """Of rows of logits, where it is not the model's 156,032."""
+    instructions: int
+    """Of the whole kernel."""
+    wide_loads: int
+    """Instructions that load 16 bytes a thread."""
+    narrow_loads: int
+    """Those that load less, among them the bounded ends of rows."""
+    evicted_loads: int
+    """Those that say how long the cache is to keep what they read."""
 
     def __str__(self) -> str:
         return f"{self.kernel} sm_{self.architecture} ({self.variant})"
@@ -106,17 +119,13 @@ def compiled_launches(found: dict[tuple, Compiled]) -> Iterator[None]:
         key = (driver.active.architecture, self.__name__, kernel.hash)
         if key not in found:
             found[key] = measure(self, kernel, args, named)
+        return kernel
 
-    addresses = similarity.address_table
-
-    def fake_table(tensors):
-        return torch.empty(len(tensors), dtype=torch.int64, device=tensors[0].device)
-
-    JITFunction.run, similarity.address_table = compile_only, fake_table
+    JITFunction.run = compile_only
     try:
         yield
     finally:
-        JITFunction.run, similarity.address_table = run, addresses
+        JITFunction.run = run
 
 
 def measure(function: JITFunction, kernel: object, args: list[object], named: dict[str, object]) -> Compiled:
@@ -138,9 +147,15 @@ def measure(function: JITFunction, kernel: object, args: list[object], named: di
     types = {str(value.dtype).removeprefix("torch.") for value in constants.values() if isinstance(value, Address)}
     types |= {{"bf16": "bfloat16", "fp16": "float16"}.get(str(value)) for value in constants.values()}
     halves = sorted(types & {"bfloat16", "float16"}) or ["float32"]
+    loads = re.findall(r"\bLDG\.E[.\w]*", code)
+    wide = sum(".128" in load for load in loads)
+    vocabulary = constants.get("V")
     return Compiled(
         function.__name__, driver.active.architecture, " ".join(halves + flags), registers,
         stack + local, kernel.metadata.shared, exponentials, threads, rows_at_once,
+        vocabulary if vocabulary in UNEVEN_VOCABULARIES else None,
+        len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE)), wide, len(loads) - wide,
+        sum("EF" in load.split(".") or "EL" in load.split(".") for load in loads),
     )  # fmt: skip
 
 
@@ -168,21 +183,21 @@ class Head:
 
     def __init__(self, dtype: torch.dtype, num_tokens: int, vocabulary: int, width: int, num_sequences: int):
         def floats(*shape: int, dtype: torch.dtype = torch.float32, gradient: bool = False) -> Tensor:
-            return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=gradient)
+            return torch.empty(*shape, dtype=dtype, device="cuda", requires_grad=gradient)
 
         self.hidden = floats(num_tokens, width, dtype=dtype, gradient=True)
         self.teacher_hidden = floats(num_tokens, width, dtype=dtype)
         self.weight = floats(vocabulary, width, dtype=dtype)
         self.bias = floats(vocabulary)
         self.logits = floats(num_tokens, vocabulary, dtype=dtype, gradient=True)
-        self.targets = torch.empty(num_tokens, dtype=torch.int64, device="meta")
-        self.mask = torch.empty(num_tokens, dtype=torch.bool, device="meta")
-        self.cu_seqlens = torch.empty(num_sequences + 1, dtype=torch.int64, device="meta")
+        self.targets = torch.empty(num_tokens, dtype=torch.int64, device="cuda")
+        self.mask = torch.empty(num_tokens, dtype=torch.bool, device="cuda")
+        self.cu_seqlens = torch.empty(num_sequences + 1, dtype=torch.int64, device="cuda")
         self.advantages = floats(num_sequences)
         self.vectors = {name: floats(num_tokens) for name in ("old_logprobs", "rollout_logprobs")}
         self.ref_logprobs = floats(num_tokens)
         self.states = [floats(num_tokens, width, dtype=dtype, gradient=True) for _ in range(3)]
-        self.pairs = torch.empty(2 * num_sequences, 2, dtype=torch.int64, device="meta")
+        self.pairs = torch.empty(2 * num_sequences, 2, dtype=torch.int64, device="cuda")
 
 
 def launch_everything(head: Head, temperature: float, coefficient: float, *, thorough: bool) -> None:
@@ -254,10 +269,11 @@ def check(architecture: int, dtypes: Sequence[torch.dtype]) -> tuple[list[Compil
     # What triton 3.9 does anyway, with a warning that its next version will not.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     driver.set_active(OfflineDriver(architecture))
-    backend.runs_anywhere = backend.walks_launches = True
+    # Operators are nodes to what traces fake tensors, unless it is told to go through their launches.
+    backend.walks_launches = True
     found: dict[tuple, Compiled] = {}
     problems = []
-    with compiled_launches(found):
+    with fake_gpu(divmod(architecture, 10)), compiled_launches(found):
         for dtype in dtypes:
             thorough = dtype is torch.bfloat16
             launch_everything(Head(dtype, 4096, 156032, 4096, 8), 1.0, 0.1, thorough=thorough)
@@ -269,6 +285,8 @@ def check(architecture: int, dtypes: Sequence[torch.dtype]) -> tuple[list[Compil
                 f"{kernel}: compiled again for another length, count, temperature or coefficient"
                 for kernel in list(found.values())[before:]
             ]
+        for vocabulary in UNEVEN_VOCABULARIES if torch.bfloat16 in dtypes else ():
+            launch_everything(Head(torch.bfloat16, 4096, vocabulary, 4096, 8), 1.0, 0.1, thorough=False)
         # A vocabulary that is short and a width that is odd.
         launch_everything(Head(torch.float32, 77, 1100, 123, 3), 1.0, 0.1, thorough=False)
     for kernel in found.values():
@@ -290,12 +308,16 @@ def main() -> int:
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(check, architectures, [dtypes] * len(architectures)))
     kernels = sorted((kernel for found, _ in results for kernel in found), key=lambda row: (row.kernel, row.architecture))
-    print(f"{'kernel':24} {'sm':>3} {'threads':>7} {'regs':>4} {'spill':>5} {'shared':>6} {'ex2/el':>6}  variant")
+    print(
+        f"{'kernel':26} {'sm':>3} {'threads':>7} {'regs':>4} {'spill':>5} {'shared':>6} {'ex2/el':>6} {'instr':>6} {'wide':>4} "
+        f"{'narrow':>6} {'evict':>5} {'V':>6}  variant"
+    )
     for row in kernels:
         exponentials = "" if row.exponentials_per_element is None else f"{row.exponentials_per_element:.2f}"
         print(
-            f"{row.kernel:24} {row.architecture:>3} {row.threads:>7} {row.registers:>4} {row.spilled_bytes:>5} "
-            f"{row.shared_bytes:>6} {exponentials:>6}  {row.variant}"
+            f"{row.kernel:26} {row.architecture:>3} {row.threads:>7} {row.registers:>4} {row.spilled_bytes:>5} "
+            f"{row.shared_bytes:>6} {exponentials:>6} {row.instructions:>6} {row.wide_loads:>4} {row.narrow_loads:>6} "
+            f"{row.evicted_loads:>5} {row.vocabulary or '':>6}  {row.variant}"
         )
     if arguments.json:
         table = {"triton": triton.__version__, "kernels": [asdict(row) for row in kernels]}

@@ -42,7 +42,7 @@ from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.update import Learner
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.families import qwen2_audio
-from tars_fast.models.memory import GB, plan_memory
+from tars_fast.models.memory import plan_memory
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import SpeechModel, make_trainable
@@ -50,6 +50,7 @@ from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.vllm_engine import VllmEngine, as_request, vllm_refusal
 from tars_fast.rollout.vllm_internals import VllmSettings
 from tars_fast.support.provenance import provenance
+from tars_fast.support.text import GB
 from tars_fast.train import update_policy
 from tars_fast.types import Modality, Prompt, Question
 
@@ -99,8 +100,14 @@ class MemoryMeter:
     phase: str = "imports"
 
     def start(self) -> None:
-        self._base = self.now()
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Before the process ends: Python kills a thread that is still in CUDA's library, which ends the process with it."""
+        self._stopped.set()
+        self._thread.join()
 
     def now(self) -> int:
         if torch.cuda.is_available():
@@ -110,10 +117,9 @@ class MemoryMeter:
             return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
 
     def _watch(self) -> None:
-        while True:
+        while not self._stopped.wait(0.002):
             phase, used = self.phase, self.now()
             self.peaks[phase] = max(self.peaks.get(phase, 0), used)
-            time.sleep(0.002)
 
     @contextmanager
     def watching(self, phase: str) -> Iterator[None]:
@@ -238,6 +244,7 @@ def run_shared(
         "kv_cache_gb": round(plan.kv_cache / GB, 3),
         "cuda_graphs": engine._internals._keeps_addresses,
     }
+    engine.close()
     if lora_rank:
         result["logprob_diff_mean"] = max(metrics["logprob_diff_mean"] for metrics in agreement)
         result["logprob_diff_max"] = max(metrics["logprob_diff_max"] for metrics in agreement)
@@ -247,6 +254,7 @@ def run_shared(
 
 def measured(meter: MemoryMeter, seconds: dict[str, list[float]], tokens_per_second: list[float]) -> dict[str, object]:
     """Peaks and medians; medians leave out the first step, which captures graphs, compiles and allocates."""
+    meter.stop()
     return {
         "peak_gb": {phase: round(peak / GB, 3) for phase, peak in meter.peaks.items()},
         "median_seconds": {name: round(statistics.median(times[1:] or times), 5) for name, times in seconds.items()},
@@ -322,12 +330,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="pocket")
     parser.add_argument("--num-steps", type=int, default=4, help="steps of each arm; the first is not counted")
-    parser.add_argument("--output", type=Path, help="JSON file; without it the result is printed")
+    parser.add_argument("--output", type=Path, help="JSON file, written after each arm")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--source", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
-        print(json.dumps(run_arm(options.arm, SHAPES[options.shape], options.source, options.num_steps)))
+        print(json.dumps(run_arm(options.arm, SHAPES[options.shape], options.source, options.num_steps)), flush=True)
         return
     reason = vllm_refusal(
         qwen2_audio.FAMILY, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16, lora_rank=8
@@ -339,19 +347,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), options.shape)
         for arm in ARMS:
+            if arm == "shared_eager" and not results["shared"].get("cuda_graphs", True):
+                # This vLLM cannot keep graphs, so that `shared` was eager already.
+                continue
             command = [sys.executable, __file__, "--shape", options.shape, "--num-steps", str(options.num_steps)]
             run = subprocess.run([*command, "--arm", arm, "--source", folder], capture_output=True, text=True, check=False)
+            last = (run.stdout.strip().splitlines() or [""])[-1]
             if run.returncode:
+                print(run.stderr[-4000:], file=sys.stderr)
+            if last.startswith("{"):
+                # Complete, even where a library's threads end the process badly afterwards.
+                results[arm] = json.loads(last)
+            else:
                 # An arm that does not fit, or that the installed vLLM refuses, must not cost the others.
                 results[arm] = {"failed": run.stderr.strip().splitlines()[-1]}
-                print(run.stderr[-4000:], file=sys.stderr)
-            else:
-                results[arm] = json.loads(run.stdout.strip().splitlines()[-1])
-    report = provenance() | {"shape": options.shape, "arms": results}
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text + "\n", encoding="utf-8")
+            print(f"{arm}: {json.dumps(results[arm])}", flush=True)
+            if options.output is not None:
+                report = provenance() | {"shape": options.shape, "arms": results}
+                options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     sys.exit(any("failed" in result for result in results.values()))
 
 

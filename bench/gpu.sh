@@ -43,11 +43,11 @@ kernels() {
 }
 
 step() {
-    python3 bench/train_step.py "${shape[@]}" --cases 10s-512 --repeats 3 --micro-batches 8 32 --json "$output/train_step_$card.json"
+    python3 bench/train_step.py "${shape[@]}" --cases 10s-512 --repeats 2 --micro-batches 8 32 --contenders released trl --json "$output/train_step_$card.json"
 }
 
 engine() {
-    python3 bench/engine.py "${shape[@]}" --output "$output/engine_$card.json"
+    python3 bench/engine.py "${shape[@]}" --num-steps 3 --output "$output/engine_$card.json"
 }
 
 all_cases() {

@@ -21,6 +21,8 @@ from torch import Tensor
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 ROUNDS = 20 if DEVICE.type == "cuda" else 5
+SECONDS = 0.3
+"""Slow contenders get fewer rounds, 3 at least, once they have taken so long."""
 OPERATIONS = operations()
 EAGER = {operation.name: operation.contenders["eager"] for operation in OPERATIONS if "eager" in operation.contenders}
 
@@ -41,17 +43,17 @@ CASES = [
 ]
 
 
-def median_seconds(function: Callable[[], object], rounds: int = ROUNDS) -> float:
+def median_seconds(function: Callable[[], object]) -> float:
     """Median time on the device, caches emptied in between; on the CPU there is nothing to empty."""
-    times = []
+    times: list[float] = []
     if DEVICE.type == "cpu":
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             start = perf_counter()
             function()
             times.append(perf_counter() - start)
         return statistics.median(times)
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=DEVICE)
-    for _ in range(rounds):
+    while len(times) < 3 or (len(times) < ROUNDS and sum(times) < SECONDS):
         # Empties the caches, and keeps the device busy for a millisecond, so that launches wait there, not on the host.
         for _ in range(16):
             flush.zero_()
@@ -123,7 +125,7 @@ def test_kernel(benchmark, made, ceilings, case):
     try:
         check(operation, contender, inputs, gradient)
         benchmark.extra_info.update(figures(operation, contender, inputs, gradient, ceilings))
-        benchmark.pedantic(lambda: (run(operation, contender, inputs, gradient), synchronise()), rounds=3, warmup_rounds=1)
+        benchmark.pedantic(lambda: (run(operation, contender, inputs, gradient), synchronise()), rounds=3)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         pytest.skip("does not fit into this GPU's memory")

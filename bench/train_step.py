@@ -9,8 +9,9 @@ model, rollout, audio embeddings, optimiser and settings (see `baselines`):
 - `trl_keep_logits`: the same with logits at completion tokens, as TRL does up to 1.14;
 - `trl_single_pass`: plain GRPO without R_rep and old log-probabilities, which is not the same method.
 
-Gradients and rewards are compared first, and nothing is timed where they differ. Then every contender chooses the fastest of a
-few micro-batch sizes, and they take turns. Peak memory is counted above what was there before the step: by torch on CUDA, on a
+Gradients and rewards are compared first, in float32, and nothing is timed where they differ; in bf16 rounding alone moves a
+gradient through 32 layers by a tenth of its norm. Then every contender chooses the fastest of a few micro-batch sizes, and they
+take turns. Peak memory is counted above what was there before the step: by torch on CUDA, on a
 CPU by the kernel, for each contender in a process of its own.
 
 `--shape qwen2-audio-7b` (CUDA) has that model's shape with random weights and made-up rollouts, `tiny` is a test of that path.
@@ -62,9 +63,10 @@ from tars_fast.support.timing import PhaseTimer
 from tars_fast.train import update_policy
 from tars_fast.types import Completion, Modality, Prompt
 
-GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""Norm of the difference over the norm of the gradient; in bf16 rounding alone makes a few per cent."""
-REWARD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+TOLERANCE = 1e-4
+"""Of gradients (norm of the difference over the norm) and rewards, in float32."""
+_ROUNDING = 1.0
+"""How far rounding may move our gradient, in parts of what it does to the contender that it moves furthest."""
 _TIE = 1.03
 """Of micro-batches whose seconds differ by less, the one that needs less memory is chosen."""
 COMPARED = ("ours", "released", "trl")
@@ -326,29 +328,49 @@ class Bench:
         gradients = [parameter.grad for parameter in self.model.trainable_parameters()]
         return torch.cat([gradient.float().flatten() for gradient in gradients])
 
-    def check(self) -> dict[str, float]:
-        """Relative error of every contender's gradient against ours; keeps our advantages.
+    def to_float32(self) -> None:
+        """Compute in float32 from here on, with the weights and embeddings as they were rounded."""
+        self.model.module.float()
+        prompts = {
+            id(prompt): dataclasses.replace(prompt, audio_clips=tuple(clip.float() for clip in prompt.audio_clips))
+            for prompt in self.rollout.prompts
+        }
+        self.rollout = dataclasses.replace(self.rollout, prompts=[prompts[id(prompt)] for prompt in self.rollout.prompts])
+
+    def gradients(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Each contender's gradient; keeps our advantages."""
+        _, self.advantages_N = self.step("ours", self.config.group_size)
+        found = {}
+        for name in names:
+            self.step(name, self.config.group_size)
+            found[name] = self.gradient()
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    def check(self, names: Sequence[str]) -> tuple[dict[str, float], Tensor]:
+        """(relative error of each contender's gradient against ours, our gradient); keeps our advantages.
 
         Raises:
             DisagreementError: gradients or rewards differ by more than rounding.
         """
-        size, dtype = self.config.group_size, self.model.module.dtype
+        size = self.config.group_size
         rewards_N, self.advantages_N = self.step("ours", size)
         expected = self.gradient()
         errors: dict[str, float] = {}
-        for name in CONTENDERS:
+        for name in names:
             rewards, _ = self.step(name, size)
-            errors[name] = ((self.gradient() - expected).norm() / expected.norm()).item()
-            if not errors[name] <= GRADIENT_TOLERANCE[dtype]:
+            errors[name] = distance(self.gradient(), expected)
+            if not errors[name] <= TOLERANCE:
                 raise DisagreementError(f"the gradient of {name!r} differs from ours by {errors[name]:.2g} of its norm")
             difference = 0.0 if rewards is None else (rewards - rewards_N).abs().max().item()
-            if not difference <= REWARD_TOLERANCE[dtype]:
+            if not difference <= TOLERANCE:
                 raise DisagreementError(f"a reward of {name!r} differs from ours by {difference:.2g}")
         self.optimizer.zero_grad(set_to_none=True)
-        return errors
+        return errors, expected
 
-    def count(self, name: str, size: int) -> dict[str, float]:
-        """Token positions that go through the decoder, and how many of them are padding."""
+    @contextmanager
+    def counting(self, name: str, found: dict[str, float]) -> Iterator[None]:
+        """Write into `found` the token positions that go through the decoder inside the block, and how many are padding."""
         forward, backward, calls = 0, 0, 0
 
         def record(_module, _args, kwargs) -> None:
@@ -360,7 +382,7 @@ class Bench:
 
         hook = self.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
         try:
-            self.step(name, size)
+            yield
         finally:
             hook.remove()
         passes = CONTENDERS[name].num_passes
@@ -368,13 +390,23 @@ class Bench:
         prompts = [*{id(one): one for one in self.rollout.prompts}.values()] if name == "ours" else self.rollout.prompts
         held = sum(len(one.token_ids) for one in (*prompts, *self.rollout.completions))
         padding = forward - passes * held
-        return {
+        found |= {
             "num_passes": passes,
             "num_forward_calls": calls,
             "forward_positions": forward,
             "backward_positions": backward,
             "padding_share": padding / forward,
         }
+
+
+def distance(gradient: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return ((gradient - expected).norm() / expected.norm()).item()
+
+
+def make_bench(workload: Workload) -> Bench:
+    model = make_model(workload)
+    return Bench(workload, model, make_rollout(model, workload))
 
 
 @contextmanager
@@ -439,9 +471,19 @@ def run_case(
     Args:
         at_all_sizes: measure memory at every micro-batch tried; on CUDA that is so anyway.
     """
-    model = make_model(workload)
-    bench = Bench(workload, model, make_rollout(model, workload))
-    errors = bench.check()
+    bench = make_bench(workload if workload.dtype == "float32" else dataclasses.replace(workload, num_questions=1))
+    rounding = None if workload.dtype == "float32" else bench.gradients(names)
+    if rounding is not None:
+        bench.to_float32()
+    errors, exact = bench.check(names)
+    if rounding is not None:
+        rounding = {name: distance(gradient, exact) for name, gradient in rounding.items()}
+        if not rounding["ours"] <= _ROUNDING * max(rounding.values()):
+            raise DisagreementError(f"{workload.dtype} moves our gradient further from float32's than any other: {rounding}")
+        del bench
+        bench = make_bench(workload)
+        _, bench.advantages_N = bench.step("ours", bench.config.group_size)
+    model = bench.model
     results = {name: choose_size(bench, name, sizes) | {"seconds": []} for name in names}
     timers = {name: StepTimer() for name in names}
     for _ in range(repeats):
@@ -454,7 +496,6 @@ def run_case(
         for name in names:
             result, seconds = results[name], timers[name].seconds
             size = result["completions_per_micro_batch"]
-            result |= bench.count(name, size)
             result["seconds"] = [round(value, 5) for value in seconds.pop("step")]
             result["median_seconds"] = statistics.median(result["seconds"])
             result["phase_seconds"] = {phase: round(sum(times) / repeats, 5) for phase, times in seconds.items()}
@@ -464,9 +505,6 @@ def run_case(
                     if one["completions"] == size or (at_all_sizes and name in COMPARED):
                         one["peak_bytes"] = measure_in_process(name, one["completions"], saved)
                 result["peak_bytes"] = next(one["peak_bytes"] for one in result["tried"] if one["completions"] == size)
-            elif memory:
-                with peak_memory(result):
-                    bench.step(name, size)
     completions = bench.rollout.completions
     return {
         "workload": dataclasses.asdict(workload),
@@ -474,38 +512,51 @@ def run_case(
         "completion_tokens": sum(len(one.token_ids) for one in completions),
         "prompt_tokens": sum(len(prompt.token_ids) for prompt in {id(one): one for one in bench.rollout.prompts}.values()),
         "gradient_relative_error": errors,
+        "rounding_of_gradient": rounding,
         "contenders": results,
     }
 
 
 def choose_size(bench: Bench, name: str, sizes: Sequence[int]) -> dict[str, object]:
-    """The smallest micro-batch as fast as the fastest of those that fit, each timed once; `tried` has them all."""
+    """The smallest micro-batch as fast as the fastest of those that fit, each timed once, and what `counting` finds of it.
+
+    `tried` has them all, on CUDA with their peak of memory.
+    """
     tried: list[dict[str, float | None]] = []
+    counts: dict[int, dict[str, float]] = {}
     num = len(bench.rollout.completions)
     usable = sorted({min(size, num) for size in sizes if name != "ours" or size >= bench.config.group_size})
     for size in usable or [bench.config.group_size]:
-        timer, found = StepTimer(), {}
+        timer, found, counted, whole = StepTimer(), {}, {}, bench.rollout
         try:
             if bench.model.device.type == "cuda":
-                # Kernels compile, and choose their blocks, for each size anew.
+                # Libraries start and kernels compile on a single question.
+                bench.rollout = first_questions(whole, 1)
                 bench.step(name, size)
+                bench.rollout = whole
                 bench.optimizer.zero_grad(set_to_none=True)
-                with peak_memory(found):
+                with peak_memory(found), bench.counting(name, counted):
                     bench.step(name, size, timer)
             else:
-                bench.step(name, size, timer)
+                with bench.counting(name, counted):
+                    bench.step(name, size, timer)
         except torch.OutOfMemoryError:
+            bench.rollout = whole
             bench.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             tried.append({"completions": size, "seconds": None})
             continue
+        counts[size] = counted
         tried.append({"completions": size, "seconds": round(timer.seconds["step"][0], 5), **found})
+        print(f"{name}, {size} completions a micro-batch: {timer.seconds['step'][0]:.3f} s", file=sys.stderr, flush=True)
     fitting = [one for one in tried if one["seconds"] is not None]
     if not fitting:
         raise RuntimeError(f"{name!r} fits into memory with none of {[one['completions'] for one in tried]} completions")
     fastest = min(one["seconds"] for one in fitting)
     best = next(one for one in fitting if one["seconds"] <= _TIE * fastest)
-    return {"completions_per_micro_batch": best["completions"], "tried": tried}
+    size = best["completions"]
+    found = {"peak_bytes": best["peak_bytes"]} if "peak_bytes" in best else {}
+    return {"completions_per_micro_batch": size, "tried": tried, **counts[size], **found}
 
 
 def headline(cases: dict[str, dict]) -> dict[str, object]:
@@ -517,16 +568,16 @@ def headline(cases: dict[str, dict]) -> dict[str, object]:
     def speedup(other: str) -> float:
         return round(contenders[other]["median_seconds"] / ours["median_seconds"], 3)
 
-    ratios: dict[str, object] = {f"speedup_vs_{other}": speedup(other) for other in CONTENDERS if other != "ours"}
+    others = [other for other in contenders if other != "ours"]
+    ratios: dict[str, object] = {f"speedup_vs_{other}": speedup(other) for other in others}
     if "peak_bytes" in ours:
         ratios |= {
-            f"peak_memory_vs_{other}": round(ours["peak_bytes"] / contenders[other]["peak_bytes"], 3)
-            for other in CONTENDERS
-            if other != "ours"
+            f"peak_memory_vs_{other}": round(ours["peak_bytes"] / contenders[other]["peak_bytes"], 3) for other in others
         }
         ratios = {name.replace("peak_memory", "peak_memory_each_at_its_fastest"): ratio for name, ratio in ratios.items()}
-        size, ratios["peak_memory_vs_trl"] = at_our_size(contenders)
-        ratios["peak_memory_completions_per_micro_batch"] = size
+        if "trl" in others:
+            size, ratios["peak_memory_vs_trl"] = at_our_size(contenders)
+            ratios["peak_memory_completions_per_micro_batch"] = size
     return {"headline": name, **ratios}
 
 
@@ -599,6 +650,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=shapes, default="qwen2-audio-7b" if on_cuda else "pocket")
     parser.add_argument("--cases", nargs="+", help="of the shape's, by name; the first is the headline")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, help="besides ours")
     sizes = [4, 8, 16, 32] if on_cuda else [8, 16, 32]
     parser.add_argument("--micro-batches", type=int, nargs="+", default=sizes, help="completions; each takes the fastest")
     parser.add_argument("--json", type=Path, help="file to write; a chart of --scaling goes beside it as .png")
@@ -620,13 +672,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_worker(options.worker, options.worker_size, options.worker_file)
         return 0
     workloads = cases_of(options.shape)
+    names = [name for name in CONTENDERS if name == "ours" or name in options.contenders]
     cases: dict[str, dict] = {}
     report = provenance() | {"shape": options.shape, "threads": torch.get_num_threads(), "repeats": options.repeats}
     try:
         for name in options.cases or workloads:
             cases[name] = run_case(
                 workloads[name],
-                list(CONTENDERS),
+                names,
                 options.micro_batches,
                 options.repeats,
                 memory=not options.no_memory,

@@ -7,7 +7,6 @@ repeated. An arm is a set of settings of `tars_fast.train`, so a new arm takes n
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import queue
@@ -22,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import tyro
 
@@ -36,6 +35,8 @@ from tars_fast.support.cli import (
     FAILED,
     INTERRUPTED,
     as_arguments,
+    as_paths,
+    check_file_names,
     check_numbers,
     flag_of,
     parse_arguments,
@@ -43,7 +44,8 @@ from tars_fast.support.cli import (
     run_command,
 )
 from tars_fast.support.console import PlainConsole, open_console, say
-from tars_fast.support.files import write_atomically
+from tars_fast.support.files import remove_partial, write_atomically
+from tars_fast.support.locks import LOCK, locked
 from tars_fast.support.progress import item_progress
 from tars_fast.support.provenance import provenance
 from tars_fast.types import Question, UserError
@@ -99,6 +101,8 @@ class AblateConfig:
     """Runs at a time, each on a GPU of its own as far as there are enough. None: one for each GPU, on a CPU one."""
 
     def __post_init__(self) -> None:
+        as_paths(self, "output_dir")
+        check_file_names(self, "model")
         check_numbers(self, positive=("seeds", "num_steps", "jobs"))
 
 
@@ -239,7 +243,7 @@ def plan_runs(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], share
 
 
 def open_output(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], shared: Mapping[str, str]) -> dict[str, Any]:
-    """Make the folder and write ablation_settings.json, whose content is returned; for `shared` see `plan_runs`.
+    """Write ablation_settings.json, whose content is returned; for `shared` see `plan_runs`.
 
     Raises:
         UserError: the folder cannot be written to, or holds runs with other settings.
@@ -253,20 +257,19 @@ def open_output(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], sha
             changed = [name for name in settings if earlier[name] != settings[name]]
             changed += [f"arm {arm}" for arm in arms if earlier["arms"].get(arm, arms[arm]) != arms[arm]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--output-dir {config.output_dir}: its {path.name} is not an ablation's; name another") from error
+            raise UserError(
+                f"--output-dir {config.output_dir}: its {path.name} is not an ablation's, or damaged; name another folder, or "
+                "remove that file and give the settings of the runs"
+            ) from error
         if changed:
             raise UserError(
                 f"--output-dir {config.output_dir}: holds runs with other settings ({', '.join(changed)}); give the same ones "
                 "or name another folder"
             )
+    elif any(config.output_dir.glob("*/seed-*/config.json")):
+        print(f"warning: {path} is missing; it is made again of the settings given now", flush=True)
     settings["arms"] = earlier.get("arms", {}) | {arm: dict(own) for arm, own in arms.items()}
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"--output-dir {config.output_dir}: cannot be written to ({error.strerror}); name another folder"
-        ) from error
+    write_atomically(path, json.dumps(settings, indent=2) + "\n")
     return settings
 
 
@@ -345,8 +348,6 @@ class Runner:
         command = [*run.command, *(["--resume"] if list_checkpoints(run.folder) else [])]
         started = time.monotonic()
         with (run.folder / _LOG).open("a", encoding="utf-8") as log:
-            if not can_lock(log):
-                return f"a process of an earlier command is still training it; see {log.name}"
             begins_at = log.tell()
             # In a process group of its own, because the terminal's Ctrl-C would reach it beside the one that is passed on.
             # Without standard input, because a process in the background that reads the terminal waits forever.
@@ -391,20 +392,6 @@ class Runner:
                 signal.signal(number, handler)
 
 
-def can_lock(log: TextIO) -> bool:
-    """Lock a run's log, also for the process that will write to it.
-
-    Returns:
-        False where a process of an earlier command, which has outlived it, holds the lock.
-    """
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # Other errors: some network file systems have no locks.
-        return not isinstance(error, BlockingIOError)
-    return True
-
-
 def describe_failure(log: Path, status: int, begins_at: int) -> str:
     """The last line of a run's log, or what ended it.
 
@@ -441,7 +428,14 @@ def ablate(config: AblateConfig) -> AblationOutcome:
         UserError: settings, data or folder are not usable, or finished runs do not match.
     """
     job = plan_job(config)
-    settings = open_output(config, job.arms, job.shared)
+    with locked(config.output_dir):
+        remove_partial(config.output_dir)
+        return run_job(job)
+
+
+def run_job(job: Job) -> AblationOutcome:
+    """See `ablate`, which has checked the settings and keeps the folder for this process."""
+    config, settings = job.config, open_output(job.config, job.arms, job.shared)
     # Here and not after training: the runs that are there may not match.
     finished = read_finished(job.runs)
     console = open_console()
@@ -504,7 +498,7 @@ def write_comparison(
     write_tables(output_dir, ablation)
     write_ablation_page(output_dir, f"{job.config.model}, {', '.join(arms.names)}", arms, ablation, job.held_out)
     print_ablation(console, ablation)
-    written = sorted(path.name for path in output_dir.iterdir() if path.is_file())
+    written = sorted(path.name for path in output_dir.iterdir() if path.is_file() and path.name != LOCK)
     say(console, f"written to {output_dir}: {', '.join(written)}")
     return ablation
 

@@ -45,6 +45,7 @@ from tars_fast.support.cli import (
     FAILED,
     as_paths,
     check_choices,
+    check_file_names,
     check_numbers,
     make_output_folder,
     new_output_folder,
@@ -52,7 +53,8 @@ from tars_fast.support.cli import (
     run_command,
 )
 from tars_fast.support.console import PlainConsole, open_console, say
-from tars_fast.support.files import write_atomically
+from tars_fast.support.files import explain_cannot_write, listing, remove_partial, replaced_atomically, write_atomically
+from tars_fast.support.locks import locked
 from tars_fast.support.progress import item_progress
 from tars_fast.support.timing import explain_out_of_memory
 from tars_fast.types import LongAudio, Question, UserError
@@ -107,6 +109,7 @@ class AnalyseConfig:
 
     def __post_init__(self) -> None:
         as_paths(self, "output_dir")
+        check_file_names(self, "model", "compare")
         check_choices(self)
         check_numbers(self, positive=("items", "max_new_tokens", "rollout_batch_size"), not_negative=("seed",))
         for times in self.repeat:
@@ -177,14 +180,16 @@ def analyse(config: AnalyseConfig) -> AnalysisOutcome:
         TrainingError: memory ran out.
     """
     job = plan_job(config)
-    if config.compare is None:
-        return run_job(job, None)
-    folder = Path(config.compare)
-    if not (folder / ANALYSIS).exists():
-        folder = analyse_compared(job, config.compare)
-    compared = read_compared(folder)
-    check_compared(config.compare, compared.analysed, job)
-    return run_job(job, compared)
+    with locked(job.output_dir):
+        remove_partial(job.output_dir)
+        if config.compare is None:
+            return run_job(job, None)
+        folder = Path(config.compare)
+        if not (folder / ANALYSIS).exists():
+            folder = analyse_compared(job, config.compare)
+        compared = read_compared(folder)
+        check_compared(config.compare, compared.analysed, job)
+        return run_job(job, compared)
 
 
 def plan_job(config: AnalyseConfig) -> Job:
@@ -251,7 +256,10 @@ def read_analysis(path: Path) -> Analysed:
     figures = json.loads((path / ANALYSIS).read_text(encoding="utf-8"))
     if not isinstance(figures, dict) or not {"settings", "failed", "drift"} <= figures.keys():
         raise ValueError(f"its {ANALYSIS} is none")
-    return Analysed(figures, [json.loads(line) for line in (path / ITEMS).read_text(encoding="utf-8").splitlines()])
+    records = [json.loads(line) for line in (path / ITEMS).read_text(encoding="utf-8").splitlines()]
+    if len(records) != figures.get("num_items") or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"its {ITEMS} does not hold {figures.get('num_items')} items")
+    return Analysed(figures, records)
 
 
 def check_settings(given: str, theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -367,7 +375,12 @@ def add_items(job: Job, analysis: Analysis, console: PlainConsole) -> None:
         UserError: no item can be analysed.
     """
     questions = job.questions
-    with item_progress(console, len(questions)) as advance, (job.output_dir / ITEMS).open("w", encoding="utf-8") as items:
+    path = job.output_dir / ITEMS
+    with (
+        item_progress(console, len(questions)) as advance,
+        explain_cannot_write(path),
+        path.open("w", encoding="utf-8") as items,
+    ):
         for part in slice_data("", questions):
             for record in analysis.add(part.questions):
                 items.write(json.dumps(as_json(record)) + "\n")
@@ -401,14 +414,15 @@ def write_results(
     before = None if compared is None or unpaired else compared.analysed
     if compared is not None and before is not None:
         figures["change"] = change_since(rows, compared.resamples)
-    np.savez_compressed(output_dir / RESAMPLES, **rows)  # type: ignore[arg-type]  # names of arrays, none of them an option
+    with replaced_atomically(output_dir / RESAMPLES) as file:
+        np.savez_compressed(file, **rows)  # type: ignore[arg-type]  # names of arrays, none of them an option
     figures = as_json(figures)
     write_atomically(output_dir / ANALYSIS, json.dumps(figures, indent=2) + "\n")
     draw_analysis(output_dir, figures, None if before is None else before.figures)
     write_analysis(output_dir, read_analysis(output_dir), before, Path(job.source).stem, job.questions)
     print_analysis(console, figures)
     print_failures(console, job.config.data, figures)
-    say(console, f"written to {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
+    say(console, f"written to {output_dir}: {listing(output_dir)}")
     if unpaired:
         raise UserError(
             f"--compare {job.config.compare}: {len(unpaired)} items failed in one of the two analyses alone (the first: "

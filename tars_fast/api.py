@@ -156,7 +156,7 @@ def load_policy(
     new_tokens = max_new_tokens or preset.max_new_tokens
     workload = Workload(
         architecture=architecture,
-        engine=choose_engine(engine, prompts.family, torch_device, torch_dtype, lora_rank),
+        engine=choose_engine(engine, prompts.family, torch_device, torch_dtype, lora_rank, preset.source),
         dtype_bytes=torch_dtype.itemsize,
         lora_rank=lora_rank,
         group_size=2,

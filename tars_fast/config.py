@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tars_fast.models.architecture import Architecture, check_layers
-from tars_fast.models.memory import GB, Workload, assumed_longest_prompt
-from tars_fast.support.cli import as_paths, check_choices, check_numbers
+from tars_fast.models.memory import Workload, assumed_longest_prompt
+from tars_fast.support.cli import as_paths, check_choices, check_file_names, check_numbers
+from tars_fast.support.text import GB
 from tars_fast.types import LongAudio, UserError
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         as_paths(self, "output_dir", "audio_cache_dir")
+        check_file_names(self, "model")
         check_choices(self)
         positive = ["kv_cache_gb", "max_logprob_diff", "audio_cache_dir_gb", "eval_items"]
         positive += ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")

@@ -7,7 +7,6 @@ predictions.jsonl, where the same command continues after an interruption.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -42,9 +41,9 @@ from tars_fast.evaluation.results import (
     recordings_fingerprint,
 )
 from tars_fast.learning.rewards.behaviour import load_text_similarity
-from tars_fast.learning.workers import Workers, join_workers
+from tars_fast.learning.workers import Workers, join_workers, locked_by_first
 from tars_fast.models.hub import adapter_rank, weights_fingerprint
-from tars_fast.models.memory import GB, Workload
+from tars_fast.models.memory import Workload
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
 from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import choose_device
@@ -57,15 +56,16 @@ from tars_fast.support.cli import (
     INTERRUPTED,
     as_paths,
     check_choices,
+    check_file_names,
     check_numbers,
-    make_output_folder,
     new_output_folder,
     require_extra,
     run_command,
 )
 from tars_fast.support.console import PlainConsole, open_console, say
-from tars_fast.support.files import write_atomically
+from tars_fast.support.files import append, listing, remove_partial, write_atomically
 from tars_fast.support.progress import item_progress
+from tars_fast.support.text import GB
 from tars_fast.support.timing import explain_out_of_memory
 from tars_fast.types import LongAudio, Modality, Question, UserError
 
@@ -122,6 +122,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         as_paths(self, "output_dir", "compare")
+        check_file_names(self, "model", "reference")
         check_choices(self)
         check_numbers(
             self,
@@ -196,19 +197,22 @@ def evaluate(config: EvaluateConfig) -> EvaluationOutcome:
     with join_workers() as workers:
         job = plan_job(config, workers)
         console = open_console() if workers.is_first else PlainConsole(quiet=True)
-        done = open_output(job)
-        pending = find_pending(job.slices, done)
-        # Every process reads the folder before the first one writes there.
-        workers.gather(None)
-        if pending:
-            try:
-                answer_slices(job, pending, done, console)
-            except KeyboardInterrupt:
-                if workers.is_first:
-                    print(f"stopped; continue with the same command and --output-dir {job.output_dir}", file=sys.stderr)
-                return EvaluationOutcome(job.output_dir, False, None)
-        # Only the first process reports: torchrun would end it in the middle of its report, were another to fail earlier.
-        return EvaluationOutcome(job.output_dir, True, write_results(job, console) if workers.is_first else None)
+        with locked_by_first(job.output_dir, workers):
+            done = read_output(job)
+            pending = find_pending(job.slices, done)
+            # Every process reads the folder before the first one writes there.
+            workers.gather(None)
+            if workers.is_first:
+                remove_partial(job.output_dir)
+            if pending:
+                try:
+                    answer_slices(job, pending, done, console)
+                except KeyboardInterrupt:
+                    if workers.is_first:
+                        print(f"stopped; continue with the same command and --output-dir {job.output_dir}", file=sys.stderr)
+                    return EvaluationOutcome(job.output_dir, False, None)
+            # Only the first process reports: torchrun would end it in the middle of its report, were another to fail earlier.
+            return EvaluationOutcome(job.output_dir, True, write_results(job, console) if workers.is_first else None)
 
 
 def plan_job(config: EvaluateConfig, workers: Workers) -> Job:
@@ -226,7 +230,8 @@ def plan_job(config: EvaluateConfig, workers: Workers) -> Job:
     reference = read_reference(config.reference, data)
     compared = read_compared(config.compare, data)
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
-    engine_name = choose_engine(config.engine, prompts.family, device, dtype, adapter_rank(preset.source))
+    rank = adapter_rank(preset.source)
+    engine_name = choose_engine(config.engine, prompts.family, device, dtype, rank, preset.source)
     slices = [part for name, questions in data.items() for part in slice_data(name, questions)]
     settings = {
         "model": config.model,
@@ -309,11 +314,11 @@ def find_pending(slices: Sequence[DataSlice], done: Mapping[tuple[str, str], Ite
     return [part for part in slices if not is_done(part)]
 
 
-def open_output(job: Job) -> dict[tuple[str, str], ItemResult]:
-    """Make the folder, and read the results that an earlier start of the same evaluation left there, by the key of the item.
+def read_output(job: Job) -> dict[tuple[str, str], ItemResult]:
+    """The results that an earlier start of the same evaluation left in the folder, by the key of the item.
 
     Raises:
-        UserError: the folder cannot be made, or holds another evaluation or something else.
+        UserError: the folder holds another evaluation or something else.
     """
     output_dir, settings = job.output_dir, job.settings
     written = output_dir / "config.json"
@@ -325,12 +330,14 @@ def open_output(job: Job) -> dict[tuple[str, str], ItemResult]:
     if written.exists():
         try:
             earlier = json.loads(written.read_text(encoding="utf-8"))["evaluation"]
+            if not isinstance(earlier, dict):
+                raise TypeError("no settings")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"--output-dir {output_dir}: its config.json is not an evaluation's; name another folder"
+                f"--output-dir {output_dir}: its config.json is not an evaluation's, or damaged; name another folder"
             ) from error
         changed = sorted(name for name in settings if name != "recordings" and earlier.get(name) != settings[name])
-        if not changed and has_stale_results(job.slices, earlier.get("recordings", []), settings["recordings"], done):
+        if not changed and has_stale_results(job.slices, earlier.get("recordings") or [], settings["recordings"], done):
             changed = ["recordings"]
         if changed:
             listed = ", ".join(
@@ -341,7 +348,6 @@ def open_output(job: Job) -> dict[tuple[str, str], ItemResult]:
                 f"--output-dir {output_dir}: holds an evaluation with other settings or contents ({listed}); give the same "
                 "ones or name another folder"
             )
-    make_output_folder(output_dir)
     return done
 
 
@@ -454,21 +460,13 @@ def answer_slices(
         with explain_out_of_memory("evaluation"), item_progress(console, num_items, num_items - num_pending) as advance:
             for results in evaluator.evaluate_rounds(pending, refused):
                 if workers.is_first:
-                    append(job.output_dir / PREDICTIONS, results)
+                    append(job.output_dir / PREDICTIONS, "".join(result.to_line() for result in results))
                 advance(len(results))
 
 
 def write_predictions(path: Path, results: Sequence[ItemResult]) -> None:
     """Write the whole file, atomically."""
     write_atomically(path, "".join(result.to_line() for result in results))
-
-
-def append(path: Path, results: Sequence[ItemResult]) -> None:
-    """Append lines that are on disk when this returns; a crash leaves a last line without its end, which readers leave out."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(result.to_line() for result in results))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_results(job: Job, console: PlainConsole) -> dict[str, dict[str, Any]]:
@@ -488,7 +486,7 @@ def write_results(job: Job, console: PlainConsole) -> dict[str, dict[str, Any]]:
     plot(output_dir / ACCURACY_PLOT, evaluation, None if compared is None else compared.reports)
     write_report(output_dir, data, compared)
     print_evaluation(console, evaluation)
-    say(console, f"written to {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
+    say(console, f"written to {output_dir}: {listing(output_dir)}")
     return evaluation
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 from collections import Counter
@@ -19,13 +20,15 @@ from typing import Any, Literal
 import torch
 
 from tars_fast.models.adapters import ADAPTER_WEIGHTS, merge_adapter
-from tars_fast.models.checkpoint import atomic_folder, save_model
+from tars_fast.models.checkpoint import save_model
 from tars_fast.models.hub import adapter_config, base_of, checkpoint_folder, copy_processor
 from tars_fast.models.modules import PolicyModule
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.models.registry import PRESETS, find_preset
 from tars_fast.models.speech_model import SpeechModel, load_module
-from tars_fast.support.cli import run_command
+from tars_fast.support.cli import as_paths, check_file_names, run_command
+from tars_fast.support.files import atomic_folder, listing
+from tars_fast.support.locks import LOCK, locked
 from tars_fast.types import UserError
 
 _OF_THE_MACHINE = {"output_dir", "resume", "dry_run", "device", "audio_cache_gb", "audio_cache_dir", "audio_cache_dir_gb"}
@@ -51,9 +54,11 @@ class ExportConfig:
     """evaluation.json for the model card. None: that of the run, where the checkpoint is its last."""
 
     def __post_init__(self) -> None:
+        as_paths(self, "output_dir", "evaluation")
+        check_file_names(self, "model")
         if self.adapter and self.dtype != "auto":
             raise UserError(f"--dtype {self.dtype}: an adapter is written as it was trained; leave --dtype or --adapter out")
-        if self.output_dir.exists() and (not self.output_dir.is_dir() or any(self.output_dir.iterdir())):
+        if os.path.lexists(self.output_dir) and (not self.output_dir.is_dir() or set(os.listdir(self.output_dir)) - {LOCK}):
             raise UserError(f"--output-dir {self.output_dir}: exists already; name another folder, or remove it")
 
 
@@ -180,6 +185,14 @@ def _cell(report: Mapping[str, Any], name: str, scale: float) -> str:
 
 def export(config: ExportConfig) -> int:
     """Write the checkpoint into `output_dir`; returns exit status 0."""
+    with locked(config.output_dir):
+        write_export(config)
+    print(f"written to {config.output_dir}: {listing(config.output_dir)}")
+    return 0
+
+
+def write_export(config: ExportConfig) -> None:
+    """Raises UserError where the checkpoint or what its run wrote beside it cannot be read, or the folder not be written."""
     preset = find_preset(config.model)
     source = preset.source
     is_adapter = adapter_config(source) is not None
@@ -196,16 +209,18 @@ def export(config: ExportConfig) -> int:
         module = merged_module(prompts, source)
         dtype = stored_dtype(base_of(source)) if config.dtype == "auto" else getattr(torch, config.dtype)
         module = module.to(dtype)
+    needs = prompts.family.adapter_folder if config.adapter else ""
     try:
-        with atomic_folder(config.output_dir) as folder:
-            write_weights(source, module, prompts, folder)
-            needs = prompts.family.adapter_folder if config.adapter else ""
-            card = model_card(config, name_of(base), str(dtype).removeprefix("torch."), run, evaluation, needs)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output-dir {config.output_dir}: cannot be written ({error}); name another folder") from error
-    print(f"written to {config.output_dir}: {', '.join(sorted(path.name for path in config.output_dir.iterdir()))}")
-    return 0
+        card = model_card(config, name_of(base), str(dtype).removeprefix("torch."), run, evaluation, needs)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"--model {config.model}: config.json or evaluation.json beside it are damaged ({error!r}); repeat the run's last "
+            "command with --resume, or move the checkpoint elsewhere"
+        ) from error
+    num_bytes = sum(value.nbytes for value in module.state_dict().values()) if module is not None else None
+    with atomic_folder(config.output_dir, num_bytes) as folder:
+        write_weights(source, module, prompts, folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_weights(source: str, module: PolicyModule | None, prompts: PromptFormat, folder: Path) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tars_fast.config import TrainConfig
-from tars_fast.models.memory import GB, describe, plan_memory
+from tars_fast.models.memory import describe, plan_memory
 from tars_fast.models.registry import architecture_of, family_of, find_preset
 from tars_fast.rollout.engine import engine_refusal
 from tars_fast.support.cli import check_numbers, run_command
+from tars_fast.support.text import GB
 from tars_fast.types import UserError
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}

@@ -33,13 +33,13 @@ from torch import Tensor, nn
 from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.data.parquet import write_parquet
 from tars_fast.data.synthesis import ACCENTS, SPEAKERS, Synthesiser
-from tars_fast.models.checkpoint import atomic_folder
 from tars_fast.models.families import qwen2_audio
 from tars_fast.models.families.qwen2_audio import embed_audio
 from tars_fast.models.prompts import PromptFormat
 from tars_fast.models.registry import ASSETS, PRESETS
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.support.cli import require_extra, run_command
+from tars_fast.support.files import atomic_folder
 from tars_fast.types import Modality, Prompt, Question
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]

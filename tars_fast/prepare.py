@@ -23,11 +23,11 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from string import ascii_uppercase
@@ -43,9 +43,10 @@ from tars_fast.data.recognition import load_recogniser
 from tars_fast.data.sources import read_rows
 from tars_fast.data.synthesis import VOICES, Synthesiser
 from tars_fast.data.transcription import word_error_rate
-from tars_fast.support.cli import FAILED, check_numbers, load_function, require_extra, run_command
+from tars_fast.support.cli import FAILED, as_paths, check_numbers, first_line, load_function, require_extra, run_command
 from tars_fast.support.console import PlainConsole
-from tars_fast.support.files import write_atomically
+from tars_fast.support.files import append, explain_cannot_write, remove_partial, write_atomically
+from tars_fast.support.locks import LOCK, locked
 from tars_fast.support.progress import track
 from tars_fast.types import Recording, UserError
 
@@ -88,6 +89,7 @@ class PrepareConfig:
     """JSON file for what --check finds. None: shown only."""
 
     def __post_init__(self) -> None:
+        as_paths(self, "output_dir", "output")
         check_numbers(self, positive=("jobs", "max_seconds"), not_negative=("seed", "retries", "max_word_error_rate"))
         if (self.check is None) == (self.data is None):
             raise UserError("--data or --check: give one of them, text items to be spoken or spoken items to be checked")
@@ -234,15 +236,6 @@ def encode(wave: np.ndarray) -> bytes:
 GO_ON = "what is done stays, and the same command goes on from there"
 
 
-@contextmanager
-def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Turn an OSError into a UserError that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror or error}); {GO_ON}") from error
-
-
 def packed_recordings(folder: Path) -> dict[str, Recording]:
     """Recordings in the items.parquet of an earlier run, by their names.
 
@@ -270,15 +263,16 @@ def open_folder(
     """
     settings_path, journal = (folder / "preparation" / name for name in ("settings.json", "finished.jsonl"))
     settings = json.loads(json.dumps(asdict(recipe) | {"output_format": output_format}))
-    begun = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
-    if begun:
-        # Written by a release that knew no other format.
-        begun.setdefault("output_format", "jsonl")
-    if not begun and folder.exists() and (not folder.is_dir() or any(path.name != "preparation" for path in folder.iterdir())):
-        raise UserError(f"--output-dir {folder}: holds something else; name a new folder")
-    lines = journal.read_text(encoding="utf-8").splitlines(keepends=True) if journal.is_file() else []
-    # A line that was cut off has no end.
-    outcomes = [Outcome(**json.loads(line)) for line in lines if line.endswith("\n")]
+    outcomes = read_journal(journal)
+    if settings_path.is_file():
+        begun = read_settings(settings_path)
+    elif outcomes:
+        print(f"warning: {settings_path} is missing; it is made again of the settings given now", flush=True)
+        begun = settings
+    else:
+        begun = {}
+        if any(path.name not in ("preparation", LOCK) for path in folder.iterdir()):
+            raise UserError(f"--output-dir {folder}: holds something else; name a new folder")
     recordings = folder / "recordings"
     packed = packed_recordings(folder)
     names = packed.keys() | ({path.name for path in recordings.iterdir()} if recordings.is_dir() else set())
@@ -286,11 +280,43 @@ def open_folder(
     changed = [f"--{name.replace('_', '-')} {begun.get(name)!s:.60}" for name in settings if begun.get(name) != settings[name]]
     if finished and changed:
         raise UserError(f"--output-dir {folder}: was begun with {', '.join(changed)}; give the same, or name a new folder")
-    settings_path.parent.mkdir(parents=True, exist_ok=True)
+    with explain_cannot_write(folder):
+        settings_path.parent.mkdir(exist_ok=True)
+        recordings.mkdir(exist_ok=True)
+    for part in (folder, settings_path.parent, recordings):
+        remove_partial(part)
     write_atomically(settings_path, json.dumps(settings, indent=2) + "\n")
-    recordings.mkdir(exist_ok=True)
     write_atomically(journal, "".join(json.dumps(asdict(outcome)) + "\n" for outcome in finished.values()))
     return finished, packed
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The recipe and the format that a folder was begun with. Raises UserError where settings.json is damaged."""
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        if missing := [field.name for field in fields(Recipe) if field.name not in begun]:
+            raise ValueError(f"no {missing[0]}")
+        # `jsonl` was written by a release that knew no other format.
+        return {"output_format": "jsonl", **begun}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"--output-dir: {path} is damaged ({first_line(error)}); remove it, and repeat the command with the settings of "
+            "before, of which it is made again"
+        ) from error
+
+
+def read_journal(path: Path) -> list[Outcome]:
+    """The outcomes in finished.jsonl; lines that are damaged are left out, and their items spoken again."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.is_file() else []
+    outcomes = []
+    for line in lines:
+        with suppress(ValueError, TypeError, LookupError):
+            outcome = Outcome(**json.loads(line))
+            float(outcome.gained["seconds"])
+            outcomes.append(outcome)
+    if len(outcomes) < len(lines):
+        print(f"warning: {len(lines) - len(outcomes)} lines of {path} are damaged; their items are spoken again", flush=True)
+    return outcomes
 
 
 def run_workers(transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jobs: int) -> Generator[Outcome]:
@@ -319,7 +345,7 @@ def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
     if left_out is not None:
         print(left_out, flush=True)
     transcripts = {item.question.id: spoken_form(item) for item in items}
-    with explain_full_disk(folder):
+    with locked(folder):
         finished, packed = open_folder(folder, recipe, config.output_format)
         done = {(outcome.id, outcome.transcript) for outcome in finished.values()}
         todo = dict(item for item in transcripts.items() if item not in done)
@@ -354,15 +380,12 @@ def speak_items(
     """
     spoken: dict[str, Outcome] = {}
     failed: dict[str, str] = {}
-    with (
-        (folder / "preparation" / "finished.jsonl").open("a", encoding="utf-8") as journal,
-        closing(run_workers(transcripts, recipe, folder / "recordings", jobs)) as outcomes,
-    ):
+    journal = folder / "preparation" / "finished.jsonl"
+    with closing(run_workers(transcripts, recipe, folder / "recordings", jobs)) as outcomes:
         for outcome in track(outcomes, len(transcripts), "spoken"):
             if outcome.error is None:
                 spoken[outcome.id] = outcome
-                journal.write(json.dumps(asdict(outcome)) + "\n")
-                journal.flush()
+                append(journal, json.dumps(asdict(outcome)) + "\n")
             else:
                 failed[outcome.id] = outcome.error
     return spoken, failed

@@ -34,9 +34,10 @@ from typing import Any
 
 from tars_kernels import use_reference
 
+from tars_fast.data.items import HELD_OUT_DATA, or_bundled
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
 from tars_fast.evaluation.figures import change_since, report, text_reference
-from tars_fast.evaluation.results import ItemResult, read_predictions
+from tars_fast.evaluation.results import PREDICTIONS, ItemResult, read_own
 from tars_fast.learning.loader import LoadedRollout, RolloutLoader
 from tars_fast.learning.metrics import BackwardPass, check_progress, completion_columns, completion_metrics
 from tars_fast.learning.optimizer import learning_rate_at
@@ -82,10 +83,7 @@ def train(config: TrainConfig) -> TrainOutcome:
     with use_reference(config.kernels == "reference"), join_workers() as workers, open_run(config, workers) as run:
         log = RunLog(run.config.output_dir if workers.is_first else None, run.config.num_steps, run.num_completed)
         log.say(run.describe())
-        if run.num_completed:
-            before = read_predictions(run.config.output_dir / "predictions_before.jsonl", "--resume")
-        else:
-            before = evaluate_now(run, log, "before")
+        before = read_before(run) if run.num_completed else evaluate_now(run, log, "before")
         interrupt = Interrupt()
         with interrupt.deferred(), log:
             is_finished = run_steps(run, log, interrupt)
@@ -204,6 +202,17 @@ def evaluate_now(run: Run, log: RunLog, when: str) -> list[ItemResult]:
     if run.workers.is_first:
         write_atomically(config.output_dir / f"predictions_{when}.jsonl", "".join(result.to_line() for result in results))
     return results
+
+
+def read_before(run: Run) -> list[ItemResult]:
+    """What the evaluation before training gave, of all items. Raises UserError, with the command that makes it again."""
+    config, path = run.config, run.config.output_dir / "predictions_before.jsonl"
+    source = or_bundled(config.eval_data or config.data, HELD_OUT_DATA)
+    remedy = (
+        f"python -m tars_fast.evaluate --model {config.model} --data {run.evaluation_name}={source} --samples "
+        f"{config.eval_samples} --output-dir DIR, and copy DIR/{PREDICTIONS} to it"
+    )
+    return read_own(path, run.evaluation_name, run.data.held_out, remedy)
 
 
 def write_evaluation(run: Run, log: RunLog, before: list[ItemResult], after: list[ItemResult]) -> dict[str, dict[str, Any]]:

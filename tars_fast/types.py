@@ -57,6 +57,12 @@ class Question:
     """Part of the benchmark it comes from, for accuracy by category."""
     transcript: str | None = None
     """What the recording says, where that is known."""
+    same_as_answer: tuple[str, ...] = ()
+    """Other choices under which the question shows the answer's own text, as some published ones do."""
+
+    def is_right(self, choice: str | None) -> bool:
+        """Whether a completion that names `choice` is right; None: it names none."""
+        return choice == self.answer or choice in self.same_as_answer
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,10 @@ def check_mask(mask: Tensor, num_tokens: int) -> None:
 
 def check_temperature(temperature: float) -> None:
     """Raises ValueError unless `temperature` is a number above 0."""
-    if not isinstance(temperature, float | int) or not 0 < temperature < float("inf"):
+    if not isinstance(temperature, float | int):
+        # Not read here: on CUDA the host would wait for it.
+        raise ValueError(f"temperature: a {type(temperature).__name__}; pass the number, float(temperature)")
+    if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: {temperature!r}; must be a number above 0")
 
 

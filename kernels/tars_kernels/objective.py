@@ -69,6 +69,7 @@ class ObjectiveSettings(TypedDict, total=False):
     normalise: Normalise | None
     num_tokens: float | Tensor | None
     num_sequences: float | Tensor | None
+    constant: float | Tensor | None
     scale: float | Tensor
     clip_low: float
     clip_high: float | None
@@ -127,13 +128,15 @@ class Objective:
     """sequence: r = exp(mean over the sequence of logprob - old). sequence-token: the same value, but the gradient of a token's
     r goes to that token alone (verl's gspo)."""
     normalise: Normalise | None = None
-    """What the sum over unmasked tokens is divided by. token-mean: their number, or `num_tokens`. sequence-mean: the mean over
-    sequences of the mean over tokens. sequence-sum: the number of sequences. constant: `num_tokens`, e.g. batch x longest."""
+    """What the sum over unmasked tokens is divided by. token-mean: their number. sequence-mean: the mean over sequences of the
+    mean over tokens. sequence-sum: the number of sequences. constant: `constant`."""
     num_tokens: float | Tensor | None = None
-    """Unmasked tokens of the whole accumulated batch, a number or 0-d tensor, in place of those here; at least 1. With it the
-    losses of micro-batches add up to the loss of the batch."""
+    """Unmasked tokens of the whole accumulated batch, a number or 0-d tensor, in place of those here; at least 1. With it, and
+    `num_sequences` where these count, the losses of micro-batches add up to the loss of the batch."""
     num_sequences: float | Tensor | None = None
-    """The same for sequence-mean and sequence-sum. None: N, those that are empty or masked out included (TRL)."""
+    """The same for sequences. None: N, those that are empty or masked out included (TRL)."""
+    constant: float | Tensor | None = None
+    """What normalise constant (dr_grpo) divides by: sequences x longest completion."""
     scale: float | Tensor = 1.0
     """The loss is multiplied by it. `policy_loss` writes the gradient of bf16 logits in the forward pass: a factor given here,
     and not applied to its result, rounds that gradient once instead of twice and saves another pass over it."""
@@ -198,14 +201,15 @@ class Objective:
             raise ValueError(f"top_entropy_quantile: {self.top_entropy_quantile}; must be above 0, at most 1")
         if None not in (self.importance_floor, self.importance_cap) and self.importance_floor >= self.importance_cap:  # type: ignore[operator]
             raise ValueError(f"importance_floor: {self.importance_floor}; must be below importance_cap, {self.importance_cap}")
-        for name in ("num_tokens", "num_sequences", "scale"):
+        for name in _NUMBERS:
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 check_shape(name, value, ())
             elif value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{name}: {value}; must be a number{'' if name == 'scale' else f' of {name[4:]}'}")
-        if not isinstance(self.scale, Tensor) and self.scale == 0:
-            raise ValueError(f"scale: {self.scale}; must be above 0")
+                raise ValueError(f"{name}: {value}; must be a finite number, at least 0")
+        for name in ("constant", "scale"):
+            if not isinstance(getattr(self, name), Tensor) and getattr(self, name) == 0:
+                raise ValueError(f"{name}: 0; must be above 0")
 
     def _check_formula(self) -> None:
         loss, ratio_level, normalise = self.formula
@@ -226,12 +230,11 @@ class Objective:
             raise ValueError(f"ratio_level: {ratio_level!r}; gmpo is defined for 'sequence', which loss_type 'gmpo' implies")
         if loss in ("vespo", "gmpo") and self.importance_level == "sequence":
             raise ValueError(f"importance_level: 'sequence'; {loss} takes weights of tokens into its sequence's weight itself")
-        if normalise == "constant" and self.num_tokens is None:
-            raise ValueError("num_tokens: None; normalise 'constant' (dr_grpo) needs it, as batch x maximum completion length")
-        if self.num_tokens is not None and normalise.startswith("sequence"):
-            raise ValueError(f"num_tokens: {self.num_tokens}; normalise {normalise!r} (grpo, gspo) wants num_sequences instead")
+        if (normalise == "constant") != (self.constant is not None):
+            remedy = "needs it, as sequences x longest completion" if self.constant is None else "does not use it"
+            raise ValueError(f"constant: {self.constant}; normalise {normalise!r} (loss_type {self.loss_type!r}) {remedy}")
         if self.num_sequences is not None and not normalise.startswith("sequence"):
-            raise ValueError(f"num_sequences: {self.num_sequences}; normalise {normalise!r} wants num_tokens instead")
+            raise ValueError(f"num_sequences: {self.num_sequences}; normalise {normalise!r} does not count sequences")
 
     @classmethod
     def from_keywords(cls, keywords: ObjectiveSettings) -> Objective:
@@ -314,21 +317,21 @@ class Objective:
                 return otherwise
             return value.to(dtype).clamp(min=1) if isinstance(value, Tensor) else max(1.0, value)
 
-        normaliser = number(self.num_tokens, num_kept)
+        kept = normaliser = number(self.num_tokens, num_kept)
+        if normalise == "constant":
+            assert self.constant is not None, "refused above"
+            normaliser = self.constant.to(dtype) if isinstance(self.constant, Tensor) else float(self.constant)
         if normalise.startswith("sequence"):
             assert self.cu_seqlens is not None, "refused above"
-            num_sequences = number(self.num_sequences, len(self.cu_seqlens) - 1)
-            normaliser = num_sequences
+            num_sequences = normaliser = number(self.num_sequences, len(self.cu_seqlens) - 1)
             if normalise == "sequence-mean":
                 assert numbers is not None
                 # Sums of whole numbers are exact in any order, so that this is reproducible on CUDA too.
                 counts = ones.new_zeros(len(self.cu_seqlens) - 1).index_add(0, numbers, ones)
                 normaliser = counts.clamp(min=1)[numbers] * num_sequences
-        if not isinstance(normaliser, Tensor):
-            normaliser = torch.full((), float(normaliser), dtype=dtype, device=device)
         weights = ones / normaliser
         # Entropy is a mean over tokens whatever the policy term is divided by (TRL).
-        entropy_weight = self.entropy_coef / (normaliser if normalise == "token-mean" else num_kept)
+        entropy_weight = self.entropy_coef / (kept if isinstance(kept, Tensor) else ones.new_full((), kept))
         if isinstance(self.scale, Tensor) or self.scale != 1:
             weights, entropy_weight = weights * self.scale, entropy_weight * self.scale
         return TokenTerms(self, advantages, weights, num_kept, entropy_weight, numbers, keep)
@@ -341,7 +344,7 @@ class Objective:
         if self.mask is not None:
             check_mask(self.mask, num_tokens)
         check_floats("advantages", advantages, (None,), allow_float64=True)
-        numbers = {name: getattr(self, name) for name in ("num_tokens", "num_sequences", "scale")}
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
         check_same_device(
             ("advantages", advantages), **vectors, mask=self.mask, cu_seqlens=self.cu_seqlens,
             **{name: number for name, number in numbers.items() if isinstance(number, Tensor)},
@@ -379,6 +382,8 @@ class Objective:
 
 VECTORS = ("old_logprobs", "rollout_logprobs", "ref_logprobs", "importance_weights")
 """Settings that hold one number a token."""
+_NUMBERS = ("num_tokens", "num_sequences", "constant", "scale")
+"""Settings that may be 0-d tensors."""
 _CHOICES: dict[str, tuple[str, ...]] = {
     "loss_type": get_args(LossType),
     "loss": get_args(LossName),
@@ -531,5 +536,7 @@ class PolicyLoss:
 def sequence_numbers(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """[T] which sequence each packed token belongs to."""
     tokens = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    # Never more than the last sequence, whatever the boundaries hold: what is gathered with it must exist.
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).clamp(max=max(0, len(cu_seqlens) - 2))
+    # The whole of cu_seqlens: torch.compile of torch 2.11 forgets on CUDA where a slice of it would begin.
+    numbers = torch.searchsorted(cu_seqlens.contiguous(), tokens, right=True) - 1
+    # Only sequences that there are, whatever the boundaries hold: what is gathered with it must exist.
+    return numbers.clamp(0, max(0, len(cu_seqlens) - 2))

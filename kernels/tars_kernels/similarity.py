@@ -243,10 +243,34 @@ def _pair_cosines_backward(  # noqa: PLR0913
     tl.store(pooled_gradient + row * D + columns, gradient, mask=inside)
 
 
+@triton.jit(do_not_specialize=["count", *(f"a{place}" for place in range(32))])
+def _write_addresses(  # noqa: PLR0913
+    table,  # [32]
+    count,
+    a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15,
+    a16, a17, a18, a19, a20, a21, a22, a23, a24, a25, a26, a27, a28, a29, a30, a31,
+):  # fmt: skip
+    addresses = (
+        a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15,
+        a16, a17, a18, a19, a20, a21, a22, a23, a24, a25, a26, a27, a28, a29, a30, a31,
+    )  # fmt: skip
+    for place in tl.static_range(32):
+        tl.store(table + place, addresses[place].to(tl.int64), mask=place < count)
+
+
 def address_table(tensors: Sequence[Tensor]) -> Tensor:
-    """[L] int64 addresses on the tensors' device, sent there without stopping the host."""
-    table = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, pin_memory=tensors[0].is_cuda)
-    return table.to(tensors[0].device, non_blocking=True)
+    """[L] int64 addresses on the tensors' device.
+
+    They travel as arguments of a launch: a copy from the host would, in a captured CUDA graph, read at every replay a memory
+    that has long been given to something else.
+    """
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    table = torch.empty(len(addresses), dtype=torch.int64, device=tensors[0].device)
+    for first in range(0, len(addresses), 32):
+        part = addresses[first : first + 32]
+        # Repeats, since a 0 would be an argument of another type.
+        _write_addresses[(1,)](table[first:], len(part), *part, *[part[-1]] * (32 - len(part)), num_warps=1)
+    return table
 
 
 def layer_arguments(name: str, layers: Sequence[Tensor]) -> tuple[Tensor, int, bool, tl.dtype]:

@@ -175,7 +175,7 @@ OBJECTIVES = [
     {"loss_type": "grpo", "kl_coef": 0.04, "clip_low": 0.1, "clip_high": 0.4, "kl_bias_correction": False},
     {"loss_type": "grpo", "importance_level": "sequence", "entropy_coef": 0.02},
     {"loss_type": "bnpo", "importance_level": "sequence", "importance_mode": "mask", "importance_cap": 1.5},
-    {"loss_type": "dr_grpo", "num_tokens": 4 * 40, "entropy_coef": 0.01},
+    {"loss_type": "dr_grpo", "constant": 4 * 40, "entropy_coef": 0.01},
     {"loss_type": "cispo", "clip_high": 1.5, "cispo_low": 0.9},
     {"loss_type": "gspo"},
     {"loss_type": "gspo", "importance_level": "sequence", "kl_coef": 0.1, "entropy_coef": 0.05, "dual_clip": 1.4},
@@ -199,6 +199,8 @@ MORE_OBJECTIVES = [
     {"loss_type": "gmpo", "clip_low": 0.4, "clip_high": 0.4, "kl_coef": 0.1},
     {"loss_type": "gmpo", "off_policy_threshold": 0.02, "importance_mode": "mask"},
     {"loss": "reinforce", "normalise": "sequence-sum"},
+    {"loss_type": "dapo", "importance_weights": "made below"},
+    {"loss_type": "vespo", "importance_weights": "made below", "off_policy_threshold": 0.02},
 ]
 """What the others leave out, for losses from log-probabilities, which cost little."""
 
@@ -218,6 +220,8 @@ def test_losses_from_logprobs(device, settings, dtype):
     late, step = torch.arange(num_tokens) > 40, 0.0 if options.get("loss_type") == "vespo" else 1e-4
     for name, steps in (("old_logprobs", 2), ("rollout_logprobs", 3)):
         fixed[name] = torch.where(late, logprobs.double() * (1 - steps * step), fixed[name])
+    if "importance_weights" in settings:
+        fixed["importance_weights"] = torch.where(late, 1.0, torch.rand(num_tokens, generator=generator))
     advantages = torch.tensor([2.0, 1.0, 0.3, -1.2, 0.7, 0.0])
 
     def results_of(implementation, real, leaf_dtype, device):
@@ -580,6 +584,46 @@ def test_the_head_itself_brings_its_bias(device):
     assert torch.equal(*both)
 
 
+class _Placed(torch.autograd.Function):
+    """Copies values to a place of a memory."""
+
+    @staticmethod
+    def forward(ctx, values, memory, offset):
+        placed = values.new_tensor([]).set_(memory.untyped_storage(), offset, values.shape, values.stride())
+        return placed.copy_(values)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clone(), None, None
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("vocabulary", [1003, 5003])
+def test_rows_that_begin_anywhere(device, vocabulary, offset):
+    """Rows of odd length, each at another place within its chunk of 16 bytes, in a memory that begins on one or does not."""
+    hidden, weight, targets = (x.to(device) for x in sample(9, 24, vocabulary))
+    advantages = torch.linspace(-1, 1, 9, device=device)
+    values = (hidden @ weight.T).bfloat16()
+    results = []
+    for inplace in (False, True):
+        memory = torch.full((10 * vocabulary,), torch.nan, dtype=torch.bfloat16, device=device)
+        leaf = values.clone().requires_grad_()
+        logits = _Placed.apply(leaf, memory, offset)
+        loss = tars_kernels.policy_loss(logits, targets, advantages, inplace=inplace)
+        (gradient,) = torch.autograd.grad(2 * loss.loss, leaf)
+        results.append([loss.loss.detach(), loss.logprobs, gradient])
+        assert torch.isnan(memory[:offset]).all()
+        assert torch.isnan(memory[offset + 9 * vocabulary :]).all()
+        assert torch.equal(memory[offset : offset + 9 * vocabulary].view_as(values), gradient if inplace else values)
+    for plain, overwritten in zip(*results, strict=True):
+        assert torch.equal(plain, overwritten)
+    exact = values.double().requires_grad_()
+    truth = reference.policy_loss(exact, targets, advantages.double())
+    (true,) = torch.autograd.grad(2 * truth.loss, exact)
+    torch.testing.assert_close(results[0][1].double(), truth.logprobs.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[0][2].double(), true, rtol=1e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("start", ["logits", "hidden"])
 def test_layouts_of_memory(device, start):
     """Rows with a stride, and vectors that are every second entry of another."""
@@ -704,21 +748,21 @@ def test_the_same_bits_twice(device, settings):
         assert torch.equal(first, second)
 
 
-def test_micro_batches_add_up(device):
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "gspo", "luspo"])
+def test_micro_batches_add_up(device, loss_type):
     hidden, weight, targets = (x.to(device) for x in sample(40, 24, 1100))
+    options = {"entropy_coef": 0.1, "loss_type": loss_type, "advantage_level": "token"}
     advantages = torch.linspace(-1, 1, 40, device=device)
-    whole = tars_kernels.linear_policy_loss(hidden, weight, targets, advantages, entropy_coef=0.1).loss
-    num_tokens = torch.tensor(40.0, device=device)
+    boundaries = torch.tensor([0, 5, 13, 40], device=device)
+    whole = reference.linear_policy_loss(hidden, weight, targets, advantages, cu_seqlens=boundaries, **options).loss
+    options["num_tokens"] = torch.tensor(40.0, device=device)
+    if loss_type != "dapo":
+        options["num_sequences"] = 3
     parts = [
         tars_kernels.linear_policy_loss(
-            hidden[rows],
-            weight,
-            targets[rows],
-            advantages[rows],
-            num_tokens=num_tokens,
-            entropy_coef=0.1,
+            hidden[rows], weight, targets[rows], advantages[rows], cu_seqlens=cu_seqlens - cu_seqlens[0], **options
         ).loss
-        for rows in (slice(0, 13), slice(13, 40))
+        for rows, cu_seqlens in ((slice(0, 13), boundaries[:3]), (slice(13, 40), boundaries[2:]))
     ]
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
 

@@ -65,7 +65,7 @@ def assert_same(settings: dict[str, object], peer, tolerance: float = 1e-12):
     return result, metrics
 
 
-CONSTANT = {"num_tokens": len(LENGTHS) * LONGEST}
+CONSTANT = {"constant": len(LENGTHS) * LONGEST}
 TRL = [
     {"loss_type": "dapo"},
     {"loss_type": "dapo", "num_tokens": 100.0, "kl_coef": 0.1},

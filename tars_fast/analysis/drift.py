@@ -280,7 +280,7 @@ def _chain(items: Sequence[AnsweredItem]) -> dict[str, np.ndarray]:
     rows = []
     for item in items:
         question = item.prompts.question
-        speech, text = (read_strictly(own.text, question.choices, question.answer) for own in (item.spoken, item.written))
+        speech, text = (read_strictly(own.text, question) for own in (item.spoken, item.written))
         place, share = first_divergence(item.spoken.token_ids, item.written.token_ids)
         rows.append(
             (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import tempfile
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,8 @@ _LARGEST_SAMPLE = 16.0
 _LOWEST_RATE = 2000
 """In Hz. A damaged header may say 1, from which resampling would make 16,000 times as many samples."""
 _FRAMES_AT_ONCE = 2**18
+_LONGEST_EMPTY = 4096
+"""Bytes of a file that may hold no sound; of a larger one a program that crashed has never written the size of its sound."""
 
 
 def on_integer_scale(wave: np.ndarray) -> str | None:
@@ -97,6 +100,8 @@ def _decode_whole(file: int) -> tuple[np.ndarray, int]:
                 break
         check_notes(sound.extra_info)
     wave = np.concatenate(blocks)
+    if not len(wave) and (size := os.fstat(file).st_size) > _LONGEST_EMPTY:
+        raise IncompleteError(f"its header says that there is no sound, in a file of {size} bytes")
     if len(wave) < least:
         raise IncompleteError(f"it has {least} samples or more, of which {len(wave)} can be decoded")
     return wave, sound.samplerate

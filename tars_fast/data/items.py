@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import hashlib
 import json
 import math
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 
+from tars_fast.data.formats import Format, nearest_format
 from tars_fast.data.sources import NO_TEXT, Row, read_rows
 from tars_fast.support.text import fold_answer
 from tars_fast.types import Question, Recording, UserError
@@ -28,58 +31,6 @@ BUNDLED = "pocket"
 def or_bundled(source: str | None, bundled: Path) -> str:
     """`source`, or `bundled` where `source` is None or `BUNDLED`."""
     return str(bundled) if source in (None, BUNDLED) else source
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a kind of data writes an item: which column holds what."""
-
-    columns: Mapping[str, str]
-    """Field of an item -> the column that holds it."""
-    identifying_columns: frozenset[str]
-    """A row that has all of these columns is in this format."""
-    id_columns: tuple[str, ...]
-    """Their values, joined by `_`, are the id; where a row lacks one of them, the id is a hash of the content."""
-    answers_by_index: bool = False
-    """The answer is the index of the right option, from 0."""
-    lettered: bool = False
-    """The question itself holds the options, on lines that begin with A., B., C."""
-    published: bool = True
-    """The user cannot correct the data: options that are empty or stand twice are accepted."""
-
-
-OWN = Format(
-    {name: name for name in ("question", "answer", "options", "answer_set", "category", "transcript")},
-    identifying_columns=frozenset({"question", "answer"}),
-    id_columns=("id",),
-    published=False,
-)
-VOICEBENCH = Format(
-    {"question": "prompt", "answer": "reference", "category": "category", "transcript": "prompt"},
-    identifying_columns=frozenset({"prompt", "reference"}),
-    id_columns=("src", "question_id"),
-    lettered=True,
-)
-TARS = Format(
-    {
-        "question": "question",
-        "answer": "answer_index",
-        "options": "options",
-        "category": "category",
-        "transcript": "prompt_for_tts",
-    },
-    identifying_columns=frozenset({"question", "options", "answer_index"}),
-    id_columns=("key",),
-    answers_by_index=True,
-)
-MMLU = Format(
-    {"question": "question", "answer": "answer", "options": "choices", "category": "subject", "transcript": "transcript"},
-    identifying_columns=frozenset({"question", "choices", "answer"}),
-    id_columns=("id",),
-    answers_by_index=True,
-)
-FORMATS = (VOICEBENCH, TARS, MMLU, OWN)
-"""A row is read in the first format whose identifying columns it has."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +117,9 @@ class _Answers:
     listed: list[str]
     """As the row lists them."""
     are_options: bool
-    """They are lettered and written under the question, and the letters are the answers; else they are the answers."""
+    """They are lettered, and the letters are the answers; else they are the answers."""
+    are_shown: bool = False
+    """The question itself holds them."""
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -174,7 +127,7 @@ class _Answers:
 
     def lettered(self) -> list[str]:
         """The lines under the question."""
-        pairs = zip(self.choices, self.listed, strict=True) if self.are_options else ()
+        pairs = zip(self.choices, self.listed, strict=True) if self.are_options and not self.are_shown else ()
         return [f"{letter}. {option}".rstrip() for letter, option in pairs]
 
 
@@ -192,7 +145,7 @@ def _parse_row(row: Row, format: Format, spoken: bool, copies: Counter[str]) -> 
         UserError: the first thing that is wrong with the row.
     """
     columns = _read_columns(row, format)
-    _check_columns(columns, spoken and row.audio is None, row.audio_fault if spoken else None)
+    _check_columns(columns, row if spoken else None)
     answers = _possible_answers(columns)
     answer = _right_answer(columns, answers)
     text = "\n".join([columns.texts["question"], *answers.lettered()])
@@ -205,7 +158,18 @@ def _parse_row(row: Row, format: Format, spoken: bool, copies: Counter[str]) -> 
         category=columns.texts.get("category") or row.split,
         transcript=columns.texts.get("transcript") or None,
     )
+    question = dataclasses.replace(question, same_as_answer=_same_as_answer(question))
     return _fields(columns, answers, question), question
+
+
+def _same_as_answer(question: Question) -> tuple[str, ...]:
+    """See `Question.same_as_answer`."""
+    options = shown_options(question)[1]
+    if question.answer not in ascii_uppercase[: len(options)]:
+        return ()
+    right = options[ascii_uppercase.index(question.answer)]
+    same = (letter for letter, option in zip(ascii_uppercase, options, strict=False) if option == right)
+    return tuple(letter for letter in same if letter != question.answer)
 
 
 def _without_nan(value: object) -> object:
@@ -228,10 +192,16 @@ def _read_columns(row: Row, format: Format) -> _Columns:
         raise UserError(
             f"{row.place}: {row.values!r:.80} is not a JSON object; an item is {{id, question, answer, audio, options}}"
         )
-    values = {name: _without_nan(row.values.get(column)) for name, column in format.columns.items()}
+    held = row.values
+    if format.unpack is not None:
+        try:
+            held = held | format.unpack(held)
+        except ValueError as error:
+            raise UserError(f"{row.place}: {error}; see the formats in docs/data.md") from error
+    values = {name: _without_nan(held.get(column)) for name, column in format.columns.items()}
     if isinstance(values["answer"], list) and len(values["answer"]) == 1:
         values["answer"] = values["answer"][0]
-    ids = [_without_nan(row.values[column]) for column in format.id_columns if column in row.values]
+    ids = [_without_nan(held[column]) for column in format.id_columns if column in held]
     has_id = len(ids) == len(format.id_columns)
     if has_id:
         values["id"] = ids[0] if len(ids) == 1 else "_".join(_as_text(value) or str(value) for value in ids)
@@ -245,20 +215,24 @@ def _read_columns(row: Row, format: Format) -> _Columns:
     return _Columns(name, format, values, texts, has_id)
 
 
-def _check_columns(columns: _Columns, lacks_audio: bool, audio_fault: str | None) -> None:
-    """Raises UserError where a field that every item needs is missing, or one that it may have is no text."""
+def _check_columns(columns: _Columns, spoken: Row | None) -> None:
+    """Raises UserError where a field that every item needs is missing, or one that it may have is no text.
+
+    Args:
+        spoken: the row of an item that needs a recording.
+    """
     names = columns.format.columns
     needed = {"id": columns.format.id_columns[0]} if columns.has_id else {}
     needed |= {name: names[name] for name in ("question", "answer")}
-    for name, column in (needed | {name: names[name] for name in ("category", "transcript")}).items():
+    for name, column in (needed | {name: names[name] for name in ("category", "transcript") if name in names}).items():
         value = columns.values[name]
         if value is not None and name not in columns.texts:
             raise UserError(f"{columns.row}: {column!r} must be a text, not {value!r:.80} ({type(value).__name__})")
-    if audio_fault is not None:
-        raise UserError(f"{columns.row}: 'audio' {audio_fault}")
+    if spoken is not None and spoken.audio_fault is not None:
+        raise UserError(f"{columns.row}: the recording in {spoken.audio_column!r} {spoken.audio_fault}")
     empty = [column for name, column in needed.items() if not columns.texts.get(name)]
-    if lacks_audio:
-        empty.append("audio")
+    if spoken is not None and spoken.audio is None:
+        empty.append(columns.format.audio)
     if empty:
         raise UserError(
             f"{columns.row}: {', '.join(map(repr, empty))} missing or empty; an item is id, question, answer, audio, options"
@@ -268,19 +242,23 @@ def _check_columns(columns: _Columns, lacks_audio: bool, audio_fault: str | None
 def _possible_answers(columns: _Columns) -> _Answers:
     format = columns.format
     if format.lettered:
-        letters = list(ascii_uppercase[: len(split_options(str(columns.values["question"]))[1])])
-        if not letters:
+        shown = split_options(columns.texts["question"])[1]
+        if not shown:
             raise UserError(
                 f"{columns.row}: {format.columns['question']!r} holds no options (lines that begin with A., B., ...); only "
                 "answers that are given can be scored"
             )
-        return _Answers(letters, are_options=False)
+        return _Answers(shown[: len(ascii_uppercase)], are_options=True, are_shown=True)
     options, answer_set = columns.values["options"], columns.values.get("answer_set")
     if (options is None) == (answer_set is None):
         raise UserError(
             f"{columns.row}: give 'options' (lettered and shown in the prompt) or 'answer_set' (not shown), one of them"
         )
     listed = options if answer_set is None else answer_set
+    if format.published and isinstance(listed, str):
+        listed = _written_list(listed)
+    if format.published and isinstance(listed, list):
+        listed = [option if (text := _as_text(option)) is None else text for option in listed]
     if (
         not isinstance(listed, list)
         or not 2 <= len(listed) <= 26
@@ -296,25 +274,61 @@ def _possible_answers(columns: _Columns) -> _Answers:
     return _Answers(listed, are_options=answer_set is None)
 
 
+def _written_list(text: str) -> object:
+    """What Python's or JSON's text of a list says; the text itself where it is none."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+_STATED = re.compile(
+    r"(?:.*\banswer(?: is|:))?\s*(?:option\s+)?[(\[]?(?P<letter>[A-Z])[)\]]?\s*(?:[.:)]\s*(?P<text>.*))?",
+    re.IGNORECASE | re.DOTALL,
+)
+"""`B`, `(B)`, `B. blood`, `The answer is B.`"""
+_BLOCK = re.compile(r".*<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
+
+
+def _stated_letter(answer: str, answers: _Answers) -> str | None:
+    """The letter that a written-out answer means, as an assistant's turn has it."""
+    block = _BLOCK.match(answer)
+    stated = (block[1] if block else answer.rpartition("</think>")[2]).strip()
+    by_text = dict(zip(answers.listed[::-1], answers.choices[::-1], strict=True))
+    if stated in answers.choices or stated in by_text:
+        return stated if stated in answers.choices else by_text[stated]
+    found = _STATED.fullmatch(stated)
+    letter = found["letter"].upper() if found else ""
+    if found is None or letter not in answers.choices:
+        return None
+    text = (found["text"] or "").strip()
+    return letter if not text or text.rstrip(".") == answers.listed[answers.choices.index(letter)].rstrip(".") else None
+
+
 def _right_answer(columns: _Columns, answers: _Answers) -> str:
     """One of `answers.choices`."""
-    answer = columns.texts["answer"]
-    if not columns.format.answers_by_index and answer in answers.choices:
-        return answer
+    answer, format = columns.texts["answer"], columns.format
     # Where options stand twice, the first of them.
-    names = dict(zip(answers.listed[::-1], answers.choices[::-1], strict=True)) if answers.are_options else {}
-    if columns.format.answers_by_index:
-        names |= {str(index): letter for index, letter in enumerate(answers.choices)}
-        if answer not in names:
-            raise UserError(
-                f"{columns.row}: {columns.format.columns['answer']!r} is {columns.values['answer']!r:.80}, not 0 to "
-                f"{len(answers.choices) - 1}, the place of the right option counted from 0"
-            )
-    if answer not in names:
+    by_text = dict(zip(answers.listed[::-1], answers.choices[::-1], strict=True)) if answers.are_options else {}
+    by_index = {str(index): letter for index, letter in enumerate(answers.choices)} if format.answers_by_index else {}
+    letters = {choice: choice for choice in answers.choices}
+    # A number is a place, a text that is an option's is that option; so "2" of the options 1, 2 and 3 is no place.
+    if isinstance(columns.values["answer"], str):
+        found = (by_text | letters if not format.answers_by_index else by_index | letters | by_text).get(answer)
+    else:
+        found = (by_text | letters | by_index).get(answer)
+    if found is None and answers.are_options and format.published | format.lettered:
+        found = _stated_letter(answer, answers)
+    if found is not None:
+        return found
+    if by_index and answer.lstrip("-").isdecimal():
         raise UserError(
-            f"{columns.row}: answer {answer!r:.80} is none of {', '.join(answers.choices):.300}; correct it or the list"
+            f"{columns.row}: {format.columns['answer']!r} is {columns.values['answer']!r:.80}, not 0 to "
+            f"{len(answers.choices) - 1}, the place of the right option counted from 0"
         )
-    return names[answer]
+    raise UserError(
+        f"{columns.row}: answer {answer!r:.80} is none of {', '.join(answers.choices):.300}; correct it or the list"
+    )
 
 
 def _id_of_content(text: str, choices: tuple[str, ...], answer: str, copies: Counter[str]) -> str:
@@ -327,7 +341,7 @@ def _fields(columns: _Columns, answers: _Answers, question: Question) -> dict[st
     """See `Item.fields`."""
     listed = answers.listed
     # Options that are empty or stand twice are accepted of published data only; inside the question they are accepted anywhere.
-    apart = answers.are_options and all(listed) and len(set(listed)) == len(listed)
+    apart = answers.are_options and not answers.are_shown and all(listed) and len(set(listed)) == len(listed)
     fields: dict[str, object] = {"id": question.id}
     if apart:
         fields |= {"question": columns.texts["question"], "options": listed}
@@ -350,8 +364,11 @@ def read_items(source: str | Path, *, spoken: bool = True) -> Iterator[Item]:
     copies: Counter[str] = Counter()
     for row in read_rows(str(source)):
         columns = row.values if isinstance(row.values, dict) else {}
-        format = next((format for format in FORMATS if format.identifying_columns <= columns.keys()), OWN)
+        format, lacking = nearest_format(columns)
         try:
+            if lacking:
+                missing = ", ".join(map(repr, lacking))
+                raise UserError(f"{row.place}: fits no format; {format.name} is nearest, of which it lacks {missing}")
             fields, question = _parse_row(row, format, spoken, copies)
         except UserError as error:
             yield Item(row.place, {}, row.audio, None, error, format.published)
@@ -373,9 +390,9 @@ def load_questions(source: str | Path, *, spoken: bool = True) -> list[Question]
         source: a jsonl file or a folder with one, whose lines are `id`, `question`, `answer`, `audio` (see `take_recording`;
             paths are relative to the file), either `options` (shown in the prompt as lettered lines; `answer` is a letter or
             an option's text) or `answer_set` (possible answers, not shown; `answer` is one of them), and optionally
-            `category` and `transcript`; a parquet file, a folder of them, a folder written by `save_to_disk`, or a dataset of
-            the hub, `owner/name[:configuration]`, in any of `FORMATS`, the last three with `@split` behind them where one of
-            several is meant; or `mmsu`, `obqa`.
+            `category` and `transcript`; a json file that is one list; a parquet file, a folder of them, a folder written by
+            `save_to_disk`, or a dataset of the hub, `owner/name[:configuration]`, the last three with `@split` behind them
+            where one of several is meant; or `mmsu`, `obqa`; in any of `formats.FORMATS`.
         spoken: items need a recording; otherwise recordings are left out.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from tars_fast.data.audio import MIN_SECONDS, SAMPLE_RATE, read_wave
 from tars_fast.data.items import Item
 from tars_fast.types import Recording, UserError
 
-UNUSABLE = ("bad item", "duplicate id", "unreadable", "silent", "too short", "too long")
+UNUSABLE = ("bad item", "duplicate id", "control token", "unreadable", "silent", "too short", "too long")
 NOTES = ("clipped", "not 16 kHz")
 """Problems that are only noted: training accepts such items."""
 
+_CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
+"""As every supported model spells them; the model itself refuses only those that it has."""
 _SILENT_PEAK = 1e-3
 """A recording whose peak is lower is silent: -60 dB of full scale is below the noise of any room."""
 _FULL_SCALE = 0.999
@@ -66,9 +69,9 @@ def inspect_recording(recording: Recording, max_seconds: float) -> tuple[dict[st
     elif seconds > max_seconds:
         problems["too long"] = f"{seconds:.1f} s, more than {max_seconds:g} s"
     level = np.abs(wave)
-    if level.max(initial=0.0) < _SILENT_PEAK:
+    if len(wave) and level.max() < _SILENT_PEAK:
         problems["silent"] = f"no sample reaches {_SILENT_PEAK:g} of full scale"
-    elif (share := float(np.mean(level >= _FULL_SCALE))) > _CLIPPED_SHARE:
+    elif len(wave) and (share := float(np.mean(level >= _FULL_SCALE))) > _CLIPPED_SHARE:
         problems["clipped"] = f"{share:.1%} of its samples are at full scale"
     if rate != SAMPLE_RATE:
         problems["not 16 kHz"] = f"{rate} Hz, resampled when it is read"
@@ -81,6 +84,9 @@ def inspect_item(item: Item, max_seconds: float) -> Inspection:
     if item.error is not None:
         detail = str(item.error).removeprefix(f"{item.place}: ")
         findings.append(Finding(item.place, name, "bad item" if item.question is None else "duplicate id", detail))
+    if item.question is not None and (found := _CONTROL_TOKEN.search(item.question.text)):
+        detail = f"its text holds {found[0]}, which models take for a sign of their own; remove it"
+        findings.append(Finding(item.place, name, "control token", detail))
     seconds = None
     if item.audio is not None:
         problems, seconds = inspect_recording(item.audio, max_seconds)

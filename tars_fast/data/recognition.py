@@ -34,7 +34,9 @@ def load_recogniser(source: str) -> Recogniser:
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        recogniser: Any = pipeline("automatic-speech-recognition", model=source, device=device, chunk_length_s=30)
+        recogniser: Any = pipeline(
+            "automatic-speech-recognition", model=source, device=device, chunk_length_s=30, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             f"--recogniser {source}: cannot be loaded ({first_line(error)}); check the path, or the network"

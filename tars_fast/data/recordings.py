@@ -5,8 +5,16 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import json
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from urllib.parse import unquote
+
+AUDIO_COLUMNS = ("audio", "audio_path", "audio_id", "audios")
+"""Where a row's recording is looked for, in this order, before the parts of its chat messages."""
+_AUDIO_PARTS = ("audio", "input_audio", "audio_url")
+"""Types of a message's parts, and the entries of a part that hold the recording."""
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _MAGIC = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3", b"\xff\xf2", b"FORM", b"caff")
@@ -85,3 +93,50 @@ def _encode_samples(array: object, rate: object) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, wave.T, int(rate), format="WAV", subtype="FLOAT")
     return file.getvalue()
+
+
+def message_parts(row: Mapping[str, object]) -> list[tuple[object, str, list[object]]]:
+    """(role, text, recordings) of each turn of a row's column `messages`, as OpenAI, Qwen and ms-swift write them.
+
+    Raises:
+        ValueError: the column is no list of {role, content}.
+    """
+    messages = row.get("messages")
+    if isinstance(messages, str):
+        with suppress(ValueError, RecursionError):
+            messages = json.loads(messages)
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"'messages' must list {{role, content}}, not {messages!r:.80}")
+    turns: list[tuple[object, str, list[object]]] = []
+    for message in messages:
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        texts: list[str] = []
+        recordings: list[object] = []
+        for part in parts:
+            if not isinstance(part, dict):
+                raise ValueError(f"'messages' holds a part that is {part!r:.80}; a part is {{type, ...}}")
+            if part.get("type") in _AUDIO_PARTS:
+                recordings.append(_of_part(part))
+            elif isinstance(part.get("text"), str):
+                texts.append(part["text"].replace("<audio>", ""))
+        turns.append((message.get("role"), "\n".join(texts), recordings))
+    return turns
+
+
+def _of_part(part: Mapping[str, object]) -> object:
+    value = next((part[name] for name in (*_AUDIO_PARTS, "path", "url", "data") if part.get(name) is not None), None)
+    return value["url"] if isinstance(value, dict) and "url" in value else value
+
+
+def find_recording(row: Mapping[str, object]) -> tuple[str, object]:
+    """(the column of a row that holds its recording, the value there for `take_recording`); None as the value: it has none."""
+    for column in AUDIO_COLUMNS:
+        if row.get(column) is not None:
+            return column, row[column]
+    try:
+        recordings = [recording for role, _, held in message_parts(row) if role == "user" for recording in held]
+    except ValueError:
+        # Said with the row's text.
+        return "audio", None
+    return "messages", recordings or None

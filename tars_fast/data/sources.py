@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tars_fast.data.recordings import take_recording
+from tars_fast.data.recordings import AUDIO_COLUMNS, find_recording, take_recording
 from tars_fast.types import Recording, UserError
 
 if TYPE_CHECKING:
@@ -50,10 +50,13 @@ class DatasetRecording:
     """Paths in the row are relative to it."""
     version: str = field(compare=False, repr=False)
     """Differs where the dataset differs."""
+    in_messages: bool = field(default=False, compare=False, repr=False)
+    """The column holds chat messages."""
 
     def read_bytes(self) -> bytes:
         try:
-            content = take_recording(self.column[self.row].as_py())
+            value = self.column[self.row].as_py()
+            content = take_recording(find_recording({"messages": value})[1] if self.in_messages else value)
         except ValueError as error:
             raise OSError(errno.EINVAL, f"its row's 'audio' {error}") from error
         if isinstance(content, str):
@@ -120,7 +123,8 @@ class Row:
     error: UserError | None = None
     """Why it cannot even be read."""
     audio_fault: str | None = None
-    """What is wrong with its column `audio`, behind that name."""
+    """What is wrong with its recording, behind the name of `audio_column`."""
+    audio_column: str = "audio"
 
     @property
     def place(self) -> str:
@@ -182,6 +186,9 @@ def _read_lines(path: Path) -> Iterator[Row]:
     except (OSError, ValueError) as error:
         remedy = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "give a jsonl file or a folder that holds one"
         raise UserError(f"data {path}: cannot be read ({error}); {remedy}") from error
+    if path.suffix == ".json" and "".join(lines[:1]).lstrip().startswith("["):
+        yield from _read_list(path, "\n".join(lines))
+        return
     for number, line in enumerate(lines, start=1):
         row = Row(str(path), f"line {number}", None)
         if not line.strip():
@@ -192,8 +199,24 @@ def _read_lines(path: Path) -> Iterator[Row]:
             reason = UserError(f"{row.place}: not JSON ({error}); write one object a line")
             yield Row(row.source, row.where, None, error=reason)
             continue
-        audio, fault = _line_audio(row.place, path.parent, values.get("audio") if isinstance(values, dict) else None)
-        yield Row(row.source, row.where, values, audio, audio_fault=fault)
+        yield _with_recording(row, path.parent, values)
+
+
+def _read_list(path: Path, text: str) -> Iterator[Row]:
+    """The rows of a file that is one JSON list."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"data {path}: not JSON ({error}); give a list of objects, or one object a line") from error
+    for number, value in enumerate(values, start=1):
+        yield _with_recording(Row(str(path), f"entry {number}", None), path.parent, value)
+
+
+def _with_recording(row: Row, folder: Path, values: object) -> Row:
+    """A row of a text file, with the recording that its values hold or name."""
+    column, held = find_recording(values) if isinstance(values, dict) else ("audio", None)
+    audio, fault = _line_audio(row.place, folder, held)
+    return Row(row.source, row.where, values, audio, audio_fault=fault, audio_column=column)
 
 
 def _line_audio(place: str, folder: Path, value: object) -> tuple[Recording | None, str | None]:
@@ -295,15 +318,17 @@ def _choose_splits(source: str, tables: dict[str, _Table], split: str | None) ->
 def _read_dataset(source: str, name: str, configuration: str | None, split: str | None) -> Iterator[Row]:
     folder = Path(name).parent if Path(name).is_file() else Path(name)
     for part, table in _choose_splits(source, _load_tables(source, name, configuration), split).items():
-        recordings = _recordings(source, table.rows)
-        for number, values in enumerate(_texts(table.rows)):
+        column = _audio_column(source, table.rows)
+        recordings = None if column is None else table.rows.column(column)
+        for number, values in enumerate(_texts(table.rows, column)):
             where = f"{part}, row {number}" if part else f"row {number}"
             if values is None:
                 yield Row(source, where, None, error=UserError(f"{source}, {where}: a text is not UTF-8; write it again"))
                 continue
             audio = None
             if recordings is not None:
-                audio = DatasetRecording(f"{source}, {where}", recordings, number, folder, table.version)
+                place = f"{source}, {where}"
+                audio = DatasetRecording(place, recordings, number, folder, table.version, column == "messages")
             yield Row(source, where, values, audio, part)
 
 
@@ -327,22 +352,27 @@ def _may_hold_recordings(type_: pa.DataType) -> bool:
     return any(is_kind(type_) for is_kind in kinds)
 
 
-def _recordings(source: str, rows: pa.Table) -> pa.ChunkedArray | None:
-    """The column `audio`, None where there is none."""
-    if "audio" not in rows.column_names:
-        return None
-    column = rows.column("audio")
-    if not _may_hold_recordings(column.type):
+def _audio_column(source: str, rows: pa.Table) -> str | None:
+    """The column with the recordings, None where there is none."""
+    for name in (*AUDIO_COLUMNS, "messages"):
+        if name in rows.column_names and (name == "messages" or _may_hold_recordings(rows.column(name).type)):
+            return name
+    if "audio" in rows.column_names:
         from datasets import Features
 
         feature = Features.from_arrow_schema(rows.schema)["audio"]
         raise UserError(f"data {source}: column 'audio' holds {feature}; it must hold whole files (Audio) or their paths")
-    return column
+    return None
 
 
-def _texts(rows: pa.Table) -> Iterator[dict[str, object] | None]:
-    """Each row without its recording, and without pictures and other files; None where a text of it is not UTF-8."""
-    kept = [field.name for field in rows.schema if field.name != "audio" and not _is_file(field.type)]
+def _texts(rows: pa.Table, audio: str | None) -> Iterator[dict[str, object] | None]:
+    """Each row without its recording, and without pictures and other files; None where a text of it is not UTF-8.
+
+    Args:
+        audio: the column with the recordings; messages also hold the text.
+    """
+    dropped = {"audio", audio} - {"messages"}
+    kept = [field.name for field in rows.schema if field.name not in dropped and not _is_file(field.type)]
     for start in range(0, rows.num_rows, _ROWS_AT_ONCE):
         part = rows.slice(start, _ROWS_AT_ONCE).select(kept)
         try:

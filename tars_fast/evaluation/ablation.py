@@ -59,7 +59,10 @@ class FinishedRun:
             metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
             settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             num_steps = settings["num_steps"]
-        except (OSError, ValueError, LookupError) as error:
+            if not isinstance(num_steps, int) or not all(step.keys() >= _CURVES.keys() for step in metrics):
+                raise ValueError("config.json or metrics.jsonl lack what a run writes there")
+            settings["data_fingerprint"]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: not a whole run ({error}); remove the folder to have it run again") from error
         before, after = (read_predictions(folder / f"predictions_{when}.jsonl", "--output-dir") for when in ("before", "after"))
         for name, expected, found in (

@@ -198,7 +198,7 @@ class Evaluator:
         def answered(modality: Modality, number: int) -> Answered:
             question, completion = questions[number], completions[modality][number]
             key = f"{settings.seed} {modality} {question.id}"
-            readings = read_completion(completion.text, question.choices, question.answer, key)
+            readings = read_completion(completion.text, question, key)
             if samples is None:
                 return Answered(completion.text, completion.truncated, readings, None)
             own = samples[modality][number * settings.num_samples : (number + 1) * settings.num_samples]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tars_fast.data.sources import stamp
 from tars_fast.evaluation.scorers import Reading
+from tars_fast.support.cli import first_line
 from tars_fast.types import Modality, Question, UserError
 
 PREDICTIONS = "predictions.jsonl"
@@ -138,7 +139,30 @@ def read_predictions(path: Path, flag: str) -> list[ItemResult]:
     try:
         return [ItemResult.from_line(line) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{flag} {path}: not the predictions of an evaluation by this version ({error!r})") from error
+        raise UserError(
+            f"{flag} {path}: not the predictions of an evaluation by this version ({error!r:.200}); remove the file and repeat "
+            "that evaluation"
+        ) from error
+
+
+def read_own(path: Path, data: str, questions: Sequence[Question], remedy: str) -> list[ItemResult]:
+    """A run's own results of `questions`, in their order; more than these may stand in the file.
+
+    Args:
+        data: the name of the questions' data.
+        remedy: what makes the file again, for the message.
+
+    Raises:
+        UserError: the file cannot be read, or lacks items.
+    """
+    try:
+        found = {result.key: result for result in read_predictions(path, "--resume")}
+        if missing := [question.id for question in questions if (data, question.id) not in found]:
+            raise ValueError(f"lacks {len(missing)} of {len(questions)} items")
+    except (UserError, ValueError) as error:
+        reason = first_line(error.__cause__ or error)
+        raise UserError(f"--resume: {path} is damaged or missing ({reason}); make it again by {remedy}") from error
+    return [found[data, question.id] for question in questions]
 
 
 def by_data(results: Iterable[ItemResult]) -> dict[str, list[ItemResult]]:

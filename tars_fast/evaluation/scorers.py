@@ -20,6 +20,7 @@ from functools import lru_cache
 
 from tars_fast.learning.rewards.answers import another_choice, answer_blocks, extract_answer, spellings
 from tars_fast.support.text import fold_case
+from tars_fast.types import Question
 
 VOICEBENCH_CHOICES = ("A", "B", "C", "D")
 
@@ -211,25 +212,25 @@ class ScorerError(Exception):
     """A scorer failed on a completion; the message names the scorer."""
 
 
-def read_strictly(completion: str, choices: Sequence[str], answer: str) -> Reading:
+def read_strictly(completion: str, question: Question) -> Reading:
     """What `strict` reads, by which training rewards and accuracy is meant."""
-    extracted = extract_answer(completion, choices)
-    return Reading(extracted, False, extracted == answer)
+    extracted = extract_answer(completion, question.choices)
+    return Reading(extracted, False, question.is_right(extracted))
 
 
-def read_completion(completion: str, choices: Sequence[str], answer: str, key: str) -> dict[str, Reading]:
+def read_completion(completion: str, question: Question, key: str) -> dict[str, Reading]:
     """The reading of a completion by every scorer that knows the answer set, by the scorer's name.
 
     Args:
         completion: decoded text without special tokens.
-        choices: the answer set.
-        answer: the reference answer.
+        question: what it answers.
         key: seed of guesses; the same for the same item, modality and seed of a run.
 
     Raises:
         ScorerError: a scorer raised something, or read what is none of the choices.
     """
     readings = {}
+    choices = question.choices
     for name, scorer in SCORERS.items():
         if scorer.choices is not None and tuple(choices) != scorer.choices:
             continue
@@ -242,5 +243,5 @@ def read_completion(completion: str, choices: Sequence[str], answer: str, key: s
         guessed = extracted is None and scorer.guesses
         if guessed:
             extracted = random.Random(key).choice(choices)
-        readings[name] = Reading(extracted, guessed, extracted == answer)
+        readings[name] = Reading(extracted, guessed, question.is_right(extracted))
     return readings

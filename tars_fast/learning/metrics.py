@@ -5,6 +5,7 @@ Shapes: N completions, G groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.advantages import disagreeing_groups, group_means
-from tars_fast.learning.rewards.total import ALIGNMENT_REWARDS, COMPLETION_REWARDS
+from tars_fast.learning.rewards.total import ALIGNMENT_REWARDS, COMPLETION_REWARDS, CompletionReward
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.types import Modality, TrainingError, UserError
 
@@ -112,8 +113,15 @@ def completion_columns(scored: ScoredRollout) -> dict[str, Tensor]:
     return scored.terms | columns
 
 
-def check_reward_names() -> None:
-    """Raises UserError where an added reward has a name that another figure of metrics.jsonl has already."""
+def check_rewards() -> None:
+    """Raises UserError where an added reward is of a wrong type, or has a name that a figure of metrics.jsonl has already."""
+    for name, reward in COMPLETION_REWARDS.items():
+        if not isinstance(name, str) or not isinstance(reward, CompletionReward) or not callable(reward.function):
+            raise UserError(
+                f"COMPLETION_REWARDS: {name!r:.60} is {reward!r:.60}; give a name, and CompletionReward(function, weight)"
+            )
+        if isinstance(reward.weight, bool) or not isinstance(reward.weight, int | float) or not math.isfinite(reward.weight):
+            raise UserError(f"COMPLETION_REWARDS: {name!r} has a weight of {reward.weight!r:.60}; give a finite number")
     taken = sorted(COMPLETION_REWARDS.keys() & RESERVED_NAMES)
     if taken:
         raise UserError(f"COMPLETION_REWARDS: {taken[0]!r} is the name of another metric; call the reward something else")

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import signal
 import sys
 import threading
@@ -20,23 +22,25 @@ import torch
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_bundled, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
-from tars_fast.learning.metrics import check_reward_names
+from tars_fast.learning.metrics import check_rewards
 from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
 from tars_fast.learning.rewards.total import reward_weights
 from tars_fast.learning.update import Learner
-from tars_fast.learning.workers import Workers
+from tars_fast.learning.workers import Workers, locked_by_first
 from tars_fast.models.architecture import find_layers
 from tars_fast.models.audio_cache import make_cache_folder
-from tars_fast.models.checkpoint import latest_checkpoint, load_trainer_state, save_checkpoint
-from tars_fast.models.memory import GB, MemoryPlan, plan_memory, remedies, size
+from tars_fast.models.checkpoint import check_room, is_damaged, latest_checkpoint, load_trainer_state, save_checkpoint
+from tars_fast.models.memory import MemoryPlan, plan_memory, remedies
+from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
 from tars_fast.models.registry import architecture_of, family_of, find_preset, list_checkpoints
 from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.policy import available_bytes, choose_engine, load_model_and_engine
-from tars_fast.support.cli import first_line, make_output_folder, new_output_folder
-from tars_fast.support.files import remove_partial, write_atomically
+from tars_fast.support.cli import first_line, new_output_folder
+from tars_fast.support.files import CannotWriteError, explain_cannot_write, remove_partial, write_atomically
+from tars_fast.support.text import GB, size
 from tars_fast.support.timing import explain_out_of_memory
 from tars_fast.types import Question, TrainingError, UserError
 
@@ -128,11 +132,11 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
     """Check settings and data, load the policy, and make it trainable; the engine is closed at the end of the block.
 
     Raises:
-        UserError: settings that contradict each other, data that cannot be used, a folder that holds another run, a checkpoint
-            that cannot be read.
+        UserError: settings that contradict each other, data that cannot be used, a folder that holds another run or that
+            another process writes into, a checkpoint that cannot be read, a disk without room for the checkpoints.
         TrainingError: memory ran out.
     """
-    check_reward_names()
+    check_rewards()
     preset = config.as_preset(find_preset(config.model))
     output_dir = config.output_dir or workers.gather(new_output_folder(config.model))[0]
     if preset.questions_per_step < workers.size:
@@ -140,6 +144,18 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
             f"--questions-per-step {preset.questions_per_step}: fewer than the {workers.size} processes; raise it, or start "
             "fewer"
         )
+    with locked_by_first(output_dir, workers), _load_run(config, preset, output_dir, workers) as run:
+        try:
+            yield run
+        except CannotWriteError as error:
+            checkpoints = list_checkpoints(output_dir)
+            if not checkpoints:
+                raise
+            raise TrainingError(f"{error}; --resume continues from {checkpoints[-1][1].name}") from error
+
+
+@contextmanager
+def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Workers) -> Iterator[Run]:
     device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
     find_layers(config.representation_layers, architecture_of(preset).num_layers)
     training, held_out, notes = load_data(config)
@@ -157,26 +173,56 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
         data.longest_prompt,
         on_gpu=device.type == "cuda",
     )
-    tokens = choose_micro_batch(config, output_dir, plan_memory(workload, available_bytes(device)), workers)
+    earlier = read_settings(output_dir) if config.resume else {}
+    tokens = choose_micro_batch(config, earlier, plan_memory(workload, available_bytes(device)), workers)
     run_config = config.resolve(preset, output_dir=output_dir, tokens_per_micro_batch=tokens)
     settings = settings_of_run(run_config, data)
-    check_output(run_config, settings)
+    check_output(run_config, settings, earlier)
     for note in data.notes:
         if workers.is_first:
             print(note, flush=True)
     if config.audio_cache_dir is not None:
         make_cache_folder(config.audio_cache_dir)
-    with explain_out_of_memory("loading the model"):
+    if source != preset.source:
+        check_architecture(Path(source), prompts)
+    with explain_out_of_memory("loading the model"), _explain_damage(resumed_from):
         model, engine = load_model_and_engine(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
     with closing(engine):
         model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
         text_similarity = load_text_similarity(run_config.behaviour_model, device)
+        with _explain_damage(resumed_from):
+            learner, num_completed = make_learner(run_config, model, resumed_from, workers)
         # Every process looks at the folder before the first one writes there.
         workers.gather(None)
         if workers.is_first:
             prepare_output(run_config, settings)
-        learner, num_completed = make_learner(run_config, model, resumed_from, workers)
+            num_steps_left = run_config.num_steps - num_completed
+            check_room(output_dir, model, math.ceil(num_steps_left / run_config.save_every))
+        workers.gather(None)
         yield Run(run_config, data, learner, engine, text_similarity, num_completed)
+
+
+def check_architecture(checkpoint: Path, prompts: PromptFormat) -> None:
+    """Raises UserError where a checkpoint's config.json is of another model; transformers fills gaps with large defaults."""
+    try:
+        architecture = architecture_of(dataclasses.replace(prompts.preset, source=str(checkpoint), architecture=None))
+        if architecture == prompts.family.architecture(prompts.config):
+            return
+        fault: Exception = ValueError("of another model")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError) as error:
+        fault = error
+    raise is_damaged(checkpoint, f"config.json: {first_line(fault.__cause__ or fault)}") from fault
+
+
+@contextmanager
+def _explain_damage(checkpoint: Path | None) -> Iterator[None]:
+    """Say of a checkpoint to resume from that it is damaged, and which other one is not, where it cannot be loaded."""
+    try:
+        yield
+    except UserError as error:
+        if checkpoint is None or not str(error).startswith(f"--model {checkpoint}:"):
+            raise
+        raise is_damaged(checkpoint, first_line(error.__cause__ or error)) from error
 
 
 def plan_run(config: TrainConfig) -> MemoryPlan:
@@ -258,8 +304,11 @@ def keep_usable(config: TrainConfig, prompts: PromptFormat, data: RunData, worke
     return RunData(training, held_out, notes, max(size.num_tokens for size in usable.values()))
 
 
-def choose_micro_batch(config: TrainConfig, output_dir: Path, plan: MemoryPlan, workers: Workers) -> int:
+def choose_micro_batch(config: TrainConfig, earlier: Mapping[str, Any], plan: MemoryPlan, workers: Workers) -> int:
     """Tokens that the plan leaves room for, the same in all processes; a resumed run keeps its number.
+
+    Args:
+        earlier: see `read_settings`.
 
     Raises:
         UserError: `--rollout-ahead` does not fit.
@@ -269,24 +318,30 @@ def choose_micro_batch(config: TrainConfig, output_dir: Path, plan: MemoryPlan, 
             f"--rollout-ahead 1: sampling and training at the same time do not fit into {size(plan.device_bytes)}; "
             f"{remedies(plan)[0]}"
         )
-    tokens = config.tokens_per_micro_batch
-    if tokens is None and config.resume:
-        # Says that there is none before config.json is missed.
-        latest_checkpoint(output_dir)
-        tokens = read_settings(output_dir).get("tokens_per_micro_batch")
-    return tokens or min(workers.gather(plan.micro_batch))
+    return config.tokens_per_micro_batch or earlier.get("tokens_per_micro_batch") or min(workers.gather(plan.micro_batch))
 
 
 def read_settings(output_dir: Path) -> dict[str, Any]:
-    """The result of `settings_of_run` when the run began. Raises UserError where config.json cannot be read."""
+    """The result of `settings_of_run` when the run began; empty where config.json is missing.
+
+    Raises:
+        UserError: config.json is damaged.
+    """
+    path = output_dir / "config.json"
     try:
-        settings = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError("it holds no settings")
+        tokens = settings["tokens_per_micro_batch"]
+        if type(tokens) is not int or tokens < 1:
+            raise ValueError(f"tokens_per_micro_batch is {tokens!r:.50}")
         return settings
-    except (OSError, ValueError) as error:
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"--resume: {output_dir / 'config.json'} cannot be read ({first_line(error)}); it is written by the run"
+            f"--resume: {path} is damaged ({first_line(error)}); remove it, and resume with the settings of the run, of which "
+            "it is made again"
         ) from error
 
 
@@ -296,26 +351,27 @@ def settings_of_run(config: RunConfig, data: RunData) -> dict[str, object]:
     return config.to_json() | {"data_fingerprint": fingerprint, "rewards": reward_weights(config)}
 
 
-def check_output(config: RunConfig, settings: Mapping[str, object]) -> None:
-    """Raises UserError where the folder holds another run, or with --resume one whose settings differ."""
-    if config.resume:
-        latest_checkpoint(config.output_dir)
-        earlier = read_settings(config.output_dir)
+def check_output(config: RunConfig, settings: Mapping[str, object], earlier: Mapping[str, Any]) -> None:
+    """Raises UserError where the folder holds another run, or with --resume one whose settings differ from `earlier` ones."""
+    if earlier:
         # Runs of earlier versions did not write them down.
-        earlier.setdefault("rewards", settings["rewards"])
+        earlier = {"rewards": settings["rewards"], **earlier}
         changed = sorted(name for name in settings if name not in MAY_CHANGE_ON_RESUME and earlier.get(name) != settings[name])
         if changed:
             # Hashes help nobody, and follow from another setting where one changed.
             named = [name for name in changed if name != "data_fingerprint"]
             listed = ", ".join(f"{name} {earlier.get(name)} -> {settings[name]}" for name in named) or "other items"
             raise UserError(f"--resume: the settings differ from those of the run ({listed}); give the same ones")
+    elif config.resume:
+        print(
+            f"warning: {config.output_dir / 'config.json'} is missing; it is made again of the settings given now", flush=True
+        )
     elif list_checkpoints(config.output_dir):
         raise UserError(f"--output-dir {config.output_dir}: already holds a run; add --resume or name another folder")
 
 
 def prepare_output(config: RunConfig, settings: Mapping[str, object]) -> None:
-    """Make the output folder and write config.json. Raises UserError where it cannot be made."""
-    make_output_folder(config.output_dir)
+    """Clear what killed processes have left in the output folder, and write config.json. Raises CannotWriteError."""
     remove_partial(config.output_dir)
     write_atomically(config.output_dir / "config.json", json.dumps(settings, indent=2) + "\n")
 
@@ -362,7 +418,9 @@ def profiled(run: Run) -> Iterator[Callable[[], None]]:
     idle = max(0, min(2, config.num_steps - run.num_completed - PROFILED_STEPS))
 
     def write(profiler: profile) -> None:
-        profiler.export_chrome_trace(str(config.output_dir / "trace.json.gz"))
+        path = config.output_dir / "trace.json.gz"
+        with explain_cannot_write(path):
+            profiler.export_chrome_trace(str(path))
 
     planned = schedule(wait=idle // 2, warmup=idle - idle // 2, active=PROFILED_STEPS, repeat=1)
     # Without it the trace holds this thread alone.

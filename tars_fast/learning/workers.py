@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tars_fast.types import TrainingError
+from tars_fast.support.cli import first_line
+from tars_fast.support.locks import locked
+from tars_fast.support.timing import is_out_of_memory
+from tars_fast.types import TrainingError, UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -47,15 +51,17 @@ class Workers:
             return [value]
         # One for each process to put its own in the place of.
         gathered = [value] * self.size
-        torch.distributed.all_gather_object(gathered, value)
+        with _explain_loss():
+            torch.distributed.all_gather_object(gathered, value)
         return gathered
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace the gradient of every parameter by the sum of all processes' ones."""
         if self.size == 1:
             return
-        for parameter in parameters:
-            torch.distributed.all_reduce(parameter.grad)
+        with _explain_loss():
+            for parameter in parameters:
+                torch.distributed.all_reduce(parameter.grad)
 
     def check_same(self, parameters: Iterable[nn.Parameter]) -> None:
         """Raises TrainingError where the processes no longer hold the same parameters, bit for bit."""
@@ -65,6 +71,36 @@ class Workers:
 
 
 ALONE = Workers()
+
+
+@contextmanager
+def _explain_loss() -> Iterator[None]:
+    """Raises TrainingError where the processes lose each other, because one of them has ended."""
+    try:
+        yield
+    # Gloo and NCCL have no error in common but this one.
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"another process of this run has ended ({first_line(error)}); start the same command again, train with --resume"
+        ) from error
+
+
+@contextmanager
+def locked_by_first(folder: Path, workers: Workers) -> Iterator[None]:
+    """See `locked`: the first process holds the lock for all. Raises UserError in all of them."""
+    with ExitStack() as stack:
+        refusal = None
+        if workers.is_first:
+            try:
+                stack.enter_context(locked(folder))
+            except UserError as error:
+                refusal = error
+        refusal = workers.gather(refusal)[0]
+        if refusal is not None:
+            raise refusal
+        yield
 
 
 @torch.no_grad()
@@ -79,12 +115,20 @@ def join_workers() -> Iterator[Workers]:
     """For the length of the block one of the processes that `torchrun` started; alone, where it started none.
 
     Each process sees one GPU only, as if it were alone on the machine. Must come before anything asks CUDA.
+
+    Raises:
+        UserError: the environment speaks of several processes that cannot find each other; each would be a run of its own.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    # Some clusters set WORLD_SIZE for jobs of one process.
-    if size == 1 or "LOCAL_RANK" not in os.environ:
+    given = os.environ.get("WORLD_SIZE", "1")
+    if given == "1":
         yield ALONE
         return
+    if not given.isdecimal() or "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE is {given} in the environment, without LOCAL_RANK; start several processes by torchrun, and unset "
+            "WORLD_SIZE for a single one"
+        )
+    size = int(given)
     local = int(os.environ["LOCAL_RANK"])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)

@@ -45,6 +45,29 @@ def add_adapter(module: nn.Module, config: LoraConfig) -> None:
             parameter.data = parameter.data.float()
 
 
+_PLAIN = re.compile(r"(?P<layer>.+)\.lora_[AB]\.weight")
+
+
+def beyond_plain_lora(family: Family, source: str) -> str | None:
+    """What an adapter has beside two matrices for linear layers of the decoder or the audio tower; None where it has nothing.
+
+    Raises:
+        UserError: the adapter cannot be read.
+    """
+    config = adapter_config(source)
+    if config is None:
+        return None
+    with _errors_as_user_errors(source):
+        names = sorted(_read_adapter(family, checkpoint_folder(source, weights=True))[1])
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in ("gaussian", "orthogonal"):
+        return f"other weights of its base ({config.init_lora_weights})"
+    places = tuple(f"{part}." for part in (f"{family.language_model}.layers", *family.audio_parts))
+    for name in names:
+        if _PLAIN.fullmatch(name) is None or not name.startswith(places):
+            return name
+    return None
+
+
 def load_adapter(module: nn.Module, family: Family, source: str) -> None:
     """Add the adapter `source` to its base, frozen like the base; does nothing where `source` is a whole model.
 
@@ -123,7 +146,17 @@ def _errors_as_user_errors(source: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, re.error, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        re.error,
+        SafetensorError,
+    ) as error:
         raise UserError(
             f"--model {source}: the adapter cannot be loaded ({first_line(error)}); give one of this base"
         ) from error
@@ -134,20 +167,26 @@ def _read_adapter(family: Family, folder: Path) -> tuple[LoraConfig, dict[str, T
     from safetensors.torch import load_file
 
     config = read_adapter_config(folder)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(f"no {ADAPTER_WEIGHTS} is in it")
     if not isinstance(config.target_modules, str | None):
         config.target_modules = [family.installed_name(name) for name in config.target_modules]
     config.rank_pattern = {family.installed_name(name): rank for name, rank in (config.rank_pattern or {}).items()}
     config.alpha_pattern = {family.installed_name(name): alpha for name, alpha in (config.alpha_pattern or {}).items()}
-    weights = load_file(folder / ADAPTER_WEIGHTS)
-    return config, {family.installed_name(name.removeprefix(_PREFIX)): value for name, value in weights.items()}
+    named = {
+        family.installed_name(name.removeprefix(_PREFIX)): value for name, value in load_file(folder / ADAPTER_WEIGHTS).items()
+    }
+    # Neither speech nor text passes through these.
+    return config, {name: value for name, value in named.items() if not name.startswith(family.unused_parts)}
 
 
 def _set_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
     """Raises ValueError where the names of `weights` and those of the module's adapter differ."""
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    result: Any = set_peft_model_state_dict(module, weights)
-    missing = [name for name in result.missing_keys if ".lora_" in name]
-    for names, what in ((result.unexpected_keys, "has no place for"), (missing, "finds nothing for")):
+    # Also biases, and whole modules that the adapter replaces.
+    missing = get_peft_model_state_dict(module, save_embedding_layers=False).keys() - weights.keys()
+    result: Any = None if missing else set_peft_model_state_dict(module, weights)
+    for names, what in ((missing, "finds nothing for"), (result and result.unexpected_keys, "has no place for")):
         if names:
             raise ValueError(f"the model {what} {len(names)} of its weights, first {min(names)}")

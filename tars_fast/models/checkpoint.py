@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,29 +16,16 @@ from tars_fast.models.modules import PolicyModule
 from tars_fast.models.prompts import PromptFormat
 from tars_fast.models.registry import list_checkpoints
 from tars_fast.models.speech_model import SpeechModel
-from tars_fast.support.files import PARTIAL, make_readable, remove_folder
+from tars_fast.support.cli import first_line
+from tars_fast.support.files import CannotWriteError, atomic_folder, free_bytes, remove_folder
+from tars_fast.support.text import size
 from tars_fast.types import UserError
 
 _STATE = "trainer_state.pt"
 NUM_KEPT = 2
 """Checkpoints of a run that stay; older ones are deleted."""
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yields a temporary folder, which is renamed to `target` when the block has ended without error and all is on disk."""
-    partial = target.with_name(target.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    make_readable(*partial.glob("*.safetensors"))
-    for path in [*partial.rglob("*"), partial]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    if target.exists():
-        remove_folder(target)
-    partial.rename(target)
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, UnpicklingError, EOFError)
+"""What torch and json raise over a damaged file."""
 
 
 def save_model(model: SpeechModel, folder: Path) -> None:
@@ -79,27 +64,111 @@ def _save_weights(module: PolicyModule, prompts: PromptFormat, folder: Path) -> 
         (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
+def checkpoint_bytes(model: SpeechModel) -> int:
+    """Size of a checkpoint: weights, or those of the adapter, and AdamW's two moments in float32. Small files are left out."""
+    trainable = 8 * sum(parameter.numel() for parameter in model.trainable_parameters())
+    tensors = {value.data_ptr(): value.nbytes for name, value in model.module.state_dict().items() if ".lora_" in name}
+    if not has_adapter(model.module):
+        tensors = {value.data_ptr(): value.nbytes for value in model.module.state_dict().values()}
+    return trainable + sum(tensors.values())
+
+
+def check_room(output_dir: Path, model: SpeechModel, num_saves: int) -> None:
+    """Raises CannotWriteError where a disk has no room for the checkpoints of a run that saves so many more of them."""
+    # The next one is written before the oldest is deleted.
+    num_there = min(NUM_KEPT, len(list_checkpoints(output_dir)))
+    num_missing = min(num_saves, NUM_KEPT + 1 - num_there)
+    needed, free = num_missing * checkpoint_bytes(model), free_bytes(output_dir)
+    if needed > free:
+        raise CannotWriteError(
+            f"{output_dir}: {num_missing} checkpoints more need {size(needed)}, {size(free)} are free; make room, or name "
+            "another folder"
+        )
+
+
 def save_checkpoint(output_dir: Path, num_completed: int, model: SpeechModel, optimizer: torch.optim.Optimizer) -> Path:
-    """Write `checkpoint-<steps>/`, see `save_model`, with the optimiser's state, and delete all but the newest two."""
+    """Write `checkpoint-<steps>/`, see `save_model`, with the optimiser's state, and delete all but the newest two.
+
+    Raises:
+        CannotWriteError: the disk is full, or the folder cannot be written to.
+    """
     target = output_dir / f"checkpoint-{num_completed}"
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, checkpoint_bytes(model)) as folder:
         save_model(model, folder)
-        torch.save({"num_completed": num_completed, "optimizer": optimizer.state_dict()}, folder / _STATE)
+        # By a file of Python's, whose error says that the disk is full; torch's own does not.
+        with (folder / _STATE).open("wb") as file:
+            torch.save({"num_completed": num_completed, "optimizer": optimizer.state_dict()}, file)
     for _, outdated in list_checkpoints(output_dir)[:-NUM_KEPT]:
         remove_folder(outdated)
     return target
 
 
 def latest_checkpoint(output_dir: Path) -> Path:
-    """The folder of the newest checkpoint. Raises UserError where there is none."""
+    """The folder of the newest checkpoint.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     found = list_checkpoints(output_dir)
     if not found:
         raise UserError(f"--resume: no checkpoint in {output_dir}; start without --resume")
-    return found[-1][1]
+    newest = found[-1][1]
+    fault = fault_of(newest)
+    if fault is None:
+        return newest
+    raise is_damaged(newest, fault)
+
+
+def is_damaged(checkpoint: Path, fault: str) -> UserError:
+    """The UserError for a checkpoint that a run cannot go on from; it names the one to take instead."""
+    others = [path for _, path in list_checkpoints(checkpoint.parent) if path != checkpoint and fault_of(path) is None]
+    remedy = f"{others[-1]} is whole: remove the first and resume" if others else "none is whole: start anew in another folder"
+    return UserError(f"--resume: {checkpoint} is damaged ({fault:.150}); {remedy}")
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is missing or damaged in a run's checkpoint; of weights the headers are read, which tell their length."""
+    from safetensors import SafetensorError, safe_open
+
+    path = checkpoint
+    try:
+        weights = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+        if not weights:
+            return "its weights are missing"
+        shards = checkpoint / "model.safetensors.index.json"
+        if shards.is_file():
+            path = shards
+            weights = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+        path = checkpoint / ("adapter_config.json" if "adapter_model.safetensors" in weights else "config.json")
+        if not isinstance(json.loads(path.read_text("utf-8")), dict):
+            return f"{path.name}: holds no settings"
+        for path in (checkpoint / name for name in weights):
+            with safe_open(path, framework="pt"):
+                pass
+        path = checkpoint / _STATE
+        if _read_state(checkpoint, mmap=True)["num_completed"] != int(checkpoint.name.removeprefix("checkpoint-")):
+            return f"{path.name}: of another step"
+    except (*_DAMAGED, SafetensorError) as error:
+        return f"{path.name}: {first_line(error)}"
+    return None
+
+
+def _read_state(checkpoint: Path, *, mmap: bool = False) -> dict[str, Any]:
+    return torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> int:
-    """Load the optimiser's state; returns the number of completed steps."""
-    state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    """Load the optimiser's state; returns the number of completed steps.
+
+    Raises:
+        UserError: it is not of these weights.
+    """
+    state = _read_state(folder)
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, held in optimizer.state.items():
+            if held["exp_avg"].shape != parameter.shape:
+                raise ValueError(f"of {tuple(held['exp_avg'].shape)}, not {tuple(parameter.shape)} weights")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise is_damaged(folder, f"{_STATE}: {first_line(error)}") from error
     return state["num_completed"]

@@ -24,6 +24,21 @@ _REST = ("*.json", "*.jinja", "*.txt", "*.model")
 _PROCESSOR_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
 _PROCESSOR_FILES += ("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "processor_config.json")
 _PROCESSOR_FILES += ("preprocessor_config.json", "video_preprocessor_config.json")
+_LORA_SETTINGS = [
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+]
+_LORA_SETTINGS += ("r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out")
+_LORA_SETTINGS += ("bias", "use_rslora", "modules_to_save", "init_lora_weights", "loftq_config")
+_LORA_SETTINGS += ("eva_config", "corda_config", "lora_ga_config", "layers_to_transform")
+_LORA_SETTINGS += ("layers_pattern", "rank_pattern", "alpha_pattern", "trainable_token_indices")
+_LORA_SETTINGS += ("use_dora", "lora_bias", "target_parameters", "ensure_weight_tying", "runtime_config")
+"""Settings of peft's LoRA that are read as peft reads them; another one may compute something else (aLoRA, Arrow)."""
 _NEVER = ("vision-lora/*", "original/*", "examples/*", "figures/*")
 
 
@@ -86,17 +101,25 @@ def adapter_config(source: str) -> LoraConfig | None:
         return None
     try:
         return read_adapter_config(folder)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise cannot_be_loaded(source, error) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"--model {source}: adapter_config.json cannot be read ({first_line(error)}); copy it again") from error
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """The adapter_config.json in `folder`. Raises ValueError where it is not of LoRA, or whatever peft raises."""
-    from peft import LoraConfig, PeftConfig
+    """The adapter_config.json in `folder`. Raises UserError where it is of no LoRA that is read here, or what peft raises."""
+    from peft import LoraConfig, PeftConfig, PeftType
 
     config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"its adapter is {config.peft_type}, not LORA")
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    # AdaLoRA's configuration is one of LoRA, by inheritance.
+    if type(config) is LoraConfig:
+        usual = LoraConfig()
+        more = [name for name, value in vars(config).items() if name not in _LORA_SETTINGS and value != getattr(usual, name)]
+        kind += f" with {more[0]}" if more else ""
+        if not isinstance(config.r, int) or not all(isinstance(rank, int) for rank in (config.rank_pattern or {}).values()):
+            raise ValueError(f"r is {config.r!r:.80}, rank_pattern {config.rank_pattern!r:.80}, which are no ranks")
+    if not isinstance(config, LoraConfig) or kind != PeftType.LORA.value:
+        raise UserError(f"--model {folder}: an adapter of the kind {kind}, only LORA is read; merge it by peft, if that can")
     return config
 
 
@@ -130,9 +153,11 @@ def model_type(source: str) -> str:
     """
     try:
         config = json.loads((checkpoint_folder(source, weights=False) / "config.json").read_text(encoding="utf-8"))
-        return str(config["model_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+            raise ValueError("config.json names no model_type")
+    except (OSError, ValueError) as error:
         raise cannot_be_loaded(source, error) from error
+    return config["model_type"]
 
 
 def read_weights(source: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
@@ -157,4 +182,9 @@ def copy_processor(source: str, folder: Path) -> None:
 
 def cannot_be_loaded(source: str, error: Exception) -> UserError:
     """The UserError for a checkpoint over which a library raised `error`."""
-    return UserError(f"--model {source}: cannot be loaded ({first_line(error)}); check the path, or the network")
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"--model {source}: asks for code of its own, which is never run; name a revision that transformers reads without"
+        )
+    remedy = "copy it again, whole" if Path(source).is_dir() else "check the spelling, or the network"
+    return UserError(f"--model {source}: cannot be loaded ({first_line(error)}); {remedy}")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tars_fast.models.architecture import Architecture
+from tars_fast.support.text import GB, size
 
-GB = 10**9
 _USABLE = 0.95
 """Share of a GPU's memory that is planned with; the rest is left for fragmentation of the allocator."""
 _CONTEXT_BYTES = int(0.8 * GB)
@@ -332,11 +332,6 @@ def remedies(plan: MemoryPlan) -> list[str]:
     least = with_changes(sized | values).workload
     stays = f"{size(sum(least.resident.values()))} stay at the least, {size(least.weights)} of them weights"
     return [f"no setting: {stays}, beside which each phase needs room of its own"]
-
-
-def size(num_bytes: int) -> str:
-    """A number of bytes as text, in GB of 1e9 or MB of 1e6 bytes."""
-    return f"{num_bytes / GB:.2f} GB" if num_bytes >= GB else f"{num_bytes / 10**6:.2f} MB"
 
 
 def describe(plan: MemoryPlan) -> str:

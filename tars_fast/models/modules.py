@@ -38,7 +38,8 @@ class PolicyModule(nn.Module):
 class Tokenizer(Protocol):
     """A checkpoint's tokenizer."""
 
-    chat_template: str | None
+    chat_template: str | dict[str, str] | None
+    special_tokens_map: dict[str, object]
     eos_token: str
     eos_token_id: int | None
     pad_token_id: int | None
@@ -52,9 +53,5 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
     def batch_decode(self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool = False) -> list[str]: ...
-
-    def apply_chat_template(
-        self, conversation: list[dict[str, object]], *, chat_template: str, add_generation_prompt: bool, tokenize: bool
-    ) -> str: ...
 
     def save_pretrained(self, save_directory: Any) -> object: ...

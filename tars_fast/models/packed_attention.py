@@ -4,25 +4,30 @@ A row holds every prompt once, then all completions; a completion attends to its
 The function is registered with transformers, so that its model classes run on packed rows unchanged. A call without `groups`,
 as from audio towers, gets PyTorch's scaled dot-product attention.
 
-On CUDA in half precision a layer makes two calls of PyTorch's FlashAttention over sequences of different lengths, without mask
-or padding: every prompt and completion attends to itself, causally; the completions of a group attend to its prompt. The two
-parts of a completion's softmax are merged by their log-sum-exps, and the backward pass of either part only needs the merged
-result (Liu et al. 2023, ring attention). Elsewhere each group is two calls of masked attention.
+On CUDA in half precision a layer makes two calls of FlashAttention (`flash_attention.py`) over sequences of different
+lengths, without mask or padding: every prompt and completion attends to itself, causally; the completions of a group attend to
+its prompt. The two parts of a completion's softmax are merged by their log-sum-exps, and the backward pass of either part only
+needs the merged result (Liu et al. 2023, ring attention). Elsewhere each group is two calls of masked attention.
 
 Shapes: S tokens of the row, P of them in prompts, T in completions, R groups, N completions, H heads, E head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tars_fast.models.flash_attention import (
+    AttentionResult,
+    FlashAttention,
+    QueryKeyValue,
+    VarlenSequences,
+    find_flash_attention,
+)
 from tars_fast.models.key_values import KeyValues
 from tars_fast.models.modules import Decoder
 
@@ -72,103 +77,32 @@ class PackedGroups:
 
     def _mask(self, number: int, dtype: torch.dtype) -> Tensor:
         lengths = torch.tensor(self.completion_lengths[number], device=self.device)
-        segments = torch.arange(len(lengths), device=self.device).repeat_interleave(lengths)
+        segments = torch.arange(len(lengths), device=self.device)
+        # Without the size the host would wait for a GPU to add up the lengths.
+        segments = segments.repeat_interleave(lengths, output_size=self.group_lengths[number])
         own = (segments[:, None] == segments).tril()
         seen = torch.cat([own.new_ones(len(own), self.prompt_lengths[number]), own], dim=1)
         return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)[None, None]
-
-
-@dataclass(frozen=True)
-class VarlenSequences:
-    """Sequences of different lengths, one after the other, as FlashAttention takes them."""
-
-    bounds: tuple[Tensor, Tensor]
-    """[sequences + 1] int32 boundaries of the queries, and of the keys."""
-    longest: tuple[int, int]
-    """Most queries of a sequence, and most keys."""
-    causal: bool
-
-    @classmethod
-    def of(
-        cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device, *, causal: bool
-    ) -> VarlenSequences:
-        query_bounds, key_bounds = (
-            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-            for lengths in (query_lengths, key_lengths)
-        )
-        return cls((query_bounds, key_bounds), (max(query_lengths), max(key_lengths)), causal)
-
-
-class QueryKeyValue(NamedTuple):
-    """What attention takes: queries of some tokens, keys and values of others or the same."""
-
-    query: Tensor
-    """[queries, H, E]"""
-    key: Tensor
-    """[keys, H', E]"""
-    value: Tensor
-    """[keys, H', E]"""
-
-
-class AttentionResult(NamedTuple):
-    """What FlashAttention returns, and its backward pass takes."""
-
-    output: Tensor
-    """[queries, H, E]"""
-    log_sums: Tensor
-    """[H, queries] fp32 log-sum-exp of the scaled scores."""
-
-
-def flash_forward(states: QueryKeyValue, sequences: VarlenSequences, scale: float) -> AttentionResult:
-    """Attention of every sequence by PyTorch's FlashAttention.
-
-    Args:
-        scale: factor of the scores.
-    """
-    output, log_sums, *_ = torch.ops.aten._flash_attention_forward(
-        *states, *sequences.bounds, *sequences.longest, 0.0, sequences.causal, False, scale=scale
-    )
-    return AttentionResult(output, log_sums)
-
-
-def flash_backward(
-    gradient: Tensor, states: QueryKeyValue, result: AttentionResult, sequences: VarlenSequences, scale: float
-) -> QueryKeyValue:
-    """Gradients of query, key and value.
-
-    Args:
-        gradient: [queries, H, E] of the output.
-        result: of `flash_forward`, or of a softmax over more keys than those in `states`.
-    """
-    # The state of dropout's random numbers, and an argument that is never read.
-    random_state, unused = (
-        torch.empty(2, dtype=torch.uint64, device=gradient.device),
-        torch.empty(0, device=gradient.device),
-    )
-    return QueryKeyValue(
-        *torch.ops.aten._flash_attention_backward(
-            gradient, *states, *result, *sequences.bounds, *sequences.longest, 0.0, sequences.causal, random_state, unused,
-            scale=scale,
-        )
-    )  # fmt: skip
 
 
 class SharedPromptAttention(torch.autograd.Function):
     """[S, H, E] attention of packed groups, from [S, H, E] queries and [S, H', E] keys and values, H' dividing H."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: PackedGroups, scale: float) -> Tensor:
+    def forward(  # noqa: PLR0913  # autograd calls it with what `apply` is called with
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: PackedGroups, scale: float, flash: FlashAttention
+    ) -> Tensor:
         split = groups.num_prompt_tokens
-        output, log_sums = flash_forward(QueryKeyValue(query, key, value), groups.within_sequences, scale)
+        output, log_sums = flash.forward(QueryKeyValue(query, key, value), groups.within_sequences, scale)
         to_prompts = QueryKeyValue(query[split:], key[:split], value[:split])
-        prompt_output, prompt_sums = flash_forward(to_prompts, groups.to_prompts, scale)
+        prompt_output, prompt_sums = flash.forward(to_prompts, groups.to_prompts, scale)
         merged = torch.logaddexp(log_sums[:, split:], prompt_sums)
         # [T, H, 1] the prompt's share of each softmax.
         share = (prompt_sums - merged).exp_().T[..., None]
         output[split:] = torch.lerp(output[split:].to(share), prompt_output.to(share), share)
         log_sums[:, split:] = merged
         ctx.save_for_backward(query, key, value, output, log_sums)
-        ctx.groups, ctx.scale = groups, scale
+        ctx.groups, ctx.scale, ctx.flash = groups, scale, flash
         return output
 
     @staticmethod
@@ -178,26 +112,14 @@ class SharedPromptAttention(torch.autograd.Function):
         groups, split = ctx.groups, ctx.groups.num_prompt_tokens
         gradient = upstreams[0].contiguous()
         states, result = QueryKeyValue(query, key, value), AttentionResult(output, log_sums)
-        gradients = flash_backward(gradient, states, result, groups.within_sequences, ctx.scale)
+        gradients = ctx.flash.backward(gradient, states, result, groups.within_sequences, ctx.scale)
         states = QueryKeyValue(query[split:], key[:split], value[:split])
         result = AttentionResult(output[split:], log_sums[:, split:].contiguous())
-        through_prompts = flash_backward(gradient[split:], states, result, groups.to_prompts, ctx.scale)
+        through_prompts = ctx.flash.backward(gradient[split:], states, result, groups.to_prompts, ctx.scale)
         gradients.query[split:] += through_prompts.query
         gradients.key[:split] += through_prompts.key
         gradients.value[:split] += through_prompts.value
-        return *gradients, None, None
-
-
-def uses_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether PyTorch's FlashAttention takes these, which it does on GPUs from Ampere on in half precision."""
-    return (
-        device.type == "cuda"
-        and dtype in (torch.float16, torch.bfloat16)
-        and torch.backends.cuda.is_flash_attention_available()
-        and head_size % 8 == 0
-        and head_size <= 256
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+        return *gradients, None, None, None
 
 
 def packed_attention(  # noqa: PLR0913  # transformers calls it with these
@@ -230,9 +152,10 @@ def packed_attention(  # noqa: PLR0913  # transformers calls it with these
         return key_values.attend(cast(int, module.layer_idx), query, key, value, scaling), None
     if groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if uses_flash(query.device, query.dtype, query.shape[-1]):
+    flash = find_flash_attention(query.device, query.dtype, query.shape[-1])
+    if flash is not None:
         rows = (states[0].transpose(0, 1) for states in (query, key, value))
-        return SharedPromptAttention.apply(*rows, groups, scaling)[None], None
+        return SharedPromptAttention.apply(*rows, groups, scaling, flash)[None], None
     number = len(groups.prompt_lengths)
     # One split instead of slices, because the gradient of every slice would be as large as the row.
     queries, keys, values = (

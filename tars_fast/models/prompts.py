@@ -16,6 +16,7 @@ from tars_fast.models.hub import base_of, cannot_be_loaded, checkpoint_folder, m
 from tars_fast.models.modules import Tokenizer
 from tars_fast.models.preset import Preset
 from tars_fast.models.registry import find_family
+from tars_fast.models.templates import TemplateError, render_template, start_rendering
 from tars_fast.types import LongAudio, Modality, Question, Recording, UserError
 
 PLAIN_PROMPT = "You are a helpful assistant."
@@ -94,13 +95,34 @@ class PromptFormat:
             num_clips: of the recording; a written prompt has none, whatever is given.
             instruction: what to do with the recording instead of answering the question in it, such as transcribing it; it
                 replaces the preset's system prompt by `PLAIN_PROMPT`.
+
+        Raises:
+            UserError: the checkpoint's chat template fails, or takes too long or too much memory.
         """
         system = self.preset.system_prompt if instruction is None else PLAIN_PROMPT
         content = self.family.user_turn(num_clips, instruction or "") if modality is Modality.SPEECH else question.text
         messages: list[dict[str, object]] = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+        try:
+            return render_template(self.chat_template, messages, self.tokenizer.special_tokens_map)
+        except TemplateError as error:
+            raise self._template_error(str(error)) from error
+
+    def _template_error(self, reason: str) -> UserError:
+        return UserError(
+            f"--model {self.source}: its chat template cannot be used ({reason}); put its chat_template.jinja right"
         )
+
+    def check(self) -> None:
+        """Raises UserError where every prompt would lack its end, its question or its recording, as with a damaged file."""
+        vocabulary = self.tokenizer.get_vocab()
+        if self.audio_token not in vocabulary or not self.stop_token_ids:
+            lacking = "no token that ends a completion" if self.audio_token in vocabulary else f"no {self.audio_token}"
+            raise UserError(f"--model {self.source}: its tokenizer has {lacking}; copy the checkpoint again, whole")
+        probe = Question("", "What is asked?", "A", ("A",))
+        if probe.text not in self.render(probe, Modality.TEXT):
+            raise self._template_error("it leaves the question out")
+        if (number := self.render(probe, Modality.SPEECH).count(self.audio_token)) != 1:
+            raise self._template_error(f"it holds a recording {number} times")
 
     def token_ids(
         self, question: Question, modality: Modality, audio_tokens: Sequence[int] = (), instruction: str | None = None
@@ -215,6 +237,7 @@ def load_prompt_format(preset: Preset, source: str, long_audio: LongAudio = "ref
     Raises:
         UserError: the checkpoint cannot be found or read, has no chat template, or belongs to no family.
     """
+    start_rendering()
     from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig, ProcessorMixin
     from transformers.utils import logging
 
@@ -225,20 +248,25 @@ def load_prompt_format(preset: Preset, source: str, long_audio: LongAudio = "ref
     family = find_family(source, model_type(base))
     folder = checkpoint_folder(base, weights=False)
     try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        feature_extractor = AutoFeatureExtractor.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        feature_extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
         described, _ = ProcessorMixin.get_processor_dict(folder)
-        try:
-            generation_config = GenerationConfig.from_pretrained(folder)
-        except OSError:
+        if (folder / "generation_config.json").is_file():
+            generation_config = GenerationConfig.from_pretrained(folder, trust_remote_code=False)
+        else:
             generation_config = GenerationConfig.from_model_config(config)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # A damaged file makes the libraries raise anything.
         raise cannot_be_loaded(source, error) from error
-    chat_template = described.get("chat_template") or tokenizer.chat_template or family.default_template()
+    chat_template = described.get("chat_template", tokenizer.chat_template)
     if chat_template is None:
+        chat_template = family.default_template()
+    if isinstance(chat_template, dict):
+        # Several by name.
+        chat_template = chat_template.get("default")
+    if not isinstance(chat_template, str):
         raise UserError(f"--model {source}: brings no chat template; add the chat_template.jinja of its instruct version")
-    return PromptFormat(
+    prompts = PromptFormat(
         family,
         family.config_of(config),
         generation_config,
@@ -249,3 +277,5 @@ def load_prompt_format(preset: Preset, source: str, long_audio: LongAudio = "ref
         base,
         long_audio,
     )
+    prompts.check()
+    return prompts

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import sys
+from functools import cache
 from pathlib import Path
 
 from tars_fast.models.architecture import Architecture
@@ -12,6 +15,7 @@ from tars_fast.models.families import phi4_multimodal, qwen2_5_omni, qwen2_audio
 from tars_fast.models.families.base import Family
 from tars_fast.models.hub import base_of, checkpoint_folder, model_type
 from tars_fast.models.preset import PAPER, PRESET_FILE, Preset
+from tars_fast.support.text import visible
 from tars_fast.types import UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -77,7 +81,8 @@ def architecture_of(preset: Preset) -> Architecture:
     from transformers import AutoConfig
 
     family = family_of(preset)
-    return family.architecture(family.config_of(AutoConfig.from_pretrained(checkpoint_folder(base, weights=False))))
+    config = AutoConfig.from_pretrained(checkpoint_folder(base, weights=False), trust_remote_code=False)
+    return family.architecture(family.config_of(config))
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
@@ -100,7 +105,8 @@ def find_preset(model: str) -> Preset:
     for preset in PRESETS.values():
         if preset.source == model:
             return preset
-    if not Path(model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", model) is None:
+    # Neither begins with a dot on the hub: that is a path.
+    if not Path(model).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@\S+)?", model) is None:
         raise UserError(
             f"--model {model}: neither a preset ({', '.join(PRESETS)}), nor a folder, nor a name on the hub (owner/name)"
         )
@@ -117,5 +123,17 @@ def find_preset(model: str) -> Preset:
         newest = checkpoints[-1][1]
         raise UserError(f"--model {model}: the folder of a run; name one of its checkpoints, for example {newest}")
     if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        _say_assumed(model)
         return dataclasses.replace(PAPER, source=model)
     raise UserError(f"--model {model}: neither a preset ({', '.join(PRESETS)}) nor a folder that holds a checkpoint")
+
+
+@cache
+def _say_assumed(model: str) -> None:
+    """Once a process: a run's checkpoint that has lost the file is asked in other words than it was trained on."""
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"note: --model {visible(model)} holds no {PRESET_FILE}; the paper's settings are taken, with the system prompt "
+            f"{PAPER.system_prompt[:60]!r}...",
+            file=sys.stderr,
+        )

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from tars_fast.models.adapters import add_adapter, has_adapter, load_adapter, load_adapter_weights, merge_adapter
 from tars_fast.models.audio_cache import AudioCache, ClipEmbeddings, fingerprint
 from tars_fast.models.families.base import Features
+from tars_fast.models.flash_attention import find_flash_attention
 from tars_fast.models.hub import base_of, cannot_be_loaded, checkpoint_folder
 from tars_fast.models.key_values import KeyValues
 from tars_fast.models.modules import Decoder, PolicyModule
-from tars_fast.models.packed_attention import PackedGroups, use_packed_attention, uses_flash
+from tars_fast.models.packed_attention import PackedGroups, use_packed_attention
 from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.types import Completion, Modality, Prompt, Question, Recording, UserError
@@ -104,7 +105,8 @@ class SpeechModel:
     def attention(self) -> str:
         """The kind of attention in the trainer's forward pass, as messages name it."""
         attention: Any = self.language_model.layers[0].self_attn
-        return "FlashAttention" if uses_flash(self.device, self.module.dtype, attention.head_dim) else "masked attention"
+        flash = find_flash_attention(self.device, self.module.dtype, attention.head_dim)
+        return "masked attention" if flash is None else flash.name
 
     def set_audio_cache(self, max_bytes: int, folder: Path | None, max_folder_bytes: int) -> None:
         """Replace the cache of audio embeddings by an empty one.
@@ -380,6 +382,9 @@ def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype:
     try:
         module, found = family.transformers_class().from_pretrained(
             folder,
+            trust_remote_code=False,
+            # Never a pickle.
+            use_safetensors=True,
             dtype=torch.float32 if adapted else dtype,
             attn_implementation="sdpa",
             output_loading_info=True,
@@ -390,7 +395,9 @@ def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype:
             # The checkpoint's own speech adapter (Phi-4-multimodal): without it the base does not understand speech. It is
             # merged in float32, and also answers written prompts, so that there is one policy.
             module = merge_adapter(module, family, folder / family.adapter_folder).to(dtype)
-    except (OSError, ValueError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise cannot_be_loaded(source, error) from error
     module = family.without_unused(module).requires_grad_(False).to(device).eval()
     load_adapter(module, family, source)

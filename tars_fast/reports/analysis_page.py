@@ -76,7 +76,7 @@ def item_results(analysed: Analysed, data: str, questions: Sequence[Question]) -
         answers = {}
         for modality in Modality:
             completion = record[modality]
-            readings = {"strict": read_strictly(completion, question.choices, question.answer)}
+            readings = {"strict": read_strictly(completion, question)}
             answers[modality] = Answered(completion, record[f"{modality}_truncated"], readings, None)
         cosines = tuple(np.nan if cosine is None else cosine for cosine in record["own_pooled"])
         results.append(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rich.console import Group
 from rich.live import Live
@@ -16,11 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tars_fast.support.console import PlainConsole, open_console, say
-from tars_fast.support.files import write_atomically
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
+from tars_fast.support.files import append, explain_cannot_write, write_atomically
 
 _BY_MODALITY = (
     ("accuracy", "accuracy"),
@@ -42,6 +41,45 @@ _OF_THE_STEP = (
 )
 
 
+class EventFile:
+    """A file of events that TensorBoard shows, complete after each step.
+
+    torch's `SummaryWriter` writes now and then, in a thread of its own, whose error over a full disk is a traceback.
+
+    Args:
+        folder: what TensorBoard is started with; made where it is missing.
+        first_step: values of this and later steps in earlier files no longer count.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{first_step}"
+        with explain_cannot_write(self._path):
+            folder.mkdir(exist_ok=True)
+            self._file = self._path.open("wb", buffering=0)
+        self._records = RecordWriter(self._file)
+        self._add(file_version="brain.Event:2")
+        self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def _add(self, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        with explain_cannot_write(self._path):
+            self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """Add a step's metrics. Raises CannotWriteError."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._add(step=int(metrics["step"]), summary=Summary(value=values))
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class RunLog:
     """Writes every step to metrics.jsonl and TensorBoard, and shows the latest step.
 
@@ -54,16 +92,14 @@ class RunLog:
     def __init__(self, output_dir: Path | None, num_steps: int, num_completed: int):
         self.console = PlainConsole(quiet=True) if output_dir is None else open_console()
         self._path: Path | None = None
-        self._writer: SummaryWriter | None = None
+        self._events: EventFile | None = None
         if output_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             self._path = output_dir / "metrics.jsonl"
             kept = self._lines_until(num_completed)
             write_atomically(self._path, "".join(line + "\n" for line in kept.values()))
             if missing := [step for step in range(1, num_completed + 1) if step not in kept]:
                 self.warn(f"{self._path} lacks {len(missing)} of {num_completed} steps, the first of them step {missing[0]}")
-            self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=num_completed + 1)
+            self._events = EventFile(output_dir / "tensorboard", num_completed + 1)
         self._progress = Progress(
             TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console
         )
@@ -76,7 +112,7 @@ class RunLog:
         """The lines of an interrupted run by step; later steps are done again, and a line that was cut off is dropped."""
         kept: dict[int, str] = {}
         if num_completed and self._path is not None and self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError, KeyError, TypeError):
                     step = json.loads(line)["step"]
                     if step <= num_completed:
@@ -90,17 +126,16 @@ class RunLog:
 
     def __exit__(self, *_exception: object) -> None:
         self._live.stop()
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            self._events.close()
 
     def step(self, metrics: Mapping[str, float]) -> None:
-        """Record a step; `metrics["step"]` counts from 1."""
-        if self._path is None or self._writer is None:
+        """Record a step; `metrics["step"]` counts from 1. Raises CannotWriteError."""
+        if self._path is None or self._events is None:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        append(self._path, json.dumps(metrics) + "\n")
+        self._events.step(metrics)
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, metrics["step"])
             if name.startswith("seconds/"):
                 self._seconds[name.removeprefix("seconds/")].append(value)
         self._progress.update(self._task, completed=metrics["step"])

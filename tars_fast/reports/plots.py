@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import numpy as np
 
 from tars_fast.evaluation.metrics import Curve
+from tars_fast.support.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +68,10 @@ def _styled(function: Callable[P, T]) -> Callable[P, T]:
 
 @_styled
 def write_png(path: Path, figure: Figure) -> None:
-    figure.savefig(path, format="png", dpi=120)
+    """Raises CannotWriteError."""
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    write_atomically(path, file.getvalue())
 
 
 @_styled

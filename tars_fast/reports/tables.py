@@ -13,6 +13,7 @@ from rich.table import Table
 from tars_fast.evaluation.figures import FIGURES, OVERALL
 from tars_fast.reports.log import RunLog
 from tars_fast.support.console import PlainConsole, say
+from tars_fast.support.files import listing
 from tars_fast.types import Modality
 
 _MOST_FAILURES_SHOWN = 5
@@ -223,6 +224,6 @@ def print_summary(log: RunLog, evaluation: Mapping[str, Mapping[str, Any]], outp
     if "layer_cosine" in reports["before"] and "layer_cosine" in reports["after"]:
         layers = zip(reports["before"]["layer_cosine"], reports["after"]["layer_cosine"], strict=True)
         log.say("layer cosine, speech to text: " + ", ".join(f"{before:.3f} -> {after:.3f}" for before, after in layers))
-    log.say("median seconds a step: " + ", ".join(f"{name} {value:.2f}" for name, value in log.median_seconds().items()))
-    written = sorted(path.name for path in output_dir.iterdir() if not path.name.startswith("checkpoint-"))
-    log.say(f"written to {output_dir}: {', '.join(written)}, checkpoint-*/")
+    if seconds := log.median_seconds():
+        log.say("median seconds a step: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
+    log.say(f"written to {output_dir}: {listing(output_dir, without='checkpoint-')}, checkpoint-*/")

@@ -12,23 +12,30 @@ import torch
 
 from tars_fast.models.adapters import load_adapter
 from tars_fast.models.families.base import Family
-from tars_fast.models.memory import Workload, plan_memory, size
+from tars_fast.models.memory import Workload, plan_memory
 from tars_fast.models.prompts import PromptFormat
 from tars_fast.models.speech_model import SpeechModel, load_module
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.transformers_engine import TransformersEngine
-from tars_fast.rollout.vllm_engine import VllmEngine, vllm_refusal
+from tars_fast.rollout.vllm_engine import VllmEngine, adapter_refusal, vllm_refusal
 from tars_fast.rollout.vllm_internals import VllmSettings
+from tars_fast.support.text import size
 from tars_fast.types import UserError
 
 
 def choose_engine(
-    name: Literal["auto", "vllm", "transformers"], family: Family, device: torch.device, dtype: torch.dtype, lora_rank: int
+    name: Literal["auto", "vllm", "transformers"],
+    family: Family,
+    device: torch.device,
+    dtype: torch.dtype,
+    lora_rank: int,
+    adapter: str | None = None,
 ) -> Literal["vllm", "transformers"]:
     """Resolve `--engine auto`: vLLM on CUDA where a supported version is installed and can serve the policy, or transformers.
 
     Args:
         lora_rank: 0 for full fine-tuning.
+        adapter: the checkpoint that is evaluated, which may be an adapter.
 
     Raises:
         UserError: `--engine vllm` is given and cannot be used, with the remedy.
@@ -36,6 +43,8 @@ def choose_engine(
     if name == "transformers":
         return name
     reason = vllm_refusal(family, device, dtype, lora_rank)
+    if reason is None and adapter is not None:
+        reason = adapter_refusal(family, adapter)
     if name == "vllm" and reason is not None:
         raise UserError(f"--engine vllm: {reason}")
     return "vllm" if reason is None and (name == "vllm" or device.type == "cuda") else "transformers"

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tars_fast.models.adapters import has_adapter
+from tars_fast.models.adapters import beyond_plain_lora, has_adapter
 from tars_fast.models.families.base import Family
 from tars_fast.models.hub import base_of
 from tars_fast.models.prompts import PromptFormat
 from tars_fast.models.speech_model import SpeechModel
-from tars_fast.models.weights import EngineNames, SharingError, assert_shared, engine_place, move_buffers, share_weights
+from tars_fast.models.weights import SharingError, assert_shared, engine_place, move_buffers, share_weights
 from tars_fast.rollout.engine import RolloutEngine, SampledCompletion, Sampling, engine_refusal, length_refusal
 from tars_fast.rollout.vllm_internals import VllmInternals, VllmSettings
 from tars_fast.support.requirements import in_order, installed, supported
@@ -50,6 +50,18 @@ def vllm_refusal(family: Family, device: torch.device, dtype: torch.dtype, lora_
     if built_for != device.type:
         return f"vLLM {version} is built for {built_for}, the run is on {device.type}; {remedy} or use --engine transformers"
     return None
+
+
+def adapter_refusal(family: Family, source: str) -> str | None:
+    """Why vLLM cannot serve an adapter, with the remedy; None where it can, and for a whole model.
+
+    Raises:
+        UserError: the adapter cannot be read.
+    """
+    more = beyond_plain_lora(family, source)
+    if more is None:
+        return None
+    return f"it cannot take an adapter with {more}; merge it by python -m tars_fast.export or use --engine transformers"
 
 
 class VllmEngine(RolloutEngine):
@@ -186,7 +198,7 @@ class VllmEngine(RolloutEngine):
 
     def _write_adapter(self) -> None:
         if self._adapter is None and has_adapter(self.model.module):
-            self._adapter = _AdapterBuffers(self.model.module, self._internals, self._engine_names)
+            self._adapter = _AdapterBuffers(self.model.module, self._internals, self.prompt_format.family)
         if self._adapter is not None:
             self._adapter.write()
 
@@ -216,7 +228,8 @@ class _AdapterBuffers:
         UserError: vLLM has no adapter of this kind for a layer.
     """
 
-    def __init__(self, module: nn.Module, internals: VllmInternals, names: EngineNames):
+    def __init__(self, module: nn.Module, internals: VllmInternals, family: Family):
+        audio_parts = tuple(f"{part}." for part in family.audio_parts)
         internals.activate_empty_adapter()
         self._weights_a: list[Tensor] = []
         self._weights_b: list[Tensor] = []
@@ -224,10 +237,11 @@ class _AdapterBuffers:
         self._buffers_a: list[Tensor] = []
         self._buffers_b: list[Tensor] = []
         for name, layer in module.named_modules():
-            if not hasattr(layer, "lora_A"):
+            # The trainer encodes audio, for the engine too.
+            if not hasattr(layer, "lora_A") or name.startswith(audio_parts):
                 continue
             (adapter,) = layer.lora_A
-            place, stacked_before = engine_place(name, names)
+            place, stacked_before = engine_place(name, family.engine_names or ())
             buffers = internals.adapter_buffers(place, len(stacked_before))
             if buffers is None or layer.use_dora.get(adapter, False) or layer.lora_bias.get(adapter, False):
                 raise UserError(f"--engine vllm: it has no adapter of this kind at {name}; use --engine transformers")

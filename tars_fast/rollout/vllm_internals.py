@@ -77,6 +77,7 @@ class VllmInternals:
         with self._eager_on_cpu(), _unpacked_cpu_weights(), _thread_setting_kept(), _quiet_start(source):
             self.llm = LLM(
                 model=str(checkpoint_folder(source, weights=not settings.dummy_weights)),
+                trust_remote_code=False,
                 dtype=str(dtype).removeprefix("torch."),
                 load_format="dummy" if settings.dummy_weights else "auto",
                 max_model_len=settings.max_tokens,

@@ -63,7 +63,7 @@ def register_models() -> None:
             return self.ctx.get_hf_config().thinker_config
 
         def get_hf_processor(self, **_kwargs: object) -> Qwen2AudioProcessor:
-            extractor = AutoFeatureExtractor.from_pretrained(self.ctx.model_config.model)
+            extractor = AutoFeatureExtractor.from_pretrained(self.ctx.model_config.model, trust_remote_code=False)
             return Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=self.get_tokenizer())
 
     @MULTIMODAL_REGISTRY.register_processor(

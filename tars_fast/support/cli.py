@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from tars_fast.support.requirements import missing
+from tars_fast.support.starting import INTERRUPTED as INTERRUPTED
 from tars_fast.support.text import visible
 from tars_fast.types import TrainingError, UserError
 
@@ -24,8 +25,6 @@ Config = TypeVar("Config")
 
 FAILED = 1
 MISUSED = 2
-INTERRUPTED = 130
-"""What shells give a process that Ctrl-C ended."""
 
 
 def answer_early(name: str, config_class: type[Config], program: str) -> None:
@@ -127,7 +126,7 @@ def make_output_folder(output_dir: Path) -> None:
         raise UserError(f"--output-dir {output_dir}: cannot be made ({error.strerror}); name another folder") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of a library's error, or its type where it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
@@ -144,14 +143,19 @@ def load_function(flag: str, name: str) -> Callable[..., Any]:
     """The function that `module:function`, the value of `flag`, names. Raises UserError where there is none."""
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
-    # Whatever the module raises while it is imported.
-    except Exception as error:
+        found = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError(f"{function} is {type(found).__name__}, no function")
+        return found
+    # Whatever the module raises while it is imported, or `sys.exit`.
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{flag} {name}: {first_line(error)}; give module:function, of a module that Python finds from here"
         ) from error
 
 
+MAX_NAME = 255
+"""Bytes in the name of a file, on all usual file systems."""
 MAX_SEED = 2**32 - 1
 """Leaves room in torch's 64-bit seeds for one of every step."""
 
@@ -180,9 +184,21 @@ def check_choices(config: object) -> None:
 
 
 def as_paths(config: object, *names: str) -> None:
-    """Make paths of these fields where a caller gave texts."""
+    """Make paths of these fields where a caller gave texts. Raises UserError as `check_file_names`."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, str):
             # The class is frozen.
             object.__setattr__(config, name, Path(value))
+    check_file_names(config, *names)
+
+
+def check_file_names(config: object, *names: str) -> None:
+    """Raises UserError for the first of these fields that no file or folder can be called."""
+    for name in names:
+        value = getattr(config, name)
+        longest = max(str(value).split("/"), key=len)
+        # Systems count bytes, and fail in other ways over NUL and half characters.
+        encoded = longest.encode(errors="surrogatepass")
+        if len(encoded) > MAX_NAME or b"\0" in encoded:
+            raise UserError(f"{flag_of(name)} {value!s:.60}...: holds a name of more than {MAX_NAME} bytes, or NUL; correct it")

@@ -12,6 +12,8 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from tars_fast.support.starting import is_command
+
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
@@ -89,7 +91,6 @@ def check() -> None:
         SystemExit: with status 2 and one line on standard error, where a command of this package is being started.
         ImportError: elsewhere, for a package outside its range; one that is missing fails where it is imported.
     """
-    is_command = sys.argv[:1] == ["-m"] and any(argument.startswith("tars_fast.") for argument in sys.orig_argv)
     try:
         import packaging  # noqa: F401
     except ModuleNotFoundError:
@@ -97,13 +98,13 @@ def check() -> None:
             f"packaging is not installed; pip install '{_NAME}[train]', in a checkout pip install -e '.[train]'"
         )
     else:
-        problem = unsupported() or (missing("train") if is_command else None)
+        problem = unsupported() or (missing("train") if is_command() else None)
     if problem is not None:
-        _refuse(problem, is_command)
+        _refuse(problem)
 
 
-def _refuse(problem: str, is_command: bool) -> NoReturn:
-    if is_command:
+def _refuse(problem: str) -> NoReturn:
+    if is_command():
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(_MISUSED)
     raise ImportError(problem)

@@ -54,7 +54,7 @@ SETTINGS_BY_PHASE = {
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on the GPU or the CPU."""
     # torch's CPU allocator has no exception of its own.
     message = str(error).lower()

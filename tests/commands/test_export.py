@@ -248,7 +248,7 @@ def test_what_cannot_be_exported(adapter, full, tmp_path):
         (tmp_path / "absent", {}, "neither a preset"),
         (adapter, {"output_dir": tmp_path / "taken"}, "exists already; name another folder"),
         (adapter, {"output_dir": adapter}, "exists already"),
-        (adapter, {"output_dir": tmp_path / "file" / "out"}, "cannot be written"),
+        (adapter, {"output_dir": tmp_path / "file" / "out"}, "cannot be made"),
         (adapter, {"adapter": True, "dtype": "bfloat16"}, "--dtype bfloat16: an adapter is written as it was trained"),
         (adapter, {"evaluation": tmp_path / "absent.json"}, "--evaluation .*absent.json: cannot be read"),
         (adapter, {"evaluation": tmp_path / "list.json"}, "not a JSON object"),

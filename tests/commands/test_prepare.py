@@ -517,6 +517,7 @@ def test_check_finds_every_defect(run, folder):
         good | {"question": "Again?", "audio": "silent.wav"},  # a duplicate that is silent as well
         good | {"id": "wrong", "answer": "c"},
         good | {"id": "few", "answer_set": ["a"]},
+        good | {"id": "sign", "question": "What is <|AUDIO|>?"},
         {key: value for key, value in good.items() if key != "audio"} | {"id": "mute"},
     ]
     path = write_jsonl(folder / "spoken" / "items.jsonl", items)
@@ -537,16 +538,17 @@ def test_check_finds_every_defect(run, folder):
         "not 16 kHz": {"fast"},
         "unreadable": {"broken", "cut", "text", "nan", "integers", "lost"},
         "duplicate id": {"good"},
-        "bad item": {"14", "15", "16", "17", "18"},
+        "bad item": {"14", "15", "17", "18", "19"},
+        "control token": {"sign"},
     }
-    assert (report["items"], report["usable"]) == (18, 3)  # good, clipped, fast
-    assert report["seconds_total"] == pytest.approx(1 + 1 + 1 + 0.05 + 31 + 1 + 1 + 1 + 1)
-    assert report["seconds_mean"] == pytest.approx(report["seconds_total"] / 9, abs=1e-3)
+    assert (report["items"], report["usable"]) == (19, 3)  # good, clipped, fast
+    assert report["seconds_total"] == pytest.approx(1 + 1 + 1 + 0.05 + 31 + 1 + 1 + 1 + 1 + 1)
+    assert report["seconds_mean"] == pytest.approx(report["seconds_total"] / 10, abs=1e-3)
     assert report["problems"]["bad item"] == 5
     for problem, number in report["problems"].items():
         (row,) = [line for line in stdout.splitlines() if line.strip().startswith(problem)]
         assert f" {number} " in row
-    assert "18 items, 38.0 s of speech, 4.2 s an item" in stdout
+    assert "19 items, 39.0 s of speech, 3.9 s an item" in stdout
     # What is only a note does not fail.
     write_jsonl(path, [item for item in items[:9] if item["id"] in ("good", "clipped", "fast")])
     status, stdout, _ = run("--check", "spoken")

@@ -14,6 +14,7 @@ import pytest
 import soundfile
 
 from tars_fast.data.audio import SAMPLE_RATE, decode, load_clips, read_wave
+from tars_fast.data.quality import inspect_recording
 from tars_fast.data.sources import stamp
 from tars_fast.types import UserError
 
@@ -286,6 +287,25 @@ LONG_COMMENT = b"INFO" + 30 * (b"ICMT" + struct.pack("<I", 100) + 100 * b"x")
 def test_wav_headers_that_say_otherwise(tmp_path, content, said):
     (tmp_path / "a.wav").write_bytes(content)
     assert refusal(tmp_path / "a.wav").endswith(f"is not whole ({said}); copy or write it again from its source")
+
+
+@pytest.mark.parametrize(
+    ("format", "endian", "place"), [("AU", "FILE", 8), ("AU", "LITTLE", 8), ("RF64", "FILE", 28), ("WAV", "BIG", 40)]
+)
+def test_a_size_of_0_that_a_program_never_came_to_write(tmp_path, format, endian, place):
+    """It was said to be 0.000 s long, and silent besides."""
+    file = io.BytesIO()
+    soundfile.write(file, np.frombuffer(SOUND, "<i2"), SAMPLE_RATE, format=format, endian=endian, subtype="PCM_16")
+    content = bytearray(file.getvalue())
+    content[place : place + 4] = bytes(4)
+    (tmp_path / "a").write_bytes(content)
+    problems, seconds = inspect_recording(tmp_path / "a", 30.0)
+    assert seconds is None
+    assert list(problems) == ["unreadable"]
+    assert f"is not whole (its header says that there is no sound, in a file of {len(content)} bytes)" in problems["unreadable"]
+    # One that is as empty as it says.
+    soundfile.write(tmp_path / "b.wav", np.zeros(0), SAMPLE_RATE)
+    assert list(inspect_recording(tmp_path / "b.wav", 30.0)[0]) == ["too short"]
 
 
 def mp3(wave: np.ndarray, rate: int = SAMPLE_RATE, **settings: object) -> bytes:

@@ -118,7 +118,8 @@ def test_half_characters_and_nul_are_refused_in_every_field(tmp_path, field, cha
     value = ["x", f"y{character}"] if field in ("options", "answer_set") else f"x{character}"
     (item,) = read_items(write(tmp_path / "items.jsonl", row | {field: value}))
     name = repr(value if field == "id" else row["id"])
-    said = f"{tmp_path / 'items.jsonl'}, line 1: item {name}: {field!r} holds {character!r}, which no text can hold; correct it"
+    place = f"the recording in {field!r}" if field == "audio" else repr(field)
+    said = f"{tmp_path / 'items.jsonl'}, line 1: item {name}: {place} holds {character!r}, which no text can hold; correct it"
     assert str(item.error) == said
     said.encode()  # may be printed anywhere
 
@@ -219,7 +220,10 @@ def test_a_bad_row_of_ones_own_is_never_left_out(tmp_path):
         (LETTERED | {"id": 7.0, "category": math.nan, "transcript": math.nan}, "B"),
         ({"question": "q", "choices": ["x", "y"], "answer": 1.0, "audio": "a"}, "B"),
         ({"question": "q", "choices": ["x", "y", "y"], "answer": "y", "audio": "a"}, "B"),
-        ({"question": "q", "choices": ["1", "0"], "answer": "0", "audio": "a"}, "A"),  # the index first
+        ({"question": "q", "choices": ["1", "0"], "answer": 0, "audio": "a"}, "A"),  # a number is a place
+        ({"question": "q", "choices": ["1", "0"], "answer": "0", "audio": "a"}, "B"),  # a text is an option's
+        ({"question": "q", "choices": ["x", "y"], "answer": "1", "audio": "a"}, "B"),
+        ({"question": "q", "choices": [1, 0], "answer": "0", "audio": "a"}, "B"),
     ],
 )
 def test_answers_that_can_mean_one_thing_only_are_taken(tmp_path, row, answer):
@@ -295,5 +299,5 @@ def test_recordings_inside_a_line(tmp_path, audio):
 def test_values_that_are_no_recordings_are_named(tmp_path, audio, said):
     with pytest.raises(UserError) as caught:
         load_questions(write(tmp_path / "items.jsonl", LETTERED | {"audio": audio}))
-    assert str(caught.value) == f"{tmp_path / 'items.jsonl'}, line 1: item 'q1': 'audio' {said}"
+    assert str(caught.value) == f"{tmp_path / 'items.jsonl'}, line 1: item 'q1': the recording in 'audio' {said}"
     assert load_questions(write(tmp_path / "items.jsonl", LETTERED | {"audio": audio}), spoken=False)[0].audio is None

@@ -17,6 +17,7 @@ SAID_BEHIND = {
     "check": "",
     "engine_refusal": "--engine vllm: ",
     "vllm_refusal": "--engine vllm: ",
+    "adapter_refusal": "--engine vllm: ",
     "refusal": "item …: ",
     "length_refusal": "item …: ",
     "prompt_size": "item …: ",

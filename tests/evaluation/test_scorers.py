@@ -19,12 +19,19 @@ from tars_fast.evaluation.scorers import (
     ScorerError,
     letter_answer,
     read_completion,
+    read_strictly,
     voicebench_answer,
 )
+from tars_fast.learning.rewards.accuracy import accuracy
 from tars_fast.learning.rewards.answers import extract_answer, has_format
 from tars_fast.reports.tables import print_evaluation
 from tars_fast.support.console import PlainConsole
-from tars_fast.types import Question
+from tars_fast.types import Completion, Modality, Question
+
+
+def asking(choices: tuple[str, ...], answer: str, **more: tuple[str, ...]) -> Question:
+    return Question("q", "Which?", answer, choices, **more)
+
 
 CASES = [
     # completion, strict, voicebench, letter
@@ -143,7 +150,7 @@ def test_case_is_folded_in_one_way_by_every_scorer_and_reward(said, choices, exp
     assert extract_answer(completion, choices) == expected
     assert letter_answer(completion, choices) == expected
     assert has_format(completion, choices) == (expected is not None)
-    readings = read_completion(completion, choices, expected or choices[0], "")
+    readings = read_completion(completion, asking(choices, expected or choices[0]), "")
     assert {reading.correct for reading in readings.values()} == {expected is not None}
 
 
@@ -165,14 +172,14 @@ def test_nothing_that_stands_in_options_and_completions_makes_a_scorer_fail(seed
         said = rng.choice(choices)
         said = rng.choice([said, said.upper(), said.lower(), said.swapcase(), text(3)])
         lead = rng.choice(["", "The answer is ", "<answer>The answer is ", "Answer: ", "not "])
-        readings = read_completion(lead + said + rng.choice(["", ".", " or ", "?"]) + text(4), choices, choices[0], "")
+        readings = read_completion(lead + said + rng.choice(["", ".", " or ", "?"]) + text(4), asking(choices, choices[0]), "")
         assert all(reading.extracted is None or reading.extracted in choices for reading in readings.values())
 
 
 @pytest.mark.parametrize("word", ["A ", "the answer is A or ", "new york, ", "not A "])
 def test_a_completion_that_repeats_itself_is_read_in_no_time(word):
     started = time.monotonic()
-    read_completion(word * 8000, ("A", "B", "new", "new york"), "A", "")
+    read_completion(word * 8000, asking(("A", "B", "new", "new york"), "A"), "")
     assert time.monotonic() - started < 10
 
 
@@ -188,13 +195,14 @@ def test_a_completion_that_repeats_itself_is_read_in_no_time(word):
 def test_what_a_scorer_raises_or_makes_up_names_it(monkeypatch, read, reason):
     monkeypatch.setitem(SCORERS, "own", Scorer(read))
     with pytest.raises(ScorerError, match="scorer 'own'") as raised:
-        read_completion("The answer is B.", VOICEBENCH_CHOICES, "B", "")
+        read_completion("The answer is B.", asking(VOICEBENCH_CHOICES, "B"), "")
     assert reason in str(raised.value)
 
 
 def test_a_guess_is_marked_seeded_and_voicebenchs_alone():
-    guesses = [read_completion("no idea", VOICEBENCH_CHOICES, "A", f"0 speech {number}") for number in range(400)]
-    assert guesses == [read_completion("no idea", VOICEBENCH_CHOICES, "A", f"0 speech {number}") for number in range(400)]
+    question = asking(VOICEBENCH_CHOICES, "A")
+    guesses = [read_completion("no idea", question, f"0 speech {number}") for number in range(400)]
+    assert guesses == [read_completion("no idea", question, f"0 speech {number}") for number in range(400)]
     for readings in guesses:
         assert readings["voicebench"].guessed
         assert not readings["strict"].guessed
@@ -204,22 +212,32 @@ def test_a_guess_is_marked_seeded_and_voicebenchs_alone():
     assert 74 <= sum(readings["voicebench"].correct for readings in guesses) <= 126
 
 
+def test_either_of_two_options_with_the_answers_text_is_right():
+    question = asking(VOICEBENCH_CHOICES, "B", same_as_answer=("D",))
+    for letter, right in zip("ABCD", (False, True, False, True), strict=True):
+        completion = f"The answer is {letter}."
+        assert {reading.correct for reading in read_completion(completion, question, "").values()} == {right}
+        assert read_strictly(completion, question).correct is right
+        assert accuracy(Completion(0, Modality.TEXT, (), (), completion, False), question) == right
+    assert not read_strictly("no idea", question).correct
+
+
 def test_what_is_read_is_compared_with_the_reference():
-    readings = read_completion("The answer is a tundra, so B.", VOICEBENCH_CHOICES, "B", "")
+    readings = read_completion("The answer is a tundra, so B.", asking(VOICEBENCH_CHOICES, "B"), "")
     assert {name: reading.correct for name, reading in readings.items()} == {
         "strict": False,
         "voicebench": False,
         "letter": True,
     }
     assert set(readings) == set(SCORERS)
-    assert set(read_completion("The answer is five.", ("five", "six"), "five", "")) == {"strict", "letter"}
+    assert set(read_completion("The answer is five.", asking(("five", "six"), "five"), "")) == {"strict", "letter"}
 
 
 def test_a_scorer_is_added_by_its_entry_alone(monkeypatch):
     """From then on it reads every completion, and stands in the report and on the terminal."""
     monkeypatch.setitem(SCORERS, "first", Scorer(lambda _completion, choices: choices[0]))
     question = Question("i", "?", "one", ("one", "two"))
-    readings = read_completion("I do not know.", question.choices, question.answer, "")
+    readings = read_completion("I do not know.", question, "")
     assert readings["first"] == Reading("one", False, True)
     answers = Answered("I do not know.", False, readings, None)
     results = [ItemResult.of("d", question, Evaluated(answers, answers, 1.0, (1.0,), None), None)]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tars_fast.learning.metrics import check_reward_names
+from tars_fast.learning.metrics import check_rewards
 from tars_fast.learning.rewards.behaviour import HASHED_NGRAMS, SentenceEmbedder, behaviour_rewards, load_text_similarity
 from tars_fast.learning.rewards.total import COMPLETION_REWARDS, CompletionReward, completion_rewards, total_reward
 from tars_fast.types import Completion, Modality, Question, TrainingError, UserError
@@ -119,7 +119,7 @@ def test_a_reward_that_raises_something_names_itself_and_the_item(monkeypatch, v
 
 @pytest.mark.parametrize("name", ["representation", "reward", "entropy", "group"])
 def test_a_reward_may_not_take_the_name_of_another_figure(monkeypatch, name):
-    check_reward_names()
+    check_rewards()
     monkeypatch.setitem(COMPLETION_REWARDS, name, CompletionReward(lambda *_: 0.0, 1.0))
     with pytest.raises(UserError, match=f"COMPLETION_REWARDS: '{name}' is the name of another metric"):
-        check_reward_names()
+        check_rewards()

@@ -17,8 +17,9 @@ from tars_fast import train as train_command
 from tars_fast.config import TrainConfig
 from tars_fast.models.adapters import save_adapter
 from tars_fast.models.families import qwen2_audio
-from tars_fast.models.memory import GB, describe, plan_memory, remedies
+from tars_fast.models.memory import describe, plan_memory, remedies
 from tars_fast.models.registry import PRESETS, architecture_of
+from tars_fast.support.text import GB
 
 PAPER = TrainConfig().workload(PRESETS["qwen2-audio-7b"], PRESETS["qwen2-audio-7b"].architecture, "vllm", 2)
 

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 
-from tars_fast.models.checkpoint import atomic_folder
 from tars_fast.models.registry import list_checkpoints
 from tars_fast.support import files
 
@@ -44,7 +43,7 @@ def test_a_deletion_that_is_killed_leaves_nothing_under_the_old_name(run, monkey
 
 def test_a_folder_that_is_written_again_is_never_there_in_part(run):
     def write_again(step: int) -> None:
-        with atomic_folder(run / f"checkpoint-{step}") as folder:
+        with files.atomic_folder(run / f"checkpoint-{step}") as folder:
             (folder / "weights").write_text("new")
 
     with pytest.raises(KeyboardInterrupt):

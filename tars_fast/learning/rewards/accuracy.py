@@ -8,7 +8,7 @@ from tars_fast.types import Completion, Question
 
 def accuracy(completion: Completion, question: Question) -> float:
     """1 where the answer that can be read from the completion is the reference answer, else 0."""
-    return float(extract_answer(completion.text, question.choices) == question.answer)
+    return float(question.is_right(extract_answer(completion.text, question.choices)))
 
 
 def unparsed(completion: Completion, question: Question) -> float:

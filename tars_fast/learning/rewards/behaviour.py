@@ -53,7 +53,7 @@ class SentenceEmbedder:
     def __init__(self, name: str, device: torch.device):
         from sentence_transformers import SentenceTransformer
 
-        self._model = SentenceTransformer(name, device=str(device))
+        self._model = SentenceTransformer(name, device=str(device), trust_remote_code=False)
         # The embedder works beside the trainer and must not wait for it.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 

@@ -51,7 +51,8 @@ def completion_rewards(completions: Sequence[Completion], questions: Sequence[Qu
             question = questions[completion.question]
             try:
                 value = float(reward.function(completion, question))
-            except Exception as error:
+            # `sys.exit` too, which would end the run without a word.
+            except (Exception, SystemExit) as error:
                 if is_out_of_memory(error):
                     raise
                 raise TrainingError(

@@ -1,0 +1,291 @@
+"""Every file that a command leaves, damaged in every way: one line names it and says what to do, or it is made again."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+from runs import read_metrics, settings_of
+
+from tars_fast import train
+from tars_fast.analyse import AnalyseConfig, analyse, read_compared
+from tars_fast.config import TrainConfig
+from tars_fast.data.items import VALIDATION_DATA
+from tars_fast.evaluate import EvaluateConfig, evaluate
+from tars_fast.evaluation.ablation import FinishedRun
+from tars_fast.export import ExportConfig, export
+from tars_fast.models.checkpoint import fault_of
+from tars_fast.prepare import Outcome, Recipe, open_folder, recording_name
+from tars_fast.support.cli import parse_arguments
+from tars_fast.types import UserError
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def other_json(path: Path) -> None:
+    path.write_text('{"a": [1, 2]}\n')
+
+
+def list_in_json(path: Path) -> None:
+    path.write_text("[1]\n")
+
+
+def binary(path: Path) -> None:
+    path.write_bytes(bytes(range(256)) * 8)
+
+
+DAMAGES = (cut, empty, remove, other_json, list_in_json, binary)
+
+
+def config_of(data: Path, output_dir: Path, *flags: str) -> TrainConfig:
+    given = [*settings_of(data, 2), "--save-every", "1", "--output-dir", str(output_dir), *flags]
+    return parse_arguments("", TrainConfig, given, "train")
+
+
+@pytest.fixture(scope="session")
+def runs(data, tmp_path_factory) -> Path:
+    """A finished run of full fine-tuning, `full`, and one of LoRA, `lora`."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, rank in (("full", "0"), ("lora", "2")):
+        assert train.train(config_of(data, folder / name, "--lora-rank", rank)).is_finished
+    return folder
+
+
+def refusal_of(command: Callable[[], object]) -> str:
+    """The line with which a command refuses to work; empty where it does not."""
+    try:
+        command()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def resume(runs: Path, data: Path, run: Path) -> str:
+    """Resume a damaged copy of a run; returns the line that refuses it, or else what was said.
+
+    Raises:
+        AssertionError: it went on, and not with the figures of the undamaged one.
+    """
+    rank = "2" if run.name == "lora" else "0"
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        refusal = refusal_of(lambda: train.train(config_of(data, run, "--lora-rank", rank, "--resume")))
+    if refusal:
+        return refusal
+    whole = runs / run.name
+    assert (run / "evaluation.json").read_text() == (whole / "evaluation.json").read_text()
+    warned = " ".join(line for line in said.getvalue().splitlines() if "warning" in line and str(run) in line)
+    assert read_metrics(run) == read_metrics(whole) or "metrics.jsonl lacks" in warned
+    for name in ("report.html", "accuracy.png", "predictions_after.jsonl", "config.json"):
+        assert (run / name).stat().st_size > 100
+    return warned
+
+
+def copy(run: Path, folder: Path) -> Path:
+    shutil.copytree(run, folder / run.name)
+    return folder / run.name
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        (
+            "checkpoint-2/trainer_state.pt",
+            cut,
+            r"checkpoint-2 is damaged \(trainer_state.pt: .*\); .*checkpoint-1 is whole: remove",
+        ),
+        ("checkpoint-2/trainer_state.pt", remove, r"checkpoint-2 is damaged \(trainer_state.pt: .*checkpoint-1 is whole"),
+        ("checkpoint-2/model.safetensors", cut, r"checkpoint-2 is damaged \(model.safetensors: .*checkpoint-1 is whole"),
+        ("checkpoint-2/config.json", other_json, r"checkpoint-2 is damaged \(config.json: .*checkpoint-1 is whole"),
+        ("config.json", empty, r"config.json is damaged \(.*\); remove it, and resume with the settings of the run"),
+        ("config.json", remove, r"warning: .*config.json is missing; it is made again"),
+        (
+            "predictions_before.jsonl",
+            cut,
+            r"predictions_before.jsonl is damaged or missing \(lacks \d of 4 items\); make it again by",
+        ),
+        ("predictions_before.jsonl", remove, r"predictions_before.jsonl is damaged or missing \(.*\); make it again by python"),
+        ("metrics.jsonl", binary, r"warning: .*metrics.jsonl lacks 2 of 2 steps"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "/" in value else getattr(value, "__name__", ""),
+)
+def test_a_damaged_run_is_refused_or_made_whole(runs, data, tmp_path, name, damage, said):
+    run = copy(runs / "full", tmp_path)
+    damage(run / name)
+    assert re.search(said, resume(runs, data, run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_every_file_of_a_run_in_every_way(runs, data, tmp_path, kind, damage):
+    whole = runs / kind
+    files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file() and "tensorboard" not in path.parts]
+    assert len(files) > 20
+    for name in files:
+        if name.parts[0] == "checkpoint-1":
+            # Not read where checkpoint-2 is whole.
+            continue
+        run = copy(whole, tmp_path)
+        damage(run / name)
+        said = resume(runs, data, run)
+        assert not said or name.name in said, (name, said)
+        shutil.rmtree(run)
+
+
+@pytest.mark.parametrize(("values", "said"), [({}, "tokens_per_micro_batch"), ({"tokens_per_micro_batch": "abc"}, "'abc'")])
+def test_settings_of_a_wrong_type(runs, data, tmp_path, values, said):
+    run = copy(runs / "full", tmp_path)
+    (run / "config.json").write_text(json.dumps(values))
+    assert said in resume(runs, data, run)
+
+
+def test_a_run_goes_on_from_the_whole_checkpoint(runs, data, tmp_path):
+    """What the line says, done; and where none is whole it says so."""
+    run = copy(runs / "full", tmp_path)
+    cut(run / "checkpoint-2" / "trainer_state.pt")
+    assert "checkpoint-1 is whole: remove the first and resume" in resume(runs, data, run)
+    empty(run / "checkpoint-1" / "model.safetensors")
+    assert "none is whole: start anew in another folder" in resume(runs, data, run)
+    shutil.copy(runs / "full" / "checkpoint-1" / "model.safetensors", run / "checkpoint-1")
+    shutil.rmtree(run / "checkpoint-2")
+    assert resume(runs, data, run) == ""
+
+
+def test_a_state_of_another_step_or_model_is_none(runs, data, tmp_path):
+    run = copy(runs / "full", tmp_path)
+    shutil.copy(run / "checkpoint-1" / "trainer_state.pt", run / "checkpoint-2")
+    assert fault_of(run / "checkpoint-2") == "trainer_state.pt: of another step"
+    shutil.copy(runs / "lora" / "checkpoint-2" / "trainer_state.pt", run / "checkpoint-2")
+    assert "checkpoint-2 is damaged (trainer_state.pt: " in resume(runs, data, run)
+    shutil.copy(runs / "full" / "checkpoint-2" / "trainer_state.pt", run / "checkpoint-2")
+    shutil.copy(runs / "lora" / "checkpoint-2" / "adapter_model.safetensors", run / "checkpoint-2" / "model.safetensors")
+    assert "checkpoint-2 is damaged (" in resume(runs, data, run)
+
+
+def test_before_made_again_by_the_command_that_the_line_shows(runs, data, tmp_path):
+    run = copy(runs / "full", tmp_path)
+    remove(run / "predictions_before.jsonl")
+    line = resume(runs, data, run)
+    flags = line.partition("python -m tars_fast.evaluate ")[2].partition(", and copy")[0].replace("DIR", str(tmp_path / "made"))
+    evaluate(parse_arguments("", EvaluateConfig, [*flags.split(), "--device", "cpu"], "evaluate"))
+    shutil.copy(tmp_path / "made" / "predictions.jsonl", run / "predictions_before.jsonl")
+    assert resume(runs, data, run) == ""
+
+
+@pytest.fixture(scope="session")
+def evaluated(data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated") / "whole"
+    evaluate(EvaluateConfig(data=(str(data / "evaluation"),), output_dir=folder, device="cpu"))
+    return folder
+
+
+QUICK = {("predictions.jsonl", cut), ("config.json", list_in_json), ("config.json", remove)}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        pytest.param(name, damage, marks=() if (name, damage) in QUICK else pytest.mark.slow)
+        for name in ("config.json", "predictions.jsonl", "evaluation.json", "accuracy.png", "report.html")
+        for damage in DAMAGES
+    ],
+)
+def test_a_damaged_evaluation_is_refused_or_made_whole(evaluated, data, tmp_path, name, damage):
+    folder = copy(evaluated, tmp_path)
+    damage(folder / name)
+    config = EvaluateConfig(data=(str(data / "evaluation"),), output_dir=folder, device="cpu")
+    refusal = refusal_of(lambda: evaluate(config))
+    if refusal:
+        assert name in refusal or (name == "config.json" and "predictions of unknown settings" in refusal)
+        assert "; " in refusal, "no remedy"
+    else:
+        for made in ("evaluation.json", "predictions.jsonl"):
+            assert (folder / made).read_text() == (evaluated / made).read_text()
+        assert (folder / "accuracy.png").read_bytes() == (evaluated / "accuracy.png").read_bytes()
+        assert (folder / "report.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_no_part_of_an_ablation(runs, tmp_path, damage):
+    for name in ("config.json", "metrics.jsonl", "predictions_before.jsonl", "predictions_after.jsonl"):
+        run = copy(runs / "full", tmp_path)
+        damage(run / name)
+        with pytest.raises(UserError, match=r"full(: not a whole run \(|/predictions_)") as raised:
+            FinishedRun.read("tars", 0, run)
+        assert "; " in str(raised.value), "no remedy"
+        shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_exported_without_a_traceback(runs, tmp_path, damage):
+    for name in ("config.json", "evaluation.json"):
+        run = copy(runs / "full", tmp_path)
+        damage(run / name)
+        config = ExportConfig(model=str(run / "checkpoint-2"), output_dir=tmp_path / f"exported-{name}")
+        refusal = refusal_of(lambda config=config: export(config))
+        assert not refusal or name in refusal
+        shutil.rmtree(run)
+
+
+RECIPE = Recipe("espeak-ng", ("en",), None, 0.1, 3, 0)
+
+
+@pytest.fixture
+def prepared(tmp_path) -> Path:
+    """What `prepare` leaves of two items."""
+    folder = tmp_path / "prepared"
+    folder.mkdir()
+    open_folder(folder, RECIPE, "jsonl")
+    outcomes = [Outcome(id, "text", {"voice": "en", "seconds": 1.0}) for id in ("a", "b")]
+    for outcome in outcomes:
+        (folder / "recordings" / recording_name(outcome.id, outcome.transcript)).write_bytes(b"sound")
+    lines = [json.dumps({"id": one.id, "transcript": "text", "gained": one.gained, "error": None}) + "\n" for one in outcomes]
+    (folder / "preparation" / "finished.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_preparation(prepared, damage, capsys):
+    path = prepared / "preparation" / "settings.json"
+    damage(path)
+    if damage is remove:
+        assert open_folder(prepared, RECIPE, "jsonl")[0].keys() == {"a", "b"}
+        assert "settings.json is missing; it is made again" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match=r"settings.json is damaged \(.*\); remove it, and repeat the command"):
+            open_folder(prepared, RECIPE, "jsonl")
+        remove(path)
+        assert open_folder(prepared, RECIPE, "jsonl")[0].keys() == {"a", "b"}
+    damage(prepared / "preparation" / "finished.jsonl")
+    assert open_folder(prepared, RECIPE, "jsonl")[0].keys() <= {"a"}, "what is not known to be done is spoken again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_analysis_is_compared_with_nothing(tmp_path_factory, tmp_path, damage):
+    whole = tmp_path_factory.getbasetemp() / "analysed"
+    if not whole.exists():
+        analyse(AnalyseConfig(data=str(VALIDATION_DATA), items=4, output_dir=whole, device="cpu"))
+    for name in ("analysis.json", "items.jsonl", "resamples.npz"):
+        folder = copy(whole, tmp_path)
+        damage(folder / name)
+        with pytest.raises(UserError, match=r"--compare .*: cannot be read \(.*\); name the --output-dir of an analysis"):
+            read_compared(folder)
+        shutil.rmtree(folder)
