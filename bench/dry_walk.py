@@ -430,7 +430,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "coverage", "run", f"--rcfile={os.devnull}", f"--data-file={data}"]
         command += ["--include=" + ",".join(WALKED), __file__]
         layers = [] if given.layers is None else ["--layers", str(given.layers)]
-        subprocess.run([*command, "--worker", str(result), *layers], cwd=ROOT, check=True)
+        # The same with a GPU as without.
+        hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run([*command, "--worker", str(result), *layers], cwd=ROOT, env=hidden, check=True)
         found, lines = json.loads(result.read_text()), lines_not_run(data)
     print(f"{'kernel':24} {'launches':>8} {'largest grid':>12} {'largest argument':>16}")
     for name, count in sorted(found["launches"].items()):
