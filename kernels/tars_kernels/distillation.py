@@ -485,7 +485,8 @@ def linear_distillation_loss(
     frozen_gradient = recording and hidden.requires_grad and not trainable_head
     bias, teacher_bias = (None if each is None else each.contiguous() for each in (heads.bias, heads.teacher_bias))
     divergences, *_ = _forward_operator(
-        settings.blank(hidden).contiguous(), settings.blank(teacher_hidden).detach().contiguous(), heads.weight, bias,
+        settings.blank(hidden).to(heads.weight.dtype).contiguous(),
+        settings.blank(teacher_hidden).detach().to(heads.teacher_weight.dtype).contiguous(), heads.weight, bias,
         heads.teacher_weight, teacher_bias, _KINDS[settings.divergence], settings.beta, 1.0 / temperature, frozen_gradient,
     )  # fmt: skip
     # A copy, because the gradient may need the original and the caller may change this one.

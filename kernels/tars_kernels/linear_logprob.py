@@ -297,6 +297,7 @@ def linear_logprob(  # noqa: PLR0913
     check_rows_contiguous("weight", weight)
     check_targets(targets, len(hidden), len(weight))
     check_temperature(temperature)
+    hidden = hidden.to(weight.dtype)
     logprobs, entropy = logprob_and_entropy(hidden, weight, bias, targets, temperature, entropy_gradient=entropy_gradient)
     return (logprobs, entropy) if return_entropy else logprobs
 

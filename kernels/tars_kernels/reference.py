@@ -86,7 +86,7 @@ def linear_logprob(  # noqa: PLR0913
     check_same_device(("hidden", hidden), targets=targets)
     check_targets(targets, len(hidden), len(weight))
     check_temperature(temperature)
-    logits = F.linear(_accumulated(hidden), _accumulated(weight))
+    logits = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight))
     logprobs, entropy = _softmax_terms(
         logits, targets, bias, temperature, wants_entropy=return_entropy, entropy_gradient=return_entropy and entropy_gradient
     )
@@ -187,7 +187,7 @@ def linear_policy_loss(
     if settings.mask is not None:
         # Before the product: 0 * nan would poison the head's gradient.
         hidden = hidden.masked_fill(~settings.mask.bool()[:, None], 0.0)
-    logits = F.linear(_accumulated(hidden), _accumulated(weight))
+    logits = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight))
     return _policy_loss(logits, targets, advantages, bias, temperature, settings)
 
 
@@ -281,7 +281,7 @@ shows_settings(linear_distillation_loss, Distillation)
 
 def _all_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """[T, V], all of them finite."""
-    logits = F.linear(_accumulated(hidden), _accumulated(weight))
+    logits = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight))
     if bias is not None:
         logits = logits + bias
     return (logits.clamp(min=LOWEST_LOGIT) / temperature).log_softmax(-1)
