@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.autograd.function import once_differentiable
 
-from tars_kernels import reference
+from tars_kernels import backend, reference
 from tars_kernels.backend import isolated, operator, runs_kernels
 from tars_kernels.checks import (
     check_bias,
@@ -689,7 +689,7 @@ def _from_logits_backward(ctx, upstream, *_):
     (gradient,) = ctx.saved_tensors
     if upstream is None:
         return (None,) * 8
-    if detect_fake_mode(gradient) is not None:
+    if detect_fake_mode(gradient) is not None and not backend.walks_launches:
         # Whoever traces this plans the memory.
         return gradient * upstream, *(None,) * 7
     # In place: a second backward pass finds it changed, and is refused by autograd.

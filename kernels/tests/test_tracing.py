@@ -13,7 +13,6 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from conftest import DEVICE
 
 
 def positional(name: str) -> list[str]:
@@ -116,19 +115,19 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module")
-def calls() -> dict[str, tuple[object, ...]]:
+def calls(device) -> dict[str, tuple[object, ...]]:
     """Of every operator, with those of gradients."""
     recorder = Recorder()
     with recorder:
         for name in OPERATIONS:
-            with_gradients(result_of(name), inputs_of(name, DEVICE))
-        values = arguments(DEVICE)
+            with_gradients(result_of(name), inputs_of(name, device))
+        values = arguments(device)
         head = [values["hidden"], values["weight"].requires_grad_(), values["targets"]]
         with_gradients(tars_kernels.linear_logprob, head)
         teacher = [values["hidden"], values["teacher_hidden"], values["weight"]]
         with_gradients(lambda *inputs: tars_kernels.linear_distillation_loss(*inputs).loss, teacher)
         coupled = {"loss_type": "gspo", "cu_seqlens": values["cu_seqlens"], "entropy_coef": 0.1}
-        tars_kernels.policy_loss(*inputs_of("policy_loss", DEVICE), **coupled).loss.backward()
+        tars_kernels.policy_loss(*inputs_of("policy_loss", device), **coupled).loss.backward()
         pooler = tars_kernels.LayerPooler([torch.nn.Identity()], torch.nn.Identity(), differentiable=True)
         with pooler.pooling(values["cu_seqlens"]):
             pooler._modules[0](values["hidden"].requires_grad_())

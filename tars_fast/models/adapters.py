@@ -177,7 +177,7 @@ def _read_adapter(family: Family, folder: Path) -> tuple[LoraConfig, dict[str, T
 
     config = read_adapter_config(folder)
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ValueError(f"no {ADAPTER_WEIGHTS} is in it")
+        raise UserError(f"--model {folder}: holds no {ADAPTER_WEIGHTS}; save it by peft's save_pretrained, no pickle is read")
     if not isinstance(config.target_modules, str | None):
         config.target_modules = [family.installed_name(name) for name in config.target_modules]
     config.rank_pattern = {family.installed_name(name): rank for name, rank in (config.rank_pattern or {}).items()}
