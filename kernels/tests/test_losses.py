@@ -270,6 +270,9 @@ def test_what_papers_and_trl_say_in_small(device, implementation):
     for settings in ({}, {"loss": "sapo"}, {"loss": "cispo", "clip_high": 3.0}, kl):
         loss, gradient = gradient_of([-1.0], [-1.0], **{**settings, "old_logprobs": [-101.0]})
         assert torch.isfinite(torch.tensor([loss, *gradient])).all()
+    # The mean entropy of the half of the tokens with most of it.
+    half = {"entropy": [1.0, 3.0], "top_entropy_quantile": 0.5, "entropy_coef": 1.0}
+    assert gradient_of([-1.0, -1.0], [1.0, 2.0], **half) == (-4.0, [0.0, -1.0])
     # Two tokens, two sequences, one of them empty: one advantage a token, or one a sequence.
     pair = {"logprobs": [-1.0, -1.0], "advantages": [3.0, 5.0], "cu_seqlens": [0, 2, 2]}
     assert gradient_of(**pair, advantage_level="token")[0] == -4.0
