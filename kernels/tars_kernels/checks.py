@@ -91,6 +91,27 @@ def check_mask(mask: Tensor, num_tokens: int) -> None:
     check_shape("mask", mask, (num_tokens,))
 
 
+def kept_tokens(targets: Tensor, mask: Tensor | None, ignore_index: int | None) -> Tensor | None:
+    """[T] bool, the tokens that count; None where all of them do.
+
+    Raises:
+        ValueError: a mask of the wrong dtype or shape.
+    """
+    if mask is not None:
+        check_mask(mask, len(targets))
+        mask = mask.bool()
+    if ignore_index is None:
+        return mask
+    counts = targets != ignore_index
+    return counts if mask is None else counts & mask
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raises ValueError unless `softcap` is None or a number above 0."""
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap: {softcap!r}; must be a number above 0, or None for logits as they are")
+
+
 def check_temperature(temperature: float) -> None:
     """Raises ValueError unless `temperature` is a number above 0."""
     if not isinstance(temperature, float | int):

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from tars_kernels import reference
 from tars_kernels.backend import operator, runs_kernels
@@ -24,11 +25,14 @@ from tars_kernels.checks import (
     check_head,
     check_rows_contiguous,
     check_same_device,
+    check_softcap,
     check_targets,
     check_temperature,
     head_parameters,
+    kept_tokens,
 )
-from tars_kernels.rows import LogitRows, RowPowers, RowTerms, padded_rows, sweep_rows, write_rows_gradient
+from tars_kernels.rows import LogitRows, RowPowers, RowSlopes, RowTerms, padded_rows, sweep_rows, write_rows_gradient
+from tars_kernels.vocabulary_parallel import HeadOptions, HeadTerms, chosen_terms, whole_size, whole_vocabulary
 
 LOGITS_ROWS = 512
 """Tokens whose fp32 logits exist at once: 0.32 GB at a vocabulary of 156,032."""
@@ -44,21 +48,32 @@ def _hidden_gradient(  # noqa: PLR0913
     means,  # [T, D]
     entropy_means,  # [T, D]
     weight,  # [V, D]
-    targets, slopes, entropy_slopes, rests,  # [T]
+    targets, slopes, entropy_slopes, sum_slopes, rests, cap_slopes,  # [T]
     V, D, weight_stride, inverse_temperature,
-    HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, HAS_SUM: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """`cap_slopes`: derivative of the target's capped logit by what it was before."""
     pid = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + pid).to(tl.int64)
     slope = tl.load(slopes + pid) * inverse_temperature
-    pull = slope * tl.load(rests + pid)
+    rest = tl.load(rests + pid)
+    pull = slope * rest
+    push = pull
+    if HAS_SUM:
+        sum_slope = tl.load(sum_slopes + pid) * inverse_temperature
+        pull += sum_slope * (1.0 - rest)
+        push -= sum_slope * rest
+        slope = tl.where(sum_slope != 0, 1.0, slope)
+    if HAS_SOFTCAP:
+        pull *= tl.load(cap_slopes + pid)
     # A target outside the vocabulary has a `rest` of NaN; its row is never read.
     readable = tl.where((target >= 0) & (target < V), D, 0)
     for start in range(0, D, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         chosen = columns < D
         own = tl.load(weight + target * weight_stride + columns, mask=columns < readable, other=0.0).to(tl.float32)
-        g = pull * (own - tl.load(means + pid * D + columns, mask=chosen, other=0.0).to(tl.float32))
+        mean = tl.load(means + pid * D + columns, mask=chosen, other=0.0).to(tl.float32)
+        g = pull * own - push * mean
         # What a zero slope multiplies may be NaN.
         g = tl.where(slope == 0, 0.0, g)
         if HAS_ENTROPY:
@@ -102,10 +117,13 @@ def _forward(  # noqa: PLR0913
     bias: Tensor | None,
     targets: Tensor,
     inverse_temperature: float,
+    softcap: float,
     frozen_gradient: bool,
     entropy_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`RowTerms`, and the mean head rows of the other tokens [T, D] for log-probability and entropy, empty where not wanted.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logsumexp, `RowTerms`, and the mean head rows of the other tokens [T, D] for log-probability and entropy.
+
+    The last two are empty where no gradient wants them.
 
     Args:
         frozen_gradient: the gradient by hidden states is wanted, and none by the head: take what it needs here.
@@ -128,18 +146,23 @@ def _forward(  # noqa: PLR0913
                 row_powers = RowPowers(
                     inverse_others[inner], powers[written], None if entropy_powers is None else entropy_powers[written]
                 )
-            rows = LogitRows(logits, bias, targets[inner], inverse_temperature)
+            rows = LogitRows(logits, bias, targets[inner], inverse_temperature, softcap)
             sweep_rows(rows, terms.part(inner), row_powers)
             del logits, rows
         if powers is not None:
             means[outer] = product_fp32(powers, weight).mul_(inverse_others[outer, None])
         if entropy_powers is not None:
             entropy_means[outer] = product_fp32(entropy_powers, weight)
-    return *terms, means, entropy_means
+    return _logsumexps(terms, inverse_temperature), *terms, means, entropy_means
 
 
-def _forward_outputs(hidden, weight, bias, targets, inverse_temperature, frozen_gradient, entropy_gradient):  # noqa: PLR0913
-    terms = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in RowTerms._fields)
+def _logsumexps(terms: RowTerms, inverse_temperature: float) -> Tensor:
+    return terms.peaks * inverse_temperature + terms.totals.log()
+
+
+def _forward_outputs(hidden, weight, bias, targets, *options):
+    frozen_gradient, entropy_gradient = options[-2:]
+    terms = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in ("logsumexps", *RowTerms._fields))
     wanted = frozen_gradient, frozen_gradient and entropy_gradient
     return *terms, *(hidden.new_empty(hidden.shape[0] if gradient else 0, hidden.shape[1]) for gradient in wanted)
 
@@ -149,22 +172,34 @@ def _frozen_gradient(  # noqa: PLR0913
     entropy_means: Tensor,
     weight: Tensor,
     targets: Tensor,
-    slopes: Tensor,
-    entropy_slopes: Tensor | None,
-    rests: Tensor,
+    slopes: Sequence[Tensor | None],
+    terms: Sequence[Tensor],
     inverse_temperature: float,
+    softcap: float,
 ) -> Tensor:
     """[T, D] by the hidden states under a frozen head."""
     gradient = torch.empty_like(means)
+    row_slopes, row_terms = _row_slopes(slopes), RowTerms(*terms)
+    cap_slopes = None
+    if softcap:
+        # The target's logit is what its log-probability is the logarithm of.
+        logits = (row_terms.logprobs + _logsumexps(row_terms, inverse_temperature)) / inverse_temperature
+        cap_slopes = 1.0 - (logits / softcap).square()
     num_tokens, num_features = means.shape
     if num_tokens:
         _hidden_gradient[(num_tokens,)](
-            gradient, means, entropy_means, weight, targets, slopes.contiguous(),
-            None if entropy_slopes is None else entropy_slopes.contiguous(), rests, len(weight), num_features,
-            weight.stride(0), inverse_temperature, HAS_ENTROPY=entropy_slopes is not None,
+            gradient, means, entropy_means, weight, targets, *row_slopes, row_terms.rests, cap_slopes, len(weight),
+            num_features, weight.stride(0), inverse_temperature, HAS_ENTROPY=row_slopes.entropies is not None,
+            HAS_SUM=row_slopes.logsumexps is not None, HAS_SOFTCAP=cap_slopes is not None,
             BLOCK=min(2048, triton.next_power_of_2(num_features)),
         )  # fmt: skip
     return gradient
+
+
+def _row_slopes(slopes: Sequence[Tensor | None]) -> RowSlopes:
+    logprobs, entropies, logsumexps = (None if each is None else each.contiguous() for each in slopes)
+    assert logprobs is not None, "made of zeros where it is not wanted"
+    return RowSlopes(logprobs, entropies, logsumexps)
 
 
 def _trainable_gradients(  # noqa: PLR0913
@@ -173,15 +208,13 @@ def _trainable_gradients(  # noqa: PLR0913
     bias: Tensor | None,
     targets: Tensor,
     terms: Sequence[Tensor],
-    slopes: Tensor,
-    entropy_slopes: Tensor | None,
+    slopes: Sequence[Tensor | None],
     inverse_temperature: float,
+    softcap: float,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """By hidden states, head and bias, empty where not needed; logits are computed again."""
-    row_terms = RowTerms(*terms)
-    slopes = slopes.contiguous()
-    entropy_slopes = None if entropy_slopes is None else entropy_slopes.contiguous()
+    row_terms, row_slopes = RowTerms(*terms), _row_slopes(slopes)
     needs_hidden, needs_weight, needs_bias = needs
     hidden_gradient = torch.empty_like(hidden if needs_hidden else hidden[:0])
     weight_gradient = empty_gradient(weight if needs_weight else weight[:0], len(hidden))
@@ -191,9 +224,8 @@ def _trainable_gradients(  # noqa: PLR0913
         for tokens in blocks(outer.start, outer.stop, LOGITS_ROWS):
             logits = logits_fp32(hidden[tokens], weight)
             written = gradient[tokens.start - outer.start : tokens.stop - outer.start]
-            rows = LogitRows(logits, bias, targets[tokens], inverse_temperature)
-            block_entropy_slopes = None if entropy_slopes is None else entropy_slopes[tokens]
-            write_rows_gradient(written, rows, row_terms.part(tokens), slopes[tokens], block_entropy_slopes)
+            rows = LogitRows(logits, bias, targets[tokens], inverse_temperature, softcap)
+            write_rows_gradient(written, rows, row_terms.part(tokens), row_slopes.part(tokens))
             del logits, rows
         if needs_hidden:
             torch.mm(gradient, weight, out=hidden_gradient[outer])
@@ -217,33 +249,34 @@ def _trainable_gradients_outputs(hidden, weight, bias, *rest):
 
 
 def _save_forward(ctx, inputs, output):
-    hidden, weight, bias, targets, ctx.inverse_temperature, ctx.frozen_gradient, ctx.entropy_gradient = inputs
-    terms = RowTerms(*output[: len(RowTerms._fields)])
+    hidden, weight, bias, targets, ctx.inverse_temperature, ctx.softcap, ctx.frozen_gradient, ctx.entropy_gradient = inputs
+    terms = RowTerms(*output[1 : 1 + len(RowTerms._fields)])
     if ctx.frozen_gradient:
-        ctx.save_for_backward(weight, targets, terms.rests, *output[len(terms) :])
+        ctx.save_for_backward(weight, targets, *output[1:])
     else:
         ctx.save_for_backward(hidden, weight, bias, targets, *terms)
-    ctx.mark_non_differentiable(*output[1 if not ctx.entropy_gradient else 2 :])
+    ctx.mark_non_differentiable(*output[2 if not ctx.entropy_gradient else 3 :])
     ctx.set_materialize_grads(False)
 
 
-def _forward_backward(ctx, slopes, entropy_slopes, *_):
+def _forward_backward(ctx, sum_slopes, slopes, entropy_slopes, *_):
     if not ctx.entropy_gradient:
         entropy_slopes = None
-    no_gradients = None, None, None, None
-    if slopes is None and entropy_slopes is None:
+    no_gradients = (None,) * 5
+    given = next((each for each in (slopes, entropy_slopes, sum_slopes) if each is not None), None)
+    if given is None:
         return None, None, None, *no_gradients
-    slopes = torch.zeros_like(entropy_slopes) if slopes is None else slopes
+    all_slopes = [torch.zeros_like(given) if slopes is None else slopes, entropy_slopes, sum_slopes]
     if ctx.frozen_gradient:
-        weight, targets, rests, means, entropy_means = ctx.saved_tensors
+        weight, targets, *terms, means, entropy_means = ctx.saved_tensors
         gradient = _frozen_gradient_operator(
-            means, entropy_means, weight, targets, slopes, entropy_slopes, rests, ctx.inverse_temperature
+            means, entropy_means, weight, targets, all_slopes, terms, ctx.inverse_temperature, ctx.softcap
         )
         return gradient, None, None, *no_gradients
     hidden, weight, bias, targets, *terms = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     gradients = _trainable_gradients_operator(
-        hidden, weight, bias, targets, terms, slopes, entropy_slopes, ctx.inverse_temperature, needs
+        hidden, weight, bias, targets, terms, all_slopes, ctx.inverse_temperature, ctx.softcap, needs
     )
     return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *no_gradients
 
@@ -256,24 +289,29 @@ _forward_operator = operator("linear_logprob", _forward, _forward_outputs)
 _forward_operator.register_autograd(_forward_backward, setup_context=_save_forward)
 
 
-def logprob_and_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, *, entropy_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """([T] log-probabilities, [T] entropies); arguments are checked already. `linear_policy_loss` starts from it."""
+def head_terms(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions) -> HeadTerms:
+    """Of every token; arguments are checked already. `linear_policy_loss` starts from it."""
     recording = torch.is_grad_enabled()
     trainable_head = recording and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    frozen_gradient = recording and hidden.requires_grad and not trainable_head
-    logprobs, entropies, *_ = _forward_operator(
-        hidden.contiguous(),
-        weight,
-        None if bias is None else bias.contiguous(),
-        targets.contiguous(),
-        1.0 / temperature,
-        frozen_gradient,
-        entropy_gradient,
-    )
-    # Copies, because the gradient needs the originals and the caller may change these.
-    return logprobs.clone(), entropies.clone()
+    bias = None if bias is None else bias.contiguous()
+
+    def part_of(hidden: Tensor, targets: Tensor) -> HeadTerms:
+        logsumexps, logprobs, entropies, *_ = _forward_operator(
+            hidden.contiguous(),
+            weight,
+            bias,
+            targets.contiguous(),
+            1.0 / options.temperature,
+            options.softcap,
+            recording and hidden.requires_grad and not trainable_head,
+            options.entropy_gradient,
+        )
+        # Copies, because the gradient needs the originals and the caller may change these.
+        return HeadTerms(logprobs.clone(), entropies.clone(), logsumexps.clone())
+
+    if options.group is None:
+        return part_of(hidden, targets)
+    return whole_vocabulary(part_of, hidden, targets, len(weight), options.group)
 
 
 def linear_logprob(  # noqa: PLR0913
@@ -283,23 +321,33 @@ def linear_logprob(  # noqa: PLR0913
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    softcap: float | None = None,
+    group: ProcessGroup | None = None,
     return_entropy: bool = False,
+    return_logsumexp: bool = False,
     entropy_gradient: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     if not runs_kernels(hidden):
         return reference.linear_logprob(
-            hidden, weight, targets, bias=bias, temperature=temperature, return_entropy=return_entropy,
-            entropy_gradient=entropy_gradient,
+            hidden, weight, targets, bias=bias, temperature=temperature, mask=mask, ignore_index=ignore_index, softcap=softcap,
+            group=group, return_entropy=return_entropy, return_logsumexp=return_logsumexp, entropy_gradient=entropy_gradient,
         )  # fmt: skip
     weight, bias = head_parameters(weight, bias)
     check_head(hidden, weight, bias, allow_float64=False)
-    check_same_device(("hidden", hidden), targets=targets)
+    check_same_device(("hidden", hidden), targets=targets, mask=mask)
     check_rows_contiguous("weight", weight)
-    check_targets(targets, len(hidden), len(weight))
+    keep = kept_tokens(targets, mask, ignore_index)
+    check_targets(targets, len(hidden), whole_size(weight, group), keep)
     check_temperature(temperature)
     hidden = hidden.to(weight.dtype)
-    logprobs, entropy = logprob_and_entropy(hidden, weight, bias, targets, temperature, entropy_gradient=entropy_gradient)
-    return (logprobs, entropy) if return_entropy else logprobs
+    check_softcap(softcap)
+    options = HeadOptions(temperature, softcap or 0.0, entropy_gradient, group)
+    return chosen_terms(
+        lambda hidden, targets: head_terms(hidden, weight, bias, targets, options), hidden, targets, keep,
+        (True, return_entropy, return_logsumexp),
+    )  # fmt: skip
 
 
 linear_logprob.__doc__ = reference.linear_logprob.__doc__

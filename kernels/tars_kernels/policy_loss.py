@@ -1,7 +1,7 @@
 """Policy-gradient losses, from logits, from hidden states and from log-probabilities.
 
 Every loss is one function of a token's log-probability, `_token_loss`; its specification is `token_loss.py`. Ways to it:
-- `linear_policy_loss`, which the trainer of tars_fast calls: `linear_logprob.logprob_and_entropy`, then `_from_logprobs`;
+- `linear_policy_loss`, which the trainer of tars_fast calls: `linear_logprob.head_terms`, then `_from_logprobs`;
 - `token_policy_loss`: `_from_logprobs`;
 - `policy_loss`: `_from_logits` in most cases;
 - `policy_loss` in the cases below: `_sweep_logits`, then `_from_logprobs`.
@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from tars_kernels import backend, reference
 from tars_kernels.backend import isolated, operator, runs_kernels
@@ -39,7 +40,7 @@ from tars_kernels.checks import (
     check_temperature,
     head_parameters,
 )
-from tars_kernels.linear_logprob import logprob_and_entropy
+from tars_kernels.linear_logprob import head_terms
 from tars_kernels.objective import (
     GMPO_FLOOR,
     MAX_EXPONENT,
@@ -55,6 +56,7 @@ from tars_kernels.objective import (
 from tars_kernels.rows import (
     LOG2E,
     LogitRows,
+    RowSlopes,
     RowTerms,
     fill_row,
     is_aligned,
@@ -67,6 +69,7 @@ from tars_kernels.rows import (
     write_gradient,
     write_rows_gradient,
 )
+from tars_kernels.vocabulary_parallel import HeadOptions, whole_size
 
 _LOW, _HIGH, _CAPPED = (tl.constexpr(bit) for bit in (1, 2, 4))
 """Bits of a token's `events`: its ratio fell below or rose above its bound, its importance weight was above the cap."""
@@ -752,7 +755,7 @@ def _write_logits_gradient(  # noqa: PLR0913
 ) -> None:
     rows = LogitRows(logits, bias, targets, inverse_temperature)
     entropy_slopes = None if entropy_slopes is None else entropy_slopes.contiguous()
-    write_rows_gradient(gradient, rows, RowTerms(*terms), slopes.contiguous(), entropy_slopes)
+    write_rows_gradient(gradient, rows, RowTerms(*terms), RowSlopes(slopes.contiguous(), entropy_slopes, None))
 
 
 def _save_logits(ctx, inputs, output):
@@ -913,7 +916,7 @@ def policy_loss(
 
 
 @shows_settings
-def linear_policy_loss(
+def linear_policy_loss(  # noqa: PLR0913
     hidden: Tensor,
     weight: Tensor | nn.Module,
     targets: Tensor,
@@ -921,18 +924,19 @@ def linear_policy_loss(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    group: ProcessGroup | None = None,
     **objective: Unpack[ObjectiveSettings],
 ) -> PolicyLoss:
     if not runs_kernels(hidden):
         return reference.linear_policy_loss(
-            hidden, weight, targets, advantages, bias=bias, temperature=temperature, **objective
+            hidden, weight, targets, advantages, bias=bias, temperature=temperature, group=group, **objective
         )
     settings = Objective.from_keywords(objective)
     weight, bias = head_parameters(weight, bias)
     check_head(hidden, weight, bias, allow_float64=False)
     check_rows_contiguous("weight", weight)
     check_same_device(("hidden", hidden), targets=targets, advantages=advantages)
-    check_targets(targets, len(hidden), len(weight), settings.mask)
+    check_targets(targets, len(hidden), whole_size(weight, group), settings.mask)
     check_temperature(temperature)
     hidden = hidden.to(weight.dtype)
     terms = settings.token_terms(len(targets), advantages)
@@ -940,9 +944,8 @@ def linear_policy_loss(
         # Masked slots may hold anything: a NaN state would reach the head's gradient, a target be outside the vocabulary.
         hidden = hidden.masked_fill(~terms.keep[:, None], 0.0)
         targets = targets.masked_fill(~terms.keep, 0)
-    logprobs, entropies = logprob_and_entropy(
-        hidden, weight, bias, targets, temperature, entropy_gradient=settings.entropy_coef != 0
-    )
+    options = HeadOptions(temperature, entropy_gradient=settings.entropy_coef != 0, group=group)
+    logprobs, entropies, _ = head_terms(hidden, weight, bias, targets, options)
     return _policy_loss_from_logprobs(logprobs, entropies, terms)
 
 

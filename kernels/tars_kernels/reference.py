@@ -14,6 +14,7 @@ from typing import Unpack
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from tars_kernels.backend import isolated
 from tars_kernels.checks import (
@@ -26,12 +27,14 @@ from tars_kernels.checks import (
     check_pairs,
     check_pooling,
     check_same_device,
+    check_softcap,
     check_targets,
     check_temperature,
     check_versions,
     check_weights,
     choose_layers,
     head_parameters,
+    kept_tokens,
 )
 from tars_kernels.divergence import LOWEST_LOGIT, Distillation, DistillationLoss, DistillationSettings
 from tars_kernels.objective import (
@@ -44,6 +47,7 @@ from tars_kernels.objective import (
 )
 from tars_kernels.softmax import SoftmaxTerms
 from tars_kernels.token_loss import token_loss
+from tars_kernels.vocabulary_parallel import HeadOptions, HeadTerms, chosen_terms, whole_size, whole_vocabulary
 
 NORM_FLOOR = 1e-8
 """States with a norm below this have no direction: their cosine is 0 and carries no gradient."""
@@ -61,9 +65,14 @@ def linear_logprob(  # noqa: PLR0913
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    softcap: float | None = None,
+    group: ProcessGroup | None = None,
     return_entropy: bool = False,
+    return_logsumexp: bool = False,
     entropy_gradient: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Log-probability of each target under `softmax((hidden @ weight.T + bias) / temperature)`.
 
     Args:
@@ -72,25 +81,52 @@ def linear_logprob(  # noqa: PLR0913
         targets: [T] int64. On CUDA one outside the vocabulary gives NaN, since looking would stop the host.
         bias: [V] added to the logits; -inf suppresses a token.
         temperature: the logits are divided by it.
+        mask: [T] bool; False makes a token's results 0, whatever its slots hold, NaN and targets outside included.
+        ignore_index: targets that are masked out like that, -100 in most losses; None: no target is.
+        softcap: logits, bias included, are held within plus and minus this, `softcap * tanh(logits / softcap)` (Gemma 2,
+            arXiv 2408.00118, section 2); -inf stays.
+        group: processes that hold the vocabulary in equal parts, in the order of their ranks; `weight` and `bias` are then this
+            process's part, everything else, results included, is the same on all of them. The hidden states' gradient is summed
+            over the group.
         return_entropy: also return the distribution's entropy.
+        return_logsumexp: also return the logsumexp of logits / temperature, with a gradient; its square is the z-loss (arXiv
+            2204.02311, section 5).
         entropy_gradient: let the entropy carry a gradient, which a frozen head pays for with another product.
 
     Returns:
-        [T] fp32 log-probabilities in nats, and with `return_entropy` [T] fp32 entropies in nats.
+        [T] fp32 log-probabilities in nats, then the [T] fp32 entropies and logsumexps that were asked for.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, a target outside the vocabulary, a head with an adapter.
     """
     weight, bias = head_parameters(weight, bias)
     check_head(hidden, weight, bias, allow_float64=True)
-    check_same_device(("hidden", hidden), targets=targets)
-    check_targets(targets, len(hidden), len(weight))
+    check_same_device(("hidden", hidden), targets=targets, mask=mask)
+    keep = kept_tokens(targets, mask, ignore_index)
+    check_targets(targets, len(hidden), whole_size(weight, group), keep)
     check_temperature(temperature)
-    logits = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight))
-    logprobs, entropy = _softmax_terms(
-        logits, targets, bias, temperature, wants_entropy=return_entropy, entropy_gradient=return_entropy and entropy_gradient
-    )
-    return (logprobs, entropy) if return_entropy else logprobs
+    check_softcap(softcap)
+    options = HeadOptions(temperature, softcap or 0.0, entropy_gradient, group)
+    return chosen_terms(
+        lambda hidden, targets: _head_terms(hidden, weight, bias, targets, options), hidden, targets, keep,
+        (True, return_entropy, return_logsumexp),
+    )  # fmt: skip
+
+
+def _head_terms(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions) -> HeadTerms:
+    def part_of(hidden: Tensor, targets: Tensor) -> HeadTerms:
+        logits = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight))
+        if bias is not None:
+            logits = logits + bias
+        if options.softcap:
+            capped = options.softcap * (logits / options.softcap).tanh()
+            logits = torch.where(logits == -torch.inf, logits, capped)
+        terms = _softmax_terms(logits, targets, None, options.temperature, entropy_gradient=options.entropy_gradient)
+        return HeadTerms(*terms, (logits / options.temperature).logsumexp(-1))
+
+    if options.group is None:
+        return part_of(hidden, targets)
+    return whole_vocabulary(part_of, hidden, targets, len(weight), options.group)
 
 
 @shows_settings
@@ -153,7 +189,7 @@ def token_policy_loss(
 
 @shows_settings
 @isolated
-def linear_policy_loss(
+def linear_policy_loss(  # noqa: PLR0913
     hidden: Tensor,
     weight: Tensor | nn.Module,
     targets: Tensor,
@@ -161,6 +197,7 @@ def linear_policy_loss(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    group: ProcessGroup | None = None,
     **objective: Unpack[ObjectiveSettings],
 ) -> PolicyLoss:
     """Policy-gradient loss of a linear head's distribution, from the states under it.
@@ -172,6 +209,7 @@ def linear_policy_loss(
         advantages: [T], or [N] with `cu_seqlens`.
         bias: [V] added to the logits; -inf suppresses a token.
         temperature: the logits are divided by it.
+        group: processes that hold the vocabulary in equal parts, see `linear_logprob`.
         objective: the settings of `Objective`.
 
     Raises:
@@ -182,11 +220,17 @@ def linear_policy_loss(
     weight, bias = head_parameters(weight, bias)
     check_head(hidden, weight, bias, allow_float64=True)
     check_same_device(("hidden", hidden), targets=targets, advantages=advantages)
-    check_targets(targets, len(hidden), len(weight), settings.mask)
+    check_targets(targets, len(hidden), whole_size(weight, group), settings.mask)
     check_temperature(temperature)
     if settings.mask is not None:
         # Before the product: 0 * nan would poison the head's gradient.
         hidden = hidden.masked_fill(~settings.mask.bool()[:, None], 0.0)
+    if group is not None:
+        terms = settings.token_terms(len(targets), advantages, torch.promote_types(hidden.dtype, torch.float32))
+        targets = targets if terms.keep is None else targets.masked_fill(~terms.keep, 0)
+        options = HeadOptions(temperature, entropy_gradient=settings.entropy_coef != 0, group=group)
+        logprobs, entropies, _ = _head_terms(hidden, weight, bias, targets, options)
+        return token_loss(logprobs, entropies, terms)
     logits = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight))
     return _policy_loss(logits, targets, advantages, bias, temperature, settings)
 

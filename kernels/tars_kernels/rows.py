@@ -131,6 +131,24 @@ def power(difference, scale):
 
 
 @triton.jit
+def capped(x, softcap, HAS_SOFTCAP: tl.constexpr):
+    """softcap * tanh(x / softcap); -inf, which suppresses a token, stays."""
+    if HAS_SOFTCAP:
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E / softcap)))
+        x = tl.where(x == float("-inf"), x, softcap * tanh)
+    return x
+
+
+@triton.jit
+def uncapped_gradient(g, x, softcap, HAS_SOFTCAP: tl.constexpr):
+    """The gradient before the cap, from that by the capped logits x."""
+    if HAS_SOFTCAP:
+        share = x / softcap
+        g = tl.where(x == float("-inf"), 0.0, g * (1.0 - share * share))
+    return g
+
+
+@triton.jit
 def load_target(row, bias, target, V, HAS_BIAS: tl.constexpr, shift=0):
     """The target's logit; NaN for a target outside the vocabulary, which is never read."""
     inside = (target >= 0) & (target < V)
@@ -143,7 +161,7 @@ def load_target(row, bias, target, V, HAS_BIAS: tl.constexpr, shift=0):
 @triton.jit
 def scan_row(  # noqa: PLR0913
     row, bias, target, V, scale, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    shift=0, ALIGNED: tl.constexpr = False, KEEP: tl.constexpr = "",
+    shift=0, ALIGNED: tl.constexpr = False, KEEP: tl.constexpr = "", softcap=1.0, HAS_SOFTCAP: tl.constexpr = False,
 ):  # fmt: skip
     """One sweep over a row; `scale` turns logits into powers of 2.
 
@@ -159,7 +177,7 @@ def scan_row(  # noqa: PLR0913
     moments = tl.zeros([LANES], tl.float32)
     place = target + shift
     for start in range(0, V + shift, ROWS * LANES):
-        x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES, shift, ALIGNED, KEEP)
+        x = capped(load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES, shift, ALIGNED, KEEP), softcap, HAS_SOFTCAP)
         if (start <= place) & (place < start + ROWS * LANES):
             x = tl.where(tile_columns(start, ROWS, LANES) == place.to(tl.int32), float("-inf"), x)
         higher = tl.maximum(tops, tl.max(x, 0))
@@ -173,7 +191,7 @@ def scan_row(  # noqa: PLR0913
     moment = tl.sum((moments + drop * sums) * factor, 0)
     others = tl.sum(sums * factor, 0)
 
-    own = load_target(row, bias, target, V, HAS_BIAS, shift)
+    own = capped(load_target(row, bias, target, V, HAS_BIAS, shift), softcap, HAS_SOFTCAP)
     peak = tl.where(own < top, top, own)
     factor, drop = power(top - peak, scale)
     moment = (moment + drop * others) * factor
@@ -190,23 +208,32 @@ def scan_row(  # noqa: PLR0913
 def write_gradient(  # noqa: PLR0913
     gradient, row, bias, target, V, scale, peak, total, rest, logprob, entropy, slope, entropy_slope,
     HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    shift=0, ALIGNED: tl.constexpr = False,
+    shift=0, ALIGNED: tl.constexpr = False, sum_slope=0.0, softcap=1.0, HAS_SOFTCAP: tl.constexpr = False,
 ):  # fmt: skip
-    """Gradient of `slope * logprob + entropy_slope * entropy` by the logits, both slopes already over the temperature."""
-    factor = -slope / total
+    """Gradient of `slope * logprob + entropy_slope * entropy + sum_slope * logsumexp` by the logits.
+
+    The slopes are already over the temperature.
+    """
+    factor = (sum_slope - slope) / total
     inverse = 1.0 / total
     log_total = tl.log(total)
     for start in range(0, V + shift, ROWS * LANES):
         x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES, shift, ALIGNED, "evict_first")
+        x = capped(x, softcap, HAS_SOFTCAP)
         if HAS_ENTROPY:
             e, drop = power(x - peak, scale)
             g = e * factor - entropy_slope * (e * inverse) * (drop * LN2 - log_total + entropy)
         else:
             g = tl.exp2((x - peak) * scale) * factor
-        store_tile(gradient, g, start, V, ROWS, LANES, shift)
+        store_tile(gradient, uncapped_gradient(g, x, softcap, HAS_SOFTCAP), start, V, ROWS, LANES, shift)
     own = slope * rest
+    if sum_slope != 0:
+        own += sum_slope * (1.0 - rest)
     if HAS_ENTROPY:
         own -= entropy_slope * tl.where(rest < 1, (1.0 - rest) * (logprob + entropy), 0.0)
+    if HAS_SOFTCAP:
+        # The target's capped logit, which its log-probability is the logarithm of.
+        own = uncapped_gradient(own, peak + (logprob + log_total) / (scale * LN2), softcap, HAS_SOFTCAP)
     overwrite(gradient, target, own, V, shift)
 
 
@@ -225,9 +252,9 @@ def _rows_forward(  # noqa: PLR0913
     targets,  # [T]
     logprobs, entropies, rests, peaks, totals, inverse_others,  # [T], written
     powers, entropy_powers,  # [T, V], written
-    V, logits_stride, powers_stride, inverse_temperature,
-    HAS_BIAS: tl.constexpr, HAS_POWERS: tl.constexpr, HAS_ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr,
+    V, logits_stride, powers_stride, inverse_temperature, softcap,
+    HAS_BIAS: tl.constexpr, HAS_POWERS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """HAS_POWERS: logits and powers have row strides of whole chunks, see `padded_rows`, so that no row is shifted."""
     pid = tl.program_id(0).to(tl.int64)
@@ -235,8 +262,9 @@ def _rows_forward(  # noqa: PLR0913
     scale = inverse_temperature * LOG2E
     target = tl.load(targets + pid).to(tl.int64)
     top, others, logprob, entropy, rest, peak, total = scan_row(
-        row, bias, target, V, scale, HAS_BIAS, ROWS, LANES, shift, ALIGNED, "evict_last" if HAS_POWERS else "evict_first"
-    )
+        row, bias, target, V, scale, HAS_BIAS, ROWS, LANES, shift, ALIGNED, "evict_last" if HAS_POWERS else "evict_first",
+        softcap, HAS_SOFTCAP,
+    )  # fmt: skip
     tl.store(logprobs + pid, logprob)
     tl.store(entropies + pid, entropy)
     tl.store(rests + pid, rest)
@@ -251,15 +279,18 @@ def _rows_forward(  # noqa: PLR0913
             x = load_tile(
                 row, bias, start, V, HAS_BIAS, ROWS, LANES, 0, ALIGNED, "evict_last" if HAS_ENTROPY else "evict_first"
             )
-            store_tile(powers_row, tl.exp2((x - top) * scale), start, V, ROWS, LANES)
+            x = capped(x, softcap, HAS_SOFTCAP)
+            e = uncapped_gradient(tl.exp2((x - top) * scale), x, softcap, HAS_SOFTCAP)
+            store_tile(powers_row, e, start, V, ROWS, LANES)
         overwrite(powers_row, target, tl.zeros([], tl.float32), V)
         # A loop of its own: together they would not fit into registers.
         if HAS_ENTROPY:
             log_total = tl.log(total)
             for start in range(0, V, ROWS * LANES):
                 x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES, 0, ALIGNED, "evict_first")
+                x = capped(x, softcap, HAS_SOFTCAP)
                 e, difference = power(x - peak, scale)
-                g = e / total * (difference * LN2 - log_total + entropy)
+                g = uncapped_gradient(e / total * (difference * LN2 - log_total + entropy), x, softcap, HAS_SOFTCAP)
                 store_tile(entropy_powers + pid * powers_stride, g, start, V, ROWS, LANES)
 
 
@@ -268,25 +299,29 @@ def _rows_backward(  # noqa: PLR0913
     gradient,  # [T, V], written
     logits,  # [T, V]
     bias,  # [V]
-    targets, slopes, entropy_slopes, logprobs, entropies, rests, peaks, totals,  # [T]
-    V, logits_stride, gradient_stride, inverse_temperature,
-    HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    targets, slopes, entropy_slopes, sum_slopes, logprobs, entropies, rests, peaks, totals,  # [T]
+    V, logits_stride, gradient_stride, inverse_temperature, softcap,
+    HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     slope = tl.load(slopes + pid) * inverse_temperature
     entropy_slope = 0.0
     if HAS_ENTROPY:
         entropy_slope = tl.load(entropy_slopes + pid) * inverse_temperature
+    sum_slope = 0.0
+    if HAS_SUM:
+        sum_slope = tl.load(sum_slopes + pid) * inverse_temperature
     row, shift = place_row(logits, logits_stride, ALIGNED)
     gradient_row, gradient_shift = place_row(gradient, gradient_stride, ALIGNED)
-    if (slope == 0) & (entropy_slope == 0):
+    if (slope == 0) & (entropy_slope == 0) & (sum_slope == 0):
         fill_row(gradient_row, V, ROWS, LANES, gradient_shift)
         return
     write_gradient(
         gradient_row, row, bias, tl.load(targets + pid).to(tl.int64), V,
         inverse_temperature * LOG2E, tl.load(peaks + pid), tl.load(totals + pid), tl.load(rests + pid),
         tl.load(logprobs + pid), tl.load(entropies + pid), slope, entropy_slope, HAS_BIAS, HAS_ENTROPY, ROWS, LANES,
-        shift, ALIGNED,
+        shift, ALIGNED, sum_slope, softcap, HAS_SOFTCAP,
     )  # fmt: skip
 
 
@@ -300,6 +335,30 @@ class LogitRows(NamedTuple):
     targets: Tensor
     """[T]"""
     inverse_temperature: float
+    softcap: float = 0.0
+    """Logits, bias included, are held within plus and minus this by tanh; 0: they are not."""
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What both kernels over rows have in common, by name."""
+        return {
+            "softcap": self.softcap or 1.0,
+            "HAS_BIAS": self.bias is not None,
+            "HAS_SOFTCAP": self.softcap != 0,
+            **tile(self.logits.shape[1]),
+        }
+
+
+class RowSlopes(NamedTuple):
+    """What the gradient of a loss by rows starts from: the loss's derivatives, [T]."""
+
+    logprobs: Tensor
+    entropies: Tensor | None
+    logsumexps: Tensor | None
+
+    def part(self, tokens: slice) -> RowSlopes:
+        """Views of some tokens."""
+        return RowSlopes(self.logprobs[tokens], *(None if slopes is None else slopes[tokens] for slopes in self[1:]))
 
 
 class RowTerms(NamedTuple):
@@ -366,26 +425,23 @@ def sweep_rows(rows: LogitRows, terms: RowTerms, written: RowPowers | None = Non
         _rows_forward[(num_tokens,)](
             rows.logits, rows.bias, rows.targets, *terms, inverse_others, powers, entropy_powers, vocabulary,
             rows.logits.stride(0), 0 if powers is None else powers.stride(0), rows.inverse_temperature,
-            HAS_BIAS=rows.bias is not None, HAS_POWERS=powers is not None, HAS_ENTROPY=entropy_powers is not None,
-            ALIGNED=is_aligned(rows.logits), **tile(vocabulary),
+            HAS_POWERS=powers is not None, HAS_ENTROPY=entropy_powers is not None, ALIGNED=is_aligned(rows.logits),
+            **rows.options,
         )  # fmt: skip
 
 
-def write_rows_gradient(
-    gradient: Tensor, rows: LogitRows, terms: RowTerms, slopes: Tensor, entropy_slopes: Tensor | None
-) -> None:
-    """Write the gradient of `slopes * logprobs + entropy_slopes * entropies` by the logits.
+def write_rows_gradient(gradient: Tensor, rows: LogitRows, terms: RowTerms, slopes: RowSlopes) -> None:
+    """Write the gradient by the logits.
 
     Args:
         gradient: [T, V], which may be the memory of the logits.
         terms: of `sweep_rows`.
-        slopes: [T]
-        entropy_slopes: [T]
+        slopes: of the loss by what `terms` holds.
     """
     num_tokens, vocabulary = rows.logits.shape
     if num_tokens:
         _rows_backward[(num_tokens,)](
-            gradient, rows.logits, rows.bias, rows.targets, slopes, entropy_slopes, *terms, vocabulary, rows.logits.stride(0),
-            gradient.stride(0), rows.inverse_temperature, HAS_BIAS=rows.bias is not None,
-            HAS_ENTROPY=entropy_slopes is not None, ALIGNED=is_aligned(rows.logits, gradient), **tile(vocabulary),
+            gradient, rows.logits, rows.bias, rows.targets, *slopes, *terms, vocabulary, rows.logits.stride(0),
+            gradient.stride(0), rows.inverse_temperature, HAS_ENTROPY=slopes.entropies is not None,
+            HAS_SUM=slopes.logsumexps is not None, ALIGNED=is_aligned(rows.logits, gradient), **rows.options,
         )  # fmt: skip

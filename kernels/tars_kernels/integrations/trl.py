@@ -56,8 +56,8 @@ def _replace_fused_head(model: nn.Module, temperature: float, in_fp32: bool, ent
             states.to(dtype), weight.to(dtype), targets, bias=bias, temperature=temperature, return_entropy=True,
             entropy_gradient=entropy_gradient,
         )  # fmt: skip
-        assert isinstance(result, tuple)
-        return result
+        logprobs, entropies = result
+        return logprobs, entropies
 
     # The signature of the original, which `generate` looks at.
     @wraps(with_logits)

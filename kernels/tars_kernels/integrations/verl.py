@@ -35,7 +35,7 @@ def policy_loss(  # noqa: PLR0913
     """
     low, high = (config.clip_ratio if bound is None else bound for bound in (config.clip_ratio_low, config.clip_ratio_high))
     dual_clip = config.get("clip_ratio_c", 3.0)
-    vectors = {"old_logprobs": old_log_prob, "logprobs": log_prob, "advantages": advantages}
+    vectors: dict[str, Any] = {"old_logprobs": old_log_prob, "logprobs": log_prob, "advantages": advantages}
     if rollout_is_weights is not None:
         vectors["importance_weights"] = rollout_is_weights
     result = token_policy_loss(
