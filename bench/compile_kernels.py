@@ -37,7 +37,7 @@ MAX_REGISTERS = 128
 """At 512 threads a program, more would leave a multiprocessor without room for it."""
 MAX_EXPONENTIALS = {1: 1.25, 2: 1.5}
 """By rows that a program reads at once: exponentials an element in the costliest loop over long rows, its own and a part of its
-lane's rescaling."""
+lane's rescaling. Capped logits take one more, for their tanh."""
 LONG_ROW_LANES = rows.tile(156032)["LANES"]
 assert distillation.tile(156032)["LANES"] == LONG_ROW_LANES
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -245,6 +245,12 @@ def launch_everything(head: Head, temperature: float, coefficient: float, *, tho
     tars_kernels.token_policy_loss(head.ref_logprobs.clone().requires_grad_(), head.advantages, **packed).loss.backward()
     trainable = head.weight.clone().requires_grad_()
     tars_kernels.linear_logprob(head.hidden, trainable, head.targets, temperature=temperature).sum().backward()
+    for weight in (head.weight, trainable) if thorough else ():
+        capped = tars_kernels.linear_logprob(
+            head.hidden, weight, head.targets, temperature=temperature, mask=head.mask, ignore_index=-100,
+            softcap=30.0 + coefficient, return_logsumexp=True,
+        )  # fmt: skip
+        sum(term.sum() for term in capped).backward()
     for divergence in ("reverse_kl", "forward_kl", "jsd") if thorough else ("reverse_kl",):
         for weight in (head.weight, trainable):
             tars_kernels.linear_distillation_loss(
@@ -294,7 +300,8 @@ def check(architecture: int, dtypes: Sequence[torch.dtype]) -> tuple[list[Compil
             problems.append(f"{kernel}: spills {kernel.spilled_bytes} bytes")
         if kernel.registers > MAX_REGISTERS:
             problems.append(f"{kernel}: {kernel.registers} registers")
-        if (kernel.exponentials_per_element or 0) > MAX_EXPONENTIALS[kernel.rows_at_once]:
+        capped = "HAS_SOFTCAP" in kernel.variant.split()
+        if (kernel.exponentials_per_element or 0) > MAX_EXPONENTIALS[kernel.rows_at_once] + capped:
             problems.append(f"{kernel}: {kernel.exponentials_per_element} exponentials an element")
     return list(found.values()), problems
 

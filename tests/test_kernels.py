@@ -17,4 +17,6 @@ def test_kernels(path, pytestconfig):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
     command += ["--all"] if pytestconfig.option.all_tiers else []
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout[-8000:]
+    # All tests of a file may be slow ones.
+    fine = (0,) if pytestconfig.option.all_tiers else (0, pytest.ExitCode.NO_TESTS_COLLECTED)
+    assert done.returncode in fine, done.stdout[-8000:]

@@ -193,10 +193,14 @@ def head_parameters(weight: Tensor | nn.Module, bias: Tensor | None, name: str =
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, allow_float64: bool, prefix: str = "") -> None:
-    """Raises ValueError unless hidden [T, D], weight [V, D] and bias [V] fit together; `prefix` begins the arguments' names."""
+    """Raises ValueError unless hidden [T, D], weight [V, D] and bias [V] fit together; `prefix` begins the arguments' names.
+
+    `hidden` may be of a narrower type than `weight`, to whose it is to be converted.
+    """
     check_floats(f"{prefix}hidden", hidden, (None, None), allow_float64=allow_float64)
     check_floats(f"{prefix}weight", weight, (None, hidden.shape[1]), allow_float64=allow_float64)
-    if weight.dtype != hidden.dtype:
+    # A head kept in fp32 over states of an autocast: products are taken in fp32.
+    if torch.promote_types(weight.dtype, hidden.dtype) != weight.dtype:
         raise ValueError(f"{prefix}weight: dtype {weight.dtype}, {prefix}hidden {hidden.dtype}; convert one of them")
     check_same_device((f"{prefix}hidden", hidden), **{f"{prefix}weight": weight, f"{prefix}bias": bias})
     check_bias(bias, weight.shape[0], f"{prefix}bias")

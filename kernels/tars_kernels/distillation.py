@@ -15,16 +15,16 @@ Shapes: T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Unpack
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tars_kernels import reference
-from tars_kernels.backend import isolated, runs_kernels
+from tars_kernels.backend import operator, runs_kernels
 from tars_kernels.checks import check_rows_contiguous, check_temperature
 from tars_kernels.divergence import LOWEST_LOGIT, Distillation, DistillationLoss, DistillationSettings, Heads
 from tars_kernels.linear_logprob import (
@@ -304,90 +304,6 @@ class _Options(NamedTuple):
     kind: int
     beta: float
     inverse_temperature: float
-    frozen_gradient: bool
-    """The gradient by hidden states is wanted, and none by the head: it is taken in the forward pass."""
-
-
-class _LinearDivergence(torch.autograd.Function):
-    """[T] divergences from hidden states."""
-
-    @staticmethod
-    @isolated
-    def forward(ctx, options, hidden, teacher_hidden, *head_tensors):
-        heads = Heads(*head_tensors)
-        num_tokens, vocabulary = len(hidden), len(heads.weight)
-        terms = _Terms(*(torch.empty(num_tokens, dtype=torch.float32, device=hidden.device) for _ in _Terms._fields))
-        frozen = options.frozen_gradient
-        directions = torch.empty_like(hidden) if frozen else None
-        largest = torch.empty_like(terms.tops) if frozen and hidden.dtype == torch.float16 else None
-        for outer in blocks(0, num_tokens, PRODUCT_ROWS if frozen else num_tokens or 1):
-            num_rows = outer.stop - outer.start
-            derivatives = padded_rows(num_rows, vocabulary, hidden.dtype, hidden.device) if frozen else None
-            for inner in blocks(outer.start, outer.stop, LOGITS_ROWS):
-                written = slice(inner.start - outer.start, inner.stop - outer.start)
-                arguments = _row_arguments(hidden[inner], teacher_hidden[inner], heads, options)
-                _divergence_rows[(inner.stop - inner.start,)](
-                    *terms.part(inner), None if largest is None else largest[inner],
-                    None if derivatives is None else derivatives[written],
-                    derivatives_stride=0 if derivatives is None else derivatives.stride(0), **arguments, HAS_DERIVATIVE=frozen,
-                    HAS_LARGEST=largest is not None,
-                )  # fmt: skip
-                del arguments
-            if directions is not None and derivatives is not None:
-                directions[outer] = product_fp32(derivatives, heads.weight)
-        if frozen:
-            ctx.save_for_backward(directions, largest)
-        else:
-            # A copy of what is returned, because the caller may change it.
-            saved = terms._replace(divergences=terms.divergences.clone())
-            ctx.save_for_backward(hidden, teacher_hidden, *heads, *saved)
-        ctx.options = options
-        return terms.divergences
-
-    @staticmethod
-    @once_differentiable
-    @isolated
-    def backward(ctx: Any, *upstreams: Any) -> Any:
-        (slopes,) = upstreams
-        options = ctx.options
-        if options.frozen_gradient:
-            directions, largest = ctx.saved_tensors
-            gradient = torch.empty_like(directions)
-            num_tokens, num_features = directions.shape
-            if num_tokens:
-                _scale_directions[(num_tokens,)](
-                    gradient, directions, slopes.contiguous(), largest, num_features, options.inverse_temperature,
-                    HAS_LARGEST=largest is not None, BLOCK=min(2048, triton.next_power_of_2(num_features)),
-                )  # fmt: skip
-            return None, gradient, None, None, None, None, None
-
-        hidden, teacher_hidden, *saved = ctx.saved_tensors
-        heads, terms = Heads(*saved[:4]), _Terms(*saved[4:])
-        _, needs_hidden, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        slopes = slopes.contiguous()
-        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-        weight_gradient = empty_gradient(heads.weight, len(hidden)) if needs_weight else None
-        bias_gradient = torch.zeros_like(heads.bias, dtype=torch.float32) if needs_bias and heads.bias is not None else None
-        for outer in blocks(0, len(hidden), GRADIENT_ROWS):
-            gradient = padded_rows(outer.stop - outer.start, len(heads.weight), hidden.dtype, hidden.device)
-            for tokens in blocks(outer.start, outer.stop, LOGITS_ROWS):
-                arguments = _row_arguments(hidden[tokens], teacher_hidden[tokens], heads, options)
-                written = gradient[tokens.start - outer.start : tokens.stop - outer.start]
-                _divergence_rows_backward[(len(written),)](
-                    written, slopes[tokens], *terms.part(tokens)[1:], gradient_stride=written.stride(0), **arguments
-                )
-                del arguments
-            if hidden_gradient is not None:
-                torch.mm(gradient, heads.weight, out=hidden_gradient[outer])
-            if weight_gradient is not None:
-                add_product_fp32(weight_gradient, gradient.T, hidden[outer], first=outer.start == 0)
-            if bias_gradient is not None:
-                bias_gradient += gradient.sum(0, dtype=torch.float32)
-            del gradient
-        weight_gradient = None if weight_gradient is None else weight_gradient.to(heads.weight.dtype)
-        if bias_gradient is not None and heads.bias is not None:
-            bias_gradient = bias_gradient.to(heads.bias.dtype)
-        return None, hidden_gradient, None, weight_gradient, bias_gradient, None, None
 
 
 def _row_arguments(hidden: Tensor, teacher_hidden: Tensor, heads: Heads, options: _Options) -> dict[str, Any]:
@@ -402,6 +318,146 @@ def _row_arguments(hidden: Tensor, teacher_hidden: Tensor, heads: Heads, options
         "HAS_BIAS": heads.bias is not None, "HAS_TEACHER_BIAS": heads.teacher_bias is not None,
         "ALIGNED": is_aligned(logits, teacher_logits), **tile(vocabulary),
     }  # fmt: skip
+
+
+def _forward(  # noqa: PLR0913
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    kind: int,
+    beta: float,
+    inverse_temperature: float,
+    frozen_gradient: bool,
+) -> list[Tensor]:
+    """`_Terms`, and for the gradient through a frozen head directions [T, D] and, for fp16, their scale [T], else empty.
+
+    Args:
+        frozen_gradient: the gradient by hidden states is wanted, and none by the head: it is taken here.
+    """
+    heads = Heads(weight, bias, teacher_weight, teacher_bias)
+    options = _Options(kind, beta, inverse_temperature)
+    num_tokens, vocabulary = len(hidden), len(weight)
+    terms = _Terms(*(torch.empty(num_tokens, dtype=torch.float32, device=hidden.device) for _ in _Terms._fields))
+    directions = hidden.new_empty(num_tokens if frozen_gradient else 0, hidden.shape[1])
+    scales = frozen_gradient and hidden.dtype == torch.float16
+    largest = terms.tops.new_empty(num_tokens if scales else 0)
+    for outer in blocks(0, num_tokens, PRODUCT_ROWS if frozen_gradient else num_tokens or 1):
+        num_rows = outer.stop - outer.start
+        derivatives = padded_rows(num_rows, vocabulary, hidden.dtype, hidden.device) if frozen_gradient else None
+        for inner in blocks(outer.start, outer.stop, LOGITS_ROWS):
+            written = slice(inner.start - outer.start, inner.stop - outer.start)
+            arguments = _row_arguments(hidden[inner], teacher_hidden[inner], heads, options)
+            _divergence_rows[(inner.stop - inner.start,)](
+                *terms.part(inner), largest[inner] if scales else None,
+                None if derivatives is None else derivatives[written],
+                derivatives_stride=0 if derivatives is None else derivatives.stride(0), **arguments,
+                HAS_DERIVATIVE=frozen_gradient, HAS_LARGEST=scales,
+            )  # fmt: skip
+            del arguments
+        if derivatives is not None:
+            directions[outer] = product_fp32(derivatives, weight)
+    return [*terms, directions, largest]
+
+
+def _forward_outputs(hidden, *arguments):
+    frozen_gradient = arguments[-1]
+    num_tokens = hidden.shape[0]
+    scales = frozen_gradient and hidden.dtype == torch.float16
+    terms = [hidden.new_empty(num_tokens, dtype=torch.float32) for _ in _Terms._fields]
+    directions = hidden.new_empty(num_tokens if frozen_gradient else 0, hidden.shape[1])
+    return [*terms, directions, hidden.new_empty(num_tokens if scales else 0, dtype=torch.float32)]
+
+
+def _frozen_gradient(directions: Tensor, largest: Tensor, slopes: Tensor, inverse_temperature: float) -> Tensor:
+    """[T, D] by the hidden states under a frozen head."""
+    gradient = torch.empty_like(directions)
+    num_tokens, num_features = directions.shape
+    if num_tokens:
+        _scale_directions[(num_tokens,)](
+            gradient, directions, slopes.contiguous(), largest, num_features, inverse_temperature,
+            HAS_LARGEST=directions.dtype == torch.float16, BLOCK=min(2048, triton.next_power_of_2(num_features)),
+        )  # fmt: skip
+    return gradient
+
+
+def _trainable_gradients(  # noqa: PLR0913
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    terms: Sequence[Tensor],
+    slopes: Tensor,
+    kind: int,
+    beta: float,
+    inverse_temperature: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """By hidden states, head and bias, empty where not needed; logits are computed again."""
+    heads = Heads(weight, bias, teacher_weight, teacher_bias)
+    options = _Options(kind, beta, inverse_temperature)
+    slopes = slopes.contiguous()
+    needs_hidden, needs_weight, needs_bias = needs
+    hidden_gradient = torch.empty_like(hidden if needs_hidden else hidden[:0])
+    weight_gradient = empty_gradient(weight if needs_weight else weight[:0], len(hidden))
+    bias_gradient = torch.zeros(len(weight) if needs_bias else 0, dtype=torch.float32, device=hidden.device)
+    for outer in blocks(0, len(hidden), GRADIENT_ROWS):
+        gradient = padded_rows(outer.stop - outer.start, len(weight), hidden.dtype, hidden.device)
+        for tokens in blocks(outer.start, outer.stop, LOGITS_ROWS):
+            arguments = _row_arguments(hidden[tokens], teacher_hidden[tokens], heads, options)
+            written = gradient[tokens.start - outer.start : tokens.stop - outer.start]
+            _divergence_rows_backward[(len(written),)](
+                written, slopes[tokens], *_Terms(*terms).part(tokens)[1:], gradient_stride=written.stride(0), **arguments
+            )
+            del arguments
+        if needs_hidden:
+            torch.mm(gradient, weight, out=hidden_gradient[outer])
+        if needs_weight:
+            add_product_fp32(weight_gradient, gradient.T, hidden[outer], first=outer.start == 0)
+        if needs_bias:
+            bias_gradient += gradient.sum(0, dtype=torch.float32)
+        del gradient
+    return [hidden_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(torch.float32 if bias is None else bias.dtype)]
+
+
+def _trainable_gradients_outputs(hidden, teacher_hidden, weight, bias, *arguments):
+    needs = arguments[-1]
+    like = hidden, weight, weight.new_empty(weight.shape[0], dtype=torch.float32) if bias is None else bias
+    return [one.new_empty(one.shape[0] if need else 0, *one.shape[1:]) for one, need in zip(like, needs, strict=True)]
+
+
+def _save_forward(ctx, inputs, output):
+    *tensors, ctx.kind, ctx.beta, ctx.inverse_temperature, ctx.frozen_gradient = inputs
+    ctx.save_for_backward(*(output[-2:] if ctx.frozen_gradient else [*tensors, *output[:-2]]))
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _forward_backward(ctx, gradients):
+    slopes = gradients[0]
+    no_gradients = (None,) * 4
+    if slopes is None:
+        return *(None,) * 6, *no_gradients
+    if ctx.frozen_gradient:
+        gradient = _frozen_gradient_operator(*ctx.saved_tensors, slopes, ctx.inverse_temperature)
+        return gradient, *(None,) * 5, *no_gradients
+    tensors, terms = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    needs = [ctx.needs_input_grad[place] for place in (0, 2, 3)]
+    found = _trainable_gradients_operator(*tensors, list(terms), slopes, ctx.kind, ctx.beta, ctx.inverse_temperature, needs)
+    hidden, weight, bias = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
+    return hidden, None, weight, bias, None, None, *no_gradients
+
+
+_frozen_gradient_operator = operator(
+    "linear_distillation_frozen_gradient", _frozen_gradient, lambda directions, *_: torch.empty_like(directions)
+)
+_trainable_gradients_operator = operator("linear_distillation_gradients", _trainable_gradients, _trainable_gradients_outputs)
+_forward_operator = operator("linear_distillation", _forward, _forward_outputs)
+_forward_operator.register_autograd(_forward_backward, setup_context=_save_forward)
 
 
 def linear_distillation_loss(
@@ -427,13 +483,14 @@ def linear_distillation_loss(
     recording = torch.is_grad_enabled()
     trainable_head = recording and (heads.weight.requires_grad or (heads.bias is not None and heads.bias.requires_grad))
     frozen_gradient = recording and hidden.requires_grad and not trainable_head
-    options = _Options(_KINDS[settings.divergence], settings.beta, 1.0 / temperature, frozen_gradient)
     bias, teacher_bias = (None if each is None else each.contiguous() for each in (heads.bias, heads.teacher_bias))
-    divergences = _LinearDivergence.apply(
-        options, settings.blank(hidden).contiguous(), settings.blank(teacher_hidden).detach().contiguous(), heads.weight, bias,
-        heads.teacher_weight, teacher_bias,
+    divergences, *_ = _forward_operator(
+        settings.blank(hidden).to(heads.weight.dtype).contiguous(),
+        settings.blank(teacher_hidden).detach().to(heads.teacher_weight.dtype).contiguous(), heads.weight, bias,
+        heads.teacher_weight, teacher_bias, _KINDS[settings.divergence], settings.beta, 1.0 / temperature, frozen_gradient,
     )  # fmt: skip
-    return settings.loss(divergences)
+    # A copy, because the gradient may need the original and the caller may change this one.
+    return settings.loss(divergences.clone())
 
 
 linear_distillation_loss.__doc__ = reference.linear_distillation_loss.__doc__

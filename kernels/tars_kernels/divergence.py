@@ -178,7 +178,7 @@ class Distillation:
         keep = torch.ones_like(divergences, dtype=torch.bool) if self.mask is None else self.mask.bool()
         weights = keep.to(divergences.dtype)
         counts_before = F.pad(keep.long().cumsum(0), (1, 0))
-        normaliser = weights.new_zeros(()) + counts_before[-1].clamp(min=1)
+        normaliser = weights.new_zeros(()) + keep.sum().clamp(min=1)
         if self.num_tokens is not None:
             normaliser = torch.zeros_like(normaliser) + torch.as_tensor(self.num_tokens).clamp(min=1)
         if self.cu_seqlens is not None:

@@ -341,6 +341,7 @@ def linear_logprob(  # noqa: PLR0913
     keep = kept_tokens(targets, mask, ignore_index)
     check_targets(targets, len(hidden), whole_size(weight, group), keep)
     check_temperature(temperature)
+    hidden = hidden.to(weight.dtype)
     check_softcap(softcap)
     options = HeadOptions(temperature, softcap or 0.0, entropy_gradient, group)
     return chosen_terms(

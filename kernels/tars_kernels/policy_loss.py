@@ -938,6 +938,7 @@ def linear_policy_loss(  # noqa: PLR0913
     check_same_device(("hidden", hidden), targets=targets, advantages=advantages)
     check_targets(targets, len(hidden), whole_size(weight, group), settings.mask)
     check_temperature(temperature)
+    hidden = hidden.to(weight.dtype)
     terms = settings.token_terms(len(targets), advantages)
     if terms.keep is not None:
         # Masked slots may hold anything: a NaN state would reach the head's gradient, a target be outside the vocabulary.

@@ -126,7 +126,7 @@ def _head_terms(
     _, needs_entropy, needs_logsumexp = wanted if options.group is None else (True, True, True)
 
     def part_of(hidden: Tensor, targets: Tensor) -> HeadTerms:
-        logits = F.linear(_accumulated(hidden), _accumulated(weight))
+        logits = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight))
         if bias is not None:
             logits = logits + bias
         if options.softcap:
@@ -245,7 +245,7 @@ def linear_policy_loss(  # noqa: PLR0913
         options = HeadOptions(temperature, entropy_gradient=settings.entropy_coef != 0, group=group)
         logprobs, entropies, _ = _head_terms(hidden, weight, bias, targets, options)
         return token_loss(logprobs, entropies, terms)
-    logits = F.linear(_accumulated(hidden), _accumulated(weight))
+    logits = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight))
     return _policy_loss(logits, targets, advantages, bias, temperature, settings)
 
 
@@ -339,7 +339,7 @@ shows_settings(linear_distillation_loss, Distillation)
 
 def _all_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """[T, V], all of them finite."""
-    logits = F.linear(_accumulated(hidden), _accumulated(weight))
+    logits = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight))
     if bias is not None:
         logits = logits + bias
     return (logits.clamp(min=LOWEST_LOGIT) / temperature).log_softmax(-1)

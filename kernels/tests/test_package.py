@@ -164,6 +164,30 @@ def test_autocast_changes_nothing(device, implementation):
         assert torch.equal(plain, cast)
 
 
+@pytest.mark.parametrize("implementation", [tars_kernels, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("name", ["linear_logprob", "linear_policy_loss", "linear_distillation_loss"])
+def test_a_head_in_fp32_under_autocast(device, implementation, name):
+    """States come out of it in bf16; products are then taken in fp32, and both gradients have the type of what they are of."""
+    values = arguments(device)
+    positional = [
+        p.name for p in inspect.signature(getattr(reference, name)).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    results = []
+    for autocast in (True, False):
+        states = values["hidden"].bfloat16()
+        leaf = (states if autocast else states.float()).requires_grad_()
+        head = values["weight"].clone().requires_grad_()
+        given = values | {"hidden": leaf, "weight": head, "teacher_hidden": states if autocast else states.float()}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+            result = getattr(implementation, name)(*(given[key] for key in positional))
+        (result.loss if "loss" in name else result.sum()).backward()
+        assert (leaf.grad.dtype, head.grad.dtype) == (leaf.dtype, head.dtype)
+        results.append([result.loss if "loss" in name else result, leaf.grad.float(), head.grad])
+    for cast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(cast, plain, rtol=1e-2, atol=1e-4)
+    assert torch.equal(results[0][0], results[1][0])
+
+
 HEAD_LOSSES = ("policy_loss", "linear_policy_loss")
 LOSSES = (*HEAD_LOSSES, "token_policy_loss")
 DISTILLATION = "linear_distillation_loss"

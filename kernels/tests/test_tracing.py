@@ -123,6 +123,8 @@ def calls(device) -> dict[str, tuple[object, ...]]:
         values = arguments(device)
         head = [values["hidden"], values["weight"].requires_grad_(), values["targets"]]
         with_gradients(tars_kernels.linear_logprob, head)
+        teacher = [values["hidden"], values["teacher_hidden"], values["weight"]]
+        with_gradients(lambda *inputs: tars_kernels.linear_distillation_loss(*inputs).loss, teacher)
         coupled = {"loss_type": "gspo", "cu_seqlens": values["cu_seqlens"], "entropy_coef": 0.1}
         tars_kernels.policy_loss(*inputs_of("policy_loss", device), **coupled).loss.backward()
         pooler = tars_kernels.LayerPooler([torch.nn.Identity()], torch.nn.Identity(), differentiable=True)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import tars_kernels
 import torch
+from tars_kernels.integrations.trl import patch_grpo_trainer
 
-trl = pytest.importorskip("trl", reason="an extra, bench, brings it")
-
-from datasets import Dataset  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from tars_kernels.integrations.trl import patch_grpo_trainer  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback  # noqa: E402
+if find_spec("trl") is None:
+    pytestmark = pytest.mark.skip(reason="needs trl, which the extra bench brings")
+    TrainerCallback = object
+else:
+    import trl
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 WORDS = [f"w{number}" for number in range(40)]
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> object:
     words = {word: number for number, word in enumerate(["<pad>", "<eos>", *WORDS])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
