@@ -54,13 +54,13 @@ def read_wave(recording: Recording) -> tuple[np.ndarray, int]:
                 file.seek(0)
             wave, rate = _decode_whole(file.fileno())
     except FileNotFoundError as error:
-        raise UserError(f"recording {recording}: no such file; 'audio' is read relative to the jsonl that names it") from error
+        raise UserError(f"recording {recording}: no such file; a path is read relative to the file that names it") from error
     except OSError as error:
-        raise UserError(f"recording {recording}: cannot be read ({error.strerror})") from error
+        raise UserError(f"recording {recording}: cannot be read ({error.strerror}); correct or remove the item") from error
     except IncompleteError as error:
         raise UserError(f"recording {recording}: is not whole ({error}); copy or write it again from its source") from error
     except ValueError as error:
-        raise UserError(f"recording {recording}: cannot be read ({error})") from error
+        raise UserError(f"recording {recording}: cannot be read ({error}); correct or remove the item") from error
     except soundfile.SoundFileError as error:
         reason = str(error).rpartition(": ")[2]
         raise UserError(

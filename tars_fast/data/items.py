@@ -250,6 +250,8 @@ def _possible_answers(columns: _Columns) -> _Answers:
             )
         return _Answers(shown[: len(ascii_uppercase)], are_options=True, are_shown=True)
     options, answer_set = columns.values["options"], columns.values.get("answer_set")
+    if "answer_set" not in format.columns and options is None:
+        raise UserError(f"{columns.row}: {format.columns['options']!r} missing or empty; {format.name} has the options there")
     if (options is None) == (answer_set is None):
         raise UserError(
             f"{columns.row}: give 'options' (lettered and shown in the prompt) or 'answer_set' (not shown), one of them"
@@ -264,7 +266,8 @@ def _possible_answers(columns: _Columns) -> _Answers:
         or not 2 <= len(listed) <= 26
         or not all(isinstance(option, str) and (option.strip() or format.published) for option in listed)
     ):
-        raise UserError(f"{columns.row}: 'options' or 'answer_set' must list 2 to 26 non-empty texts, not {listed!r:.80}")
+        column = format.columns["options"] if answer_set is None else "answer_set"
+        raise UserError(f"{columns.row}: {column!r} must list 2 to 26 non-empty texts, not {listed!r:.80}")
     listed = [option.strip() for option in listed]
     # Words said in answer are compared without regard to case, so "Yes" and "yes" would be one.
     folded = [option if answer_set is None else fold_answer(option) for option in listed]

@@ -151,7 +151,9 @@ def _find_rows(source: str) -> Iterator[Row]:
         found = sorted(path.glob("*.jsonl"))
         if _is_saved_dataset(path) or (not found and any(path.rglob("*.parquet"))):
             return _read_dataset(source, name, None, split)
-        if len(found) != 1:
+        if not found:
+            raise UserError(f"data {path}: holds neither a jsonl file nor a dataset; name the file with the items")
+        if len(found) > 1:
             raise UserError(f"data {path}: holds {len(found)} jsonl files; name the one to read")
         path = found[0]
     elif path.suffix == ".parquet" or (

@@ -45,6 +45,15 @@ def add_adapter(module: nn.Module, config: LoraConfig) -> None:
             parameter.data = parameter.data.float()
 
 
+@contextmanager
+def adapter_off(module: nn.Module) -> Iterator[None]:
+    """Inside the block the adapter adds zeros, and `module` computes what its base does; nothing else may run it meanwhile."""
+    from peft.helpers import rescale_adapter_scale
+
+    with rescale_adapter_scale(module, 0.0):
+        yield
+
+
 _PLAIN = re.compile(r"(?P<layer>.+)\.lora_[AB]\.weight")
 
 
@@ -168,7 +177,7 @@ def _read_adapter(family: Family, folder: Path) -> tuple[LoraConfig, dict[str, T
 
     config = read_adapter_config(folder)
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ValueError(f"no {ADAPTER_WEIGHTS} is in it")
+        raise UserError(f"--model {folder}: holds no {ADAPTER_WEIGHTS}; save it by peft's save_pretrained, no pickle is read")
     if not isinstance(config.target_modules, str | None):
         config.target_modules = [family.installed_name(name) for name in config.target_modules]
     config.rank_pattern = {family.installed_name(name): rank for name, rank in (config.rank_pattern or {}).items()}

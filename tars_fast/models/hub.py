@@ -79,7 +79,7 @@ def base_of(source: str) -> str:
     if config is None:
         return source
     base = config.base_model_name_or_path
-    if not base:
+    if not isinstance(base, str) or not base:
         raise UserError(f"--model {source}: an adapter that does not name its base; add base_model_name_or_path to it")
     return f"{base}@{config.revision}" if config.revision else base
 

@@ -157,7 +157,11 @@ class PromptFormat:
         clips, seconds = self.load_clips(question.audio)
         control = [token for token in self.control_tokens if token in question.text]
         if control:
-            what = "the audio placeholder" if self.audio_token in control else f"the control token {control[0]}"
+            what = (
+                f"the audio placeholder {self.audio_token}"
+                if self.audio_token in control
+                else f"the control token {control[0]}"
+            )
             raise UserError(f"its text holds {what}; remove it")
         written = self.token_ids(question, Modality.TEXT)
         spoken = self.token_ids(question, Modality.SPEECH, [self.num_audio_tokens(clip) for clip in clips])

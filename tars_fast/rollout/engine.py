@@ -150,7 +150,8 @@ def engine_refusal(family: Family, lora_rank: int, *, float32: bool, on_cuda: bo
     if family.engine_names is None:
         return f"{family.engine_refusal}; use --engine transformers"
     if lora_rank > ENGINE_LORA_RANKS[-1]:
-        return f"its adapters have a rank of at most {ENGINE_LORA_RANKS[-1]}; lower --lora-rank or use --engine transformers"
+        limit = ENGINE_LORA_RANKS[-1]
+        return f"its adapters have a rank of at most {limit}; train with a lower --lora-rank or use --engine transformers"
     if lora_rank and float32 and on_cuda:
         return "its CUDA kernels for adapters take no float32; use --dtype bfloat16 or --engine transformers"
     return None

@@ -105,7 +105,7 @@ def test_integers_are_scaled_to_one(tmp_path):
 
 
 def test_refuses_what_is_not_there(tmp_path):
-    assert "no such file; 'audio' is read relative to the jsonl that names it" in refusal(tmp_path / "absent.wav")
+    assert "no such file; a path is read relative to the file that names it" in refusal(tmp_path / "absent.wav")
     assert "cannot be read (Is a directory)" in refusal(tmp_path)
 
 

@@ -163,7 +163,7 @@ def test_ids_are_compared_as_text(tmp_path):
 def test_nothing_to_read_is_said(tmp_path):
     with pytest.raises(UserError, match=r"data .*absent\.jsonl: cannot be read .*; give a jsonl file or a folder"):
         load_questions(tmp_path / "absent.jsonl")
-    with pytest.raises(UserError, match=r"data .*: holds 0 jsonl files; name the one to read"):
+    with pytest.raises(UserError, match=r"data .*: holds neither a jsonl file nor a dataset; name the file with the items"):
         load_questions(tmp_path)
     with pytest.raises(UserError, match=r"data .*blank\.jsonl: holds no items"):
         load_questions(write(tmp_path / "blank.jsonl", "", "  "))
@@ -299,5 +299,6 @@ def test_recordings_inside_a_line(tmp_path, audio):
 def test_values_that_are_no_recordings_are_named(tmp_path, audio, said):
     with pytest.raises(UserError) as caught:
         load_questions(write(tmp_path / "items.jsonl", LETTERED | {"audio": audio}))
-    assert str(caught.value) == f"{tmp_path / 'items.jsonl'}, line 1: item 'q1': the recording in 'audio' {said}"
+    place = "'audio'" if said.startswith("missing") else "the recording in 'audio'"
+    assert str(caught.value) == f"{tmp_path / 'items.jsonl'}, line 1: item 'q1': {place} {said}"
     assert load_questions(write(tmp_path / "items.jsonl", LETTERED | {"audio": audio}), spoken=False)[0].audio is None

@@ -231,7 +231,7 @@ def test_recordings_are_hashable_places_and_can_be_read_in_parallel(mmsu, tmp_pa
         ([tars_row(answer_index=4)], ["row 0: item 'mmlu@0'", "'answer_index' is 4, not 0 to 3"]),
         ([tars_row(answer_index=-1)], ["'answer_index' is -1, not 0 to 3"]),
         ([tars_row(), tars_row(1, answer_index=None)], ["row 1: item 'mmlu@1'", "'answer_index' missing or empty"]),
-        ([tars_row(options=None)], ["give 'options'", "one of them"]),
+        ([tars_row(options=None)], ["'options' missing or empty; TARS has the options there"]),
         ([tars_row(options=["one"])], ["2 to 26", "['one']"]),
         ([tars_row(), tars_row()], ["row 1: id 'mmlu@0' already stands in row 0"]),
         ([tars_row(question=" ")], ["'question' missing or empty"]),

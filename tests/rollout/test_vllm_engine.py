@@ -579,6 +579,35 @@ def run_training(output_dir: Path, *flags: object) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_an_adapter_of_peft_on_decoder_and_tower_is_the_same_policy(tmp_path, questions):
+    """rsLoRA of several ranks; the tower's part stays with the trainer, which encodes audio for the engine too."""
+    import peft
+
+    plain = load_module(load_prompt_format(PRESETS["pocket"], POCKET), POCKET, torch.device("cpu"), torch.float32)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "down_proj", "fc1"],
+        use_rslora=True,
+        rank_pattern={"v_proj": 2},
+        base_model_name_or_path=POCKET,
+    )
+    adapted = peft.get_peft_model(plain, config)
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, 0, 0.05)
+    adapted.save_pretrained(tmp_path)
+    engine = start(str(tmp_path), lora_rank=4, adapted=True)
+    assert any(".lora_A." in name and "audio_tower" in name for name, _ in engine.model.module.named_parameters())
+    assert_same_policy(engine, questions, 1e-4)
+    theirs = SpeechModel(adapted.base_model.model, engine.model.prompts)
+    with torch.no_grad():
+        clips = [theirs.prompts.features(wave) for wave in theirs.prompts.load_clips(questions[0].audio)[0]]
+        torch.testing.assert_close(engine.model.encode_clips(clips), theirs.encode_clips(clips), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("flags", [(), ("--lora-rank", 4, "--learning-rate", "2e-3")], ids=["full", "lora"])
 def test_resumed_run_equals_unbroken_one(flags, tmp_path):
     """Same steps, bit for bit, with the engine started anew in the middle."""
