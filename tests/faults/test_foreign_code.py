@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tars_fast.data.items import read_items
+from tars_fast.learning.rewards.behaviour import load_text_similarity
 from tars_fast.models import templates
 from tars_fast.models.checkpoint import load_trainer_state
 from tars_fast.models.prompts import load_prompt_format
@@ -68,7 +69,10 @@ def test_no_call_trusts_what_it_loads():
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in ([ast.alias(node.module or "")] if isinstance(node, ast.ImportFrom) else node.names)
     }
-    assert not imported & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    # Of pickle only what it raises is named.
+    assert not imported & {"dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    assert not {name for _, name, _ in calls() if name.startswith("pickle.")}
+    assert not any("from pickle import load" in path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
 
 
 class Touch:
@@ -129,6 +133,22 @@ def test_pickles_are_not_read(checkpoint, ran):
     torch.save(Touch(ran), checkpoint / "trainer_state.pt")
     with pytest.raises((UserError, pickle.UnpicklingError)):
         load_trainer_state(checkpoint, torch.optim.SGD([torch.zeros(1)], 1.0))
+    assert not ran.exists()
+
+
+def test_an_embedder_that_asks_for_code_is_refused(tmp_path, ran):
+    """A checkpoint's preset.json may name it."""
+    folder = tmp_path / "embedder"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(ran)!r}).touch()\nclass Evil: pass\n")
+    (folder / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": "evil.Evil"}]))
+    (folder / "config_sentence_transformers.json").write_text("{}")
+    with pytest.raises(UserError, match=r"--behaviour-model .*: asks for code of its own \(evil.Evil\), which is never run"):
+        load_text_similarity(str(folder), CPU)
+    for damaged in ("[3]", "[{}]", "x", "[[]]"):
+        (folder / "modules.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"--behaviour-model .*: cannot be loaded \("):
+            load_text_similarity(str(folder), CPU)
     assert not ran.exists()
 
 
