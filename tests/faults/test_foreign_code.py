@@ -194,7 +194,7 @@ def test_a_template_that_fails_is_one_line(kind, checkpoint):
 
 @pytest.mark.parametrize("template", [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "{{ 7 ** (9 ** 9) }}",
+    pytest.param("{{ 7 ** (9 ** 9) }}", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_template_without_end_is_ended(template, monkeypatch):
     monkeypatch.setattr(templates, "_SECONDS", 1)
@@ -237,13 +237,13 @@ DAMAGES = ("", "[]", "null", "3", '"x"', "{", '{"a": 1}', b"\xff\xfe\x00", None)
 @pytest.mark.parametrize(
     ("name", "whole"),
     [
-        ("config.json", ()),
+        pytest.param("config.json", (), marks=pytest.mark.slow),
         # Of the tokenizer's settings and these nothing is needed that is not elsewhere.
         ("generation_config.json", ('{"a": 1}', None)),
         ("tokenizer_config.json", ('{"a": 1}', None)),
-        ("processor_config.json", ()),
+        pytest.param("processor_config.json", (), marks=pytest.mark.slow),
         ("tokenizer.json", ()),
-        ("model.safetensors", ()),
+        pytest.param("model.safetensors", (), marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_checkpoint_is_one_line(name, whole, checkpoint):
