@@ -43,6 +43,8 @@ assert distillation.tile(156032)["LANES"] == LONG_ROW_LANES
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OTHER_SIZES = ((1, 1, 0.7, 0.2), (77, 3, 1.3, 1), (16384, 64, 2, 0.03))
 """Tokens, sequences, temperature, coefficient that must not lead to another compilation."""
+UNEVEN_VOCABULARIES = (50257, 151655)
+"""No multiples of 8, so that rows of their logits begin anywhere."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -90,6 +92,16 @@ class Compiled:
     """In the costliest loop; None for kernels that do not sweep over long rows."""
     threads: int
     rows_at_once: int
+    vocabulary: int | None
+    """Of rows of logits, where it is not the model's 156,032."""
+    instructions: int
+    """Of the whole kernel."""
+    wide_loads: int
+    """Instructions that load 16 bytes a thread."""
+    narrow_loads: int
+    """Those that load less, among them the bounded ends of rows."""
+    evicted_loads: int
+    """Those that say how long the cache is to keep what they read."""
 
     def __str__(self) -> str:
         return f"{self.kernel} sm_{self.architecture} ({self.variant})"
@@ -135,9 +147,15 @@ def measure(function: JITFunction, kernel: object, args: list[object], named: di
     types = {str(value.dtype).removeprefix("torch.") for value in constants.values() if isinstance(value, Address)}
     types |= {{"bf16": "bfloat16", "fp16": "float16"}.get(str(value)) for value in constants.values()}
     halves = sorted(types & {"bfloat16", "float16"}) or ["float32"]
+    loads = re.findall(r"\bLDG\.E[.\w]*", code)
+    wide = sum(".128" in load for load in loads)
+    vocabulary = constants.get("V")
     return Compiled(
         function.__name__, driver.active.architecture, " ".join(halves + flags), registers,
         stack + local, kernel.metadata.shared, exponentials, threads, rows_at_once,
+        vocabulary if vocabulary in UNEVEN_VOCABULARIES else None,
+        len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE)), wide, len(loads) - wide,
+        sum("EF" in load.split(".") or "EL" in load.split(".") for load in loads),
     )  # fmt: skip
 
 
@@ -267,6 +285,8 @@ def check(architecture: int, dtypes: Sequence[torch.dtype]) -> tuple[list[Compil
                 f"{kernel}: compiled again for another length, count, temperature or coefficient"
                 for kernel in list(found.values())[before:]
             ]
+        for vocabulary in UNEVEN_VOCABULARIES if torch.bfloat16 in dtypes else ():
+            launch_everything(Head(torch.bfloat16, 4096, vocabulary, 4096, 8), 1.0, 0.1, thorough=False)
         # A vocabulary that is short and a width that is odd.
         launch_everything(Head(torch.float32, 77, 1100, 123, 3), 1.0, 0.1, thorough=False)
     for kernel in found.values():
@@ -285,15 +305,21 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="bfloat16 on sm_90 only, beside a short vocabulary in float32")
     arguments = parser.parse_args()
     architectures, dtypes = ((90,), _DTYPES[:1]) if arguments.quick else (ARCHITECTURES, _DTYPES)
+    # The same with a GPU as without.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(check, architectures, [dtypes] * len(architectures)))
     kernels = sorted((kernel for found, _ in results for kernel in found), key=lambda row: (row.kernel, row.architecture))
-    print(f"{'kernel':24} {'sm':>3} {'threads':>7} {'regs':>4} {'spill':>5} {'shared':>6} {'ex2/el':>6}  variant")
+    print(
+        f"{'kernel':26} {'sm':>3} {'threads':>7} {'regs':>4} {'spill':>5} {'shared':>6} {'ex2/el':>6} {'instr':>6} {'wide':>4} "
+        f"{'narrow':>6} {'evict':>5} {'V':>6}  variant"
+    )
     for row in kernels:
         exponentials = "" if row.exponentials_per_element is None else f"{row.exponentials_per_element:.2f}"
         print(
-            f"{row.kernel:24} {row.architecture:>3} {row.threads:>7} {row.registers:>4} {row.spilled_bytes:>5} "
-            f"{row.shared_bytes:>6} {exponentials:>6}  {row.variant}"
+            f"{row.kernel:26} {row.architecture:>3} {row.threads:>7} {row.registers:>4} {row.spilled_bytes:>5} "
+            f"{row.shared_bytes:>6} {exponentials:>6} {row.instructions:>6} {row.wide_loads:>4} {row.narrow_loads:>6} "
+            f"{row.evicted_loads:>5} {row.vocabulary or '':>6}  {row.variant}"
         )
     if arguments.json:
         table = {"triton": triton.__version__, "kernels": [asdict(row) for row in kernels]}

@@ -56,10 +56,14 @@ from tars_fast.models.speech_model import SpeechModel, make_trainable
 ROOT = Path(__file__).parents[1]
 WALKED = ("kernels/tars_kernels/*.py", "tars_fast/models/packed_attention.py", "tars_fast/models/flash_attention.py")
 """Files every line of whose CUDA branches must run."""
-NOT_WALKED = ("reference.py", "operations.py", "__init__.py")
-"""What runs without Triton, and what only imports."""
-NOT_ON_CUDA = r"not runs_kernels|device\.type == '(cpu|meta)'|_shows_values|is_compiling"
-"""Conditions of what runs without a GPU, or while a graph is traced."""
+NOT_WALKED = ("reference.py", "token_loss.py", "softmax.py", "operations.py", "__init__.py")
+"""The specification and what it calls, which run without a GPU, and what only imports."""
+NOT_ON_CUDA = (
+    r"not runs_kernels|device\.type == '(cpu|meta)'|_shows_values|is_compiling|detect_fake_mode"
+    # Autograd's questions about a gradient that nobody wants.
+    r"|(upstream|slopes) is None( and|$)"
+)
+"""Conditions of what does not run on a GPU, or only while a graph is traced."""
 WALKED_BY_TESTS = r"_flash_attention_[23]|.*_outputs"
 """Functions that need packages which are not installed (tests/models/test_packed_attention.py has stand-ins for them), or run
 while a graph is traced."""
@@ -67,8 +71,8 @@ MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_SHARED_BYTES = 227 * 1024
 """Of a program on Hopper."""
 MAX_32_BIT = 2**31 - 1
-NOT_OPERATIONS = {"Objective", "PolicyLoss", "reference", "use_reference"}
-"""Public names of `tars_kernels` that compute nothing."""
+NOT_OPERATIONS = {"use_reference"}
+"""Public names of `tars_kernels` that compute nothing, beside its modules and its types of settings and results."""
 
 
 @dataclass
@@ -104,8 +108,8 @@ class Launches:
             narrow, multiplies = narrow_offsets(kernel.asm["ttir"])
             if multiplies:
                 self.problems.add(f"{name}: a 64-bit offset is a 32-bit product")
-            if "int_to_ptr" in narrow:
-                self.problems.add(f"{name}: 32-bit offsets from an address that it loads")
+            for origin in narrow & {"int_to_ptr", "unknown"}:
+                self.problems.add(f"{name}: 32-bit offsets from an address ({origin})")
         for argument, tensor in pointers.items():
             extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             self.largest_argument[name] = max(self.largest_argument[name], extent)
@@ -121,11 +125,13 @@ def narrow_offsets(code: str) -> tuple[set[str], bool]:
     """What in a kernel's Triton code may overflow 32 bits.
 
     Returns:
-        the pointers (arguments, and `int_to_ptr` for addresses that were loaded) to which a 32-bit offset is added first;
-        whether a 64-bit number is made from the 32-bit product of two that are not known before the launch.
+        the pointers to which a 32-bit offset is added first (arguments; `int_to_ptr` for addresses that were loaded; `unknown`
+        for one whose origin is not seen); whether a 64-bit number is made from the 32-bit product of two that are not known
+        before the launch.
     """
     narrow: set[str] = set()
-    pointers = {name: name for name in re.findall(r"%(\w+): !tt\.ptr", code)}
+    # Where each pointer comes from; None: from within what a 64-bit offset may have been added to.
+    pointers: dict[str, str | None] = {name: name for name in re.findall(r"%(\w+): !tt\.ptr", code)}
     constants: set[str] = set()
     products: set[str] = set()
     multiplies = False
@@ -141,9 +147,11 @@ def narrow_offsets(code: str) -> tuple[set[str], bool]:
             pointers[name] = "int_to_ptr"
         elif operation in ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast") and operands[0] in pointers:
             pointers[name] = pointers[operands[0]]
-        elif operation == "tt.addptr" and operands[0] in pointers:
-            if re.search(r"\bi32$|xi32>$", rest):
-                narrow.add(pointers[operands[0]])
+        elif operation == "tt.addptr":
+            origin = pointers.get(operands[0], "unknown")
+            pointers[name] = None
+            if origin is not None and re.search(r"\bi32$|xi32>$", rest):
+                narrow.add(origin)
         elif operation == "arith.muli" and re.search(r"\bi32$|xi32>$", rest) and not constants & set(operands):
             products.add(name)
         elif operation == "arith.extsi" and operands[0] in products:
@@ -168,24 +176,34 @@ def checked_launches(launches: Launches, *, compiles: bool = True) -> Iterator[N
             yield
 
 
+def operations() -> dict[str, Callable[..., Any]]:
+    """Every public operation by its name in `tars_kernels`."""
+    public = {name: getattr(tars_kernels, name) for name in set(tars_kernels.__all__) - NOT_OPERATIONS}
+    return {
+        name: value
+        for name, value in public.items()
+        if callable(value) and not dataclasses.is_dataclass(value) and not hasattr(value, "_fields")
+    }
+
+
 @contextmanager
 def counted_operations(called: Counter[str]) -> Iterator[None]:
     """Counts the calls of every public operation, as `tars_kernels.NAME`."""
-    operations = {name: getattr(tars_kernels, name) for name in set(tars_kernels.__all__) - NOT_OPERATIONS}
+    original = operations()
 
     def counting(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             called[name] += 1
-            return operations[name](*args, **kwargs)
+            return original[name](*args, **kwargs)
 
         return call
 
-    for name in operations:
+    for name in original:
         setattr(tars_kernels, name, counting(name))
     try:
         yield
     finally:
-        for name, operation in operations.items():
+        for name, operation in original.items():
             setattr(tars_kernels, name, operation)
 
 
@@ -202,16 +220,37 @@ def walk_operations() -> None:
 
 def walk_options(head: Head) -> None:
     """What chooses other lines of the host's code than `launch_everything` does."""
-    packed = {"cu_seqlens": head.cu_seqlens, "old_logprobs": head.vectors["old_logprobs"]}
-    count = torch.empty((), device="cuda")
-    for objective in (packed | {"num_tokens": count}, packed | {"loss_type": "grpo"}, packed | {"loss_type": "gspo"}):
+    number = torch.empty((), device="cuda")
+    packed = {"cu_seqlens": head.cu_seqlens, "advantage_level": "sequence", "old_logprobs": head.vectors["old_logprobs"]}
+    for objective in (
+        packed | {"num_tokens": number},
+        packed | {"loss_type": "grpo", "num_sequences": 8},
+        packed | {"loss_type": "gspo"},
+        packed | {"loss_type": "dr_grpo", "constant": number},
+    ):
         # In place of what is no leaf.
         tars_kernels.policy_loss(head.logits + 0, head.targets, head.advantages, inplace=True, **objective).loss.backward()
+    padded = torch.empty(len(head.advantages), 64, device="cuda")
+    for advantages in (padded, head.advantages):
+        vectors = tars_kernels.from_padded(
+            padded.bool(), logprobs=padded.clone().requires_grad_(), advantages=advantages, ref_logprobs=head.advantages
+        )
+        tars_kernels.token_policy_loss(**vectors, kl_coef=0.1).loss.backward()
+    tars_kernels.token_policy_loss(
+        head.ref_logprobs, head.vectors["old_logprobs"], entropy=head.ref_logprobs.clone().requires_grad_(), entropy_coef=0.1
+    ).loss.backward()
     bias = head.bias.clone().requires_grad_()
     tars_kernels.policy_loss(head.logits, head.targets, head.vectors["old_logprobs"], bias=bias).loss.backward()
     trainable = head.weight.clone().requires_grad_()
     logprobs, entropy = tars_kernels.linear_logprob(head.hidden, trainable, head.targets, bias=bias, return_entropy=True)
     (logprobs - entropy).sum().backward()
+    streams = head.hidden, head.teacher_hidden
+    tars_kernels.linear_distillation_loss(
+        *streams, trainable, bias=bias, teacher_weight=head.weight, num_tokens=number, token_weights=head.ref_logprobs
+    ).loss.backward()
+    tars_kernels.linear_distillation_loss(
+        *streams, head.weight, cu_seqlens=head.cu_seqlens, decay=2.0, normalise="sequence"
+    ).loss.backward()
     with tars_kernels.use_reference(False):
         tars_kernels.linear_logprob(head.hidden.detach(), head.weight, head.targets)
 
@@ -314,7 +353,7 @@ def walk_kernels(launches: Launches, gpu: FakeGpu, run: Callable[[], object]) ->
     called: Counter[str] = Counter()
     with counted_operations(called):
         run()
-    launches.problems |= {f"{name}: has no case" for name in set(tars_kernels.__all__) - NOT_OPERATIONS - called.keys()}
+    launches.problems |= {f"{name}: has no case" for name in operations().keys() - called.keys()}
     launches.problems |= {f"{place}: reads from the GPU on the host" for place in gpu.host_reads}
     gpu.host_reads.clear()
     return called
@@ -391,14 +430,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "coverage", "run", f"--rcfile={os.devnull}", f"--data-file={data}"]
         command += ["--include=" + ",".join(WALKED), __file__]
         layers = [] if given.layers is None else ["--layers", str(given.layers)]
-        subprocess.run([*command, "--worker", str(result), *layers], cwd=ROOT, check=True)
+        # The same with a GPU as without.
+        hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run([*command, "--worker", str(result), *layers], cwd=ROOT, env=hidden, check=True)
         found, lines = json.loads(result.read_text()), lines_not_run(data)
     print(f"{'kernel':24} {'launches':>8} {'largest grid':>12} {'largest argument':>16}")
     for name, count in sorted(found["launches"].items()):
         print(f"{name:24} {count:>8} {found['largest_grid'][name]:>12,} {found['largest_argument'][name]:>16,}")
     for path, (number, missing) in lines.items():
-        print(f"{path:48} {number - len(missing)} of {number} lines" + (f"; not {missing}" if missing else ""))
-        found["problems"] += [f"{path}:{line}: did not run" for line in missing]
+        print(f"{path:48} {number - len(missing)} of {number} lines")
+        if missing:
+            found["problems"].append(f"{path}: lines {', '.join(map(str, missing))} did not run")
     print(f"training step: {found['step']}")
     if given.json:
         table = json.loads(given.json.read_text()) if given.json.exists() else {}

@@ -57,6 +57,9 @@ class FakeGpu(FakeTensorMode):
         if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
             self._note_read()
             return args[0].copy_(_random(args[1]))
+        if func is aten.baddbmm.dtype_out:
+            # PyTorch's own decomposition of it takes `out_dtype` for `beta`.
+            return kwargs["out"]
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _note_read(self) -> None:

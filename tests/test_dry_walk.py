@@ -37,7 +37,6 @@ def test_the_whole_walk(tmp_path):
     assert found["problems"] == []
     assert found["step"]["parameters"] > 8e9
     assert max(found["largest_argument"].values()) > 2**31
-    assert not found["not_on_16_bytes"]
 
 
 def test_operations_and_attention_walk_without_compiling(dry_walk):

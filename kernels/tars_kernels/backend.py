@@ -54,7 +54,8 @@ def _without_autocast(tensor: Tensor | None) -> AbstractContextManager[None]:
 
 def _on_device_of(tensor: Tensor | None) -> AbstractContextManager[None]:
     # What is traced launches nothing.
-    if tensor is None or not tensor.is_cuda or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+    is_fake = isinstance(tensor, FakeTensor) and not walks_launches
+    if tensor is None or not tensor.is_cuda or torch.compiler.is_compiling() or is_fake:
         return nullcontext()
     return torch.cuda.device_of(tensor)
 

@@ -27,9 +27,18 @@ from tars_kernels import reference
 from tars_kernels.backend import isolated, runs_kernels
 from tars_kernels.checks import check_rows_contiguous, check_temperature
 from tars_kernels.divergence import LOWEST_LOGIT, Distillation, DistillationLoss, DistillationSettings, Heads
-from tars_kernels.linear_logprob import LOGITS_ROWS, PRODUCT_ROWS, blocks, product_fp32
+from tars_kernels.linear_logprob import (
+    GRADIENT_ROWS,
+    LOGITS_ROWS,
+    PRODUCT_ROWS,
+    add_product_fp32,
+    blocks,
+    empty_gradient,
+    logits_fp32,
+    product_fp32,
+)
 from tars_kernels.objective import shows_settings
-from tars_kernels.rows import LN2, LOG2E, load_tile, power, store_tile
+from tars_kernels.rows import LN2, LOG2E, is_aligned, load_tile, padded_rows, power, store_tile
 
 _LOWEST = tl.constexpr(LOWEST_LOGIT)
 _REVERSE, _FORWARD, _JSD = (tl.constexpr(kind) for kind in (0, 1, 2))
@@ -54,7 +63,8 @@ def _finite(x):
 @triton.jit
 def _scan_rows(  # noqa: PLR0913
     row, bias, teacher_row, teacher_bias, V, scale,
-    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, ALIGNED: tl.constexpr, KEEP: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One sweep over a token's logits x and y of student and teacher; `scale` turns logits into powers of 2.
 
@@ -69,8 +79,8 @@ def _scan_rows(  # noqa: PLR0913
     teacher_sums = tl.zeros([LANES], tl.float32)
     gaps = tl.zeros([LANES], tl.float32)
     for start in range(0, V, ROWS * LANES):
-        x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES)
-        y = load_tile(teacher_row, teacher_bias, start, V, HAS_TEACHER_BIAS, ROWS, LANES)
+        x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES, 0, ALIGNED, KEEP)
+        y = load_tile(teacher_row, teacher_bias, start, V, HAS_TEACHER_BIAS, ROWS, LANES, 0, ALIGNED, KEEP)
         higher = tl.maximum(tops, tl.max(x, 0))
         teacher_higher = tl.maximum(teacher_tops, tl.max(y, 0))
         e, _ = power(x - higher[None, :], scale)
@@ -134,14 +144,15 @@ def _derivative(x, y, scale, inverse_total, teacher_inverse_total, centre, beta,
 @triton.jit
 def _write_derivative(  # noqa: PLR0913
     output, row, bias, teacher_row, teacher_bias, V, scale, top, total, teacher_top, teacher_total, centre, beta, slope,
-    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Row of the derivative times `slope`."""
     inverse_total = 1.0 / total
     teacher_inverse_total = 1.0 / teacher_total
     for start in range(0, V, ROWS * LANES):
-        x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES)
-        y = load_tile(teacher_row, teacher_bias, start, V, HAS_TEACHER_BIAS, ROWS, LANES)
+        x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES, 0, ALIGNED, "evict_first")
+        y = load_tile(teacher_row, teacher_bias, start, V, HAS_TEACHER_BIAS, ROWS, LANES, 0, ALIGNED, "evict_first")
         g = _derivative(x - top, y - teacher_top, scale, inverse_total, teacher_inverse_total, centre, beta, KIND)
         store_tile(output, g * slope, start, V, ROWS, LANES)
 
@@ -157,9 +168,10 @@ def _divergence_rows(  # noqa: PLR0913
     bias,  # [V]
     teacher_logits,  # [T, V]
     teacher_bias,  # [V]
-    V, logits_stride, teacher_stride, inverse_temperature, beta,
+    V, logits_stride, teacher_stride, derivatives_stride, inverse_temperature, beta,
     KIND: tl.constexpr, HAS_DERIVATIVE: tl.constexpr, HAS_LARGEST: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """With HAS_LARGEST a row of the derivative is divided by its largest entry, so that fp16 does not lose small ones."""
     pid = tl.program_id(0).to(tl.int64)
@@ -167,8 +179,9 @@ def _divergence_rows(  # noqa: PLR0913
     teacher_row = teacher_logits + pid * teacher_stride
     scale = inverse_temperature * LOG2E
     top, total, teacher_top, teacher_total, gap = _scan_rows(
-        row, bias, teacher_row, teacher_bias, V, scale, KIND, HAS_BIAS, HAS_TEACHER_BIAS, ROWS, LANES
-    )
+        row, bias, teacher_row, teacher_bias, V, scale, KIND, HAS_BIAS, HAS_TEACHER_BIAS, ALIGNED,
+        "evict_last" if HAS_DERIVATIVE or KIND == _JSD else "evict_first", ROWS, LANES,
+    )  # fmt: skip
     inverse_total = 1.0 / total
     teacher_inverse_total = 1.0 / teacher_total
     centre = gap
@@ -176,8 +189,21 @@ def _divergence_rows(  # noqa: PLR0913
         own = tl.zeros([LANES], tl.float32)
         teachers = tl.zeros([LANES], tl.float32)
         for start in range(0, V, ROWS * LANES):
-            x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES)
-            y = load_tile(teacher_row, teacher_bias, start, V, HAS_TEACHER_BIAS, ROWS, LANES)
+            x = load_tile(
+                row, bias, start, V, HAS_BIAS, ROWS, LANES, 0, ALIGNED, "evict_last" if HAS_DERIVATIVE else "evict_first"
+            )
+            y = load_tile(
+                teacher_row,
+                teacher_bias,
+                start,
+                V,
+                HAS_TEACHER_BIAS,
+                ROWS,
+                LANES,
+                0,
+                ALIGNED,
+                "evict_last" if HAS_DERIVATIVE else "evict_first",
+            )
             p, q, log_p, log_q = _mixture_terms(x - top, y - teacher_top, scale, inverse_total, teacher_inverse_total, beta)
             own += tl.sum(p * log_p, 0)
             teachers += tl.sum(q * log_q, 0)
@@ -198,37 +224,39 @@ def _divergence_rows(  # noqa: PLR0913
         if HAS_LARGEST:
             highest = tl.zeros([LANES], tl.float32)
             for start in range(0, V, ROWS * LANES):
-                x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES)
-                y = load_tile(teacher_row, teacher_bias, start, V, HAS_TEACHER_BIAS, ROWS, LANES)
+                x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES, 0, ALIGNED, "evict_last")
+                y = load_tile(teacher_row, teacher_bias, start, V, HAS_TEACHER_BIAS, ROWS, LANES, 0, ALIGNED, "evict_last")
                 g = _derivative(x - top, y - teacher_top, scale, inverse_total, teacher_inverse_total, centre, beta, KIND)
                 highest = tl.maximum(highest, tl.max(tl.abs(g), 0))
             peak = tl.max(highest, 0)
             tl.store(largest + pid, peak)
             slope = 1.0 / tl.where(peak > 0, peak, 1.0)
         _write_derivative(
-            derivatives + pid * V, row, bias, teacher_row, teacher_bias, V, scale, top, total, teacher_top, teacher_total,
-            centre, beta, slope, KIND, HAS_BIAS, HAS_TEACHER_BIAS, ROWS, LANES,
+            derivatives + pid * derivatives_stride, row, bias, teacher_row, teacher_bias, V, scale, top, total, teacher_top,
+            teacher_total, centre, beta, slope, KIND, HAS_BIAS, HAS_TEACHER_BIAS, ALIGNED, ROWS, LANES,
         )  # fmt: skip
 
 
 @triton.jit
 def _divergence_rows_backward(  # noqa: PLR0913
-    gradient,  # [T, V], written; may be the memory of the logits
+    gradient,  # [T, V], written
     slopes, tops, totals, teacher_tops, teacher_totals, centres,  # [T]
     logits,  # [T, V]
     bias,  # [V]
     teacher_logits,  # [T, V]
     teacher_bias,  # [V]
-    V, logits_stride, teacher_stride, inverse_temperature, beta,
-    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    V, logits_stride, teacher_stride, gradient_stride, inverse_temperature, beta,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of `slopes * divergences` by the logits."""
     pid = tl.program_id(0).to(tl.int64)
     slope = tl.load(slopes + pid) * inverse_temperature
     _write_derivative(
-        gradient + pid * logits_stride, logits + pid * logits_stride, bias, teacher_logits + pid * teacher_stride, teacher_bias,
-        V, inverse_temperature * LOG2E, tl.load(tops + pid), tl.load(totals + pid), tl.load(teacher_tops + pid),
-        tl.load(teacher_totals + pid), tl.load(centres + pid), beta, slope, KIND, HAS_BIAS, HAS_TEACHER_BIAS, ROWS, LANES,
+        gradient + pid * gradient_stride, logits + pid * logits_stride, bias, teacher_logits + pid * teacher_stride,
+        teacher_bias, V, inverse_temperature * LOG2E, tl.load(tops + pid), tl.load(totals + pid),
+        tl.load(teacher_tops + pid), tl.load(teacher_totals + pid), tl.load(centres + pid), beta, slope,
+        KIND, HAS_BIAS, HAS_TEACHER_BIAS, ALIGNED, ROWS, LANES,
     )  # fmt: skip
 
 
@@ -293,14 +321,15 @@ class _LinearDivergence(torch.autograd.Function):
         directions = torch.empty_like(hidden) if frozen else None
         largest = torch.empty_like(terms.tops) if frozen and hidden.dtype == torch.float16 else None
         for outer in blocks(0, num_tokens, PRODUCT_ROWS if frozen else num_tokens or 1):
-            shape = (outer.stop - outer.start, vocabulary)
-            derivatives = torch.empty(shape, dtype=hidden.dtype, device=hidden.device) if frozen else None
+            num_rows = outer.stop - outer.start
+            derivatives = padded_rows(num_rows, vocabulary, hidden.dtype, hidden.device) if frozen else None
             for inner in blocks(outer.start, outer.stop, LOGITS_ROWS):
                 written = slice(inner.start - outer.start, inner.stop - outer.start)
                 arguments = _row_arguments(hidden[inner], teacher_hidden[inner], heads, options)
                 _divergence_rows[(inner.stop - inner.start,)](
                     *terms.part(inner), None if largest is None else largest[inner],
-                    None if derivatives is None else derivatives[written], **arguments, HAS_DERIVATIVE=frozen,
+                    None if derivatives is None else derivatives[written],
+                    derivatives_stride=0 if derivatives is None else derivatives.stride(0), **arguments, HAS_DERIVATIVE=frozen,
                     HAS_LARGEST=largest is not None,
                 )  # fmt: skip
                 del arguments
@@ -337,20 +366,24 @@ class _LinearDivergence(torch.autograd.Function):
         _, needs_hidden, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         slopes = slopes.contiguous()
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-        weight_gradient = torch.zeros_like(heads.weight, dtype=torch.float32) if needs_weight else None
+        weight_gradient = empty_gradient(heads.weight, len(hidden)) if needs_weight else None
         bias_gradient = torch.zeros_like(heads.bias, dtype=torch.float32) if needs_bias and heads.bias is not None else None
-        for tokens in blocks(0, len(hidden), LOGITS_ROWS):
-            arguments = _row_arguments(hidden[tokens], teacher_hidden[tokens], heads, options)
-            logits = arguments["logits"]
-            gradient = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
-            _divergence_rows_backward[(len(logits),)](gradient, slopes[tokens], *terms.part(tokens)[1:], **arguments)
+        for outer in blocks(0, len(hidden), GRADIENT_ROWS):
+            gradient = padded_rows(outer.stop - outer.start, len(heads.weight), hidden.dtype, hidden.device)
+            for tokens in blocks(outer.start, outer.stop, LOGITS_ROWS):
+                arguments = _row_arguments(hidden[tokens], teacher_hidden[tokens], heads, options)
+                written = gradient[tokens.start - outer.start : tokens.stop - outer.start]
+                _divergence_rows_backward[(len(written),)](
+                    written, slopes[tokens], *terms.part(tokens)[1:], gradient_stride=written.stride(0), **arguments
+                )
+                del arguments
             if hidden_gradient is not None:
-                hidden_gradient[tokens] = gradient @ heads.weight
+                torch.mm(gradient, heads.weight, out=hidden_gradient[outer])
             if weight_gradient is not None:
-                weight_gradient += product_fp32(gradient.T, hidden[tokens])
+                add_product_fp32(weight_gradient, gradient.T, hidden[outer], first=outer.start == 0)
             if bias_gradient is not None:
                 bias_gradient += gradient.sum(0, dtype=torch.float32)
-            del arguments, logits, gradient
+            del gradient
         weight_gradient = None if weight_gradient is None else weight_gradient.to(heads.weight.dtype)
         if bias_gradient is not None and heads.bias is not None:
             bias_gradient = bias_gradient.to(heads.bias.dtype)
@@ -359,14 +392,15 @@ class _LinearDivergence(torch.autograd.Function):
 
 def _row_arguments(hidden: Tensor, teacher_hidden: Tensor, heads: Heads, options: _Options) -> dict[str, Any]:
     """What both kernels have in common, by name; takes the products with the heads."""
-    logits = product_fp32(hidden, heads.weight.T)
-    teacher_logits = product_fp32(teacher_hidden, heads.teacher_weight.T)
+    logits = logits_fp32(hidden, heads.weight)
+    teacher_logits = logits_fp32(teacher_hidden, heads.teacher_weight)
     vocabulary = logits.shape[1]
     return {
         "logits": logits, "bias": heads.bias, "teacher_logits": teacher_logits, "teacher_bias": heads.teacher_bias,
         "V": vocabulary, "logits_stride": logits.stride(0), "teacher_stride": teacher_logits.stride(0),
         "inverse_temperature": options.inverse_temperature, "beta": options.beta, "KIND": options.kind,
-        "HAS_BIAS": heads.bias is not None, "HAS_TEACHER_BIAS": heads.teacher_bias is not None, **tile(vocabulary),
+        "HAS_BIAS": heads.bias is not None, "HAS_TEACHER_BIAS": heads.teacher_bias is not None,
+        "ALIGNED": is_aligned(logits, teacher_logits), **tile(vocabulary),
     }  # fmt: skip
 
 

@@ -28,12 +28,14 @@ from tars_kernels.checks import (
     check_temperature,
     head_parameters,
 )
-from tars_kernels.rows import LogitRows, RowPowers, RowTerms, sweep_rows, write_rows_gradient
+from tars_kernels.rows import LogitRows, RowPowers, RowTerms, padded_rows, sweep_rows, write_rows_gradient
 
 LOGITS_ROWS = 512
 """Tokens whose fp32 logits exist at once: 0.32 GB at a vocabulary of 156,032."""
 PRODUCT_ROWS = 1024
 """Tokens whose probabilities meet the head in one product: enough 128-row tiles at D 4096 to fill a large GPU."""
+GRADIENT_ROWS = 4096
+"""Tokens whose gradient meets a trainable head in one product: every one reads and writes its fp32 gradient [V, D], 5 GB."""
 
 
 @triton.jit
@@ -66,11 +68,27 @@ def _hidden_gradient(  # noqa: PLR0913
         tl.store(gradient + pid * D + columns, g.to(gradient.dtype.element_ty), mask=chosen)
 
 
-def product_fp32(left: Tensor, right: Tensor) -> Tensor:
+def product_fp32(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """`left @ right`, accumulated and returned in fp32; only CUDA's products do so without copies of their operands."""
     if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    return torch.mm(left.float(), right.float(), out=out)
+
+
+def add_product_fp32(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """Add `left @ right` to `total` in place, in fp32; the first of several products is written over what stands there."""
+    beta = 0.0 if first else 1.0
+    if left.is_cuda and left.dtype != torch.float32:
+        # As a batch of one: `addmm` takes no fp32 total for bf16 factors in every version.
+        batch = total[None]
+        torch.baddbmm(batch, left[None], right[None], out_dtype=torch.float32, beta=beta, out=batch)
+    else:
+        torch.addmm(total, left.float(), right.float(), beta=beta, out=total)
+
+
+def logits_fp32(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[T, V] `hidden @ weight.T` in fp32, in rows that begin on whole chunks of memory."""
+    return product_fp32(hidden, weight.T, padded_rows(len(hidden), len(weight), torch.float32, hidden.device))
 
 
 def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -99,11 +117,11 @@ def _forward(  # noqa: PLR0913
     means = torch.empty(num_tokens if frozen_gradient else 0, width, dtype=hidden.dtype, device=hidden.device)
     entropy_means = torch.empty_like(means[: num_tokens if entropy_gradient else 0])
     for outer in blocks(0, num_tokens, PRODUCT_ROWS if frozen_gradient else num_tokens or 1):
-        shape = (outer.stop - outer.start, vocabulary)
-        powers = torch.empty(shape, dtype=hidden.dtype, device=hidden.device) if frozen_gradient else None
-        entropy_powers = None if powers is None or not entropy_gradient else torch.empty_like(powers)
+        shape = (outer.stop - outer.start, vocabulary, hidden.dtype, hidden.device)
+        powers = padded_rows(*shape) if frozen_gradient else None
+        entropy_powers = padded_rows(*shape) if frozen_gradient and entropy_gradient else None
         for inner in blocks(outer.start, outer.stop, LOGITS_ROWS):
-            logits = product_fp32(hidden[inner], weight.T)
+            logits = logits_fp32(hidden[inner], weight)
             written = slice(inner.start - outer.start, inner.stop - outer.start)
             row_powers = None
             if powers is not None:
@@ -166,28 +184,36 @@ def _trainable_gradients(  # noqa: PLR0913
     entropy_slopes = None if entropy_slopes is None else entropy_slopes.contiguous()
     needs_hidden, needs_weight, needs_bias = needs
     hidden_gradient = torch.empty_like(hidden if needs_hidden else hidden[:0])
-    weight_gradient = torch.zeros_like(weight if needs_weight else weight[:0], dtype=torch.float32)
+    weight_gradient = empty_gradient(weight if needs_weight else weight[:0], len(hidden))
     bias_gradient = torch.zeros(len(weight) if needs_bias else 0, dtype=torch.float32, device=hidden.device)
-    for tokens in blocks(0, len(hidden), LOGITS_ROWS):
-        logits = product_fp32(hidden[tokens], weight.T)
-        gradient = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
-        rows = LogitRows(logits, bias, targets[tokens], inverse_temperature)
-        block_entropy_slopes = None if entropy_slopes is None else entropy_slopes[tokens]
-        write_rows_gradient(gradient, rows, row_terms.part(tokens), slopes[tokens], block_entropy_slopes)
+    for outer in blocks(0, len(hidden), GRADIENT_ROWS):
+        gradient = padded_rows(outer.stop - outer.start, len(weight), hidden.dtype, hidden.device)
+        for tokens in blocks(outer.start, outer.stop, LOGITS_ROWS):
+            logits = logits_fp32(hidden[tokens], weight)
+            written = gradient[tokens.start - outer.start : tokens.stop - outer.start]
+            rows = LogitRows(logits, bias, targets[tokens], inverse_temperature)
+            block_entropy_slopes = None if entropy_slopes is None else entropy_slopes[tokens]
+            write_rows_gradient(written, rows, row_terms.part(tokens), slopes[tokens], block_entropy_slopes)
+            del logits, rows
         if needs_hidden:
-            hidden_gradient[tokens] = gradient @ weight
+            torch.mm(gradient, weight, out=hidden_gradient[outer])
         if needs_weight:
-            weight_gradient += product_fp32(gradient.T, hidden[tokens])
+            add_product_fp32(weight_gradient, gradient.T, hidden[outer], first=outer.start == 0)
         if needs_bias:
             bias_gradient += gradient.sum(0, dtype=torch.float32)
-        del logits, gradient, rows
+        del gradient
     return [hidden_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(torch.float32 if bias is None else bias.dtype)]
+
+
+def empty_gradient(weight: Tensor, num_tokens: int) -> Tensor:
+    """fp32 memory for the gradient of `weight`, which the first product of tokens writes; zeros where there are no tokens."""
+    return (torch.empty_like if num_tokens else torch.zeros_like)(weight, dtype=torch.float32)
 
 
 def _trainable_gradients_outputs(hidden, weight, bias, *rest):
     needs = rest[-1]
     like = hidden, weight, weight.new_empty(weight.shape[0], dtype=torch.float32) if bias is None else bias
-    return [torch.empty_like(one if need else one[:0]) for one, need in zip(like, needs, strict=True)]
+    return [one.new_empty(one.shape[0] if need else 0, *one.shape[1:]) for one, need in zip(like, needs, strict=True)]
 
 
 def _save_forward(ctx, inputs, output):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.autograd.function import once_differentiable
 
-from tars_kernels import reference
+from tars_kernels import backend, reference
 from tars_kernels.backend import isolated, operator, runs_kernels
 from tars_kernels.checks import (
     check_bias,
@@ -57,7 +57,9 @@ from tars_kernels.rows import (
     LogitRows,
     RowTerms,
     fill_row,
+    is_aligned,
     load_tile,
+    place_row,
     scan_row,
     store_tile,
     sweep_rows,
@@ -234,7 +236,7 @@ def _loss_from_logits(  # noqa: PLR0913
     HAS_DUAL_CLIP: tl.constexpr, HAS_KL: tl.constexpr, KL_ESTIMATOR: tl.constexpr, CORRECTS_KL: tl.constexpr,
     MASKS_IMPORTANCE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     # What there is to read and write.
-    HAS_GRADIENT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Losses and, scaled by an upstream gradient of 1, their gradient: one program for each token's row of logits."""
     pid = tl.program_id(0).to(tl.int64)
@@ -247,12 +249,15 @@ def _loss_from_logits(  # noqa: PLR0913
         tl.store(ratios + pid, 0.0)
         tl.store(events + pid, 0)
         if HAS_GRADIENT:
-            fill_row(gradient + pid * V, V, ROWS, LANES)
+            gradient_row, shift = place_row(gradient, V, ALIGNED)
+            fill_row(gradient_row, V, ROWS, LANES, shift)
         return
-    row = logits + pid * logits_stride
+    row, shift = place_row(logits, logits_stride, ALIGNED)
     scale = inverse_temperature * LOG2E
     target = tl.load(targets + pid).to(tl.int64)
-    _, _, logprob, entropy, rest, peak, total = scan_row(row, bias, target, V, scale, HAS_BIAS, ROWS, LANES)
+    _, _, logprob, entropy, rest, peak, total = scan_row(
+        row, bias, target, V, scale, HAS_BIAS, ROWS, LANES, shift, ALIGNED, "evict_last" if HAS_GRADIENT else "evict_first"
+    )
 
     old = logprob
     if HAS_OLD:
@@ -294,12 +299,13 @@ def _loss_from_logits(  # noqa: PLR0913
         entropy_slope *= inverse_temperature
         # The gradient, zeros too, may take the place of the logits, whose target some threads may not have read yet.
         tl.debug_barrier()
+        gradient_row, _ = place_row(gradient, V, ALIGNED)
         if (slope == 0) & (entropy_slope == 0):
-            fill_row(gradient + pid * V, V, ROWS, LANES)
+            fill_row(gradient_row, V, ROWS, LANES, shift)
         else:
             write_gradient(
-                gradient + pid * V, row, bias, target, V, scale, peak, total, rest, logprob, entropy, slope, entropy_slope,
-                HAS_BIAS, HAS_ENTROPY, ROWS, LANES,
+                gradient_row, row, bias, target, V, scale, peak, total, rest, logprob, entropy, slope, entropy_slope,
+                HAS_BIAS, HAS_ENTROPY, ROWS, LANES, shift, ALIGNED,
             )  # fmt: skip
 
 
@@ -504,13 +510,14 @@ def _batch_statistics(  # noqa: PLR0913
 
 
 @triton.jit
-def _scale_gradient(gradient, scale, V, ROWS: tl.constexpr, LANES: tl.constexpr):
+def _scale_gradient(gradient, scale, V, ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
     """Multiply gradient [T, V] by scale [], in place; there is nothing to do for the 1 of `loss.backward()`."""
     factor = tl.load(scale)
     if factor != 1:
-        row = gradient + tl.program_id(0).to(tl.int64) * V
-        for start in range(0, V, ROWS * LANES):
-            store_tile(row, load_tile(row, row, start, V, False, ROWS, LANES) * factor, start, V, ROWS, LANES)
+        row, shift = place_row(gradient, V, ALIGNED)
+        for start in range(0, V + shift, ROWS * LANES):
+            x = load_tile(row, row, start, V, False, ROWS, LANES, shift, ALIGNED, "evict_first")
+            store_tile(row, x * factor, start, V, ROWS, LANES, shift)
 
 
 class _TokenResults(NamedTuple):
@@ -524,8 +531,8 @@ class _TokenResults(NamedTuple):
     @classmethod
     def zeros(cls, num_tokens: int, device: torch.device) -> _TokenResults:
         """Zeros, because tokens that belong to no sequence are not written."""
-        floats = (torch.zeros(num_tokens, dtype=torch.float32, device=device) for _ in range(3))
-        return cls(*floats, torch.zeros(num_tokens, dtype=torch.int32, device=device))
+        types = (*3 * (torch.float32,), torch.int32)
+        return cls(*(torch.zeros(num_tokens, dtype=dtype, device=device) for dtype in types))
 
     def statistics(self, weights: Tensor, num_kept: Tensor) -> Tensor:
         """[6] loss, clip_low_fraction, clip_high_fraction, importance_mean, importance_max, importance_capped_fraction."""
@@ -636,7 +643,8 @@ def _launch_from_logits(
         _loss_from_logits[(num_tokens,)](
             gradient=gradient, logprobs=logprobs, entropies=entropies, **results._asdict(), logits=logits, bias=bias,
             targets=targets, V=vocabulary, logits_stride=logits.stride(0), inverse_temperature=inverse_temperature,
-            HAS_GRADIENT=gradient is not None, HAS_BIAS=bias is not None, **arguments, **tile(vocabulary),
+            HAS_GRADIENT=gradient is not None, HAS_BIAS=bias is not None,
+            ALIGNED=is_aligned(logits, logits if gradient is None else gradient), **arguments, **tile(vocabulary),
         )  # fmt: skip
     statistics = results.statistics(arguments["weights"], num_kept)
     loss = statistics[0].clone()
@@ -656,7 +664,7 @@ def _from_logits(  # noqa: PLR0913
     names: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `_launch_from_logits` returns, and the gradient, which is empty where it is not wanted."""
-    gradient = torch.empty_like(logits if wants_gradient else logits[:0])
+    gradient = torch.empty_like(logits) if wants_gradient else logits.new_empty(0, logits.shape[1])
     packed = _Packed(list(tensors), list(numbers), names)
     loss, logprobs, entropies, statistics, losses, kls = _launch_from_logits(
         gradient if wants_gradient else None, logits, bias, targets, inverse_temperature, packed
@@ -667,7 +675,8 @@ def _from_logits(  # noqa: PLR0913
 def _from_logits_outputs(logits, bias, targets, inverse_temperature, wants_gradient, *_):
     vectors = [logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(4)]
     loss, statistics = (logits.new_empty(shape, dtype=torch.float32) for shape in ((), (6,)))
-    return loss, *vectors[:2], statistics, *vectors[2:], torch.empty_like(logits if wants_gradient else logits[:0])
+    gradient = torch.empty_like(logits) if wants_gradient else logits.new_empty(0, logits.shape[1])
+    return loss, *vectors[:2], statistics, *vectors[2:], gradient
 
 
 def _save_gradient(ctx, inputs, output):
@@ -680,7 +689,7 @@ def _from_logits_backward(ctx, upstream, *_):
     (gradient,) = ctx.saved_tensors
     if upstream is None:
         return (None,) * 8
-    if detect_fake_mode(gradient) is not None:
+    if detect_fake_mode(gradient) is not None and not backend.walks_launches:
         # Whoever traces this plans the memory.
         return gradient * upstream, *(None,) * 7
     # In place: a second backward pass finds it changed, and is refused by autograd.
@@ -691,7 +700,7 @@ def _from_logits_backward(ctx, upstream, *_):
 def _scale_rows(gradient: Tensor, upstream: Tensor) -> None:
     num_tokens, vocabulary = gradient.shape
     if num_tokens:
-        _scale_gradient[(num_tokens,)](gradient, upstream, vocabulary, **tile(vocabulary))
+        _scale_gradient[(num_tokens,)](gradient, upstream, vocabulary, is_aligned(gradient), **tile(vocabulary))
 
 
 _scale_gradient_operator = operator("scale_gradient", _scale_rows, lambda *_: None, mutates=("gradient",))
@@ -728,7 +737,7 @@ def _sweep_logits(
     """`RowTerms` of logits; their gradient is a launch of its own."""
     terms = RowTerms.empty(len(logits), logits.device)
     sweep_rows(LogitRows(logits, bias, targets, inverse_temperature), terms)
-    return tuple(terms)
+    return terms
 
 
 def _write_logits_gradient(  # noqa: PLR0913

@@ -42,6 +42,7 @@ from tars_kernels.objective import (
     sequence_numbers,
     shows_settings,
 )
+from tars_kernels.softmax import SoftmaxTerms
 from tars_kernels.token_loss import token_loss
 
 NORM_FLOOR = 1e-8
@@ -86,7 +87,9 @@ def linear_logprob(  # noqa: PLR0913
     check_targets(targets, len(hidden), len(weight))
     check_temperature(temperature)
     logits = F.linear(_accumulated(hidden), _accumulated(weight))
-    logprobs, entropy = _softmax_terms(logits, targets, bias, temperature, entropy_gradient=entropy_gradient)
+    logprobs, entropy = _softmax_terms(
+        logits, targets, bias, temperature, wants_entropy=return_entropy, entropy_gradient=return_entropy and entropy_gradient
+    )
     return (logprobs, entropy) if return_entropy else logprobs
 
 
@@ -189,16 +192,35 @@ def linear_policy_loss(
 
 
 def _softmax_terms(
-    logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, *, entropy_gradient: bool
+    logits: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    *,
+    wants_entropy: bool = True,
+    entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of the targets and entropy, both [T]."""
+    """Log-probability of the targets and entropy, both [T]; the entropy is arbitrary where it is not wanted."""
+    entropy_gradient = entropy_gradient and torch.is_grad_enabled()
+    if logits.dtype == torch.float64 or entropy_gradient or torch.compiler.is_compiling():
+        return specified_softmax_terms(logits, targets, bias, temperature, entropy_gradient)
+    if not torch.is_grad_enabled():
+        # What is kept for a gradient is kept where one could be asked for.
+        logits, bias = logits.detach(), None if bias is None else bias.detach()
+    return SoftmaxTerms.apply(logits, targets, bias, temperature, wants_entropy)
+
+
+def specified_softmax_terms(
+    logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """What `softmax.SoftmaxTerms` is held to."""
     if bias is not None:
         logits = logits + bias
     if temperature != 1:
         logits = logits / temperature
     all_logprobs = logits.log_softmax(-1)
     logprobs = all_logprobs.gather(-1, targets[:, None])[:, 0]
-    if not (entropy_gradient and torch.is_grad_enabled()):
+    if not entropy_gradient:
         return logprobs, torch.special.entr(all_logprobs.detach().exp()).sum(-1)
     # entr has no finite gradient at 0, where suppressed tokens are.
     finite = all_logprobs.masked_fill(all_logprobs == -torch.inf, 0.0)

@@ -4,6 +4,9 @@ A row is read in tiles of [ROWS, LANES]. Maximum, sum of exponentials and entrop
 needs one exponential an element (plus 1 / ROWS to rescale) and no reduction across threads before its end. The target is left
 out of the sums: `1 - p(target)` is then a sum of small numbers, not a difference of large ones.
 
+Rows are read in whole chunks of 16 bytes, also where V is no multiple of 8 and a row begins inside of one: its first tile then
+starts up to 15 bytes before it (`shift`), and what belongs to neighbours is left out in the first and last tile only.
+
 `sweep_rows` and `write_rows_gradient` launch the kernels that read logits once for log-probabilities, and once more for their
 gradient. Shapes: T tokens, V vocabulary.
 
@@ -51,38 +54,69 @@ def _log1p(x):
 
 
 @triton.jit
+def place_row(matrix, stride, ALIGNED: tl.constexpr):
+    """The program's row of a matrix, and how many elements before its first column the pointer stands.
+
+    ALIGNED: the matrix begins on 16 bytes, so that a pointer to the chunk in which the row begins is safe to read.
+    """
+    offset = tl.program_id(0).to(tl.int64) * stride
+    if ALIGNED:
+        shift = (offset % (128 // matrix.dtype.element_ty.primitive_bitwidth)).to(tl.int32)
+        row = tl.multiple_of(matrix + (offset - shift), 16)
+    else:
+        shift = 0
+        row = matrix + offset
+    return row, shift
+
+
+@triton.jit
 def load_tile(  # noqa: PLR0913
-    row, bias, start, V, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
-):
-    """[ROWS, LANES] logits from column `start`; -inf beyond the row. Only its last tile pays for the bounds."""
-    columns = tile_columns(start, ROWS, LANES)
-    if start + ROWS * LANES <= V:
-        x = tl.load(row + columns).to(tl.float32)
+    row, bias, start, V, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    shift=0, ALIGNED: tl.constexpr = False, KEEP: tl.constexpr = "",
+):  # fmt: skip
+    """[ROWS, LANES] logits `start` elements behind the pointer of `place_row`; -inf where there are none.
+
+    Only the first and the last tile of a row pay for its bounds.
+
+    KEEP: how long the cache shall hold what is read, in Triton's words: evict_last where a second sweep follows.
+    """
+    places = tile_columns(start, ROWS, LANES)
+    columns = places - shift
+    if (start >= shift) & (start + ROWS * LANES <= V + shift):
+        x = tl.load(row + places, eviction_policy=KEEP).to(tl.float32)
         if HAS_BIAS:
             x += tl.load(bias + columns).to(tl.float32)
     else:
-        x = tl.load(row + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+        inside = (columns >= 0) & (columns < V)
+        if ALIGNED:
+            # To the end of the chunk of 16 bytes that a row ends in, whose mask is the same for all of it.
+            PER_CHUNK: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
+            end = tl.multiple_of((V + shift + PER_CHUNK - 1) // PER_CHUNK * PER_CHUNK, PER_CHUNK)
+            x = tl.load(row + places, mask=places < end, other=float("-inf"), eviction_policy=KEEP).to(tl.float32)
+            x = tl.where(inside, x, float("-inf"))
+        else:
+            x = tl.load(row + places, mask=inside, other=float("-inf"), eviction_policy=KEEP).to(tl.float32)
         if HAS_BIAS:
-            x += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)
+            x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     return x
 
 
 @triton.jit
-def store_tile(row, values, start, V, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Write a tile, without what lies beyond the row."""
-    columns = tile_columns(start, ROWS, LANES)
+def store_tile(row, values, start, V, ROWS: tl.constexpr, LANES: tl.constexpr, shift=0):  # noqa: PLR0913
+    """Write a tile, without what lies outside of the row."""
+    places = tile_columns(start, ROWS, LANES)
     values = values.to(row.dtype.element_ty)
-    if start + ROWS * LANES <= V:
-        tl.store(row + columns, values)
+    if (start >= shift) & (start + ROWS * LANES <= V + shift):
+        tl.store(row + places, values)
     else:
-        tl.store(row + columns, values, mask=columns < V)
+        tl.store(row + places, values, mask=(places >= shift) & (places < V + shift))
 
 
 @triton.jit
-def overwrite(row, target, value, V):
+def overwrite(row, target, value, V, shift=0):
     """Put `value` where a tile was written before, by whichever thread; nowhere for a target outside the vocabulary."""
     tl.debug_barrier()
-    tl.store(row + target, value.to(row.dtype.element_ty), mask=(target >= 0) & (target < V))
+    tl.store(row + shift + target, value.to(row.dtype.element_ty), mask=(target >= 0) & (target < V))
 
 
 @triton.jit
@@ -97,10 +131,10 @@ def power(difference, scale):
 
 
 @triton.jit
-def load_target(row, bias, target, V, HAS_BIAS: tl.constexpr):
+def load_target(row, bias, target, V, HAS_BIAS: tl.constexpr, shift=0):
     """The target's logit; NaN for a target outside the vocabulary, which is never read."""
     inside = (target >= 0) & (target < V)
-    x = tl.load(row + target, mask=inside, other=float("nan")).to(tl.float32)
+    x = tl.load(row + shift + target, mask=inside, other=float("nan")).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias + target, mask=inside, other=0.0).to(tl.float32)
     return x
@@ -108,8 +142,9 @@ def load_target(row, bias, target, V, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def scan_row(  # noqa: PLR0913
-    row, bias, target, V, scale, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
-):
+    row, bias, target, V, scale, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    shift=0, ALIGNED: tl.constexpr = False, KEEP: tl.constexpr = "",
+):  # fmt: skip
     """One sweep over a row; `scale` turns logits into powers of 2.
 
     Returns:
@@ -122,25 +157,26 @@ def scan_row(  # noqa: PLR0913
     tops = tl.full([LANES], _LOWEST, tl.float32)
     sums = tl.zeros([LANES], tl.float32)
     moments = tl.zeros([LANES], tl.float32)
-    for start in range(0, V, ROWS * LANES):
-        x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES)
-        if (start <= target) & (target < start + ROWS * LANES):
-            x = tl.where(tile_columns(start, ROWS, LANES) == target.to(tl.int32), float("-inf"), x)
+    place = target + shift
+    for start in range(0, V + shift, ROWS * LANES):
+        x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES, shift, ALIGNED, KEEP)
+        if (start <= place) & (place < start + ROWS * LANES):
+            x = tl.where(tile_columns(start, ROWS, LANES) == place.to(tl.int32), float("-inf"), x)
         higher = tl.maximum(tops, tl.max(x, 0))
         e, d = power(x - higher[None, :], scale)
-        factor, shift = power(tops - higher, scale)
-        moments = (moments + shift * sums) * factor + tl.sum(e * d, 0)
+        factor, drop = power(tops - higher, scale)
+        moments = (moments + drop * sums) * factor + tl.sum(e * d, 0)
         sums = sums * factor + tl.sum(e, 0)
         tops = higher
     top = tl.max(tops, 0)
-    factor, shift = power(tops - top, scale)
-    moment = tl.sum((moments + shift * sums) * factor, 0)
+    factor, drop = power(tops - top, scale)
+    moment = tl.sum((moments + drop * sums) * factor, 0)
     others = tl.sum(sums * factor, 0)
 
-    own = load_target(row, bias, target, V, HAS_BIAS)
+    own = load_target(row, bias, target, V, HAS_BIAS, shift)
     peak = tl.where(own < top, top, own)
-    factor, shift = power(top - peak, scale)
-    moment = (moment + shift * others) * factor
+    factor, drop = power(top - peak, scale)
+    moment = (moment + drop * others) * factor
     rest = others * factor
     own_power, own_shift = power(own - peak, scale)
     total = rest + own_power
@@ -154,31 +190,32 @@ def scan_row(  # noqa: PLR0913
 def write_gradient(  # noqa: PLR0913
     gradient, row, bias, target, V, scale, peak, total, rest, logprob, entropy, slope, entropy_slope,
     HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    shift=0, ALIGNED: tl.constexpr = False,
 ):  # fmt: skip
     """Gradient of `slope * logprob + entropy_slope * entropy` by the logits, both slopes already over the temperature."""
     factor = -slope / total
     inverse = 1.0 / total
     log_total = tl.log(total)
-    for start in range(0, V, ROWS * LANES):
-        x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES)
+    for start in range(0, V + shift, ROWS * LANES):
+        x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES, shift, ALIGNED, "evict_first")
         if HAS_ENTROPY:
-            e, shift = power(x - peak, scale)
-            g = e * factor - entropy_slope * (e * inverse) * (shift * LN2 - log_total + entropy)
+            e, drop = power(x - peak, scale)
+            g = e * factor - entropy_slope * (e * inverse) * (drop * LN2 - log_total + entropy)
         else:
             g = tl.exp2((x - peak) * scale) * factor
-        store_tile(gradient, g, start, V, ROWS, LANES)
+        store_tile(gradient, g, start, V, ROWS, LANES, shift)
     own = slope * rest
     if HAS_ENTROPY:
         own -= entropy_slope * tl.where(rest < 1, (1.0 - rest) * (logprob + entropy), 0.0)
-    overwrite(gradient, target, own, V)
+    overwrite(gradient, target, own, V, shift)
 
 
 @triton.jit
-def fill_row(output, V, ROWS: tl.constexpr, LANES: tl.constexpr):
+def fill_row(output, V, ROWS: tl.constexpr, LANES: tl.constexpr, shift=0):
     """A row of zeros."""
     zeros = tl.zeros([ROWS, LANES], output.dtype.element_ty)
-    for start in range(0, V, ROWS * LANES):
-        store_tile(output, zeros, start, V, ROWS, LANES)
+    for start in range(0, V + shift, ROWS * LANES):
+        store_tile(output, zeros, start, V, ROWS, LANES, shift)
 
 
 @triton.jit
@@ -188,14 +225,18 @@ def _rows_forward(  # noqa: PLR0913
     targets,  # [T]
     logprobs, entropies, rests, peaks, totals, inverse_others,  # [T], written
     powers, entropy_powers,  # [T, V], written
-    V, logits_stride, inverse_temperature,
-    HAS_BIAS: tl.constexpr, HAS_POWERS: tl.constexpr, HAS_ENTROPY: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    V, logits_stride, powers_stride, inverse_temperature,
+    HAS_BIAS: tl.constexpr, HAS_POWERS: tl.constexpr, HAS_ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    """HAS_POWERS: logits and powers have row strides of whole chunks, see `padded_rows`, so that no row is shifted."""
     pid = tl.program_id(0).to(tl.int64)
-    row = logits + pid * logits_stride
+    row, shift = place_row(logits, logits_stride, ALIGNED)
     scale = inverse_temperature * LOG2E
     target = tl.load(targets + pid).to(tl.int64)
-    top, others, logprob, entropy, rest, peak, total = scan_row(row, bias, target, V, scale, HAS_BIAS, ROWS, LANES)
+    top, others, logprob, entropy, rest, peak, total = scan_row(
+        row, bias, target, V, scale, HAS_BIAS, ROWS, LANES, shift, ALIGNED, "evict_last" if HAS_POWERS else "evict_first"
+    )
     tl.store(logprobs + pid, logprob)
     tl.store(entropies + pid, entropy)
     tl.store(rests + pid, rest)
@@ -204,16 +245,22 @@ def _rows_forward(  # noqa: PLR0913
     if HAS_POWERS:
         # The largest of the others becomes 1, so that fp16 does not lose a flat or a very confident distribution.
         tl.store(inverse_others + pid, 1.0 / tl.where(others > 0, others, 1.0))
+        row = logits + pid * logits_stride
+        powers_row = powers + pid * powers_stride
         for start in range(0, V, ROWS * LANES):
-            x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES)
-            store_tile(powers + pid * V, tl.exp2((x - top) * scale), start, V, ROWS, LANES)
-        overwrite(powers + pid * V, target, tl.zeros([], tl.float32), V)
+            x = load_tile(
+                row, bias, start, V, HAS_BIAS, ROWS, LANES, 0, ALIGNED, "evict_last" if HAS_ENTROPY else "evict_first"
+            )
+            store_tile(powers_row, tl.exp2((x - top) * scale), start, V, ROWS, LANES)
+        overwrite(powers_row, target, tl.zeros([], tl.float32), V)
         # A loop of its own: together they would not fit into registers.
         if HAS_ENTROPY:
             log_total = tl.log(total)
             for start in range(0, V, ROWS * LANES):
-                e, shift = power(load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES) - peak, scale)
-                store_tile(entropy_powers + pid * V, e / total * (shift * LN2 - log_total + entropy), start, V, ROWS, LANES)
+                x = load_tile(row, bias, start, V, HAS_BIAS, ROWS, LANES, 0, ALIGNED, "evict_first")
+                e, difference = power(x - peak, scale)
+                g = e / total * (difference * LN2 - log_total + entropy)
+                store_tile(entropy_powers + pid * powers_stride, g, start, V, ROWS, LANES)
 
 
 @triton.jit
@@ -222,21 +269,24 @@ def _rows_backward(  # noqa: PLR0913
     logits,  # [T, V]
     bias,  # [V]
     targets, slopes, entropy_slopes, logprobs, entropies, rests, peaks, totals,  # [T]
-    V, logits_stride, inverse_temperature,
-    HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    V, logits_stride, gradient_stride, inverse_temperature,
+    HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     slope = tl.load(slopes + pid) * inverse_temperature
     entropy_slope = 0.0
     if HAS_ENTROPY:
         entropy_slope = tl.load(entropy_slopes + pid) * inverse_temperature
+    row, shift = place_row(logits, logits_stride, ALIGNED)
+    gradient_row, gradient_shift = place_row(gradient, gradient_stride, ALIGNED)
     if (slope == 0) & (entropy_slope == 0):
-        fill_row(gradient + pid * V, V, ROWS, LANES)
+        fill_row(gradient_row, V, ROWS, LANES, gradient_shift)
         return
     write_gradient(
-        gradient + pid * V, logits + pid * logits_stride, bias, tl.load(targets + pid).to(tl.int64), V,
+        gradient_row, row, bias, tl.load(targets + pid).to(tl.int64), V,
         inverse_temperature * LOG2E, tl.load(peaks + pid), tl.load(totals + pid), tl.load(rests + pid),
         tl.load(logprobs + pid), tl.load(entropies + pid), slope, entropy_slope, HAS_BIAS, HAS_ENTROPY, ROWS, LANES,
+        shift, ALIGNED,
     )  # fmt: skip
 
 
@@ -286,6 +336,28 @@ class RowPowers(NamedTuple):
     """[T, V] p * (log p + entropy), minus the entropy's gradient by the scaled logits; None where it is not wanted."""
 
 
+_CHUNK = 16
+"""Bytes that a thread reads at once."""
+_PADDING = 64
+"""Elements to whose multiple rows of our own are lengthened."""
+
+
+def padded_rows(num_rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[num_rows, V], unwritten, whose rows begin on a multiple of 128 bytes: odd ones are slow to read, and to multiply."""
+    memory = torch.empty(num_rows, triton.cdiv(vocabulary, _PADDING) * _PADDING, dtype=dtype, device=device)
+    # Products in bf16 on a CPU multiply what stands between rows by 0.
+    memory[:, vocabulary:] = 0
+    return memory[:, :vocabulary]
+
+
+def is_aligned(*matrices: Tensor) -> bool:
+    """Whether rows of these may be read and written by whole chunks: all begin on one, and their rows stand alike to them."""
+    first = matrices[0]
+    whole = [each.stride(0) * each.element_size() % _CHUNK == 0 for each in matrices]
+    alike = all(each.stride(0) == first.stride(0) and each.dtype == first.dtype for each in matrices)
+    return all(each.data_ptr() % _CHUNK == 0 for each in matrices) and (all(whole) or alike)
+
+
 def sweep_rows(rows: LogitRows, terms: RowTerms, written: RowPowers | None = None) -> None:
     """Read every row once, and write `terms` and, where given, `written`."""
     num_tokens, vocabulary = rows.logits.shape
@@ -293,8 +365,9 @@ def sweep_rows(rows: LogitRows, terms: RowTerms, written: RowPowers | None = Non
         inverse_others, powers, entropy_powers = (None, None, None) if written is None else written
         _rows_forward[(num_tokens,)](
             rows.logits, rows.bias, rows.targets, *terms, inverse_others, powers, entropy_powers, vocabulary,
-            rows.logits.stride(0), rows.inverse_temperature, HAS_BIAS=rows.bias is not None, HAS_POWERS=powers is not None,
-            HAS_ENTROPY=entropy_powers is not None, **tile(vocabulary),
+            rows.logits.stride(0), 0 if powers is None else powers.stride(0), rows.inverse_temperature,
+            HAS_BIAS=rows.bias is not None, HAS_POWERS=powers is not None, HAS_ENTROPY=entropy_powers is not None,
+            ALIGNED=is_aligned(rows.logits), **tile(vocabulary),
         )  # fmt: skip
 
 
@@ -313,6 +386,6 @@ def write_rows_gradient(
     if num_tokens:
         _rows_backward[(num_tokens,)](
             gradient, rows.logits, rows.bias, rows.targets, slopes, entropy_slopes, *terms, vocabulary, rows.logits.stride(0),
-            rows.inverse_temperature, HAS_BIAS=rows.bias is not None, HAS_ENTROPY=entropy_slopes is not None,
-            **tile(vocabulary),
+            gradient.stride(0), rows.inverse_temperature, HAS_BIAS=rows.bias is not None,
+            HAS_ENTROPY=entropy_slopes is not None, ALIGNED=is_aligned(rows.logits, gradient), **tile(vocabulary),
         )  # fmt: skip

@@ -584,6 +584,46 @@ def test_the_head_itself_brings_its_bias(device):
     assert torch.equal(*both)
 
 
+class _Placed(torch.autograd.Function):
+    """Copies values to a place of a memory."""
+
+    @staticmethod
+    def forward(ctx, values, memory, offset):
+        placed = values.new_tensor([]).set_(memory.untyped_storage(), offset, values.shape, values.stride())
+        return placed.copy_(values)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clone(), None, None
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("vocabulary", [1003, 5003])
+def test_rows_that_begin_anywhere(device, vocabulary, offset):
+    """Rows of odd length, each at another place within its chunk of 16 bytes, in a memory that begins on one or does not."""
+    hidden, weight, targets = (x.to(device) for x in sample(9, 24, vocabulary))
+    advantages = torch.linspace(-1, 1, 9, device=device)
+    values = (hidden @ weight.T).bfloat16()
+    results = []
+    for inplace in (False, True):
+        memory = torch.full((10 * vocabulary,), torch.nan, dtype=torch.bfloat16, device=device)
+        leaf = values.clone().requires_grad_()
+        logits = _Placed.apply(leaf, memory, offset)
+        loss = tars_kernels.policy_loss(logits, targets, advantages, inplace=inplace)
+        (gradient,) = torch.autograd.grad(2 * loss.loss, leaf)
+        results.append([loss.loss.detach(), loss.logprobs, gradient])
+        assert torch.isnan(memory[:offset]).all()
+        assert torch.isnan(memory[offset + 9 * vocabulary :]).all()
+        assert torch.equal(memory[offset : offset + 9 * vocabulary].view_as(values), gradient if inplace else values)
+    for plain, overwritten in zip(*results, strict=True):
+        assert torch.equal(plain, overwritten)
+    exact = values.double().requires_grad_()
+    truth = reference.policy_loss(exact, targets, advantages.double())
+    (true,) = torch.autograd.grad(2 * truth.loss, exact)
+    torch.testing.assert_close(results[0][1].double(), truth.logprobs.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[0][2].double(), true, rtol=1e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("start", ["logits", "hidden"])
 def test_layouts_of_memory(device, start):
     """Rows with a stride, and vectors that are every second entry of another."""

@@ -6,6 +6,8 @@ All processes hold the same trained parameters and take the same optimiser step,
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from tars_fast.support.cli import first_line
+from tars_fast.support.cli import FAILED, first_line
 from tars_fast.support.locks import locked
 from tars_fast.support.timing import is_out_of_memory
 from tars_fast.types import TrainingError, UserError
@@ -83,7 +85,8 @@ def _explain_loss() -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise TrainingError(
-            f"another process of this run has ended ({first_line(error)}); start the same command again, train with --resume"
+            f"another process of this run has ended ({first_line(error):.100}); start the same command again, train with "
+            "--resume"
         ) from error
 
 
@@ -111,6 +114,25 @@ def _digest(parameter: Tensor) -> int:
 
 
 @contextmanager
+def _ended_in_one_line() -> Iterator[None]:
+    """Say how to go on where torchrun ends this process, which it does as soon as another one has failed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: object) -> None:
+        # Whatever the process was doing, an error of its own to be told included, cannot be waited for.
+        os.write(2, b"stopped: torchrun ends this process; start the same command again, train with --resume\n")
+        os._exit(FAILED)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
 def join_workers() -> Iterator[Workers]:
     """For the length of the block one of the processes that `torchrun` started; alone, where it started none.
 
@@ -135,7 +157,8 @@ def join_workers() -> Iterator[Workers]:
     # Objects travel by gloo; gradients by NCCL where they are on a GPU.
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield Workers(torch.distributed.get_rank(), size)
+        with _ended_in_one_line():
+            yield Workers(torch.distributed.get_rank(), size)
     finally:
         # vLLM, where it ran here, has ended the group with itself.
         if torch.distributed.is_initialized():

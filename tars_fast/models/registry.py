@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -135,5 +134,5 @@ def _say_assumed(model: str) -> None:
         print(
             f"note: --model {visible(model)} holds no {PRESET_FILE}; the paper's settings are taken, with the system prompt "
             f"{PAPER.system_prompt[:60]!r}...",
-            file=sys.stderr,
+            flush=True,
         )

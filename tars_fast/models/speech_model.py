@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from tars_fast.models.modules import Decoder, PolicyModule
 from tars_fast.models.packed_attention import PackedGroups, use_packed_attention
 from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
+from tars_fast.support.timing import is_out_of_memory
 from tars_fast.types import Completion, Modality, Prompt, Question, Recording, UserError
 
 _AUDIO_CACHE_BYTES = 10**9
@@ -395,9 +397,12 @@ def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype:
             # The checkpoint's own speech adapter (Phi-4-multimodal): without it the base does not understand speech. It is
             # merged in float32, and also answers written prompts, so that there is one policy.
             module = merge_adapter(module, family, folder / family.adapter_folder).to(dtype)
-    except torch.OutOfMemoryError:
-        raise
+    except UnpicklingError as error:
+        held = ValueError("pytorch_model.bin holds more than weights, which is not run; save them as model.safetensors")
+        raise cannot_be_loaded(source, held) from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise cannot_be_loaded(source, error) from error
     module = family.without_unused(module).requires_grad_(False).to(device).eval()
     load_adapter(module, family, source)

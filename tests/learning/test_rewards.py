@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,6 +116,30 @@ def test_a_reward_that_raises_something_names_itself_and_the_item(monkeypatch, v
     monkeypatch.setitem(COMPLETION_REWARDS, "broken", CompletionReward(function, 1.0))
     with pytest.raises(TrainingError, match=rf"reward 'broken' raised {raised}\(.* for a completion of item 'a': 'The answer"):
         completion_rewards([completion("The answer is seven.")], [Question("a", "?", "seven", ("six", "seven"))])
+
+
+def test_a_reward_that_exits_does_not_end_the_run_in_silence(monkeypatch):
+    monkeypatch.setitem(COMPLETION_REWARDS, "broken", CompletionReward(lambda *_: sys.exit(0), 1.0))
+    with pytest.raises(TrainingError, match=r"reward 'broken' raised SystemExit\(0\) for a completion of item 'a'"):
+        completion_rewards([completion("The answer is seven.")], [Question("a", "?", "seven", ("six", "seven"))])
+
+
+@pytest.mark.parametrize(
+    ("name", "reward", "said"),
+    [
+        (5, CompletionReward(lambda *_: 0.0, 1.0), r"COMPLETION_REWARDS: 5 is .*; give a name, and CompletionReward"),
+        ("mine", lambda *_: 0.0, r"'mine' is <function"),
+        ("mine", (lambda *_: 0.0, 1.0), r"'mine' is \(<function"),
+        ("mine", CompletionReward("accuracy", 1.0), r"'mine' is CompletionReward\(function='accuracy'"),
+        ("mine", CompletionReward(lambda *_: 0.0, "1"), r"'mine' has a weight of '1'; give a finite number"),
+        ("mine", CompletionReward(lambda *_: 0.0, None), r"'mine' has a weight of None"),
+        ("mine", CompletionReward(lambda *_: 0.0, float("nan")), r"'mine' has a weight of nan"),
+    ],
+)
+def test_rewards_of_a_wrong_type_are_refused_before_training(monkeypatch, name, reward, said):
+    monkeypatch.setitem(COMPLETION_REWARDS, name, reward)
+    with pytest.raises(UserError, match=said):
+        check_rewards()
 
 
 @pytest.mark.parametrize("name", ["representation", "reward", "entropy", "group"])
