@@ -312,6 +312,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="bfloat16 on sm_90 only, beside a short vocabulary in float32")
     arguments = parser.parse_args()
     architectures, dtypes = ((90,), _DTYPES[:1]) if arguments.quick else (ARCHITECTURES, _DTYPES)
+    # The same with a GPU as without.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(check, architectures, [dtypes] * len(architectures)))
     kernels = sorted((kernel for found, _ in results for kernel in found), key=lambda row: (row.kernel, row.architecture))

@@ -56,10 +56,14 @@ from tars_fast.models.speech_model import SpeechModel, make_trainable
 ROOT = Path(__file__).parents[1]
 WALKED = ("kernels/tars_kernels/*.py", "tars_fast/models/packed_attention.py", "tars_fast/models/flash_attention.py")
 """Files every line of whose CUDA branches must run."""
-NOT_WALKED = ("reference.py", "token_loss.py", "operations.py", "__init__.py")
-"""The specification, which runs without a GPU, and what only imports."""
-NOT_ON_CUDA = r"not runs_kernels|device\.type == '(cpu|meta)'|_shows_values|is_compiling|detect_fake_mode|(upstream|slopes) is None( and|$)"
-"""Conditions of what runs without a GPU, while a graph is traced, or where autograd asks for no gradient at all."""
+NOT_WALKED = ("reference.py", "token_loss.py", "softmax.py", "operations.py", "__init__.py")
+"""The specification and what it calls, which run without a GPU, and what only imports."""
+NOT_ON_CUDA = (
+    r"not runs_kernels|device\.type == '(cpu|meta)'|_shows_values|is_compiling|detect_fake_mode"
+    # Autograd's questions about a gradient that nobody wants.
+    r"|(upstream|slopes) is None( and|$)"
+)
+"""Conditions of what does not run on a GPU, or only while a graph is traced."""
 WALKED_BY_TESTS = r"_flash_attention_[23]|.*_outputs"
 """Functions that need packages which are not installed (tests/models/test_packed_attention.py has stand-ins for them), or run
 while a graph is traced."""
@@ -104,8 +108,8 @@ class Launches:
             narrow, multiplies = narrow_offsets(kernel.asm["ttir"])
             if multiplies:
                 self.problems.add(f"{name}: a 64-bit offset is a 32-bit product")
-            if "int_to_ptr" in narrow:
-                self.problems.add(f"{name}: 32-bit offsets from an address that it loads")
+            for origin in narrow & {"int_to_ptr", "unknown"}:
+                self.problems.add(f"{name}: 32-bit offsets from an address ({origin})")
         for argument, tensor in pointers.items():
             extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             self.largest_argument[name] = max(self.largest_argument[name], extent)
@@ -121,11 +125,13 @@ def narrow_offsets(code: str) -> tuple[set[str], bool]:
     """What in a kernel's Triton code may overflow 32 bits.
 
     Returns:
-        the pointers (arguments, and `int_to_ptr` for addresses that were loaded) to which a 32-bit offset is added first;
-        whether a 64-bit number is made from the 32-bit product of two that are not known before the launch.
+        the pointers to which a 32-bit offset is added first (arguments; `int_to_ptr` for addresses that were loaded; `unknown`
+        for one whose origin is not seen); whether a 64-bit number is made from the 32-bit product of two that are not known
+        before the launch.
     """
     narrow: set[str] = set()
-    pointers = {name: name for name in re.findall(r"%(\w+): !tt\.ptr", code)}
+    # Where each pointer comes from; None: from within what a 64-bit offset may have been added to.
+    pointers: dict[str, str | None] = {name: name for name in re.findall(r"%(\w+): !tt\.ptr", code)}
     constants: set[str] = set()
     products: set[str] = set()
     multiplies = False
@@ -141,9 +147,11 @@ def narrow_offsets(code: str) -> tuple[set[str], bool]:
             pointers[name] = "int_to_ptr"
         elif operation in ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast") and operands[0] in pointers:
             pointers[name] = pointers[operands[0]]
-        elif operation == "tt.addptr" and operands[0] in pointers:
-            if re.search(r"\bi32$|xi32>$", rest):
-                narrow.add(pointers[operands[0]])
+        elif operation == "tt.addptr":
+            origin = pointers.get(operands[0], "unknown")
+            pointers[name] = None
+            if origin is not None and re.search(r"\bi32$|xi32>$", rest):
+                narrow.add(origin)
         elif operation == "arith.muli" and re.search(r"\bi32$|xi32>$", rest) and not constants & set(operands):
             products.add(name)
         elif operation == "arith.extsi" and operands[0] in products:
@@ -422,7 +430,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "coverage", "run", f"--rcfile={os.devnull}", f"--data-file={data}"]
         command += ["--include=" + ",".join(WALKED), __file__]
         layers = [] if given.layers is None else ["--layers", str(given.layers)]
-        subprocess.run([*command, "--worker", str(result), *layers], cwd=ROOT, check=True)
+        # The same with a GPU as without.
+        hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run([*command, "--worker", str(result), *layers], cwd=ROOT, env=hidden, check=True)
         found, lines = json.loads(result.read_text()), lines_not_run(data)
     print(f"{'kernel':24} {'launches':>8} {'largest grid':>12} {'largest argument':>16}")
     for name, count in sorted(found["launches"].items()):

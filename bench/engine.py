@@ -97,7 +97,7 @@ class MemoryMeter:
     """
 
     peaks: dict[str, int] = field(default_factory=dict)
-    phase: str = "imports"
+    phase: str = "elsewhere"
 
     def start(self) -> None:
         self._stopped = threading.Event()

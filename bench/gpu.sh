@@ -43,7 +43,7 @@ kernels() {
 }
 
 step() {
-    python3 bench/train_step.py "${shape[@]}" --cases 10s-512 --repeats 2 --micro-batches 8 32 --contenders released trl --json "$output/train_step_$card.json"
+    python3 bench/train_step.py "${shape[@]}" --cases 10s-512 --repeats 2 --micro-batches 16 --contenders released trl --json "$output/train_step_$card.json"
 }
 
 engine() {

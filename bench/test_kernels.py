@@ -10,12 +10,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from itertools import product
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import NamedTuple
 
 import pytest
 import torch
-from kernel_cases import ON_CPU, ON_GPU, Inputs, Operation, Shape, operations
+from kernel_cases import ON_CPU, ON_GPU, OURS, Inputs, Operation, Shape, operations
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,6 +129,27 @@ def test_kernel(benchmark, made, ceilings, case):
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         pytest.skip("does not fit into this GPU's memory")
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="plain PyTorch beside plain PyTorch, on CPUs")
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize(
+    "operation", [one for one in OPERATIONS if {OURS, "eager"} <= one.contenders.keys()], ids=lambda one: one.name
+)
+def test_without_a_gpu_nothing_is_lost(benchmark, made, operation, gradient):
+    """At most 1.1 times the processor time of eager PyTorch, taken in turns, so that other work counts for both."""
+    inputs = made.setdefault(ON_CPU[0], Inputs(ON_CPU[0], DEVICE, DTYPE))
+    seconds: dict[str, list[float]] = {OURS: [], "eager": []}
+    for _ in range(20):
+        for contender, times in seconds.items():
+            start = process_time()
+            run(operation, contender, inputs, gradient)
+            times.append(process_time() - start)
+    ratio = statistics.median(seconds[OURS]) / statistics.median(seconds["eager"])
+    benchmark.group = "plain PyTorch beside eager"
+    benchmark.extra_info.update({"operation": operation.name, "gradient": gradient, "ratio": ratio})
+    benchmark.pedantic(lambda: run(operation, OURS, inputs, gradient), rounds=1)
+    assert ratio <= 1.1
 
 
 def synchronise() -> None:

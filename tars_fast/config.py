@@ -76,12 +76,25 @@ class TrainConfig:
     behaviour_model: str = "auto"
     """Text embedder of R_beh: hashed-ngrams, or a sentence-transformers model. auto: hashed-ngrams for pocket, else
     Qwen/Qwen3-Embedding-0.6B."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "luspo", "gspo", "cispo", "sapo", "vespo", "gmpo"] = "dapo"
+    """Policy loss and what it is divided by, by its name in the literature; dapo is the paper's. docs/policy-losses.md has all
+    of them. dr_grpo divides by completions x --max-new-tokens."""
     clip_low: float = 0.2
-    """How far a token's probability ratio may fall below 1 before its gradient is held back."""
+    """How far a token's probability ratio may fall below 1 before its gradient is held back; with gspo and luspo the
+    sequence's ratio."""
     clip_high: float = 0.28
-    """How far it may rise above 1."""
+    """How far it may rise above 1; with cispo the largest ratio itself, for example 5."""
     importance_cap: float = 2.0
     """Largest weight that corrects for the rollout engine's probabilities differing from the trainer's."""
+    importance_mode: Literal["truncate", "mask"] = "truncate"
+    """truncate: a weight above --importance-cap becomes the cap. mask: it becomes 0, the token has no gradient."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """sequence: a completion has one weight, the product of its tokens' ones."""
+    kl_coef: float = 0.0
+    """Weight of KL to the model before training, which is this one with its adapter off: no second model. Needs LoRA. Each
+    completion that was not cut off then has a gradient, at the cost of one more forward pass a rollout."""
+    entropy_coef: float = 0.0
+    """The loss falls by this times the mean entropy of a token, whose gradient then keeps the policy from narrowing."""
     updates_per_rollout: int = 1
     """Optimiser steps on each rollout batch; the clip matters from 2 on."""
     lora_rank: int | None = None
@@ -148,7 +161,7 @@ class TrainConfig:
         positive += ("max_grad_norm", "tokens_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
         check_numbers(self, positive=(*positive, "lora_alpha"))
         not_negative = ["representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples"]
-        not_negative += ("audio_cache_gb",)
+        not_negative += ("audio_cache_gb", "kl_coef", "entropy_coef")
         check_numbers(self, not_negative=(*not_negative, "seed"))
         if self.resume and self.output_dir is None:
             raise UserError("--resume: needs the --output-dir of the run to continue")
@@ -157,6 +170,15 @@ class TrainConfig:
         check_layers(self.representation_layers)
         if not 0 <= self.clip_low < 1:
             raise UserError(f"--clip-low {self.clip_low}: must be at least 0 and below 1; the ratio is held above 1 - clip_low")
+        if self.loss_type == "cispo" and self.clip_high < 1:
+            raise UserError(
+                f"--clip-high {self.clip_high}: with --loss-type cispo it is the largest ratio itself; give 1 or more, e.g. 5"
+            )
+        if self.loss_type in ("vespo", "gmpo") and self.importance_level == "sequence":
+            raise UserError(
+                f"--importance-level sequence: --loss-type {self.loss_type} takes the weights of tokens into its sequence's; "
+                "leave it out"
+            )
         if not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"--warmup-fraction {self.warmup_fraction}: must lie between 0 and 1")
 
@@ -169,6 +191,11 @@ class TrainConfig:
         preset = preset.with_settings(self)
         if preset.lora_rank and not self.freeze_audio:
             raise UserError("--no-freeze-audio: a LoRA checkpoint holds adapters only; add --lora-rank 0")
+        if self.kl_coef and not preset.lora_rank:
+            raise UserError(
+                f"--kl-coef {self.kl_coef}: its reference is the model with the adapter off, and full fine-tuning has none; "
+                "add --lora-rank 8"
+            )
         if self.audio_cache_dir is not None and not self.freeze_audio:
             raise UserError(
                 f"--audio-cache-dir {self.audio_cache_dir}: a tower in training encodes again each step; leave it out"

@@ -11,8 +11,9 @@ One step of `run_steps`:
    those of all layers, pooled while the layers run, give R_rep. So rewards and advantages are complete after this pass only.
 5. Update: clipped asymmetric policy loss (DAPO), normalised by the unmasked tokens of the whole batch; backward pass; AdamW.
 
-Left out on purpose: a reference model (the KL coefficient is 0), a value model, division by the rewards' standard deviation, a
-separate forward pass for the old log-probabilities (the first update's own pass has them).
+Left out on purpose: a second model as the reference of KL (`--kl-coef` takes this one with its adapter off), a value model,
+division by the rewards' standard deviation, a separate forward pass for the old log-probabilities (the first update's own pass
+has them).
 """
 # ruff: noqa: E402
 

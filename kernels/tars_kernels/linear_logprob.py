@@ -245,7 +245,7 @@ def empty_gradient(weight: Tensor, num_tokens: int) -> Tensor:
 def _trainable_gradients_outputs(hidden, weight, bias, *rest):
     needs = rest[-1]
     like = hidden, weight, weight.new_empty(weight.shape[0], dtype=torch.float32) if bias is None else bias
-    return [torch.empty_like(one if need else one[:0]) for one, need in zip(like, needs, strict=True)]
+    return [one.new_empty(one.shape[0] if need else 0, *one.shape[1:]) for one, need in zip(like, needs, strict=True)]
 
 
 def _save_forward(ctx, inputs, output):

@@ -534,8 +534,8 @@ class _TokenResults(NamedTuple):
     @classmethod
     def zeros(cls, num_tokens: int, device: torch.device) -> _TokenResults:
         """Zeros, because tokens that belong to no sequence are not written."""
-        floats = (torch.zeros(num_tokens, dtype=torch.float32, device=device) for _ in range(3))
-        return cls(*floats, torch.zeros(num_tokens, dtype=torch.int32, device=device))
+        types = (*3 * (torch.float32,), torch.int32)
+        return cls(*(torch.zeros(num_tokens, dtype=dtype, device=device) for dtype in types))
 
     def statistics(self, weights: Tensor, num_kept: Tensor) -> Tensor:
         """[6] loss, clip_low_fraction, clip_high_fraction, importance_mean, importance_max, importance_capped_fraction."""
@@ -667,7 +667,7 @@ def _from_logits(  # noqa: PLR0913
     names: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `_launch_from_logits` returns, and the gradient, which is empty where it is not wanted."""
-    gradient = torch.empty_like(logits if wants_gradient else logits[:0])
+    gradient = torch.empty_like(logits) if wants_gradient else logits.new_empty(0, logits.shape[1])
     packed = _Packed(list(tensors), list(numbers), names)
     loss, logprobs, entropies, statistics, losses, kls = _launch_from_logits(
         gradient if wants_gradient else None, logits, bias, targets, inverse_temperature, packed
@@ -678,7 +678,8 @@ def _from_logits(  # noqa: PLR0913
 def _from_logits_outputs(logits, bias, targets, inverse_temperature, wants_gradient, *_):
     vectors = [logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(4)]
     loss, statistics = (logits.new_empty(shape, dtype=torch.float32) for shape in ((), (6,)))
-    return loss, *vectors[:2], statistics, *vectors[2:], torch.empty_like(logits if wants_gradient else logits[:0])
+    gradient = torch.empty_like(logits) if wants_gradient else logits.new_empty(0, logits.shape[1])
+    return loss, *vectors[:2], statistics, *vectors[2:], gradient
 
 
 def _save_gradient(ctx, inputs, output):
@@ -739,7 +740,7 @@ def _sweep_logits(
     """`RowTerms` of logits; their gradient is a launch of its own."""
     terms = RowTerms.empty(len(logits), logits.device)
     sweep_rows(LogitRows(logits, bias, targets, inverse_temperature), terms)
-    return tuple(terms)
+    return terms
 
 
 def _write_logits_gradient(  # noqa: PLR0913

@@ -45,6 +45,7 @@ from tars_kernels.objective import (
     sequence_numbers,
     shows_settings,
 )
+from tars_kernels.softmax import SoftmaxTerms
 from tars_kernels.token_loss import token_loss
 from tars_kernels.vocabulary_parallel import HeadOptions, HeadTerms, chosen_terms, whole_size, whole_vocabulary
 
@@ -105,7 +106,8 @@ def linear_logprob(  # noqa: PLR0913
     check_targets(targets, len(hidden), whole_size(weight, group), keep)
     check_temperature(temperature)
     check_softcap(softcap)
-    options = HeadOptions(temperature, softcap or 0.0, entropy_gradient, group)
+    entropy_gradient = return_entropy and entropy_gradient
+    options = HeadOptions(temperature, softcap or 0.0, entropy_gradient, group, return_entropy, return_logsumexp)
     return chosen_terms(
         lambda hidden, targets: _head_terms(hidden, weight, bias, targets, options), hidden, targets, keep,
         (True, return_entropy, return_logsumexp),
@@ -114,14 +116,19 @@ def linear_logprob(  # noqa: PLR0913
 
 def _head_terms(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions) -> HeadTerms:
     def part_of(hidden: Tensor, targets: Tensor) -> HeadTerms:
-        logits = F.linear(_accumulated(hidden), _accumulated(weight))
-        if bias is not None:
-            logits = logits + bias
+        logits, own_bias = F.linear(_accumulated(hidden), _accumulated(weight)), bias
+        wants_logsumexp = options.wants_logsumexp or options.group is not None
+        if own_bias is not None and (options.softcap or wants_logsumexp):
+            logits, own_bias = logits + own_bias, None
         if options.softcap:
             capped = options.softcap * (logits / options.softcap).tanh()
             logits = torch.where(logits == -torch.inf, logits, capped)
-        terms = _softmax_terms(logits, targets, None, options.temperature, entropy_gradient=options.entropy_gradient)
-        return HeadTerms(*terms, (logits / options.temperature).logsumexp(-1))
+        logprobs, entropies = _softmax_terms(
+            logits, targets, own_bias, options.temperature, wants_entropy=options.wants_entropy,
+            entropy_gradient=options.entropy_gradient,
+        )  # fmt: skip
+        logsumexps = (logits / options.temperature).logsumexp(-1) if wants_logsumexp else torch.zeros_like(entropies)
+        return HeadTerms(logprobs, entropies, logsumexps)
 
     if options.group is None:
         return part_of(hidden, targets)
@@ -235,16 +242,35 @@ def linear_policy_loss(  # noqa: PLR0913
 
 
 def _softmax_terms(
-    logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, *, entropy_gradient: bool
+    logits: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    *,
+    wants_entropy: bool = True,
+    entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of the targets and entropy, both [T]."""
+    """Log-probability of the targets and entropy, both [T]; the entropy is arbitrary where it is not wanted."""
+    entropy_gradient = entropy_gradient and torch.is_grad_enabled()
+    if logits.dtype == torch.float64 or entropy_gradient or torch.compiler.is_compiling():
+        return specified_softmax_terms(logits, targets, bias, temperature, entropy_gradient)
+    if not torch.is_grad_enabled():
+        # What is kept for a gradient is kept where one could be asked for.
+        logits, bias = logits.detach(), None if bias is None else bias.detach()
+    return SoftmaxTerms.apply(logits, targets, bias, temperature, wants_entropy)
+
+
+def specified_softmax_terms(
+    logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """What `softmax.SoftmaxTerms` is held to."""
     if bias is not None:
         logits = logits + bias
     if temperature != 1:
         logits = logits / temperature
     all_logprobs = logits.log_softmax(-1)
     logprobs = all_logprobs.gather(-1, targets[:, None])[:, 0]
-    if not (entropy_gradient and torch.is_grad_enabled()):
+    if not entropy_gradient:
         return logprobs, torch.special.entr(all_logprobs.detach().exp()).sum(-1)
     # entr has no finite gradient at 0, where suppressed tokens are.
     finite = all_logprobs.masked_fill(all_logprobs == -torch.inf, 0.0)

@@ -35,6 +35,9 @@ class HeadOptions(NamedTuple):
     entropy_gradient: bool = False
     group: dist.ProcessGroup | None = None
     """The processes that hold parts of the vocabulary; None: this one holds all of it."""
+    wants_entropy: bool = True
+    """The entropy may be left out, where that saves something."""
+    wants_logsumexp: bool = True
 
 
 def whole_size(weight: Tensor, group: dist.ProcessGroup | None) -> int:

@@ -36,7 +36,7 @@ def pytest_report_header() -> str:
     return f"kernels run on {'CUDA' if DEVICE.type == 'cuda' else 'the CPU, interpreted'}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> torch.device:
     return DEVICE
 

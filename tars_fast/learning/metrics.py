@@ -66,6 +66,7 @@ def token_sums(losses: Sequence[BackwardPass], scored: ScoredRollout) -> dict[st
         "trained": zero + sum(part.num_tokens for part in losses),
         "clip/low": sum((part.loss.clip_low_fraction * part.num_tokens for part in losses), zero),
         "clip/high": sum((part.loss.clip_high_fraction * part.num_tokens for part in losses), zero),
+        "kl": sum((part.loss.kl.sum() for part in losses), zero),
         "importance_ratio": (difference.exp() * mask).sum(),
         "logprob_diff_mean": difference.abs().sum(),
         "logprob_diff_max": difference.abs().max() if len(difference) else zero,
@@ -75,11 +76,11 @@ def token_sums(losses: Sequence[BackwardPass], scored: ScoredRollout) -> dict[st
 
 
 def token_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Token-level metrics of a step from the `token_sums` of every process; clip fractions are of tokens with a gradient."""
+    """Token-level metrics of a step from the `token_sums` of every process; clip fractions and KL are of trained tokens."""
     total = {name: sum(part[name] for part in parts) for name in parts[0]}
     counts = {"entropy/speech": total["tokens/speech"], "entropy/text": total["tokens"] - total["tokens/speech"]}
-    counts |= {"clip/low": total["trained"], "clip/high": total["trained"]}
-    means = ("entropy/speech", "entropy/text", "clip/low", "clip/high", "importance_ratio", "logprob_diff_mean")
+    counts |= {"clip/low": total["trained"], "clip/high": total["trained"], "kl": total["trained"]}
+    means = ("entropy/speech", "entropy/text", "clip/low", "clip/high", "kl", "importance_ratio", "logprob_diff_mean")
     metrics = {name: total[name] / max(1.0, counts.get(name, total["tokens"])) for name in means}
     return {"loss": total["loss"], **metrics, "logprob_diff_max": max(part["logprob_diff_max"] for part in parts)}
 

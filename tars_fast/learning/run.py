@@ -164,6 +164,11 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     # Not from the checkpoint it resumes from, which later ones outlive: processor and configuration are read at each save.
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
+    if config.kl_coef and config.rollout_ahead and engine_name == "transformers":
+        raise UserError(
+            f"--kl-coef {config.kl_coef}: with --rollout-ahead 1 this engine would sample while the adapter is off; use "
+            "--engine vllm or --rollout-ahead 0"
+        )
     data = keep_usable(config, prompts, RunData(training, held_out, notes, 0), workers)
     workload = config.workload(
         preset,
@@ -354,8 +359,9 @@ def settings_of_run(config: RunConfig, data: RunData) -> dict[str, object]:
 def check_output(config: RunConfig, settings: Mapping[str, object], earlier: Mapping[str, Any]) -> None:
     """Raises UserError where the folder holds another run, or with --resume one whose settings differ from `earlier` ones."""
     if earlier:
-        # Runs of earlier versions did not write them down.
-        earlier = {"rewards": settings["rewards"], **earlier}
+        # Runs of earlier versions did not write down what came later: it was then as the defaults are.
+        defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+        earlier = {**defaults, "rewards": settings["rewards"], **earlier}
         changed = sorted(name for name in settings if name not in MAY_CHANGE_ON_RESUME and earlier.get(name) != settings[name])
         if changed:
             # Hashes help nobody, and follow from another setting where one changed.

@@ -24,6 +24,8 @@ class ScoredRollout:
     rollout: Rollout
     weights: Mapping[str, float]
     """Of the terms of the reward, see `reward_weights`."""
+    is_regularised: bool = False
+    """KL or an entropy bonus gives every completion that was not cut off a gradient, whatever its advantage."""
     terms: dict[str, Tensor] = field(init=False)
     """[N] every term of the reward by name; NaN where it is not known yet."""
     rewards_N: Tensor = field(init=False)
@@ -37,7 +39,8 @@ class ScoredRollout:
     leaves 0 for masked tokens, those of truncated completions."""
     entropies: list[Tensor] = field(init=False)
     """[N] of the distributions that these tokens were sampled from, in nats."""
-
+    ref_logprobs: list[Tensor] = field(init=False)
+    """[N] log-probabilities under the model before training, of completions with a gradient and where KL is wanted."""
     num_updates: int = field(init=False, default=0)
     """Optimiser steps on it so far."""
 
@@ -49,6 +52,7 @@ class ScoredRollout:
         self.trained_N = torch.zeros(num_completions, dtype=torch.bool)
         self.logprobs = [torch.empty(0)] * num_completions
         self.entropies = [torch.empty(0)] * num_completions
+        self.ref_logprobs = [torch.empty(0)] * num_completions
 
     @property
     def is_first_update(self) -> bool:
@@ -71,19 +75,21 @@ class ScoredRollout:
 
     @cached_property
     def may_have_gradient(self) -> list[bool]:
-        """[N] whether a completion's group can have a gradient: its rewards differ or are not all known yet, and it has a
-        completion that was not cut off (those that were are masked out of the loss). As known before the first update."""
+        """[N] whether a completion's group can have a gradient: its rewards differ, are not all known yet, or do not matter,
+        and it has a completion that was not cut off (those that were are masked out of the loss). As known before the first
+        update."""
         groups_N = self.rollout.groups_N
         is_open_G = disagreeing_groups(self.rewards_N.nan_to_num(), groups_N)
         is_open_G[groups_N[self.rewards_N.isnan()]] = True
+        is_open_G |= self.is_regularised
         kept_N = torch.tensor([not completion.truncated for completion in self.rollout.completions])
         return (is_open_G[groups_N] & torch.isin(groups_N, groups_N[kept_N])).tolist()
 
     def rows_with_gradient(self, rows: Sequence[int]) -> list[int]:
-        """Those of `rows` whose group has an advantage in a completion that was not cut off; needs their rewards."""
+        """Those of `rows` whose group has an advantage, or KL or entropy, in a completion not cut off; needs their rewards."""
         if not rows:
             return []
         groups_N = self.rollout.groups_N[list(rows)]
         kept_N = torch.tensor([not self.rollout.completions[row].truncated for row in rows])
-        with_advantage = groups_N[(self.advantages_N[list(rows)] != 0) & kept_N].unique()
-        return [row for row, has in zip(rows, torch.isin(groups_N, with_advantage).tolist(), strict=True) if has]
+        with_gradient = groups_N[((self.advantages_N[list(rows)] != 0) | self.is_regularised) & kept_N].unique()
+        return [row for row, has in zip(rows, torch.isin(groups_N, with_gradient).tolist(), strict=True) if has]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from tars_kernels import LayerPooler, linear_logprob, linear_policy_loss
+from tars_kernels.objective import PRESETS, ObjectiveSettings
 from torch import Tensor
 
 from tars_fast.config import RunConfig
@@ -25,6 +26,7 @@ from tars_fast.learning.rewards.representation import representation_rewards
 from tars_fast.learning.rewards.total import reward_weights
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.workers import ALONE, Workers
+from tars_fast.models.adapters import adapter_off
 from tars_fast.models.architecture import find_layers
 from tars_fast.models.speech_model import PackedBatch, SpeechModel
 from tars_fast.support.timing import PhaseTimer
@@ -96,6 +98,8 @@ class Learner:
     timer: PhaseTimer = field(init=False)
     num_tokens: int = field(init=False, default=0)
     """Unmasked completion tokens of this step's rollouts, of all processes."""
+    num_completions: int = field(init=False, default=0)
+    """Completions of them."""
 
     def __post_init__(self) -> None:
         self.timer = PhaseTimer(self.model.device)
@@ -103,10 +107,12 @@ class Learner:
     def begin_rollout(self, rollout: Rollout | None) -> ScoredRollout | None:
         """A rollout with the rewards that are known before its forward pass; None where this process has none.
 
-        Counts the tokens of all processes, by which the loss is normalised.
+        Counts the tokens and completions of all processes, by which the loss is normalised.
         """
-        self.num_tokens = sum(self.workers.gather(0 if rollout is None else rollout.num_tokens))
-        return None if rollout is None else ScoredRollout(rollout, reward_weights(self.config))
+        counts = self.workers.gather((0, 0) if rollout is None else (rollout.num_tokens, len(rollout.completions)))
+        self.num_tokens, self.num_completions = (sum(count) for count in zip(*counts, strict=True))
+        is_regularised = self.config.kl_coef != 0 or self.config.entropy_coef != 0
+        return None if rollout is None else ScoredRollout(rollout, reward_weights(self.config), is_regularised)
 
     def start_update(self, scored: ScoredRollout | None) -> None:
         """Forget the gradients of the last update."""
@@ -161,7 +167,7 @@ class Learner:
             scored.record_rewards(rows, representation_rewards(pooled_LND, references).cpu())
 
     def backward(self, scored: ScoredRollout, batch: MicroBatch) -> list[BackwardPass]:
-        """Policy loss and backward pass of the completions that have an advantage; an empty list where none has one.
+        """Policy loss and backward pass of the completions that have a gradient; an empty list where none has one.
 
         The first update of a rollout records the log-probabilities of all its completions, the "old" ones of later ones.
         """
@@ -177,44 +183,82 @@ class Learner:
     @torch.no_grad()
     def _record_logprobs(self, scored: ScoredRollout, states: ForwardPass) -> None:
         with self.timer.phase("forward"):
-            logprobs_T, entropies_T = linear_logprob(
-                states.hidden_TD,
-                self.model.head,
-                states.packed.targets,
-                bias=self.model.suppressed_bias,
-                temperature=self.config.temperature,
-                return_entropy=True,
-            )
+            logprobs_T, entropies_T = self._logprobs(states.hidden_TD, states.packed)
         _record(scored, states, logprobs_T, entropies_T)
 
-    def _backward(self, scored: ScoredRollout, states: ForwardPass) -> BackwardPass:
+    def _logprobs(self, hidden_TD: Tensor, packed: PackedBatch) -> tuple[Tensor, Tensor]:
+        """[T] log-probabilities and entropies."""
+        logprobs_T, entropies_T = linear_logprob(
+            hidden_TD,
+            self.model.head,
+            packed.targets,
+            bias=self.model.suppressed_bias,
+            temperature=self.config.temperature,
+            return_entropy=True,
+        )
+        return logprobs_T, entropies_T
+
+    @torch.no_grad()
+    def _reference_logprobs(self, scored: ScoredRollout, states: ForwardPass) -> Tensor | None:
+        """[T] of the model before training, found in the first update of a rollout; None where KL is not wanted."""
+        if self.config.kl_coef == 0:
+            return None
+        if scored.is_first_update:
+            with self.timer.phase("forward"), adapter_off(self.model.module):
+                logprobs_T, _ = self._logprobs(self.model.forward(states.packed), states.packed)
+            for row, logprobs in zip(states.rows, logprobs_T.split(_lengths(states)), strict=True):
+                scored.ref_logprobs[row] = logprobs
+        return torch.cat([scored.ref_logprobs[row] for row in states.rows])
+
+    def _objective(self, scored: ScoredRollout, states: ForwardPass) -> ObjectiveSettings:
+        """What the loss takes beside the advantages; divided by counts of all processes' tokens and completions."""
         config, rows, device = self.config, states.rows, self.model.device
         completions = [scored.rollout.completions[row] for row in rows]
+        settings: ObjectiveSettings = {
+            "advantage_level": "sequence",
+            "cu_seqlens": states.packed.cu_seqlens,
+            # None: the pass itself has them, so the probability ratio is 1.
+            "old_logprobs": None if scored.is_first_update else torch.cat([scored.logprobs[row] for row in rows]),
+            "rollout_logprobs": torch.tensor([x for c in completions for x in c.rollout_logprobs], device=device),
+            "ref_logprobs": self._reference_logprobs(scored, states),
+            # Overlong filtering: a truncated completion has no gradient.
+            "mask": torch.tensor([not c.truncated for c in completions for _ in c.token_ids], device=device),
+            "loss_type": config.loss_type,
+            "clip_low": config.clip_low,
+            "clip_high": config.clip_high,
+            "importance_cap": config.importance_cap,
+            "importance_mode": config.importance_mode,
+            "importance_level": config.importance_level,
+            "kl_coef": config.kl_coef,
+            "entropy_coef": config.entropy_coef,
+            "num_tokens": self.num_tokens,
+        }
+        normalise = PRESETS[config.loss_type].normalise
+        if normalise == "constant":
+            settings["constant"] = self.num_completions * config.max_new_tokens
+        elif normalise != "token-mean":
+            settings["num_sequences"] = self.num_completions
+        return settings
+
+    def _backward(self, scored: ScoredRollout, states: ForwardPass) -> BackwardPass:
+        rows = states.rows
+        objective = self._objective(scored, states)
         with self.timer.phase("forward"):
             loss = linear_policy_loss(
                 states.hidden_TD,
                 self.model.head,
                 states.packed.targets,
-                scored.advantages_N[rows].to(device),
-                advantage_level="sequence",
-                cu_seqlens=states.packed.cu_seqlens,
-                # None: the pass itself has them, so the probability ratio is 1.
-                old_logprobs=None if scored.is_first_update else torch.cat([scored.logprobs[row] for row in rows]),
-                rollout_logprobs=torch.tensor([x for c in completions for x in c.rollout_logprobs], device=device),
-                # Overlong filtering: a truncated completion has no gradient.
-                mask=torch.tensor([not c.truncated for c in completions for _ in c.token_ids], device=device),
+                scored.advantages_N[rows].to(self.model.device),
                 bias=self.model.suppressed_bias,
-                clip_low=config.clip_low,
-                clip_high=config.clip_high,
-                importance_cap=config.importance_cap,
-                temperature=config.temperature,
-                num_tokens=self.num_tokens,
+                temperature=self.config.temperature,
+                **objective,
             )
         with self.timer.phase("backward"):
             loss.loss.backward()
         if scored.is_first_update:
             _record(scored, states, loss.logprobs, loss.entropy)
         scored.trained_N[rows] = True
+        completions = [scored.rollout.completions[row] for row in rows]
         num_tokens = sum(len(completion.token_ids) for completion in completions if not completion.truncated)
         return BackwardPass(dataclasses.replace(loss, loss=loss.loss.detach()), num_tokens)
 
@@ -251,7 +295,10 @@ class Learner:
     def _token_metrics(self, scored: ScoredRollout | None, losses: Sequence[BackwardPass]) -> dict[str, float]:
         """Of all processes."""
         sums = self.workers.gather(None if scored is None else token_sums(losses, scored))
-        return token_metrics([part for part in sums if part is not None])
+        metrics = token_metrics([part for part in sums if part is not None])
+        if self.config.kl_coef == 0:
+            del metrics["kl"]
+        return metrics
 
     def _check(self, metrics: Mapping[str, float], scored: ScoredRollout | None) -> None:
         """Raises TrainingError where a figure is not finite, or trainer and engine disagree on a rollout of these weights."""
@@ -275,7 +322,12 @@ def reencode_audio(model: SpeechModel, rollout: Rollout, rows: Sequence[int]) ->
     ]
 
 
+def _lengths(states: ForwardPass) -> list[int]:
+    """[N] tokens of its completions."""
+    return [length for group in states.packed.groups.completion_lengths for length in group]
+
+
 def _record(scored: ScoredRollout, states: ForwardPass, logprobs_T: Tensor, entropies_T: Tensor) -> None:
-    lengths = [length for group in states.packed.groups.completion_lengths for length in group]
+    lengths = _lengths(states)
     for row, logprobs, entropies in zip(states.rows, logprobs_T.split(lengths), entropies_T.split(lengths), strict=True):
         scored.logprobs[row], scored.entropies[row] = logprobs, entropies

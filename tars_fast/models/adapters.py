@@ -45,6 +45,15 @@ def add_adapter(module: nn.Module, config: LoraConfig) -> None:
             parameter.data = parameter.data.float()
 
 
+@contextmanager
+def adapter_off(module: nn.Module) -> Iterator[None]:
+    """Inside the block the adapter adds zeros, and `module` computes what its base does; nothing else may run it meanwhile."""
+    from peft.helpers import rescale_adapter_scale
+
+    with rescale_adapter_scale(module, 0.0):
+        yield
+
+
 _PLAIN = re.compile(r"(?P<layer>.+)\.lora_[AB]\.weight")
 
 

@@ -134,14 +134,17 @@ def fault_of(checkpoint: Path) -> str | None:
     try:
         weights = sorted(path.name for path in checkpoint.glob("*.safetensors"))
         if not weights:
-            return "its weights are missing"
+            return "neither model.safetensors nor adapter_model.safetensors is there"
         shards = checkpoint / "model.safetensors.index.json"
         if shards.is_file():
             path = shards
             weights = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
-        path = checkpoint / ("adapter_config.json" if "adapter_model.safetensors" in weights else "config.json")
-        if not isinstance(json.loads(path.read_text("utf-8")), dict):
-            return f"{path.name}: holds no settings"
+        settings = [checkpoint / ("adapter_config.json" if "adapter_model.safetensors" in weights else "config.json")]
+        # Not every checkpoint has it, and transformers reads it beside the weights.
+        settings += checkpoint.glob("generation_config.json")
+        for path in settings:
+            if not isinstance(json.loads(path.read_text("utf-8")), dict):
+                return f"{path.name}: holds no settings"
         for path in (checkpoint / name for name in weights):
             with safe_open(path, framework="pt"):
                 pass

@@ -271,6 +271,15 @@ def test_resume_refuses_other_settings(finished, small_eval):
     config = small_config(finished, small_eval, resume=True, learning_rate=1.0)
     with pytest.raises(UserError, match=r"learning_rate 0\.0004 -> 1\.0"):
         command(config)
+    # A run from before there was a setting did what its default does.
+    written = (finished / "config.json").read_text()
+    older = {name: value for name, value in json.loads(written).items() if name != "loss_type"}
+    (finished / "config.json").write_text(json.dumps(older))
+    try:
+        with pytest.raises(UserError, match=r"\(loss_type dapo -> grpo\)"):
+            command(small_config(finished, small_eval, resume=True, loss_type="grpo"))
+    finally:
+        (finished / "config.json").write_text(written)
 
 
 def test_lora_checkpoint_loads_in_plain_transformers(small_eval, tmp_path):

@@ -92,3 +92,30 @@ def test_the_training_step():
     readme = words_of("README.md")
     for name in ("ours", "released", "trl"):
         assert f"{contenders[name]['median_seconds']:.2f} s" in readme
+
+
+def test_kernels_on_a_gpu():
+    columns = ["eager", "torch.compile", "liger-kernel", "trl", "cut-cross-entropy"]
+    rows = {}
+    for row in read("kernels_nvidia_h100_80gb_hbm3.json")["kernels"]:
+        if row["gradient"] and row["shape"]["num_tokens"] == 4096:
+            rows.setdefault(row["operation"], {})[row["contender"]] = row
+    lines = lines_of("docs/kernels.md")
+    assert len(rows) == 5
+    for name, found in rows.items():
+        (line,) = [line for line in lines if re.match(rf"\| `{name}` \| [\d.]+ \|", line)]
+        ours, share, *peers = [part.strip() for part in line.strip("| ").split("|")][1:]
+        assert ours == f"{found['tars_kernels']['median_ms']:.2f}"
+        assert share in ("-", f"{found['tars_kernels']['percent_of_ceiling']:.0f} % of a {found['tars_kernels']['limit']}")
+        assert peers == [f"{found[peer]['median_ms']:.2f}" if peer in found else "-" for peer in columns]
+
+
+def test_a_step_on_a_gpu():
+    arm = read("engine_nvidia_h100_80gb_hbm3.json")["arms"]["shared"]
+    peak, plan = max(arm["peak_gb"].values()), max(arm["plan_gb"].values())
+    for page in ("README.md", "docs/architecture.md", "docs/models-and-hardware.md"):
+        assert f"{peak:.1f} GB" in words_of(page)
+        assert f"{plan:.1f}" in words_of(page)
+    seconds = read("train_step_nvidia_h100_80gb_hbm3.json")["seconds"]
+    page = words_of("docs/how-a-step-works.md")
+    assert all(f"{seconds[name]:.1f} s" in page for name in ("ours", "released", "trl"))

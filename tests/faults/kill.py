@@ -1,9 +1,10 @@
 """Kill training at random moments and resume it: `python tests/faults/kill.py --kills 100 --output FILE`.
 
-Runs of a few steps, with a checkpoint after each, are killed by SIGKILL at moments drawn uniformly over the time that a whole
-run takes, and resumed, until enough kills were made. After every kill all checkpoints must be whole, the newest no older than
-before, and metrics.jsonl must have every step up to it. Runs that come to their end must have the metrics and the
-evaluation of an unbroken run. FILE lists every kill; the same command goes on where it was stopped.
+Runs of a few steps, with a checkpoint after each, are killed by SIGKILL and resumed, until enough kills were made: one in five
+while they load, the others at a moment drawn uniformly over the three steps that follow their first one. After every kill all
+checkpoints must be whole, the newest no older than before, and metrics.jsonl must have every step up to it. Runs that come to
+their end must have the metrics and the evaluation of an unbroken run. FILE lists every kill; the same command goes on where it
+was stopped.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 import shutil
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from runs import make_data, read_metrics, settings_of, start
@@ -38,13 +40,24 @@ class KilledRuns:
         # The first process waits for the imports of the one that it is forked from.
         self._start(self.unbroken, "--help").join()
         started = time.monotonic()
-        self._start(self.unbroken).join()
-        self.seconds = self.unbroken_seconds = time.monotonic() - started
+        process = self._start(self.unbroken)
+        self._wait_for_steps(process, 1)
+        self.loading_seconds = time.monotonic() - started
+        self._wait_for_steps(process, num_steps)
+        self.step_seconds = (time.monotonic() - started - self.loading_seconds) / (num_steps - 1)
+        process.join()
         assert (self.unbroken / "evaluation.json").exists(), (folder / "log.txt").read_text()
         self.num_finished = 0
 
-    def _start(self, run: Path, *flags: str):
+    def _start(self, run: Path, *flags: str) -> BaseProcess:
+        log = self.folder / "log.txt"
+        self.said = len(log.read_text()) if log.exists() else 0
         return start([*self.settings, "--output-dir", str(run), *flags], self.folder / "log.txt")
+
+    def _wait_for_steps(self, process: BaseProcess, count: int) -> None:
+        """Wait until the process has logged so many steps of its own, or has ended."""
+        while process.is_alive() and (self.folder / "log.txt").read_text()[self.said :].count("\nstep ") < count:
+            time.sleep(0.01)
 
     def kill_once(self, rng: random.Random) -> dict[str, object]:
         """Start or resume the run, kill it at a random moment, and check what is left; returns what there was to see.
@@ -54,15 +67,18 @@ class KilledRuns:
         """
         while True:
             before = [step for step, _ in list_checkpoints(self.run)]
-            started = time.monotonic()
             process = self._start(self.run, *["--resume"] * bool(before))
-            after = rng.uniform(0.0, self.seconds)
+            while_loading = rng.random() < 0.2
+            if while_loading:
+                after = rng.uniform(0.0, self.loading_seconds)
+            else:
+                self._wait_for_steps(process, 1)
+                after = rng.uniform(0.0, 3 * self.step_seconds)
             process.join(after)
             if process.is_alive():
                 break
-            # It came to its end first. How long that takes follows from how busy the machine is.
+            # It came to its end first.
             self._check_finished(process.exitcode)
-            self.seconds = 0.8 * self.seconds if before else time.monotonic() - started
             shutil.rmtree(self.run)
         process.kill()
         process.join()
@@ -76,7 +92,8 @@ class KilledRuns:
             steps = {line["step"] for line in read_whole_lines(self.run / "metrics.jsonl")}
             assert steps >= {*range(1, newest + 1)}, f"metrics.jsonl has {sorted(steps)} of {newest}"
         left = sorted(path.name for path in self.run.glob(f"*{PARTIAL}"))
-        return {"after_seconds": round(after, 3), "checkpoints": saved, "left": left}
+        moment = "while loading" if while_loading else "in the steps"
+        return {"moment": moment, "after_seconds": round(after, 3), "checkpoints": saved, "left": left}
 
     def _check_finished(self, status: int | None) -> None:
         assert status == 0, (self.folder / "log.txt").read_text()[-3000:]
@@ -126,8 +143,10 @@ def write(given: argparse.Namespace, log: dict, killed: KilledRuns) -> None:
     report = provenance() | {
         "command": command,
         "train": "python -m tars_fast.train " + " ".join(killed.settings).replace(str(killed.folder), "DATA"),
-        "seconds_of_an_unbroken_run": round(killed.unbroken_seconds, 2),
+        "seconds_of_loading": round(killed.loading_seconds, 2),
+        "seconds_of_a_step": round(killed.step_seconds, 2),
         "kills_made": len(log["kills"]),
+        "kills_in_the_steps": sum(kill["moment"] == "in the steps" for kill in log["kills"]),
         "kills_that_left_something_half_written": sum(bool(kill["left"]) for kill in log["kills"]),
     }
     write_atomically(given.output, json.dumps(report | log, indent=1) + "\n")

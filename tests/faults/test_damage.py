@@ -131,16 +131,19 @@ def test_a_damaged_run_is_refused_or_made_whole(runs, data, tmp_path, name, dama
     assert re.search(said, resume(runs, data, run))
 
 
+UNREAD = {"tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja", "preset.json"}
+"""Files of a checkpoint that resuming does not read, nor checkpoint-1 where checkpoint-2 is whole."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_every_file_of_a_run_in_every_way(runs, data, tmp_path, kind, damage):
     whole = runs / kind
     files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file() and "tensorboard" not in path.parts]
-    assert len(files) > 20
+    assert len(files) > 10
     for name in files:
-        if name.parts[0] == "checkpoint-1":
-            # Not read where checkpoint-2 is whole.
+        if name.parts[0] == "checkpoint-1" or name.name in UNREAD:
             continue
         run = copy(whole, tmp_path)
         damage(run / name)

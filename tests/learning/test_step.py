@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import typing
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft.helpers import rescale_adapter_scale
 from steps import base_rewards, gradients, rollout_of, update
-from tars_kernels import LayerPooler
+from tars_kernels import LayerPooler, reference
+from tars_kernels.objective import PRESETS as LOSS_TYPES
 
+from tars_fast.config import TrainConfig
 from tars_fast.learning.advantages import centred_advantages, group_indices
 from tars_fast.learning.batch import Rollout, RolloutCollector, completed, prepare_batch
 from tars_fast.learning.metrics import completion_columns, completion_metrics
@@ -358,6 +362,90 @@ def test_result_does_not_depend_on_packing(model, questions, config):
         torch.testing.assert_close(got, seen[-1][0], atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(scored.rewards_N, seen[-1][1].rewards_N, atol=1e-5, rtol=0)
         assert metrics == pytest.approx(seen[-1][2], abs=1e-5)
+
+
+LOSSES = [
+    {"loss_type": "grpo", "importance_mode": "mask", "importance_cap": 1.1, "entropy_coef": 0.05},
+    {"loss_type": "cispo", "clip_high": 5.0, "kl_coef": 0.2, "entropy_coef": 0.05},
+    pytest.param({"loss_type": "dr_grpo", "importance_level": "sequence", "entropy_coef": 0.05}, marks=pytest.mark.slow),
+    pytest.param({"loss_type": "gspo", "kl_coef": 0.2}, marks=pytest.mark.slow),
+    *(pytest.param({"loss_type": name}, marks=pytest.mark.slow) for name in ("luspo", "sapo", "vespo", "gmpo")),
+]
+
+
+@pytest.mark.parametrize("settings", LOSSES, ids=str)
+def test_losses_of_a_step(lora_model, questions, config, settings):
+    """Two updates in micro-batches, with an adapter that is not new, against each completion alone and the specification."""
+    model = lora_model
+    for name, parameter in model.module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    config = dataclasses.replace(config, max_grad_norm=1e9, tokens_per_micro_batch=1, **settings)
+    rollout = rollout_of(model, questions[:2], config)
+    # Another policy than the sampler's, and a completion that was cut off.
+    completions = [
+        dataclasses.replace(one, rollout_logprobs=tuple(x - 0.2 * (i % 3 - 1) for i, x in enumerate(one.rollout_logprobs)))
+        for one in rollout.completions
+    ]
+    completions[3] = dataclasses.replace(completions[3], truncated=True)
+    config = dataclasses.replace(config, max_logprob_diff=9.0)
+    rollout = dataclasses.replace(rollout, completions=completions)
+    passes = passes_of(model)
+    scored, _ = update(model, rollout, config, learning_rate=0.05)
+    assert "kl_coef" not in settings or [gradient for gradient, _, _ in passes] == [True, False] * 2
+    old = [vector.clone() for vector in scored.logprobs]
+    passes.clear()
+    _, metrics = update(model, scored, config)
+    assert all(gradient for gradient, _, _ in passes), "the reference's log-probabilities are kept"
+    got = gradients(model).clone()
+
+    pairs = list(zip(rollout.prompts, completions, strict=True))
+    logprobs = [alone(model, *pair)[0] for pair in pairs]
+    with torch.no_grad(), rescale_adapter_scale(model.module, 0.0):
+        ref_logprobs = torch.cat([alone(model, *pair)[0] for pair in pairs])
+    lengths = torch.tensor([len(completion.token_ids) for completion in completions])
+    mask = torch.tensor([not one.truncated for one in completions]).repeat_interleave(lengths)
+    packed = model.pack(rollout.prompts, completions)
+    states = model.forward(packed)
+    all_logprobs = (model.head(states) + model.suppressed_bias).log_softmax(-1)
+    extra = {"constant": 16 * config.max_new_tokens} if settings["loss_type"] == "dr_grpo" else {}
+    keywords = {name: value for name, value in settings.items() if value}
+    expected = reference.token_policy_loss(
+        torch.cat(logprobs), scored.advantages_N, entropy=-(all_logprobs.exp() * all_logprobs.clamp(min=-1e9)).sum(-1),
+        advantage_level="sequence", cu_seqlens=packed.cu_seqlens, mask=mask,
+        old_logprobs=torch.cat([o if len(o) == len(x) else x.detach() for o, x in zip(old, logprobs, strict=True)]),
+        rollout_logprobs=torch.tensor([x for one in completions for x in one.rollout_logprobs]), ref_logprobs=ref_logprobs,
+        **keywords, **extra,
+    )  # fmt: skip
+    model.module.zero_grad()
+    expected.loss.backward()
+    torch.testing.assert_close(got, gradients(model), atol=2e-6, rtol=2e-3)
+    assert got.abs().max() > 1e-4
+    assert ("kl" in metrics) == ("kl_coef" in settings)
+    if "kl" in metrics:
+        assert metrics["kl"] == pytest.approx((expected.kl.sum() / mask.sum()).item(), rel=1e-2)
+        assert metrics["kl"] > 1e-4
+
+
+def test_kl_reaches_groups_that_agree(lora_model, questions, config):
+    """Plain GRPO where all earn the same: only KL, or entropy, has a gradient; without them nothing has."""
+    config = dataclasses.replace(config, representation_weight=0.0, behaviour_weight=0.0)
+    for name, parameter in lora_model.module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 0.01)
+    rollout = rollout_of(lora_model, questions[:1], config)
+    rollout = dataclasses.replace(rollout, completion_rewards={name: torch.ones(8) for name in rollout.completion_rewards})
+    scalings = [layer.scaling for layer in lora_model.module.modules() if hasattr(layer, "lora_A")]
+    for settings, reached in (({}, False), ({"kl_coef": 0.1}, True), ({"entropy_coef": 0.1}, True)):
+        scored, metrics = update(lora_model, rollout, dataclasses.replace(config, **settings))
+        assert scored.trained_N.all() == scored.trained_N.any() == reached
+        assert (metrics["grad_norm"] > 0) == reached
+    assert scalings == [layer.scaling for layer in lora_model.module.modules() if hasattr(layer, "lora_A")]
+
+
+def test_every_loss_of_the_command_line_is_a_kernels_one():
+    (names,) = (typing.get_args(kind) for name, kind in typing.get_type_hints(TrainConfig).items() if name == "loss_type")
+    assert set(names) == LOSS_TYPES.keys() - {"bnpo"}, "which is dapo here: both divide by the tokens of the whole batch"
 
 
 def test_questions_are_packed_whole_and_longest_first(model, questions, config):

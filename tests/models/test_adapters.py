@@ -14,7 +14,7 @@ from checkpoints import make_qwen2_audio
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2AudioForConditionalGeneration
 
-from tars_fast.models.adapters import beyond_plain_lora
+from tars_fast.models.adapters import beyond_plain_lora, has_adapter, merge_adapter
 from tars_fast.models.families.qwen2_audio import FAMILY
 from tars_fast.models.hub import adapter_config
 from tars_fast.models.prompts import load_prompt_format
@@ -106,6 +106,22 @@ def test_every_kind_of_lora_computes_what_peft_computes(kind, base, tmp_path):
     refusal = adapter_refusal(FAMILY, str(tmp_path))
     assert (refusal is None) == (beyond is None)
     assert beyond is None or (beyond in refusal and "--engine transformers" in refusal)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_lora_is_merged_as_it_computes(kind, base, tmp_path):
+    """What `export` writes."""
+    write_adapter(base, tmp_path, lora(**KINDS[kind][0]))
+    ours = load(base)
+    theirs = peft.PeftModel.from_pretrained(plain(base), tmp_path).eval().base_model.model
+    if kind == "bias of B":
+        with pytest.raises(UserError, match=r"--model .*: the adapter cannot be loaded \(.*bias"):
+            merge_adapter(ours.module, FAMILY, tmp_path)
+        return
+    merged = merge_adapter(ours.module, FAMILY, tmp_path)
+    assert not has_adapter(merged)
+    for own, expected in zip(look(merged, ours.prompts), look(theirs, ours.prompts), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_vllm_is_not_chosen_for_an_adapter_that_it_cannot_take(base, tmp_path, monkeypatch):

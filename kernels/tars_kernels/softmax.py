@@ -1,0 +1,55 @@
+"""Log-probabilities and entropies of rows of logits in plain PyTorch, in as few passes over them as it takes.
+
+`reference` specifies what they are; this is what it runs below float64, where no entropy has a gradient and nothing is traced.
+Shapes: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_BLOCK = 2**16
+"""Logits that are gone through at once: their intermediate results stay in the cache."""
+_LOWEST = -1.0e30
+"""In place of the log-probability -inf of suppressed tokens, whose share of the entropy is 0."""
+
+
+class SoftmaxTerms(torch.autograd.Function):
+    """([T] log-probabilities, [T] entropies without a gradient) of softmax((logits + bias) / temperature)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, wants_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        needs_gradient = any(ctx.needs_input_grad)
+        probabilities = torch.empty_like(logits) if needs_gradient else None
+        logprobs, entropies = logits.new_empty(len(logits)), logits.new_zeros(len(logits))
+        num_rows = max(1, _BLOCK // max(1, logits.shape[1]))
+        scratch = torch.empty_like(logits[:num_rows]) if wants_entropy and not needs_gradient else probabilities
+        for start in range(0, len(logits), num_rows):
+            block = slice(start, start + num_rows)
+            scaled = logits[block] if bias is None else logits[block] + bias
+            all_logprobs = (scaled if temperature == 1 else scaled / temperature).log_softmax(-1)
+            torch.gather(all_logprobs, -1, targets[block, None], out=logprobs[block, None])
+            if scratch is not None:
+                written = scratch[block] if needs_gradient else scratch[: len(scaled)]
+                torch.exp(all_logprobs, out=written)
+                if wants_entropy:
+                    entropies[block] = -all_logprobs.clamp_(min=_LOWEST).mul_(written).sum(-1)
+        ctx.save_for_backward(targets, probabilities)
+        ctx.temperature, ctx.bias_type = temperature, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstreams: Any) -> Any:
+        targets, probabilities = ctx.saved_tensors
+        slopes = (upstreams[0] / ctx.temperature)[:, None]
+        gradient = (probabilities * -slopes).scatter_add_(-1, targets[:, None], slopes)
+        bias_gradient = gradient.sum(0).to(ctx.bias_type) if ctx.needs_input_grad[2] else None
+        return gradient, None, bias_gradient, None, None
