@@ -130,8 +130,6 @@ def _head_terms(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
         logsumexps = (logits / options.temperature).logsumexp(-1) if wants_logsumexp else torch.zeros_like(entropies)
         return HeadTerms(logprobs, entropies, logsumexps)
 
-    if options.group is None:
-        return part_of(hidden, targets)
     return whole_vocabulary(part_of, hidden, targets, len(weight), options.group)
 
 
