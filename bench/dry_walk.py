@@ -56,8 +56,8 @@ from tars_fast.models.speech_model import SpeechModel, make_trainable
 ROOT = Path(__file__).parents[1]
 WALKED = ("kernels/tars_kernels/*.py", "tars_fast/models/packed_attention.py", "tars_fast/models/flash_attention.py")
 """Files every line of whose CUDA branches must run."""
-NOT_WALKED = ("reference.py", "token_loss.py", "softmax.py", "operations.py", "__init__.py")
-"""The specification and what it calls, which run without a GPU, and what only imports."""
+NOT_WALKED = ("reference.py", "token_loss.py", "softmax.py", "operations.py", "__init__.py", "vocabulary_parallel.py")
+"""The specification and what it calls, which run without a GPU, and what only imports; what needs several processes."""
 NOT_ON_CUDA = (
     r"not runs_kernels|device\.type == '(cpu|meta)'|_shows_values|is_compiling|detect_fake_mode"
     # Autograd's questions about a gradient that nobody wants.

@@ -309,8 +309,6 @@ def head_terms(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
         # Copies, because the gradient needs the originals and the caller may change these.
         return HeadTerms(logprobs.clone(), entropies.clone(), logsumexps.clone())
 
-    if options.group is None:
-        return part_of(hidden, targets)
     return whole_vocabulary(part_of, hidden, targets, len(weight), options.group)
 
 

@@ -106,40 +106,30 @@ def linear_logprob(  # noqa: PLR0913
     check_targets(targets, len(hidden), whole_size(weight, group), keep)
     check_temperature(temperature)
     check_softcap(softcap)
-    options = HeadOptions(temperature, softcap or 0.0, entropy_gradient, group)
-    wanted = (True, return_entropy, return_logsumexp)
+    entropy_gradient = return_entropy and entropy_gradient
+    options = HeadOptions(temperature, softcap or 0.0, entropy_gradient, group, return_entropy, return_logsumexp)
     return chosen_terms(
-        lambda hidden, targets: _head_terms(hidden, weight, bias, targets, options, wanted), hidden, targets, keep, wanted
-    )
+        lambda hidden, targets: _head_terms(hidden, weight, bias, targets, options), hidden, targets, keep,
+        (True, return_entropy, return_logsumexp),
+    )  # fmt: skip
 
 
-def _head_terms(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: HeadOptions,
-    wanted: tuple[bool, bool, bool] = (True, True, True),
-) -> HeadTerms:
-    """Terms that are not wanted are arbitrary."""
-    # The parts of a vocabulary are put together by all of them.
-    _, needs_entropy, needs_logsumexp = wanted if options.group is None else (True, True, True)
-
+def _head_terms(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions) -> HeadTerms:
     def part_of(hidden: Tensor, targets: Tensor) -> HeadTerms:
-        logits = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight))
-        if bias is not None:
-            logits = logits + bias
+        logits, own_bias = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight)), bias
+        wants_logsumexp = options.wants_logsumexp or options.group is not None
+        if own_bias is not None and (options.softcap or wants_logsumexp):
+            logits, own_bias = logits + own_bias, None
         if options.softcap:
             capped = options.softcap * (logits / options.softcap).tanh()
             logits = torch.where(logits == -torch.inf, logits, capped)
-        logprobs, entropy = _softmax_terms(
-            logits, targets, None, options.temperature, wants_entropy=needs_entropy,
-            entropy_gradient=needs_entropy and options.entropy_gradient,
+        logprobs, entropies = _softmax_terms(
+            logits, targets, own_bias, options.temperature, wants_entropy=options.wants_entropy,
+            entropy_gradient=options.entropy_gradient,
         )  # fmt: skip
-        return HeadTerms(logprobs, entropy, (logits / options.temperature).logsumexp(-1) if needs_logsumexp else logprobs)
+        logsumexps = (logits / options.temperature).logsumexp(-1) if wants_logsumexp else torch.zeros_like(entropies)
+        return HeadTerms(logprobs, entropies, logsumexps)
 
-    if options.group is None:
-        return part_of(hidden, targets)
     return whole_vocabulary(part_of, hidden, targets, len(weight), options.group)
 
 

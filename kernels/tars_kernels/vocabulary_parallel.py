@@ -35,6 +35,9 @@ class HeadOptions(NamedTuple):
     entropy_gradient: bool = False
     group: dist.ProcessGroup | None = None
     """The processes that hold parts of the vocabulary; None: this one holds all of it."""
+    wants_entropy: bool = True
+    """The entropy may be left out, where that saves something."""
+    wants_logsumexp: bool = True
 
 
 def whole_size(weight: Tensor, group: dist.ProcessGroup | None) -> int:
@@ -66,7 +69,11 @@ def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def whole_vocabulary(
-    part_of: Callable[[Tensor, Tensor], HeadTerms], hidden: Tensor, targets: Tensor, size: int, group: dist.ProcessGroup
+    part_of: Callable[[Tensor, Tensor], HeadTerms],
+    hidden: Tensor,
+    targets: Tensor,
+    size: int,
+    group: dist.ProcessGroup | None,
 ) -> HeadTerms:
     """Terms of the whole vocabulary.
 
@@ -75,8 +82,10 @@ def whole_vocabulary(
         hidden: [T, D], the same on every process.
         targets: [T] of the whole vocabulary.
         size: tokens of a part of the vocabulary.
-        group: the processes that hold the parts.
+        group: the processes that hold the parts; None: this one holds all of it.
     """
+    if group is None:
+        return part_of(hidden, targets)
     owners = targets // size
     is_here = owners == dist.get_rank(group)
     part = part_of(_SumGradients.apply(hidden, group), torch.where(is_here, targets % size, 0))
