@@ -256,7 +256,7 @@ def open_output(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], sha
             earlier = json.loads(path.read_text(encoding="utf-8"))
             changed = [name for name in settings if earlier[name] != settings[name]]
             changed += [f"arm {arm}" for arm in arms if earlier["arms"].get(arm, arms[arm]) != arms[arm]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"--output-dir {config.output_dir}: its {path.name} is not an ablation's, or damaged; name another folder, or "
                 "remove that file and give the settings of the runs"

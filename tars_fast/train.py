@@ -28,6 +28,7 @@ answer_early(__name__, TrainConfig, "python -m tars_fast.train")
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
 from tars_fast.evaluation.figures import change_since, report, text_reference
 from tars_fast.evaluation.results import PREDICTIONS, ItemResult, read_own
 from tars_fast.learning.loader import LoadedRollout, RolloutLoader
-from tars_fast.learning.metrics import BackwardPass, check_progress, completion_columns, completion_metrics
+from tars_fast.learning.metrics import LOOKED_BACK, BackwardPass, check_progress, completion_columns, completion_metrics
 from tars_fast.learning.optimizer import learning_rate_at
 from tars_fast.learning.run import Interrupt, Run, open_run, plan_run, profiled
 from tars_fast.learning.scored import ScoredRollout
@@ -108,7 +109,7 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
     trainer and engine are of the first one, which has the log-probabilities of every completion.
     """
     config, learner, workers = run.config, run.learner, run.workers
-    history: list[dict[str, float]] = []
+    history: deque[dict[str, float]] = deque(maxlen=LOOKED_BACK)
     loader = RolloutLoader(run.model, run.engine, run.text_similarity, run.data.training, config, workers)
     with loader, profiled(run) as step_done:
         for step in range(run.num_completed, config.num_steps):

@@ -107,13 +107,24 @@ def linear_logprob(  # noqa: PLR0913
     check_temperature(temperature)
     check_softcap(softcap)
     options = HeadOptions(temperature, softcap or 0.0, entropy_gradient, group)
+    wanted = (True, return_entropy, return_logsumexp)
     return chosen_terms(
-        lambda hidden, targets: _head_terms(hidden, weight, bias, targets, options), hidden, targets, keep,
-        (True, return_entropy, return_logsumexp),
-    )  # fmt: skip
+        lambda hidden, targets: _head_terms(hidden, weight, bias, targets, options, wanted), hidden, targets, keep, wanted
+    )
 
 
-def _head_terms(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions) -> HeadTerms:
+def _head_terms(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: HeadOptions,
+    wanted: tuple[bool, bool, bool] = (True, True, True),
+) -> HeadTerms:
+    """Terms that are not wanted are arbitrary."""
+    # The parts of a vocabulary are put together by all of them.
+    _, needs_entropy, needs_logsumexp = wanted if options.group is None else (True, True, True)
+
     def part_of(hidden: Tensor, targets: Tensor) -> HeadTerms:
         logits = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight))
         if bias is not None:
@@ -121,8 +132,11 @@ def _head_terms(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
         if options.softcap:
             capped = options.softcap * (logits / options.softcap).tanh()
             logits = torch.where(logits == -torch.inf, logits, capped)
-        terms = _softmax_terms(logits, targets, None, options.temperature, entropy_gradient=options.entropy_gradient)
-        return HeadTerms(*terms, (logits / options.temperature).logsumexp(-1))
+        logprobs, entropy = _softmax_terms(
+            logits, targets, None, options.temperature, wants_entropy=needs_entropy,
+            entropy_gradient=needs_entropy and options.entropy_gradient,
+        )  # fmt: skip
+        return HeadTerms(logprobs, entropy, (logits / options.temperature).logsumexp(-1) if needs_logsumexp else logprobs)
 
     if options.group is None:
         return part_of(hidden, targets)

@@ -31,6 +31,8 @@ RESERVED_NAMES = {
 """Names that a reward may not have, because another figure has them."""
 MAX_EMPTY_STEPS = 3
 """Consecutive steps with every completion cut off, after which waiting longer is pointless."""
+LOOKED_BACK = 1000
+"""Steps whose metrics are kept for `check_progress`; a bound, because a run may have any number."""
 MAX_UNANIMOUS_STEPS = 10
 """Consecutive steps in which no group disagreed in its rewards before a warning repeats."""
 
@@ -161,7 +163,7 @@ def check_progress(history: Sequence[Mapping[str, float]], warn: Callable[[str],
     """Warn of what makes the last step useless, and stop where it will not get better by itself.
 
     Args:
-        history: metrics of every step since the start, or since the run was resumed.
+        history: metrics of the last steps since the start, or since the run was resumed.
 
     Raises:
         TrainingError: every completion was cut off for several steps.
@@ -172,7 +174,7 @@ def check_progress(history: Sequence[Mapping[str, float]], warn: Callable[[str],
 
     if is_empty(history[-1]):
         warn(f"step {history[-1]['step']}: every completion was cut off; raise --max-new-tokens")
-        recent = history[-MAX_EMPTY_STEPS:]
+        recent = list(history)[-MAX_EMPTY_STEPS:]
         if len(recent) == MAX_EMPTY_STEPS and all(is_empty(metrics) for metrics in recent):
             raise TrainingError(f"every completion was cut off for {MAX_EMPTY_STEPS} steps; raise --max-new-tokens")
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -24,8 +23,6 @@ from tars_fast.types import UserError
 _STATE = "trainer_state.pt"
 NUM_KEPT = 2
 """Checkpoints of a run that stay; older ones are deleted."""
-_DAMAGED = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, UnpicklingError, EOFError)
-"""What torch and json raise over a damaged file."""
 
 
 def save_model(model: SpeechModel, folder: Path) -> None:
@@ -128,7 +125,7 @@ def is_damaged(checkpoint: Path, fault: str) -> UserError:
 
 def fault_of(checkpoint: Path) -> str | None:
     """What is missing or damaged in a run's checkpoint; of weights the headers are read, which tell their length."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     path = checkpoint
     try:
@@ -151,7 +148,7 @@ def fault_of(checkpoint: Path) -> str | None:
         path = checkpoint / _STATE
         if _read_state(checkpoint, mmap=True)["num_completed"] != int(checkpoint.name.removeprefix("checkpoint-")):
             return f"{path.name}: of another step"
-    except (*_DAMAGED, SafetensorError) as error:
+    except Exception as error:  # A damaged file makes the libraries raise anything.
         return f"{path.name}: {first_line(error)}"
     return None
 

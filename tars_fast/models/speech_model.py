@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -397,9 +396,6 @@ def load_module(prompts: PromptFormat, source: str, device: torch.device, dtype:
             # The checkpoint's own speech adapter (Phi-4-multimodal): without it the base does not understand speech. It is
             # merged in float32, and also answers written prompts, so that there is one policy.
             module = merge_adapter(module, family, folder / family.adapter_folder).to(dtype)
-    except UnpicklingError as error:
-        held = ValueError("pytorch_model.bin holds more than weights, which is not run; save them as model.safetensors")
-        raise cannot_be_loaded(source, held) from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise

@@ -79,7 +79,8 @@ class VllmInternals:
                 model=str(checkpoint_folder(source, weights=not settings.dummy_weights)),
                 trust_remote_code=False,
                 dtype=str(dtype).removeprefix("torch."),
-                load_format="dummy" if settings.dummy_weights else "auto",
+                # No pickle, which "auto" would read where there is nothing else.
+                load_format="dummy" if settings.dummy_weights else "safetensors",
                 max_model_len=settings.max_tokens,
                 max_num_seqs=settings.max_sequences,
                 max_num_batched_tokens=max(PREFILL_TOKENS, settings.max_tokens, settings.max_sequences),

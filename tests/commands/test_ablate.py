@@ -319,8 +319,8 @@ def test_arms_of_earlier_commands_stay_what_they_were(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to(small, tmp_path):
-    (tmp_path / "ablation_settings.json.partial").mkdir()
-    with pytest.raises(UserError, match=r"--output-dir .*: cannot be written to \(Is a directory\); name another folder"):
+    (tmp_path / "ablation_settings.json").mkdir()
+    with pytest.raises(UserError, match=r"--output-dir .*: its ablation_settings.json is not an ablation's, or damaged; name"):
         command(config_of(tmp_path, small))
 
 
@@ -409,24 +409,6 @@ def test_why_a_run_failed(tmp_path):
     assert "File exists" in reasons["nowhere, seed 0"]
     assert "brackets, seed 0: failed, error: [/x] [red]; see" in said.getvalue()
     assert "items, seed 0" not in reasons, "figures are there, of the items that could be evaluated"
-
-
-def test_a_run_that_an_earlier_command_left_behind_is_not_trained_twice(tmp_path):
-    leave = (
-        "import subprocess; own = subprocess.Popen(['sleep', '60']); (folder / 'left').write_text(str(own.pid)); sys.exit(7)"
-    )
-    run = fake_run(tmp_path, "a", leave)
-    runner = Runner(1, [], PlainConsole(quiet=True))
-    assert runner.run([run])["a, seed 0"].startswith("exit status 7")
-    left = int((run.folder / "left").read_text())
-    try:
-        assert "of an earlier command is still training it; see" in runner.run([run])["a, seed 0"]
-    finally:
-        os.kill(left, signal.SIGKILL)
-    again = fake_run(tmp_path, "a", FINISH)
-    deadline = time.monotonic() + 10
-    while runner.run([again]):
-        assert time.monotonic() < deadline
 
 
 COUNT_INTERRUPTS = (

@@ -419,8 +419,8 @@ def test_settings_of_a_folder_stay(run, folder):
         ((), ["--data or --check", "give one of them"]),
         (("--data", "items.jsonl"), ["--output-dir", "name the folder"]),
         ((*TONES, "--output-dir", "."), ["--output-dir .", "holds something else", "name a new folder"]),
-        ((*TONES, "--output-dir", "items.jsonl"), ["--output-dir items.jsonl", "holds something else"]),
-        ((*TONES, "--output-dir", "/proc/none/out"), ["--output-dir /proc/none/out", "cannot be written"]),
+        ((*TONES, "--output-dir", "items.jsonl"), ["--output-dir items.jsonl", "cannot be made (File exists)"]),
+        ((*TONES, "--output-dir", "/proc/none/out"), ["--output-dir /proc/none/out", "cannot be made"]),
         ((*TONES, "--output-dir", "out", "--jobs", 0), ["--jobs 0", "greater than 0"]),
         ((*TONES, "--output-dir", "out", "--retries", -1), ["--retries -1", "0 or greater"]),
         (("--data", "none.jsonl", "--output-dir", "out"), ["data none.jsonl", "cannot be read", "give a jsonl file"]),
@@ -443,20 +443,32 @@ def test_wrong_use(run, folder, flags, fragments):
     assert (folder / "items.jsonl").read_text().count("\n") == 3
 
 
+def fill_disk(monkeypatch, writer: str, name: str) -> None:
+    """Have a function of `prepare` write its file onto a device that is full."""
+    write = getattr(prepare, writer)
+
+    def on_full_device(folder, *arguments):
+        (folder / f"{name}.partial").symlink_to("/dev/full")
+        write(folder, *arguments)
+
+    monkeypatch.setattr(prepare, writer, on_full_device)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_loses_no_recording(run, folder):
+def test_a_full_disk_loses_no_recording(run, folder, monkeypatch):
     """The items do not fit: those of the run before stay, with the new recordings, and the same command goes on."""
     write_jsonl(folder / "items.jsonl", WRITTEN[:1])
     assert run(*PACKED, "--output-dir", "out")[0] == 0
     before = (folder / "out" / "items.parquet").read_bytes()
     write_jsonl(folder / "items.jsonl", WRITTEN)
-    (folder / "out" / "items.parquet.partial").symlink_to("/dev/full")
-    status, _, stderr = run(*PACKED, "--output-dir", "out")
+    with monkeypatch.context() as patched:
+        fill_disk(patched, "pack_items", "items.parquet")
+        status, _, stderr = run(*PACKED, "--output-dir", "out")
     assert status == 2
-    assert "--output-dir out: cannot be written (No space left on device); what is done stays, and the same command" in stderr
+    assert "out/items.parquet: cannot be written (No space left on device: " in stderr
+    assert "are free); make room and repeat the command" in stderr
     assert (folder / "out" / "items.parquet").read_bytes() == before
     assert len(list((folder / "out" / "recordings").iterdir())) == 2
-    (folder / "out" / "items.parquet.partial").unlink()
     status, stdout, _ = run(*PACKED, "--output-dir", "out")
     assert status == 0
     assert "3 of 3 items are there already" in stdout
@@ -471,12 +483,12 @@ def test_a_full_disk_loses_nothing(run, folder, monkeypatch):
     before = contents(folder / "out")
     journal = folder / "out" / "preparation" / "finished.jsonl"
     (folder / "out" / "items.jsonl").unlink()
-    (folder / "out" / "items.jsonl.partial").symlink_to("/dev/full")
-    status, _, stderr = run(*TONES, "--output-dir", "out")
+    with monkeypatch.context() as patched:
+        fill_disk(patched, "write_items", "items.jsonl")
+        status, _, stderr = run(*TONES, "--output-dir", "out")
     assert status == 2
-    assert "--output-dir out: cannot be written (No space left on device); what is done stays, and the same command" in stderr
+    assert "out/items.jsonl: cannot be written (No space left on device: needs 0.00 MB, " in stderr
     assert journal.read_text().count("\n") == 3
-    (folder / "out" / "items.jsonl.partial").unlink()
     assert run(*TONES, "--output-dir", "out")[0] == 0
     assert contents(folder / "out") == before
 

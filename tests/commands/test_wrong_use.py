@@ -259,11 +259,6 @@ def test_what_was_left_out_is_said_and_stays_out(folder, run, monkeypatch):
 EVALUATION_SETTINGS = [
     (["--model", "qwen9"], ["--model qwen9", "neither a preset"]),
     (["--data", "absent.jsonl"], ["data absent.jsonl", "cannot be read", "give a jsonl file"]),
-    (["--loss-type", "cispo"], ["--clip-high 0.28", "with --loss-type cispo it is the largest ratio itself; give 1 or more"]),
-    (["--loss-type", "vespo", "--importance-level", "sequence"], ["--importance-level sequence", "vespo", "leave it out"]),
-    (["--kl-coef", "0.01"], ["--kl-coef 0.01", "full fine-tuning has none; add --lora-rank 8"]),
-    (["--kl-coef", "0.01", "--lora-rank", "4", "--rollout-ahead", "1"], ["--kl-coef 0.01", "or --rollout-ahead 0"]),
-    (["--entropy-coef", "-1"], ["--entropy-coef -1", "must be 0 or greater"]),
     (["--temperature", "0"], ["--temperature 0", "must be greater than 0"]),
     (["--rollout-batch-size", "0"], ["--rollout-batch-size 0", "must be greater than 0"]),
     (["--reference", "78"], ["--reference 78", "a fraction above 0 and at most 1"]),

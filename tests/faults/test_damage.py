@@ -58,13 +58,21 @@ def config_of(data: Path, output_dir: Path, *flags: str) -> TrainConfig:
     return parse_arguments("", TrainConfig, given, "train")
 
 
-@pytest.fixture(scope="session")
-def runs(data, tmp_path_factory) -> Path:
-    """A finished run of full fine-tuning, `full`, and one of LoRA, `lora`."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, rank in (("full", "0"), ("lora", "2")):
-        assert train.train(config_of(data, folder / name, "--lora-rank", rank)).is_finished
+def finished(data: Path, folder: Path, rank: int) -> Path:
+    assert train.train(config_of(data, folder, "--lora-rank", str(rank))).is_finished
     return folder
+
+
+@pytest.fixture(scope="session")
+def full(data, tmp_path_factory) -> Path:
+    """A finished run of full fine-tuning."""
+    return finished(data, tmp_path_factory.mktemp("runs") / "full", 0)
+
+
+@pytest.fixture(scope="session")
+def lora(data, tmp_path_factory) -> Path:
+    """A finished run of LoRA."""
+    return finished(data, tmp_path_factory.mktemp("runs") / "lora", 2)
 
 
 def refusal_of(command: Callable[[], object]) -> str:
@@ -76,7 +84,7 @@ def refusal_of(command: Callable[[], object]) -> str:
     return ""
 
 
-def resume(runs: Path, data: Path, run: Path) -> str:
+def resume(whole: Path, data: Path, run: Path) -> str:
     """Resume a damaged copy of a run; returns the line that refuses it, or else what was said.
 
     Raises:
@@ -88,7 +96,6 @@ def resume(runs: Path, data: Path, run: Path) -> str:
         refusal = refusal_of(lambda: train.train(config_of(data, run, "--lora-rank", rank, "--resume")))
     if refusal:
         return refusal
-    whole = runs / run.name
     assert (run / "evaluation.json").read_text() == (whole / "evaluation.json").read_text()
     warned = " ".join(line for line in said.getvalue().splitlines() if "warning" in line and str(run) in line)
     assert read_metrics(run) == read_metrics(whole) or "metrics.jsonl lacks" in warned
@@ -110,25 +117,40 @@ def copy(run: Path, folder: Path) -> Path:
             cut,
             r"checkpoint-2 is damaged \(trainer_state.pt: .*\); .*checkpoint-1 is whole: remove",
         ),
-        ("checkpoint-2/trainer_state.pt", remove, r"checkpoint-2 is damaged \(trainer_state.pt: .*checkpoint-1 is whole"),
-        ("checkpoint-2/model.safetensors", cut, r"checkpoint-2 is damaged \(model.safetensors: .*checkpoint-1 is whole"),
+        pytest.param(
+            "checkpoint-2/trainer_state.pt",
+            remove,
+            r"checkpoint-2 is damaged \(trainer_state.pt: .*checkpoint-1 is whole",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "checkpoint-2/model.safetensors",
+            cut,
+            r"checkpoint-2 is damaged \(model.safetensors: .*checkpoint-1 is whole",
+            marks=pytest.mark.slow,
+        ),
         ("checkpoint-2/config.json", other_json, r"checkpoint-2 is damaged \(config.json: .*checkpoint-1 is whole"),
         ("config.json", empty, r"config.json is damaged \(.*\); remove it, and resume with the settings of the run"),
-        ("config.json", remove, r"warning: .*config.json is missing; it is made again"),
+        pytest.param("config.json", remove, r"warning: .*config.json is missing; it is made again", marks=pytest.mark.slow),
         (
             "predictions_before.jsonl",
             cut,
             r"predictions_before.jsonl is damaged or missing \(lacks \d of 4 items\); make it again by",
         ),
-        ("predictions_before.jsonl", remove, r"predictions_before.jsonl is damaged or missing \(.*\); make it again by python"),
+        pytest.param(
+            "predictions_before.jsonl",
+            remove,
+            r"predictions_before.jsonl is damaged or missing \(.*\); make it again by python",
+            marks=pytest.mark.slow,
+        ),
         ("metrics.jsonl", binary, r"warning: .*metrics.jsonl lacks 2 of 2 steps"),
     ],
     ids=lambda value: value if isinstance(value, str) and "/" in value else getattr(value, "__name__", ""),
 )
-def test_a_damaged_run_is_refused_or_made_whole(runs, data, tmp_path, name, damage, said):
-    run = copy(runs / "full", tmp_path)
+def test_a_damaged_run_is_refused_or_made_whole(full, data, tmp_path, name, damage, said):
+    run = copy(full, tmp_path)
     damage(run / name)
-    assert re.search(said, resume(runs, data, run))
+    assert re.search(said, resume(full, data, run))
 
 
 UNREAD = {"tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja", "preset.json"}
@@ -138,8 +160,8 @@ UNREAD = {"tokenizer.json", "tokenizer_config.json", "processor_config.json", "c
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_every_file_of_a_run_in_every_way(runs, data, tmp_path, kind, damage):
-    whole = runs / kind
+def test_every_file_of_a_run_in_every_way(request, data, tmp_path, kind, damage):
+    whole = request.getfixturevalue(kind)
     files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file() and "tensorboard" not in path.parts]
     assert len(files) > 10
     for name in files:
@@ -147,49 +169,52 @@ def test_every_file_of_a_run_in_every_way(runs, data, tmp_path, kind, damage):
             continue
         run = copy(whole, tmp_path)
         damage(run / name)
-        said = resume(runs, data, run)
+        said = resume(whole, data, run)
         assert not said or name.name in said, (name, said)
         shutil.rmtree(run)
 
 
 @pytest.mark.parametrize(("values", "said"), [({}, "tokens_per_micro_batch"), ({"tokens_per_micro_batch": "abc"}, "'abc'")])
-def test_settings_of_a_wrong_type(runs, data, tmp_path, values, said):
-    run = copy(runs / "full", tmp_path)
+def test_settings_of_a_wrong_type(full, data, tmp_path, values, said):
+    run = copy(full, tmp_path)
     (run / "config.json").write_text(json.dumps(values))
-    assert said in resume(runs, data, run)
+    assert said in resume(full, data, run)
 
 
-def test_a_run_goes_on_from_the_whole_checkpoint(runs, data, tmp_path):
+@pytest.mark.slow
+def test_a_run_goes_on_from_the_whole_checkpoint(full, data, tmp_path):
     """What the line says, done; and where none is whole it says so."""
-    run = copy(runs / "full", tmp_path)
+    run = copy(full, tmp_path)
     cut(run / "checkpoint-2" / "trainer_state.pt")
-    assert "checkpoint-1 is whole: remove the first and resume" in resume(runs, data, run)
+    assert "checkpoint-1 is whole: remove the first and resume" in resume(full, data, run)
     empty(run / "checkpoint-1" / "model.safetensors")
-    assert "none is whole: start anew in another folder" in resume(runs, data, run)
-    shutil.copy(runs / "full" / "checkpoint-1" / "model.safetensors", run / "checkpoint-1")
+    assert "none is whole: start anew in another folder" in resume(full, data, run)
+    shutil.copy(full / "checkpoint-1" / "model.safetensors", run / "checkpoint-1")
     shutil.rmtree(run / "checkpoint-2")
-    assert resume(runs, data, run) == ""
+    assert resume(full, data, run) == ""
 
 
-def test_a_state_of_another_step_or_model_is_none(runs, data, tmp_path):
-    run = copy(runs / "full", tmp_path)
+@pytest.mark.slow
+def test_a_state_of_another_step_or_model_is_none(full, lora, data, tmp_path):
+    run = copy(full, tmp_path)
     shutil.copy(run / "checkpoint-1" / "trainer_state.pt", run / "checkpoint-2")
     assert fault_of(run / "checkpoint-2") == "trainer_state.pt: of another step"
-    shutil.copy(runs / "lora" / "checkpoint-2" / "trainer_state.pt", run / "checkpoint-2")
-    assert "checkpoint-2 is damaged (trainer_state.pt: " in resume(runs, data, run)
-    shutil.copy(runs / "full" / "checkpoint-2" / "trainer_state.pt", run / "checkpoint-2")
-    shutil.copy(runs / "lora" / "checkpoint-2" / "adapter_model.safetensors", run / "checkpoint-2" / "model.safetensors")
-    assert "checkpoint-2 is damaged (" in resume(runs, data, run)
+    shutil.copy(lora / "checkpoint-2" / "trainer_state.pt", run / "checkpoint-2")
+    assert "checkpoint-2 is damaged (trainer_state.pt: " in resume(full, data, run)
+    shutil.copy(full / "checkpoint-2" / "trainer_state.pt", run / "checkpoint-2")
+    shutil.copy(lora / "checkpoint-2" / "adapter_model.safetensors", run / "checkpoint-2" / "model.safetensors")
+    assert "checkpoint-2 is damaged (" in resume(full, data, run)
 
 
-def test_before_made_again_by_the_command_that_the_line_shows(runs, data, tmp_path):
-    run = copy(runs / "full", tmp_path)
+@pytest.mark.slow
+def test_before_made_again_by_the_command_that_the_line_shows(full, data, tmp_path):
+    run = copy(full, tmp_path)
     remove(run / "predictions_before.jsonl")
-    line = resume(runs, data, run)
+    line = resume(full, data, run)
     flags = line.partition("python -m tars_fast.evaluate ")[2].partition(", and copy")[0].replace("DIR", str(tmp_path / "made"))
     evaluate(parse_arguments("", EvaluateConfig, [*flags.split(), "--device", "cpu"], "evaluate"))
     shutil.copy(tmp_path / "made" / "predictions.jsonl", run / "predictions_before.jsonl")
-    assert resume(runs, data, run) == ""
+    assert resume(full, data, run) == ""
 
 
 @pytest.fixture(scope="session")
@@ -226,9 +251,9 @@ def test_a_damaged_evaluation_is_refused_or_made_whole(evaluated, data, tmp_path
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_run_is_no_part_of_an_ablation(runs, tmp_path, damage):
+def test_a_damaged_run_is_no_part_of_an_ablation(full, tmp_path, damage):
     for name in ("config.json", "metrics.jsonl", "predictions_before.jsonl", "predictions_after.jsonl"):
-        run = copy(runs / "full", tmp_path)
+        run = copy(full, tmp_path)
         damage(run / name)
         with pytest.raises(UserError, match=r"full(: not a whole run \(|/predictions_)") as raised:
             FinishedRun.read("tars", 0, run)
@@ -236,10 +261,10 @@ def test_a_damaged_run_is_no_part_of_an_ablation(runs, tmp_path, damage):
         shutil.rmtree(run)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_run_is_exported_without_a_traceback(runs, tmp_path, damage):
+@pytest.mark.parametrize("damage", [list_in_json, *(pytest.param(one, marks=pytest.mark.slow) for one in DAMAGES)])
+def test_a_damaged_run_is_exported_without_a_traceback(full, tmp_path, damage):
     for name in ("config.json", "evaluation.json"):
-        run = copy(runs / "full", tmp_path)
+        run = copy(full, tmp_path)
         damage(run / name)
         config = ExportConfig(model=str(run / "checkpoint-2"), output_dir=tmp_path / f"exported-{name}")
         refusal = refusal_of(lambda config=config: export(config))

@@ -46,7 +46,7 @@ def partial(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob(f"*{files.PARTIAL}")]
 
 
-@pytest.mark.parametrize("kilobytes", [300, 8000])
+@pytest.mark.parametrize("kilobytes", [300, pytest.param(8000, marks=pytest.mark.slow)])
 def test_room_for_the_checkpoints_is_looked_at_before_training(data, small_disk, kilobytes):
     disk = small_disk(kilobytes)
     with pytest.raises(UserError, match=r"run: 3 checkpoints more need 35\.\d\d MB, \d.\d\d MB are free; make room, or name"):
@@ -61,7 +61,8 @@ def fill(disk: Path, leave: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("leave", [0, 100_000, pytest.param(3_000_000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("leave", [0, 100_000, 3_000_000])
 def test_a_disk_that_fills_up_costs_no_step_that_was_saved(data, small_disk, tmp_path, monkeypatch, leave):
     """Full before the second step is logged, before its weights are written, or before the optimiser's state is."""
     disk = small_disk(45_000)

@@ -8,12 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from items import first_items
 
 from tars_fast.ablate import AblateConfig, ablate
 from tars_fast.analyse import AnalyseConfig, analyse
 from tars_fast.config import TrainConfig
-from tars_fast.data.items import VALIDATION_DATA
 from tars_fast.evaluate import EvaluateConfig, evaluate
 from tars_fast.export import ExportConfig, export
 from tars_fast.prepare import PrepareConfig, run
@@ -46,18 +44,18 @@ def holder(tmp_path):
     [
         lambda folder, _: train(TrainConfig(output_dir=folder, device="cpu")),
         lambda folder, _: train(TrainConfig(output_dir=folder, resume=True, device="cpu")),
-        lambda folder, items: evaluate(EvaluateConfig(data=(items,), output_dir=folder, device="cpu")),
-        lambda folder, items: analyse(AnalyseConfig(data=items, output_dir=folder, device="cpu")),
-        lambda folder, items: ablate(AblateConfig(data=items, eval_data=items, output_dir=folder)),
+        lambda folder, data: evaluate(EvaluateConfig(data=(f"{data}/evaluation",), output_dir=folder, device="cpu")),
+        lambda folder, data: analyse(AnalyseConfig(data=f"{data}/evaluation", output_dir=folder, device="cpu")),
+        lambda folder, data: ablate(AblateConfig(data=f"{data}/training", eval_data=f"{data}/evaluation", output_dir=folder)),
         lambda folder, _: export(ExportConfig(model="pocket", output_dir=folder)),
-        lambda folder, items: run(PrepareConfig(data=items, output_dir=folder)),
+        lambda folder, data: run(PrepareConfig(data=f"{data}/training", output_dir=folder)),
     ],
     ids=["train", "resume", "evaluate", "analyse", "ablate", "export", "prepare"],
 )
-def test_the_second_process_is_refused_by_name_and_number(holder, tmp_path, command):
-    folder, items = tmp_path / "run", first_items(VALIDATION_DATA, 2, tmp_path / "items")
+def test_the_second_process_is_refused_by_name_and_number(holder, tmp_path, data, command):
+    folder = tmp_path / "run"
     with pytest.raises(UserError, match=rf"--output-dir {folder}: process {holder.pid} on \S+ is writing there; wait for it"):
-        command(folder, str(items))
+        command(folder, data)
     assert [path.name for path in folder.iterdir()] == [LOCK]
 
 

@@ -123,10 +123,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(data, tmp_path):
 
     torch.save({"a": Harmful()}, folder / "pytorch_model.bin")
     config = EvaluateConfig(model=str(folder), data=(str(data / "evaluation"),), output_dir=tmp_path / "out", device="cpu")
-    with pytest.raises(UserError, match=r"pytorch_model.bin holds more than weights, which is not run; save them as model"):
-        evaluate(config)
-    (folder / "pytorch_model.bin").write_bytes(b"PK\3\4 no archive")
-    with pytest.raises(UserError, match=r"--model .*: cannot be loaded"):
+    with pytest.raises(UserError, match=r"--model .*: cannot be loaded \(.*safetensors"):
         evaluate(config)
     assert not (tmp_path / "harm").exists()
     assert not (tmp_path / "out").exists()

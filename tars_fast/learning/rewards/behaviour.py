@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -67,6 +69,16 @@ class SentenceEmbedder:
 HASHED_NGRAMS = "hashed-ngrams"
 
 
+def _check_modules(name: str) -> None:
+    """Raises UserError where a folder asks for classes of its own, which some releases of sentence-transformers run unasked."""
+    path = Path(name) / "modules.json"
+    for module in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ():
+        if not module["type"].startswith("sentence_transformers."):
+            raise UserError(
+                f"--behaviour-model {name}: asks for code of its own ({module['type']!s:.80}), which is never run; name another"
+            )
+
+
 def load_text_similarity(name: str, device: torch.device) -> TextSimilarity:
     """`hashed-ngrams`, or a sentence-transformers model by name or path.
 
@@ -76,8 +88,9 @@ def load_text_similarity(name: str, device: torch.device) -> TextSimilarity:
     if name == HASHED_NGRAMS:
         return HashedNgrams()
     try:
+        _check_modules(name)
         return SentenceEmbedder(name, device)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = first_line(error)
         raise UserError(f"--behaviour-model {name}: cannot be loaded ({reason}); check the name, or the network") from error
 
