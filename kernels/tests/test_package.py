@@ -419,3 +419,37 @@ def test_type_checkers_refuse_a_wrong_setting(tmp_path):
     )
     assert 'Unexpected keyword argument "clip_lo"' in errors[0]
     assert "loss_type" in errors[1]
+
+
+def documented_bytes() -> dict[str, str]:
+    """What docs/kernels.md says is kept for the backward pass, by operation."""
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    table = page[page.index("| operation | from, to |") :]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[: table.index("\n\n")].splitlines()[2:]]
+    return {name.strip("`"): kept.split("`")[1] if "`" in kept else "" for name, _, _, kept, *_ in rows}
+
+
+def test_the_page_of_operations_lists_all_of_them():
+    assert sorted(documented_bytes()) == sorted(OPERATIONS)
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "linear_cka"])
+def test_bytes_kept_for_the_backward_pass_are_those_documented(device, name):
+    """Beside the inputs and a few numbers a token; the sizes are those of `arguments`."""
+    values = arguments(device)
+    for key, value in values.items():
+        value.requires_grad_(value.is_floating_point() and key not in ("weight", "advantages"))
+    given = {value.untyped_storage().data_ptr() for value in values.values()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = call(name, values)
+    sizes = {"T": 6, "V": 100, "D": 16, "N": 3 if name == "pooled_similarity" else 2, "L": 2, "P": 1, "s": 4}
+    expected = eval(documented_bytes()[name], sizes)
+    found = sum(size for address, size in kept.items() if address not in given)
+    assert 0 <= found - expected <= 8 * 4 * sizes["T"], (found, expected)
+    del result

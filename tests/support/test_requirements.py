@@ -18,7 +18,12 @@ from tars_fast.support.cli import require_extra
 from tars_fast.types import UserError
 
 ROOT = Path(__file__).parents[2]
-DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "sklearn": "scikit-learn", "torch.utils.tensorboard": "tensorboard"}
+DISTRIBUTIONS = {
+    "coverage": "pytest-cov",
+    "markdown_it": "markdown-it-py",
+    "sklearn": "scikit-learn",
+    "torch.utils.tensorboard": "tensorboard",
+}
 """Where a package's name is not that of its modules, or is imported by another."""
 
 
