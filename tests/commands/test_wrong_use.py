@@ -164,7 +164,7 @@ def test_too_few_items_to_split(folder, run):
     [
         pytest.param({"answer": "three"}, ["line 2", "answer 'three' is none of one, two"], id="answer out of range"),
         pytest.param({"question": " "}, ["line 2", "'question' missing or empty", "an item is id,"], id="empty question"),
-        pytest.param({"audio": "gone.wav"}, ["gone.wav: no such file", "relative to the jsonl"], id="missing recording"),
+        pytest.param({"audio": "gone.wav"}, ["gone.wav: no such file", "relative to the file"], id="missing recording"),
         pytest.param({"audio": "items.jsonl"}, ["items.jsonl: cannot be decoded", "use wav, flac"], id="not a recording"),
         pytest.param({"question": "What is <|AUDIO|>?"}, ["audio placeholder", "remove it"], id="audio placeholder"),
         pytest.param({"answer_set": ["one", "two"], "options": ["a", "b"]}, ["line 2", "one of them"], id="options and set"),
