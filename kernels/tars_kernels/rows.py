@@ -18,6 +18,9 @@ objects, and public operations, whose every option is a keyword. They are exempt
 
 from __future__ import annotations
 
+import json
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -33,11 +36,24 @@ _UNDERFLOW = tl.constexpr(-200.0)
 """2 to this power is 0 in fp32; keeps 0 * -inf out of sums."""
 
 
+_LONG_ROWS = {"ROWS": 4, "LANES": 4096, "num_warps": 16}
+"""For rows of more than 4,096: each thread has 4 reads of 16 bytes of bf16 in flight."""
+TUNED_TILES: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "tiles.json").read_text(encoding="utf-8"))
+"""In the place of `_LONG_ROWS`, by compute capability ("9.0"), where `bench/tune.sh` found another one faster."""
+
+
+@cache
+def _capability(device: int) -> str:
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+
 def tile(vocabulary: int) -> dict[str, int]:
-    """Tile and warps of row kernels; for long rows each thread has 4 reads of 16 bytes of bf16 in flight."""
+    """Tile and warps of row kernels on the current device."""
     if vocabulary <= 4096:
         return {"ROWS": 1, "LANES": max(128, min(1024, triton.next_power_of_2(vocabulary))), "num_warps": 4}
-    return {"ROWS": 4, "LANES": 4096, "num_warps": 16}
+    if not TUNED_TILES or not torch.cuda.is_available():
+        return _LONG_ROWS
+    return TUNED_TILES.get(_capability(torch.cuda.current_device()), _LONG_ROWS)
 
 
 @triton.jit
