@@ -79,7 +79,7 @@ def eager_logprob(hidden, weight, targets, temperature):
 @pytest.mark.parametrize("head", ["frozen", "trainable"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("num_tokens", "width", "vocabulary"), [(1, 64, 1000), (77, 123, 1100), pytest.param(289, 40, 1000, marks=slow)]
+    ("num_tokens", "width", "vocabulary"), [(1, 64, 1000), (31, 123, 1100), pytest.param(289, 40, 1000, marks=slow)]
 )
 def test_linear_logprob(device, dtype, head, num_tokens, width, vocabulary):
     hidden, weight, targets = sample(num_tokens, width, vocabulary)
@@ -344,12 +344,14 @@ def test_a_scale_given_before_rounds_once(device):
 
 IN_TURN = [
     pytest.param(
-        start, settings, dtype, marks=() if number % 6 == place and number < 13 else slow, id=f"{start}-{settings}-{dtype}"
+        start, settings, dtype, marks=() if number % 6 == place and number % 2 == 0 else slow, id=f"{start}-{settings}-{dtype}"
     )
     for number, settings in enumerate(OBJECTIVES)
     for place, (dtype, start) in enumerate(product([torch.float32, torch.bfloat16, torch.float16], ["logits", "hidden"]))
+    if dtype == torch.bfloat16 or number % 6 == place or (number + place) % 2
 ]
-"""Each objective from each start in each dtype; the fast tier has one of the six for each objective but the last."""
+"""Each objective from each start in bfloat16, and in turns in the other dtypes; the fast tier has one of them for
+every second objective."""
 
 
 @pytest.mark.parametrize(("start", "settings", "dtype"), IN_TURN)
@@ -393,14 +395,14 @@ def test_losses(device, start, settings, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_train_a_head_with_its_bias(device, dtype):
-    hidden, weight, targets = sample(77, 123, 1100)
+    hidden, weight, targets = sample(31, 123, 1100)
     bias = torch.linspace(-1, 1, 1100).bfloat16().float()
     with torch.no_grad():
         fixed = policy_inputs(reference.linear_logprob(hidden, weight, targets, bias=bias)) | {"entropy_coef": 0.1}
 
     def loss_of(implementation, real, device):
         options = moved(fixed, device, real)
-        arguments = targets.to(device), torch.linspace(-1, 1, 77, dtype=real, device=device)
+        arguments = targets.to(device), torch.linspace(-1, 1, 31, dtype=real, device=device)
         return lambda hidden, weight, bias: outputs(
             implementation.linear_policy_loss(hidden, weight, *arguments, bias=bias, **options)
         )
@@ -408,7 +410,7 @@ def test_losses_train_a_head_with_its_bias(device, dtype):
     def eager(hidden, weight, bias):
         options = moved(fixed, torch.device("cpu"), torch.float32)
         return outputs(
-            reference.policy_loss(linear(hidden, weight, bias).float(), targets, torch.linspace(-1, 1, 77), **options)
+            reference.policy_loss(linear(hidden, weight, bias).float(), targets, torch.linspace(-1, 1, 31), **options)
         )
 
     cpu = torch.device("cpu")
@@ -493,7 +495,7 @@ def test_clip_holds_back_on_its_side_only(device, loss_type, ratio, advantage, h
         assert result.clip_low_fraction == float(is_held and ratio < 1)
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "gspo"])
+@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("grpo", marks=slow), "gspo"])
 @pytest.mark.parametrize("start", ["logits", "hidden"])
 def test_whatever_masked_slots_hold_stays_out(device, start, loss_type):
     hidden, weight, targets = (x.to(device) for x in sample(12, 24, 1100))
@@ -528,7 +530,7 @@ def test_whatever_masked_slots_hold_stays_out(device, start, loss_type):
         assert (ours is None and theirs is None) or torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "gspo"])
+@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("grpo", marks=slow), "gspo"])
 def test_everything_masked_or_nothing_there(device, loss_type):
     hidden, weight, targets = (x.to(device) for x in sample(6, 24, 1100))
     cu_seqlens = torch.tensor([0, 6, 6], device=device)
