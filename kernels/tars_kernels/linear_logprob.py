@@ -263,10 +263,10 @@ def _forward_backward(ctx, sum_slopes, slopes, entropy_slopes, *_):
     if not ctx.entropy_gradient:
         entropy_slopes = None
     no_gradients = (None,) * 5
-    given = next((each for each in (slopes, entropy_slopes, sum_slopes) if each is not None), None)
-    if given is None:
+    any_slopes = next((each for each in (slopes, entropy_slopes, sum_slopes) if each is not None), None)
+    if any_slopes is None:
         return None, None, None, *no_gradients
-    all_slopes = [torch.zeros_like(given) if slopes is None else slopes, entropy_slopes, sum_slopes]
+    all_slopes = [torch.zeros_like(any_slopes) if slopes is None else slopes, entropy_slopes, sum_slopes]
     if ctx.frozen_gradient:
         weight, targets, *terms, means, entropy_means = ctx.saved_tensors
         gradient = _frozen_gradient_operator(

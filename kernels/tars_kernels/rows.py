@@ -19,7 +19,6 @@ objects, and public operations, whose every option is a keyword. They are exempt
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,18 +41,12 @@ TUNED_TILES: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "ti
 """In the place of `_LONG_ROWS`, by compute capability ("9.0"), where `bench/tune.sh` found another one faster."""
 
 
-@cache
-def _capability(device: int) -> str:
-    return ".".join(map(str, torch.cuda.get_device_capability(device)))
-
-
 def tile(vocabulary: int) -> dict[str, int]:
     """Tile and warps of row kernels on the current device."""
     if vocabulary <= 4096:
         return {"ROWS": 1, "LANES": max(128, min(1024, triton.next_power_of_2(vocabulary))), "num_warps": 4}
-    if not TUNED_TILES or not torch.cuda.is_available():
-        return _LONG_ROWS
-    return TUNED_TILES.get(_capability(torch.cuda.current_device()), _LONG_ROWS)
+    capability = torch.cuda.get_device_capability() if TUNED_TILES and torch.cuda.is_available() else ()
+    return TUNED_TILES.get(".".join(map(str, capability)), _LONG_ROWS)
 
 
 @triton.jit

@@ -19,9 +19,8 @@ def test_a_tuned_tile_replaces_the_default_on_its_gpu(monkeypatch):
     other = {"ROWS": 2, "LANES": 4096, "num_warps": 16}
     monkeypatch.setattr(rows, "TUNED_TILES", {"9.0": other})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for capability, expected in (("9.0", other), ("8.0", tune.DEFAULT)):
-        monkeypatch.setattr(rows, "_capability", lambda _, capability=capability: capability)
+    for capability, expected in (((9, 0), other), ((8, 0), tune.DEFAULT)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         assert rows.tile(VOCABULARY) == expected
     assert rows.tile(1000)["ROWS"] == 1
 

@@ -170,7 +170,8 @@ def test_every_file_of_a_run_in_every_way(request, data, tmp_path, kind, damage)
         run = copy(whole, tmp_path)
         damage(run / name)
         said = resume(whole, data, run)
-        assert not said or name.name in said, (name, said)
+        # A damaged checkpoint is named as a whole: its remedy is to remove it.
+        assert not said or name.name in said or f"{name.parts[0]} is damaged" in said, (name, said)
         shutil.rmtree(run)
 
 
