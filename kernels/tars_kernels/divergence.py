@@ -18,7 +18,7 @@ from tars_kernels.checks import (
     check_shape,
     head_parameters,
 )
-from tars_kernels.objective import sequence_numbers
+from tars_kernels.objective import FromKeywords, sequence_numbers
 
 DivergenceKind = Literal["reverse_kl", "forward_kl", "jsd"]
 _KINDS = ("reverse_kl", "forward_kl", "jsd")
@@ -56,7 +56,7 @@ class Heads(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Distillation:
+class Distillation(FromKeywords):
     """Settings of `linear_distillation_loss`, by keyword. T tokens, N sequences, V vocabulary.
 
     With p the student's distribution of a token and q the teacher's, both at `temperature`, the loss of the batch is the sum
@@ -109,20 +109,6 @@ class Distillation:
             check_shape("num_tokens", self.num_tokens, ())
         elif self.num_tokens is not None and not 0 <= self.num_tokens < float("inf"):
             raise ValueError(f"num_tokens: {self.num_tokens}; must be a number of tokens")
-
-    @classmethod
-    def from_keywords(cls, keywords: DistillationSettings) -> Distillation:
-        """The settings that a loss was called with.
-
-        Raises:
-            TypeError: one that does not exist.
-        """
-        # Of all ways to a dataclass's fields, the one that torch.compile follows.
-        known = cls.__match_args__
-        for name in keywords:
-            if name not in known:
-                raise TypeError(f"unexpected keyword {name!r}; the settings of the loss are {', '.join(known)}")
-        return cls(**keywords)
 
     def heads(self, weight: Tensor | nn.Module, bias: Tensor | None, teacher_weight: Tensor | nn.Module | None) -> Heads:
         """Both heads, given as weights or modules.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, Self, TypedDict, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -90,8 +90,26 @@ class ObjectiveSettings(TypedDict, total=False):
     kl_bias_correction: bool
 
 
+class FromKeywords:
+    """A dataclass of settings that a loss takes as keywords."""
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> Self:
+        """The settings that a loss was called with.
+
+        Raises:
+            TypeError: one that does not exist.
+        """
+        # Of all ways to a dataclass's fields, the one that torch.compile follows.
+        known: tuple[str, ...] = cls.__match_args__  # type: ignore[attr-defined]
+        for name in keywords:
+            if name not in known:
+                raise TypeError(f"unexpected keyword {name!r}; the settings of the loss are {', '.join(known)}")
+        return cls(**keywords)
+
+
 @dataclass(frozen=True, eq=False)
-class Objective:
+class Objective(FromKeywords):
     """Settings of `policy_loss`, `linear_policy_loss` and `token_policy_loss`, by keyword. T tokens, N sequences.
 
     With r = exp(logprob - old), advantage A and importance weight w = exp(old - rollout) within its bounds, the loss of a token
@@ -235,20 +253,6 @@ class Objective:
             raise ValueError(f"constant: {self.constant}; normalise {normalise!r} (loss_type {self.loss_type!r}) {remedy}")
         if self.num_sequences is not None and not normalise.startswith("sequence"):
             raise ValueError(f"num_sequences: {self.num_sequences}; normalise {normalise!r} does not count sequences")
-
-    @classmethod
-    def from_keywords(cls, keywords: ObjectiveSettings) -> Objective:
-        """The settings that a loss was called with.
-
-        Raises:
-            TypeError: one that does not exist.
-        """
-        # Of all ways to a dataclass's fields, the one that torch.compile follows.
-        known = cls.__match_args__
-        for name in keywords:
-            if name not in known:
-                raise TypeError(f"unexpected keyword {name!r}; the settings of the loss are {', '.join(known)}")
-        return cls(**keywords)
 
     @property
     def formula(self) -> Formula:
