@@ -119,3 +119,4 @@ def test_a_step_on_a_gpu():
     seconds = read("train_step_nvidia_h100_80gb_hbm3.json")["seconds"]
     page = words_of("docs/how-a-step-works.md")
     assert all(f"{seconds[name]:.1f} s" in page for name in ("ours", "released", "trl"))
+    assert f"{seconds['ours']:.1f}, {seconds['trl']:.1f} and {seconds['released']:.1f} s" in words_of("README.md")
