@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK = 2**16
-"""Logits that are gone through at once: their intermediate results stay in the cache."""
+_BLOCK, _SHARED_BLOCK = 2**16, 2**20
+"""Logits that are gone through at once: their intermediate results stay in the cache. More where threads share the work, who
+wait for each other after every step."""
 _LOWEST = -1.0e30
 """In place of the log-probability -inf of suppressed tokens, whose share of the entropy is 0."""
 
@@ -28,7 +29,8 @@ class SoftmaxTerms(torch.autograd.Function):
         needs_gradient = any(ctx.needs_input_grad)
         probabilities = torch.empty_like(logits) if needs_gradient else None
         logprobs, entropies = logits.new_empty(len(logits)), logits.new_zeros(len(logits))
-        num_rows = max(1, _BLOCK // max(1, logits.shape[1]))
+        block_size = _BLOCK if torch.get_num_threads() == 1 else _SHARED_BLOCK
+        num_rows = max(1, block_size // max(1, logits.shape[1]))
         scratch = torch.empty_like(logits[:num_rows]) if wants_entropy and not needs_gradient else probabilities
         for start in range(0, len(logits), num_rows):
             block = slice(start, start + num_rows)
