@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK, _SHARED_BLOCK = 2**16, 2**20
+_BLOCK, _SHARED_BLOCK = 2**16, 2**22
 """Logits that are gone through at once: their intermediate results stay in the cache. More where threads share the work, who
 wait for each other after every step."""
 _LOWEST = -1.0e30
