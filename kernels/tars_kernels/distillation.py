@@ -28,12 +28,11 @@ from tars_kernels.backend import operator, runs_kernels
 from tars_kernels.checks import check_rows_contiguous, check_temperature
 from tars_kernels.divergence import LOWEST_LOGIT, Distillation, DistillationLoss, DistillationSettings, Heads
 from tars_kernels.linear_logprob import (
-    GRADIENT_ROWS,
     LOGITS_ROWS,
     PRODUCT_ROWS,
-    add_product_fp32,
     blocks,
-    empty_gradient,
+    head_gradients,
+    head_gradients_outputs,
     logits_fp32,
     product_fp32,
 )
@@ -401,33 +400,18 @@ def _trainable_gradients(  # noqa: PLR0913
     heads = Heads(weight, bias, teacher_weight, teacher_bias)
     options = _Options(kind, beta, inverse_temperature)
     slopes = slopes.contiguous()
-    needs_hidden, needs_weight, needs_bias = needs
-    hidden_gradient = torch.empty_like(hidden if needs_hidden else hidden[:0])
-    weight_gradient = empty_gradient(weight if needs_weight else weight[:0], len(hidden))
-    bias_gradient = torch.zeros(len(weight) if needs_bias else 0, dtype=torch.float32, device=hidden.device)
-    for outer in blocks(0, len(hidden), GRADIENT_ROWS):
-        gradient = padded_rows(outer.stop - outer.start, len(weight), hidden.dtype, hidden.device)
-        for tokens in blocks(outer.start, outer.stop, LOGITS_ROWS):
-            arguments = _row_arguments(hidden[tokens], teacher_hidden[tokens], heads, options)
-            written = gradient[tokens.start - outer.start : tokens.stop - outer.start]
-            _divergence_rows_backward[(len(written),)](
-                written, slopes[tokens], *_Terms(*terms).part(tokens)[1:], gradient_stride=written.stride(0), **arguments
-            )
-            del arguments
-        if needs_hidden:
-            torch.mm(gradient, weight, out=hidden_gradient[outer])
-        if needs_weight:
-            add_product_fp32(weight_gradient, gradient.T, hidden[outer], first=outer.start == 0)
-        if needs_bias:
-            bias_gradient += gradient.sum(0, dtype=torch.float32)
-        del gradient
-    return [hidden_gradient, weight_gradient.to(weight.dtype), bias_gradient.to(torch.float32 if bias is None else bias.dtype)]
+
+    def write(tokens: slice, written: Tensor) -> None:
+        arguments = _row_arguments(hidden[tokens], teacher_hidden[tokens], heads, options)
+        _divergence_rows_backward[(len(written),)](
+            written, slopes[tokens], *_Terms(*terms).part(tokens)[1:], gradient_stride=written.stride(0), **arguments
+        )
+
+    return head_gradients(hidden, weight, bias, needs, write)
 
 
 def _trainable_gradients_outputs(hidden, teacher_hidden, weight, bias, *arguments):
-    needs = arguments[-1]
-    like = hidden, weight, weight.new_empty(weight.shape[0], dtype=torch.float32) if bias is None else bias
-    return [one.new_empty(one.shape[0] if need else 0, *one.shape[1:]) for one, need in zip(like, needs, strict=True)]
+    return head_gradients_outputs(hidden, weight, bias, arguments[-1])
 
 
 def _save_forward(ctx, inputs, output):

@@ -11,7 +11,7 @@ Shapes: T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
@@ -215,6 +215,22 @@ def _trainable_gradients(  # noqa: PLR0913
 ) -> list[Tensor]:
     """By hidden states, head and bias, empty where not needed; logits are computed again."""
     row_terms, row_slopes = RowTerms(*terms), _row_slopes(slopes)
+
+    def write(tokens: slice, written: Tensor) -> None:
+        rows = LogitRows(logits_fp32(hidden[tokens], weight), bias, targets[tokens], inverse_temperature, softcap)
+        write_rows_gradient(written, rows, row_terms.part(tokens), row_slopes.part(tokens))
+
+    return head_gradients(hidden, weight, bias, needs, write)
+
+
+def head_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], write: Callable[[slice, Tensor], None]
+) -> list[Tensor]:
+    """By hidden states, head and bias, empty where not needed.
+
+    Args:
+        write: puts the gradient by the logits of some tokens into the memory that it is handed.
+    """
     needs_hidden, needs_weight, needs_bias = needs
     hidden_gradient = torch.empty_like(hidden if needs_hidden else hidden[:0])
     weight_gradient = empty_gradient(weight if needs_weight else weight[:0], len(hidden))
@@ -222,11 +238,7 @@ def _trainable_gradients(  # noqa: PLR0913
     for outer in blocks(0, len(hidden), GRADIENT_ROWS):
         gradient = padded_rows(outer.stop - outer.start, len(weight), hidden.dtype, hidden.device)
         for tokens in blocks(outer.start, outer.stop, LOGITS_ROWS):
-            logits = logits_fp32(hidden[tokens], weight)
-            written = gradient[tokens.start - outer.start : tokens.stop - outer.start]
-            rows = LogitRows(logits, bias, targets[tokens], inverse_temperature, softcap)
-            write_rows_gradient(written, rows, row_terms.part(tokens), row_slopes.part(tokens))
-            del logits, rows
+            write(tokens, gradient[tokens.start - outer.start : tokens.stop - outer.start])
         if needs_hidden:
             torch.mm(gradient, weight, out=hidden_gradient[outer])
         if needs_weight:
@@ -243,7 +255,11 @@ def empty_gradient(weight: Tensor, num_tokens: int) -> Tensor:
 
 
 def _trainable_gradients_outputs(hidden, weight, bias, *rest):
-    needs = rest[-1]
+    return head_gradients_outputs(hidden, weight, bias, rest[-1])
+
+
+def head_gradients_outputs(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
+    """Shapes of what `head_gradients` returns."""
     like = hidden, weight, weight.new_empty(weight.shape[0], dtype=torch.float32) if bias is None else bias
     return [one.new_empty(one.shape[0] if need else 0, *one.shape[1:]) for one, need in zip(like, needs, strict=True)]
 
