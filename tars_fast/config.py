@@ -140,9 +140,9 @@ class TrainConfig:
     written prompt; rollouts, written completions with a policy gradient on R_base, as in grpo."""
     text_anchor_weight: float = 1.0
     """Weight of --text-anchor kl in the loss."""
-    watch_every: int | None = None
-    """Steps between two looks at how far written answers have moved: the KL from the model before training on completions that
-    it wrote, in nats a token. 0: never. None: 5 where the objective distils, else 0."""
+    watch_every: int = 5
+    """Where the objective distils, steps between two looks at how far written answers have moved: the KL from the model before
+    training on completions that it wrote, in nats a token. 0: never."""
     max_written_kl: float = 1.0
     """Training stops where that KL is larger."""
     representation_weight: float = 1.0
@@ -304,7 +304,7 @@ class TrainConfig:
     @property
     def steps_between_looks(self) -> int:
         """See `watch_every`; 0: never."""
-        return (5 if self.parts.distils else 0) if self.watch_every is None else self.watch_every
+        return self.watch_every if self.parts.distils else 0
 
     @property
     def needs_start(self) -> bool:
