@@ -187,6 +187,8 @@ class Job:
     dtype: torch.dtype
     settings_written: Mapping[str, Any]
     """`settings` of analysis.json."""
+    is_reported: bool = True
+    """Whether there is a page with pictures, and all is printed: not of every checkpoint of a run."""
 
 
 def analyse(config: AnalyseConfig) -> AnalysisOutcome:
@@ -272,13 +274,14 @@ def plan_checkpoints(job: Job) -> list[Job]:
     jobs = []
     for path in found:
         try:
-            jobs.append(plan_other(job, str(path), job.output_dir / path.name))
+            other = plan_other(job, str(path), job.output_dir / path.name)
         except UserError as error:
             raise UserError(f"--checkpoints {run}: {path.name} cannot be analysed ({error})") from error
-        formats = [own.prompts for own in (jobs[-1], job)]
-        theirs, ours = (own.family.architecture(own.config) for own in formats)
-        if theirs != ours or formats[0].family != formats[1].family:
+        kinds = [(prompts.family, prompts.family.architecture(prompts.config)) for prompts in (other.prompts, job.prompts)]
+        if kinds[0] != kinds[1]:
             raise UserError(f"--checkpoints {run}: {path.name} is no checkpoint of {job.config.model}; give the run's --model")
+        check_settings(f"--checkpoints {run}", other.settings_written, job.settings_written)
+        jobs.append(dataclasses.replace(other, is_reported=False))
     return jobs
 
 
@@ -518,9 +521,10 @@ def write_results(
         np.savez_compressed(file, **rows)  # type: ignore[arg-type]  # names of arrays, none of them an option
     figures = as_json(figures)
     write_atomically(output_dir / ANALYSIS, json.dumps(figures, indent=2) + "\n")
-    draw_analysis(output_dir, figures, None if before is None else before.figures)
-    write_analysis(output_dir, read_analysis(output_dir), before, Path(job.source).stem, job.questions)
-    print_analysis(console, figures)
+    if job.is_reported:
+        draw_analysis(output_dir, figures, None if before is None else before.figures)
+        write_analysis(output_dir, read_analysis(output_dir), before, Path(job.source).stem, job.questions)
+        print_analysis(console, figures)
     print_failures(console, job.config.data, figures)
     say(console, f"written to {output_dir}: {listing(output_dir)}")
     if unpaired:

@@ -164,10 +164,12 @@ def test_each_architecture(name, tmp_path, monkeypatch, capsys):
         check_forced_drift(model, load_questions(tmp_path / "items.jsonl"), settings)
     check_calibration_of_padded_prompts(model, load_questions(tmp_path / "items.jsonl"))
     flags = ("--model", folder, "--data", tmp_path / "items.jsonl", "--max-new-tokens", 12, "--calibrate", 0, 1, "--repeat", 2)
-    assert run(*flags, "--output-dir", tmp_path / "out", monkeypatch=monkeypatch, capsys=capsys) == (0, "")
+    flags += ("--angle-projection", 1, "--output-dir", tmp_path / "out")
+    assert run(*flags, monkeypatch=monkeypatch, capsys=capsys) == (0, "")
     made = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert made["num_items"] == 3
     assert len(made["probes"]) == 4
+    assert list(made["interventions"]) == ["plain", "angle_1_lowest_3", "angle_1_all"]
 
 
 def test_long_recordings_are_encoded_as_the_setting_says(tmp_path, monkeypatch, capsys):
@@ -277,7 +279,7 @@ def test_how_many_share_a_forward_pass_does_not_matter(model, items, monkeypatch
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_items(model, items):
     model.set_audio_cache(0, None, 0)
-    made = Analysis(model, TransformersEngine(model, 32), SETTINGS, [Calibration(1)])
+    made = Analysis(model, TransformersEngine(model, 32), SETTINGS, [Calibration(1)], [PathIntervention("angle", 1, None)])
 
     def held() -> int:
         gc.collect()
