@@ -53,6 +53,7 @@ MAY_CHANGE_ON_RESUME = {
     "resume",
     "device",
     "save_every",
+    "keep_checkpoints",
     "profile",
     "audio_cache_gb",
     "audio_cache_dir",
@@ -124,8 +125,15 @@ class Run:
             )
         self.workers.check_same(parameters)
         if self.workers.is_first:
-            learner = self.learner
-            save_checkpoint(self.config.output_dir, num_completed, self.model, learner.optimizer, learner.extra())
+            config, learner = self.config, self.learner
+            save_checkpoint(
+                config.output_dir,
+                num_completed,
+                self.model,
+                learner.optimizer,
+                num_kept=config.keep_checkpoints,
+                extra=learner.extra(),
+            )
         # The others wait until it is written.
         self.workers.gather(None)
 
@@ -214,7 +222,8 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         if workers.is_first:
             prepare_output(run_config, settings)
             num_steps_left = run_config.num_steps - num_completed
-            check_room(output_dir, model, math.ceil(num_steps_left / run_config.save_every))
+            num_saves = math.ceil(num_steps_left / run_config.save_every)
+            check_room(output_dir, model, num_saves, run_config.keep_checkpoints)
         workers.gather(None)
         yield Run(run_config, data, learner, engine, text_similarity, num_completed)
 
