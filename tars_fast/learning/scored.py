@@ -31,9 +31,9 @@ class ScoredRollout:
     step: int = 0
     """Steps that were completed before it."""
     terms: dict[str, Tensor] = field(init=False)
-    """[N] every term of the reward by name; NaN where it is not known yet."""
+    """[N] every term of the reward by name; NaN where it is not known yet, or never will be for want of an answer."""
     rewards_N: Tensor = field(init=False)
-    """R, NaN where a term of it is not known yet."""
+    """R, NaN where a term of it is not known."""
     advantages_N: Tensor = field(init=False)
     """0 until `record_rewards`."""
     trained_N: Tensor = field(init=False)
@@ -79,7 +79,8 @@ class ScoredRollout:
         rewards_N = total_reward({name: values_N[rows] for name, values_N in self.terms.items()}, self.weights)
         groups_N = self.rollout.groups_N[rows].unique(return_inverse=True)[1]
         self.rewards_N[rows] = rewards_N
-        self.advantages_N[rows] = centred_advantages(rewards_N, groups_N) * self.rewarded_N[rows]
+        # Where nothing is rewarded, R may be unknown.
+        self.advantages_N[rows] = centred_advantages(rewards_N, groups_N).where(self.rewarded_N[rows], 0.0)
 
     @cached_property
     def _kept_N(self) -> Tensor:
