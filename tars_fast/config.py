@@ -304,6 +304,11 @@ class TrainConfig:
         return self.parts.has_policy_gradient or self.text_anchor == "rollouts"
 
     @property
+    def needs_answers(self) -> bool:
+        """Whether completions are graded for a reward that is trained on."""
+        return self.parts.uses_rewards or self.text_anchor == "rollouts"
+
+    @property
     def steps_between_looks(self) -> int:
         """See `watch_every`; 0: never."""
         return self.watch_every if self.parts.distils else 0
