@@ -26,11 +26,19 @@ from tars_fast.learning.metrics import check_rewards
 from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
 from tars_fast.learning.rewards.total import reward_weights
+from tars_fast.learning.selection import Selection, check_selection
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import Workers, locked_by_first
 from tars_fast.models.architecture import find_layers
 from tars_fast.models.audio_cache import make_cache_folder
-from tars_fast.models.checkpoint import check_room, is_damaged, latest_checkpoint, load_trainer_state, save_checkpoint
+from tars_fast.models.checkpoint import (
+    check_room,
+    is_damaged,
+    latest_checkpoint,
+    load_selection_state,
+    load_trainer_state,
+    save_checkpoint,
+)
 from tars_fast.models.memory import MemoryPlan, plan_memory, remedies
 from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
@@ -81,6 +89,7 @@ class Run:
     learner: Learner
     engine: RolloutEngine
     text_similarity: TextSimilarity
+    selection: Selection
     num_completed: int
     """Steps that were done before it was resumed."""
 
@@ -122,7 +131,9 @@ class Run:
             )
         self.workers.check_same(parameters)
         if self.workers.is_first:
-            save_checkpoint(self.config.output_dir, num_completed, self.model, self.learner.optimizer)
+            state = self.selection.state_dict()
+            save_checkpoint(self.config.output_dir, num_completed, self.model, self.learner.optimizer, state)
+            self.selection.write(self.config.output_dir)
         # The others wait until it is written.
         self.workers.gather(None)
 
@@ -178,6 +189,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         data.longest_prompt,
         on_gpu=device.type == "cuda",
     )
+    check_selection(config, preset.questions_per_step, data.training)
     earlier = read_settings(output_dir) if config.resume else {}
     tokens = choose_micro_batch(config, earlier, plan_memory(workload, available_bytes(device)), workers)
     run_config = config.resolve(preset, output_dir=output_dir, tokens_per_micro_batch=tokens)
@@ -197,6 +209,9 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         text_similarity = load_text_similarity(run_config.behaviour_model, device)
         with _explain_damage(resumed_from):
             learner, num_completed = make_learner(run_config, model, resumed_from, workers)
+            selection = Selection(data.training, run_config)
+            if resumed_from is not None:
+                load_selection_state(resumed_from, selection.load_state_dict)
         # Every process looks at the folder before the first one writes there.
         workers.gather(None)
         if workers.is_first:
@@ -204,7 +219,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
             num_steps_left = run_config.num_steps - num_completed
             check_room(output_dir, model, math.ceil(num_steps_left / run_config.save_every))
         workers.gather(None)
-        yield Run(run_config, data, learner, engine, text_similarity, num_completed)
+        yield Run(run_config, data, learner, engine, text_similarity, selection, num_completed)
 
 
 def check_architecture(checkpoint: Path, prompts: PromptFormat) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,17 @@ def check_room(output_dir: Path, model: SpeechModel, num_saves: int) -> None:
         )
 
 
-def save_checkpoint(output_dir: Path, num_completed: int, model: SpeechModel, optimizer: torch.optim.Optimizer) -> Path:
+def save_checkpoint(
+    output_dir: Path,
+    num_completed: int,
+    model: SpeechModel,
+    optimizer: torch.optim.Optimizer,
+    selection: Mapping[str, Any] | None = None,
+) -> Path:
     """Write `checkpoint-<steps>/`, see `save_model`, with the optimiser's state, and delete all but the newest two.
+
+    Args:
+        selection: the state of `--select`, where it has one.
 
     Raises:
         CannotWriteError: the disk is full, or the folder cannot be written to.
@@ -94,7 +104,8 @@ def save_checkpoint(output_dir: Path, num_completed: int, model: SpeechModel, op
         save_model(model, folder)
         # By a file of Python's, whose error says that the disk is full; torch's own does not.
         with (folder / _STATE).open("wb") as file:
-            torch.save({"num_completed": num_completed, "optimizer": optimizer.state_dict()}, file)
+            state = {"num_completed": num_completed, "optimizer": optimizer.state_dict()}
+            torch.save(state if selection is None else state | {"selection": selection}, file)
     for _, outdated in list_checkpoints(output_dir)[:-NUM_KEPT]:
         remove_folder(outdated)
     return target
@@ -172,3 +183,15 @@ def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> int:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise is_damaged(folder, f"{_STATE}: {first_line(error)}") from error
     return state["num_completed"]
+
+
+def load_selection_state(folder: Path, load: Callable[[Any], None]) -> None:
+    """Hand the state of `--select` to `load`, None where the checkpoint has none.
+
+    Raises:
+        UserError: it is not of these items.
+    """
+    try:
+        load(_read_state(folder, mmap=True).get("selection"))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise is_damaged(folder, f"{_STATE}: selection: {first_line(error)}") from error
