@@ -19,9 +19,10 @@ from torch import Tensor
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.advantages import group_indices
+from tars_fast.learning.rewards.agreement import agreement_rewards
 from tars_fast.learning.rewards.behaviour import TextSimilarity, behaviour_rewards
 from tars_fast.learning.rewards.references import choose_references
-from tars_fast.learning.rewards.total import completion_rewards
+from tars_fast.learning.rewards.total import completion_rewards, reward_weights
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.speech_model import PreparedPrompt, SpeechModel
 from tars_fast.rollout.encode import encode_speech, prepare_speech
@@ -39,13 +40,13 @@ class Outcome:
     """What the rollouts of one question showed."""
 
     id: str
-    speech: float
-    """Accuracy of its spoken completions."""
-    text: float
-    """Accuracy of its written ones."""
     num_completions: int
     num_tokens: int
     """Of all its completions."""
+    speech: float
+    """Accuracy of its spoken completions."""
+    text: float | None = None
+    """Accuracy of its written ones; None where there are none."""
     divergence: float | None = None
     """Mean over the tokens of its spoken completions, in nats; None where the objective computed none."""
 
@@ -56,11 +57,13 @@ class Rollout:
 
     prompts: list[Prompt]
     """[N] the prompt of each completion."""
+    written: list[Prompt]
+    """The written prompt of each question."""
     spoken: list[PreparedPrompt]
     """The spoken prompt of each question, where the audio tower is trained and encodes it again; else empty."""
     completions: list[Completion]
     completion_rewards: dict[str, Tensor]
-    """[N] by name in `COMPLETION_REWARDS`."""
+    """[N] by name in `COMPLETION_REWARDS`, and `agreement` where the objective asks for it."""
     references: list[int | None]
     """[N] the text completion that a speech completion is compared with."""
     behaviour: Future[Tensor]
@@ -148,8 +151,9 @@ class SampledQuestion:
 
     question: Question
     spoken: PreparedPrompt
-    groups: Sequence[SampledGroup]
-    """Spoken, written."""
+    written: Prompt
+    groups: list[SampledGroup]
+    """Spoken and, where the objective samples written completions, written."""
 
     @property
     def disagrees(self) -> bool:
@@ -157,10 +161,10 @@ class SampledQuestion:
         return any(bool((accuracy != accuracy[0]).any()) for accuracy in (group.rewards["accuracy"] for group in self.groups))
 
     def outcome(self) -> Outcome:
-        speech, text = (group.rewards["accuracy"].mean().item() for group in self.groups)
+        accuracies = [group.rewards["accuracy"].mean().item() for group in self.groups]
         completions = [completion for group in self.groups for completion in group.completions]
         num_tokens = sum(len(completion.token_ids) for completion in completions)
-        return Outcome(self.question.id, speech, text, len(completions), num_tokens)
+        return Outcome(self.question.id, len(completions), num_tokens, *accuracies)
 
 
 @dataclass(frozen=True)
@@ -222,11 +226,14 @@ class RolloutCollector:
             ]
             groups = [group for question in kept for group in question.groups]
             rewards = {name: torch.cat([group.rewards[name] for group in groups]) for name in groups[0].rewards}
+            if config.parts.uses_agreement:
+                rewards["agreement"] = agreement_rewards(completions, [question.question for question in kept])
             references = choose_references(completions, rewards["accuracy"], self._random(step))
-            compared = references if config.behaviour_weight else [None] * len(completions)
+            compared = references if "behaviour" in reward_weights(config) else [None] * len(completions)
             behaviour = self.background.submit(behaviour_rewards, completions, compared, self.text_similarity)
         return Rollout(
             prompts=[group.prompt for group in groups for _ in group.completions],
+            written=[question.written for question in kept],
             spoken=[question.spoken for question in kept] if self.model.audio_is_trained else [],
             completions=completions,
             completion_rewards=rewards,
@@ -246,21 +253,25 @@ class RolloutCollector:
             return [], encoded.warnings
         questions = [batch.questions[place] for place in encoded.usable]
         seed = self.config.seed * 1_000_003 + step + redraw * 2**48 + self.workers.rank * 2**56
-        groups = self._sample(encoded.prompts, questions, seed, timer)
+        step_by = len(Modality) if self.config.samples_text else 1
+        prompts = encoded.prompts if self.config.samples_text else encoded.prompts[::2]
+        groups = self._sample(prompts, questions, seed, timer)
+        groups_of = [groups[start : start + step_by] for start in range(0, len(groups), step_by)]
         spoken = [prompt for place in encoded.usable if isinstance(prompt := batch.spoken[place], PreparedPrompt)]
-        pairs = zip(questions, spoken, groups[::2], groups[1::2], strict=True)
-        return [SampledQuestion(question, prepared, pair) for question, prepared, *pair in pairs], encoded.warnings
+        parts = zip(questions, spoken, encoded.prompts[1::2], groups_of, strict=True)
+        return [SampledQuestion(*part) for part in parts], encoded.warnings
 
     def _sample(
         self, prompts: Sequence[Prompt], questions: Sequence[Question], seed: int, timer: PhaseTimer
     ) -> list[SampledGroup]:
-        """Completions of each prompt and their rewards; `prompts` are two of each question."""
+        """Completions of each prompt and their rewards; `prompts` are those of the questions in turn, as many of each."""
         config = self.config
         sampling = Sampling(config.group_size // 2, config.max_new_tokens, config.temperature, seed)
+        prompts_per_question = len(prompts) // len(questions)
         scored: dict[int, Future[SampledGroup]] = {}
 
         def score(number: int, sampled: list[SampledCompletion]) -> SampledGroup:
-            completions = decode_completions(self.model.prompts, prompts[number], number // len(Modality), sampled)
+            completions = decode_completions(self.model.prompts, prompts[number], number // prompts_per_question, sampled)
             return SampledGroup(prompts[number], completions, completion_rewards(completions, questions))
 
         def on_sampled(number: int, sampled: list[SampledCompletion]) -> None:

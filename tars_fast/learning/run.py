@@ -23,6 +23,8 @@ from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_bundled, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
 from tars_fast.learning.metrics import check_rewards
+from tars_fast.learning.objectives.references import References
+from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
 from tars_fast.learning.rewards.total import reward_weights
@@ -35,7 +37,6 @@ from tars_fast.models.checkpoint import (
     check_room,
     is_damaged,
     latest_checkpoint,
-    load_selection_state,
     load_trainer_state,
     save_checkpoint,
 )
@@ -131,8 +132,9 @@ class Run:
             )
         self.workers.check_same(parameters)
         if self.workers.is_first:
-            state = self.selection.state_dict()
-            save_checkpoint(self.config.output_dir, num_completed, self.model, self.learner.optimizer, state)
+            learner = self.learner
+            extra = learner.extra() | self.selection.extra()
+            save_checkpoint(self.config.output_dir, num_completed, self.model, learner.optimizer, extra)
             self.selection.write(self.config.output_dir)
         # The others wait until it is written.
         self.workers.gather(None)
@@ -175,9 +177,10 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     # Not from the checkpoint it resumes from, which later ones outlive: processor and configuration are read at each save.
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
-    if config.kl_coef and config.rollout_ahead and engine_name == "transformers":
+    if config.rollout_ahead and engine_name == "transformers" and (config.kl_coef or config.exchanges_weights):
+        flag = f"--kl-coef {config.kl_coef}" if config.kl_coef else f"--objective {config.objective}"
         raise UserError(
-            f"--kl-coef {config.kl_coef}: with --rollout-ahead 1 this engine would sample while the adapter is off; use "
+            f"{flag}: with --rollout-ahead 1 this engine would sample while the module computes with other weights; use "
             "--engine vllm or --rollout-ahead 0"
         )
     data = keep_usable(config, prompts, RunData(training, held_out, notes, 0), workers)
@@ -207,11 +210,11 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     with closing(engine):
         model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
         text_similarity = load_text_similarity(run_config.behaviour_model, device)
+        selection = Selection(data.training, run_config)
         with _explain_damage(resumed_from):
-            learner, num_completed = make_learner(run_config, model, resumed_from, workers)
-            selection = Selection(data.training, run_config)
-            if resumed_from is not None:
-                load_selection_state(resumed_from, selection.load_state_dict)
+            learner, num_completed = make_learner(run_config, model, selection, resumed_from, workers)
+        if run_config.steps_between_looks and learner.watch is None:
+            learner.watch = WrittenWatch.begin(model, engine, data.training, run_config)
         # Every process looks at the folder before the first one writes there.
         workers.gather(None)
         if workers.is_first:
@@ -261,8 +264,14 @@ def plan_run(config: TrainConfig) -> MemoryPlan:
     return plan_memory(config.workload(preset, architecture, engine_name, dtype.itemsize, on_gpu=on_gpu), total)
 
 
-def make_learner(config: RunConfig, model: SpeechModel, resumed_from: Path | None, workers: Workers) -> tuple[Learner, int]:
-    """(learner, completed steps); `resumed_from` is the checkpoint to continue from."""
+def make_learner(
+    config: RunConfig, model: SpeechModel, selection: Selection, resumed_from: Path | None, workers: Workers
+) -> tuple[Learner, int]:
+    """(learner, completed steps); `resumed_from` is the checkpoint to continue from, also with what `selection` knew then.
+
+    Raises:
+        UserError: it does not fit, or the model before training, which the objective needs, cannot be loaded any more.
+    """
     # Not earlier: starting vLLM seeds torch's generator with a number of its own.
     torch.manual_seed(config.seed)
     make_trainable(
@@ -274,8 +283,17 @@ def make_learner(config: RunConfig, model: SpeechModel, resumed_from: Path | Non
         adapter=resumed_from,
     )
     optimizer = make_optimizer(model.trainable_parameters(), config.weight_decay, config.seed)
-    num_completed = load_trainer_state(resumed_from, optimizer) if resumed_from is not None else 0
-    return Learner(model, optimizer, config, workers), num_completed
+    references = References(model, config, is_resumed=resumed_from is not None)
+    learner = Learner(model, optimizer, config, workers, references)
+    if resumed_from is None:
+        return learner, 0
+    num_completed, extra = load_trainer_state(resumed_from, optimizer)
+    try:
+        learner.load_extra(extra)
+        selection.load_extra(extra)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise is_damaged(resumed_from, f"trainer_state.pt: {first_line(error)}") from error
+    return learner, num_completed
 
 
 def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list[str]]:

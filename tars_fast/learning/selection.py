@@ -19,7 +19,7 @@ Shapes: Q training questions.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,14 @@ SCORES: dict[str, Callable[[dict[str, np.ndarray], int], np.ndarray]] = {
 
 def check_selection(config: TrainConfig, questions_per_step: int, questions: Sequence[Question]) -> None:
     """Raises UserError where nothing can be selected."""
-    if config.select == "kl" and not distils(config):
+    if config.select == "kl" and not config.parts.distils:
         raise UserError(
-            "--select kl: this objective computes no divergence between speech and text; take --select gap or disagreement"
+            f"--select kl: --objective {config.objective} computes no divergence between speech and text; take --select gap or "
+            "disagreement"
+        )
+    if config.select == "gap" and not config.samples_text:
+        raise UserError(
+            f"--select gap: --objective {config.objective} samples no written completions; take --select kl or disagreement"
         )
     setting = f"--select {config.select}" if config.select != "all" else f"--max-redraws {config.max_redraws}"
     if (config.select != "all" or config.max_redraws) and questions_per_step >= len(questions):
@@ -91,16 +96,11 @@ def check_selection(config: TrainConfig, questions_per_step: int, questions: Seq
         )
 
 
-def distils(config: TrainConfig) -> bool:
-    """Whether the objective compares spoken and written distributions; its divergences are what `--select kl` goes by."""
-    return False
-
-
 def outcomes_of(scored: ScoredRollout) -> list[Outcome]:
     """What a rollout showed of its questions, with the divergences that the training pass has added."""
     rollout = scored.rollout
     divergences: dict[int, list[Tensor]] = {}
-    for completion, divergence_T in zip(rollout.completions, getattr(scored, "divergences", []), strict=False):
+    for completion, divergence_T in zip(rollout.completions, scored.divergences, strict=True):
         if len(divergence_T):
             divergences.setdefault(completion.question, []).append(divergence_T)
     means = {question: torch.cat(parts).float().mean().item() for question, parts in divergences.items()}
@@ -206,21 +206,24 @@ class Selection:
             lines.append(json.dumps({"id": question.id, "num_drawn": int(self._num_drawn[number]), **known}) + "\n")
         write_atomically(folder / SELECTION_FILE, "".join(lines))
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """What a resumed run needs to draw as this one would have; None where it needs nothing."""
+    def extra(self) -> dict[str, object]:
+        """What a checkpoint holds so that a resumed run draws as this one would have; nothing where that needs nothing."""
         if not self.is_active:
-            return None
+            return {}
         return {
-            "batches": self._batches,
-            "num_drawn": self._num_drawn.tolist(),
-            "is_unusable": self._is_unusable.tolist(),
-            "estimates": {name: values.tolist() for name, values in self._estimates.items()},
+            "selection": {
+                "batches": self._batches,
+                "num_drawn": self._num_drawn.tolist(),
+                "is_unusable": self._is_unusable.tolist(),
+                "estimates": {name: values.tolist() for name, values in self._estimates.items()},
+            }
         }
 
-    def load_state_dict(self, state: Any) -> None:
-        """Raises ValueError, TypeError, LookupError or AttributeError where it is not of these questions."""
+    def load_extra(self, extra: Mapping[str, Any]) -> None:
+        """Go on from what `extra` returned. Raises LookupError, ValueError or TypeError where it is not of these questions."""
         if not self.is_active:
             return
+        state = extra["selection"]
         columns = {name: np.array(state["estimates"][name], np.float64) for name in _ESTIMATES}
         num_drawn, is_unusable = np.array(state["num_drawn"], np.int64), np.array(state["is_unusable"], bool)
         batches = {int(step): (list(batch), list(reserve)) for step, (batch, reserve) in state["batches"].items()}

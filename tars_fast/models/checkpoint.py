@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,12 @@ def save_checkpoint(
     num_completed: int,
     model: SpeechModel,
     optimizer: torch.optim.Optimizer,
-    selection: Mapping[str, Any] | None = None,
+    extra: Mapping[str, object] | None = None,
 ) -> Path:
     """Write `checkpoint-<steps>/`, see `save_model`, with the optimiser's state, and delete all but the newest two.
 
     Args:
-        selection: the state of `--select`, where it has one.
+        extra: what else a resumed run needs, by name: tensors, numbers, strings, lists and dictionaries of them.
 
     Raises:
         CannotWriteError: the disk is full, or the folder cannot be written to.
@@ -104,8 +104,8 @@ def save_checkpoint(
         save_model(model, folder)
         # By a file of Python's, whose error says that the disk is full; torch's own does not.
         with (folder / _STATE).open("wb") as file:
-            state = {"num_completed": num_completed, "optimizer": optimizer.state_dict()}
-            torch.save(state if selection is None else state | {"selection": selection}, file)
+            state = {"num_completed": num_completed, "optimizer": optimizer.state_dict(), "extra": dict(extra or {})}
+            torch.save(state, file)
     for _, outdated in list_checkpoints(output_dir)[:-NUM_KEPT]:
         remove_folder(outdated)
     return target
@@ -168,8 +168,8 @@ def _read_state(checkpoint: Path, *, mmap: bool = False) -> dict[str, Any]:
     return torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> int:
-    """Load the optimiser's state; returns the number of completed steps.
+def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+    """Load the optimiser's state; returns the number of completed steps and the `extra` of `save_checkpoint`.
 
     Raises:
         UserError: it is not of these weights.
@@ -182,16 +182,5 @@ def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> int:
                 raise ValueError(f"of {tuple(held['exp_avg'].shape)}, not {tuple(parameter.shape)} weights")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise is_damaged(folder, f"{_STATE}: {first_line(error)}") from error
-    return state["num_completed"]
-
-
-def load_selection_state(folder: Path, load: Callable[[Any], None]) -> None:
-    """Hand the state of `--select` to `load`, None where the checkpoint has none.
-
-    Raises:
-        UserError: it is not of these items.
-    """
-    try:
-        load(_read_state(folder, mmap=True).get("selection"))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise is_damaged(folder, f"{_STATE}: selection: {first_line(error)}") from error
+    # Earlier versions wrote none.
+    return state["num_completed"], state.get("extra", {})

@@ -34,7 +34,7 @@ SELECTED = ("gap", "disagreement", "kl")
 
 def outcome_of(number: int) -> Outcome:
     is_hard = number in HARD
-    return Outcome(str(number), 0.5 if is_hard else 1.0, 1.0, 8, 80, divergence=0.4 if is_hard else 0.01)
+    return Outcome(str(number), 8, 80, 0.5 if is_hard else 1.0, 1.0, divergence=0.4 if is_hard else 0.01)
 
 
 def walk(selection: Selection, steps: range) -> list[list[int]]:
@@ -56,7 +56,7 @@ def test_all_is_a_function_of_the_step(config):
     selection = Selection(QUESTIONS, config)
     assert walk(selection, range(7)) == [batch_of_step(40, 8, step, config.seed) for step in range(7)]
     assert selection.reserve(6) == []
-    assert selection.state_dict() is None
+    assert selection.extra() == {}
     assert walk(Selection(QUESTIONS, dataclasses.replace(config, select="gap", select_floor=1.0)), range(7)) == walk(
         Selection(QUESTIONS, config), range(7)
     ), "a floor of everything"
@@ -89,7 +89,7 @@ def test_a_batch_knows_what_was_shown_two_steps_before(config, ahead):
     plain, other = Selection(QUESTIONS, config), Selection(QUESTIONS, config)
     batches = [walk(one, range(4)) for one in (plain, other)]
     assert batches[0] == batches[1]
-    other.record(3, [Outcome(str(number), 0.0, 1.0, 8, 80) for number in range(40)])
+    other.record(3, [Outcome(str(number), 8, 80, 0.0, 1.0) for number in range(40)])
     later = range(4, 9)
     first_difference = next(
         step for step, one, two in zip(later, walk(plain, later), walk(other, later), strict=True) if one != two
@@ -103,9 +103,9 @@ def test_a_state_that_was_saved_draws_as_the_unbroken_one(config, select):
     unbroken, resumed = Selection(QUESTIONS, config), Selection(QUESTIONS, config)
     walk(unbroken, range(9))
     file = io.BytesIO()
-    torch.save(unbroken.state_dict(), file)
+    torch.save(unbroken.extra(), file)
     file.seek(0)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
+    resumed.load_extra(torch.load(file, weights_only=True))
     assert walk(resumed, range(9, 30)) == walk(unbroken, range(9, 30))
     assert resumed.reserve(29) == unbroken.reserve(29)
     assert len(set(unbroken.reserve(29)) - set(unbroken.batch(29))) == 8
@@ -152,7 +152,7 @@ def test_a_damaged_state_is_refused(config, damage):
     selection = Selection(QUESTIONS, dataclasses.replace(config, select="gap"))
     walk(selection, range(3))
     with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
-        selection.load_state_dict(DAMAGED[damage](selection.state_dict()))
+        selection.load_extra({"selection": DAMAGED[damage](selection.extra()["selection"])})
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,8 @@ def test_a_damaged_state_is_refused(config, damage):
     [
         ({"select": "gap"}, "--select gap: a step of --questions-per-step 40 takes all 40 training items, .*lower it"),
         ({"max_redraws": 2}, "--max-redraws 2: a step of --questions-per-step 40 takes all 40 training items"),
-        ({"select": "kl"}, "--select kl: this objective computes no divergence .*--select gap or disagreement"),
+        ({"select": "kl"}, "--select kl: --objective tars computes no divergence .*--select gap or disagreement"),
+        ({"select": "gap", "objective": "opd"}, "--select gap: --objective opd samples no written .*--select kl or disag"),
         ({"select_floor": 0.0}, "--select-floor 0.0: must be above 0"),
         ({"select_floor": 1.5}, "--select-floor 1.5: .*at most 1"),
         ({"max_redraws": -1}, "--max-redraws -1"),
@@ -172,9 +173,10 @@ def test_what_cannot_be_selected_is_refused_in_one_line(settings, line):
         check_selection(TrainConfig(**settings), 40, QUESTIONS)
 
 
-def test_unanimous_questions_give_way_to_others(model, questions, config):
+@pytest.mark.parametrize(("objective", "group_size"), [("tars", 4), ("opd", 8)])
+def test_unanimous_questions_give_way_to_others(model, questions, config, objective, group_size):
     """What stays is as many as before, in the order drawn; those that gave way are counted, and known to the estimates."""
-    config = dataclasses.replace(config, group_size=4)
+    config = dataclasses.replace(config, group_size=group_size, objective=objective)
     once = rollout_of(model, questions[:3], config)
 
     def disagrees(rollout, number):
@@ -199,6 +201,8 @@ def test_unanimous_questions_give_way_to_others(model, questions, config):
     assert [question.id for question in questions[:3] if questions.index(question) in kept] == ids[: len(kept)]
     assert sorted({one.question for one in again.completions}) == [0, 1, 2]
     assert len(again.completions) == len(again.prompts) == len(once.completions)
+    by_id = {question.id: question for question in questions}
+    assert again.written == model.encode_prompts([by_id[id] for id in ids[:3]], Modality.TEXT)
     assert again.groups_N.tolist() == once.groups_N.tolist()
     assert len(ids) == len(set(ids)) > 3
     assert sum(disagrees(again, number) for number in range(3)) >= len(kept)
@@ -208,7 +212,8 @@ def test_unanimous_questions_give_way_to_others(model, questions, config):
     for number, outcome in enumerate(again.outcomes[:3]):
         spoken = [row for row, one in enumerate(again.completions) if (one.question, one.modality) == (number, Modality.SPEECH)]
         assert outcome.speech == again.completion_rewards["accuracy"][spoken].mean()
-    scored = ScoredRollout(again, {"accuracy": 1.0})
+    flags_N = torch.ones(len(again.completions), dtype=torch.bool)
+    scored = ScoredRollout(again, {"accuracy": 1.0}, flags_N, flags_N)
     scored.divergences = [
         torch.full((2,), float(one.question)) if one.modality is Modality.SPEECH else torch.empty(0)
         for one in again.completions
@@ -254,6 +259,7 @@ def test_a_run_that_selects_resumes_bit_for_bit(tmp_path, capsys):
     with pytest.raises(UserError, match=r"the settings differ from those of the run \(select gap -> all\)"):
         command(dataclasses.replace(resumed, select="all"))
     state = torch.load(run / "checkpoint-4" / "trainer_state.pt", weights_only=True)
-    torch.save({name: value for name, value in state.items() if name != "selection"}, run / "checkpoint-4" / "trainer_state.pt")
-    with pytest.raises(UserError, match=r"checkpoint-4 is damaged \(trainer_state.pt: selection: .*checkpoint-3 is whole"):
+    del state["extra"]["selection"]
+    torch.save(state, run / "checkpoint-4" / "trainer_state.pt")
+    with pytest.raises(UserError, match=r"checkpoint-4 is damaged \(trainer_state.pt: .*selection.*checkpoint-3 is whole"):
         command(resumed)
