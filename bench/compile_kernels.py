@@ -201,6 +201,7 @@ class Head:
         self.vectors = {name: floats(num_tokens) for name in ("old_logprobs", "rollout_logprobs")}
         self.ref_logprobs = floats(num_tokens)
         self.states = [floats(num_tokens, width, dtype=dtype, gradient=True) for _ in range(3)]
+        self.centre = floats(2, 3, width)
         self.pairs = torch.empty(2 * num_sequences, 2, dtype=torch.int64, device="cuda")
 
 
@@ -264,8 +265,11 @@ def launch_everything(head: Head, temperature: float, coefficient: float, *, tho
             ).loss.backward()  # fmt: skip
 
     for pooling in ("mean", "last") if thorough else ("mean",):
-        similarity_LP = tars_kernels.layer_similarity(head.states, head.cu_seqlens, head.pairs, pooling=pooling)
-        similarity_LP.sum().backward()
+        for centre in (None, head.centre) if thorough else (None,):
+            similarity_PL = tars_kernels.layer_similarity(
+                head.states, head.cu_seqlens, head.pairs, pooling=pooling, centre=centre
+            )
+            similarity_PL.sum().backward()
     pooler = tars_kernels.LayerPooler([nn.Identity(), nn.Identity()], nn.Identity(), differentiable=True)
     with pooler.pooling(head.cu_seqlens, positions=head.targets):
         states = pooler._modules[1](pooler._modules[0](head.hidden))

@@ -397,6 +397,8 @@ class TrainConfig:
             given_micro_batch=self.tokens_per_micro_batch,
             rollout_ahead=bool(self.rollout_ahead),
             gradient_checkpointing=preset.gradient_checkpointing,
+            # An average is in float32; with LoRA the model before training takes no copy.
+            reference_bytes=dtype_bytes * (self.needs_start and not preset.lora_rank) + 4 * self.keeps_average,
             embedder_bytes=0 if preset.behaviour_model == "hashed-ngrams" else _EMBEDDER_BYTES,
             on_gpu=on_gpu,
             given_kv_cache=None if self.kv_cache_gb is None else int(self.kv_cache_gb * GB),

@@ -194,7 +194,13 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     )
     check_selection(config, preset.questions_per_step, data.training)
     earlier = read_settings(output_dir) if config.resume else {}
-    tokens = choose_micro_batch(config, earlier, plan_memory(workload, available_bytes(device)), workers)
+    plan = plan_memory(workload, available_bytes(device))
+    if workload.reference_bytes and not plan.fits:
+        raise UserError(
+            f"--teacher {config.teacher}: {size(workload.resident['reference weights'])} for another copy of what is trained "
+            f"do not fit beside the rest into {size(plan.device_bytes)}; {remedies(plan)[0]}"
+        )
+    tokens = choose_micro_batch(config, earlier, plan, workers)
     run_config = config.resolve(preset, output_dir=output_dir, tokens_per_micro_batch=tokens)
     settings = settings_of_run(run_config, data)
     check_output(run_config, settings, earlier)
