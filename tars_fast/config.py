@@ -124,7 +124,7 @@ class TrainConfig:
     objective: str = "tars"
     """What the loss consists of, joined by +: tars, the paper's policy gradient; grpo, the same without R_rep and R_beh; opd,
     for spoken completions distillation from the model that is given the written prompt, which needs no answers; cord, that with
-    CORD's weights of tokens beside a policy gradient on agreement with written answers. docs/objectives.md has them all."""
+    CORD's weights of tokens beside a policy gradient on agreement with written answers. docs/method.md has their formulas."""
     teacher: Literal["frozen", "moving", "ema"] = "frozen"
     """Whose distributions opd and cord take as targets: frozen, the model before training (with LoRA the adapter switched off,
     else a second copy of what is trained); moving, the weights in training, which hold each other by nothing and can collapse;
@@ -159,11 +159,16 @@ class TrainConfig:
     representation_layers: str = "all"
     """Layers that R_rep is averaged over: all; one or a range of them, counted from 1 (11-20); or the paper's parts (Fig. 3):
     last are the last two, shallow, middle and deep the thirds of those before."""
+    representation_centre: bool = False
+    """R_rep compares states less the running mean of their modality. Not in the paper."""
     behaviour_weight: float = 1.0
     """Weight of R_beh, agreement of answers (the paper's beta)."""
     behaviour_model: str = "auto"
     """Text embedder of R_beh: hashed-ngrams, or a sentence-transformers model. auto: hashed-ngrams for pocket, else
     Qwen/Qwen3-Embedding-0.6B."""
+    reward_scaling: Literal["none", "z-score", "rank"] = "none"
+    """What becomes of each term of the reward within its group before they are added up: z-score, over its deviation; rank, its
+    rank from 0 to 1. Then a term counts by its weight, however little it spreads. none: the paper's."""
     loss_type: Literal["dapo", "grpo", "dr_grpo", "luspo", "gspo", "cispo", "sapo", "vespo", "gmpo"] = "dapo"
     """Policy loss and what it is divided by, by its name in the literature; dapo is the paper's. docs/policy-losses.md has all
     of them. dr_grpo divides by completions x --max-new-tokens."""

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tars_fast.learning.advantages import centred_advantages, disagreeing_groups
+from tars_fast.learning.advantages import centred_advantages, disagreeing_groups, scaled_in_groups
 from tars_fast.learning.batch import Rollout
 from tars_fast.learning.rewards.total import total_reward, unknown_alignment
 
@@ -30,6 +30,8 @@ class ScoredRollout:
     """bool: completions whose rewards make an advantage, where they were not cut off."""
     step: int = 0
     """Steps that were completed before it."""
+    scaling: str = "none"
+    """Of the terms of the reward, see `scaled_in_groups`."""
     terms: dict[str, Tensor] = field(init=False)
     """[N] every term of the reward by name; NaN where it is not known yet."""
     rewards_N: Tensor = field(init=False)
@@ -76,10 +78,11 @@ class ScoredRollout:
         """
         self.terms["representation"][rows] = representation_N
         self.terms["behaviour"][rows] = self.rollout.behaviour.result()[rows]
-        rewards_N = total_reward({name: values_N[rows] for name, values_N in self.terms.items()}, self.weights)
+        terms = {name: self.terms[name][rows] for name in self.weights}
         groups_N = self.rollout.groups_N[rows].unique(return_inverse=True)[1]
-        self.rewards_N[rows] = rewards_N
-        self.advantages_N[rows] = centred_advantages(rewards_N, groups_N) * self.rewarded_N[rows]
+        self.rewards_N[rows] = total_reward(terms, self.weights)
+        counted = {name: scaled_in_groups(values_N, groups_N, self.scaling) for name, values_N in terms.items()}
+        self.advantages_N[rows] = centred_advantages(total_reward(counted, self.weights), groups_N) * self.rewarded_N[rows]
 
     @cached_property
     def _kept_N(self) -> Tensor:
@@ -93,7 +96,9 @@ class ScoredRollout:
         Either its rewards differ or are not all known yet and one of its completions was not cut off, or one always has one.
         """
         groups_N = self.rollout.groups_N
-        is_open_G = disagreeing_groups(self.rewards_N.nan_to_num(), groups_N)
+        # Terms that are scaled may differ where their sum does not.
+        compared = [self.rewards_N] if self.scaling == "none" else [self.terms[name] for name in self.weights]
+        is_open_G = torch.stack([disagreeing_groups(values_N.nan_to_num(), groups_N) for values_N in compared]).any(0)
         is_open_G[groups_N[self.rewards_N.isnan()]] = True
         rewarded = groups_N[self._kept_N & self.rewarded_N & is_open_G[groups_N]]
         return torch.isin(groups_N, torch.cat([rewarded, groups_N[self.always_N]])).tolist()

@@ -26,7 +26,7 @@ from tars_fast.learning.objectives.policy_gradient import PolicyGradient, logpro
 from tars_fast.learning.objectives.references import References
 from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.passes import Counts, ForwardPass, MicroBatch
-from tars_fast.learning.rewards.representation import representation_rewards
+from tars_fast.learning.rewards.representation import RunningMeans, representation_rewards
 from tars_fast.learning.rewards.total import reward_weights
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.workers import ALONE, Workers
@@ -80,6 +80,8 @@ class Learner:
     policy_gradient: PolicyGradient = field(init=False)
     distillation: Distillation | None = field(init=False, default=None)
     """None where the objective distils nothing."""
+    means: RunningMeans | None = field(init=False, default=None)
+    """None where R_rep compares states as they are."""
     watch: WrittenWatch | None = field(init=False, default=None)
     """None where nobody asks for it."""
 
@@ -87,16 +89,23 @@ class Learner:
         self.timer = PhaseTimer(self.model.device)
         self.references = made_references or References(self.model, self.config)
         self.policy_gradient = PolicyGradient(self.model, self.config, self.references)
+        if self.config.representation_centre:
+            self.means = RunningMeans()
         if self.config.parts.distils:
             self.distillation = Distillation(self.model, self.config, self.references)
 
     def extra(self) -> dict[str, object]:
         """What a checkpoint holds of it beside weights and optimiser."""
-        return self.references.state() | ({} if self.watch is None else {"watch": self.watch.state()})
+        own: dict[str, object] = {} if self.watch is None else {"watch": self.watch.state()}
+        if self.means is not None:
+            own["means"] = self.means.means
+        return self.references.state() | own
 
     def load_extra(self, extra: Mapping[str, Any]) -> None:
         """Go on from what `extra` returned. Raises LookupError, ValueError or RuntimeError where it is of another run."""
         self.references.load_state(extra)
+        if self.means is not None:
+            self.means.means = extra["means"]
         if self.config.steps_between_looks:
             self.watch = WrittenWatch.from_state(extra["watch"])
 
@@ -159,7 +168,8 @@ class Learner:
             config.parts.has_policy_gradient or (config.samples_text and completion.modality is Modality.TEXT)
             for completion in rollout.completions
         ]
-        return ScoredRollout(rollout, reward_weights(config), torch.tensor(always), torch.tensor(rewarded), step)
+        weights, scaling = reward_weights(config), config.reward_scaling
+        return ScoredRollout(rollout, weights, torch.tensor(always), torch.tensor(rewarded), step, scaling)
 
     def start_update(self, scored: ScoredRollout | None) -> None:
         """Forget the gradients of the last update."""
@@ -224,7 +234,12 @@ class Learner:
             of_row = scored.rollout.references
             references = [None if (reference := of_row[row]) is None else places[reference] for row in rows]
             pooled_LND = torch.cat([states.pooled_LND for states in batch.passes if states.pooled_LND is not None], dim=1)
-            scored.record_rewards(rows, representation_rewards(pooled_LND, references).cpu())
+            centre = None
+            if self.means is not None:
+                centre = None if self.means.means is None else self.means.means.to(pooled_LND.device)
+                modalities = [scored.rollout.completions[row].modality for row in rows]
+                self.means.add(pooled_LND, torch.tensor([modality is Modality.SPEECH for modality in modalities]))
+            scored.record_rewards(rows, representation_rewards(pooled_LND, references, centre).cpu())
 
     def backward(self, scored: ScoredRollout, batch: MicroBatch, lesson: Lesson | None = None) -> list[BackwardPass]:
         """Loss and backward pass of the completions that have a gradient; an empty list where none has one.
@@ -305,6 +320,9 @@ class Learner:
             if self.counts.num_tokens or self.counts.num_distilled:
                 self.optimizer.step()
                 self.references.follow()
+        if self.means is not None:
+            # Nothing was added since where this is a later update.
+            self.means.finish_step(self.workers)
         if scored is not None:
             scored.num_updates += 1
         return metrics

@@ -7,15 +7,18 @@ import dataclasses
 import pytest
 import torch
 from steps import gradients, rollout_of, update
+from tars_kernels import LayerPooler
 from tars_kernels.reference import linear_distillation_loss
 
 from tars_fast.config import TrainConfig, parse_objective
+from tars_fast.learning.advantages import scaled_in_groups
 from tars_fast.learning.objectives.distillation import CORD_WEIGHTS
 from tars_fast.learning.objectives.references import References
 from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.rewards.agreement import agreement_rewards
 from tars_fast.learning.update import Learner
 from tars_fast.rollout.transformers_engine import TransformersEngine
+from tars_fast.train import update_policy
 from tars_fast.types import Completion, Modality, Question, TrainingError, UserError
 
 
@@ -283,6 +286,54 @@ def test_the_watch_sees_written_answers_move(model, questions, opd):
     learner.config = opd
     assert learner.look(5) == {"written_kl": moved}
     assert dataclasses.replace(opd, objective="grpo").steps_between_looks == 0
+
+
+def test_scaled_rewards():
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    values = torch.tensor([1.0, 3.0, 3.0, 5.0, 2.0, 2.0, 7.0])
+    scaled = scaled_in_groups(values, groups, "z-score")
+    torch.testing.assert_close(scaled, torch.tensor([-(2**0.5), 0, 0, 2**0.5, 0, 0, 0]))
+    assert scaled_in_groups(values, groups, "rank").tolist() == [0, 0.5, 0.5, 1, 0, 0, 0]
+    assert scaled_in_groups(values, groups, "none") is values
+
+
+def test_scaled_terms_count_by_their_weights(model, questions, config):
+    config = dataclasses.replace(config, objective="grpo", reward_scaling="z-score", max_grad_norm=1e9)
+    rollout = rollout_of(model, questions[:1], config)
+    # R_base of the first two is the same.
+    rollout.completion_rewards |= {"accuracy": torch.tensor([0.5, 0, 0, 0] * 2), "format": torch.tensor([0.0, 1, 0, 0] * 2)}
+    scored, _ = update(model, rollout, config)
+    expected = torch.tensor([3.0, -1, -1, -1]) / 3**0.5 + 0.5 * torch.tensor([-1.0, 3, -1, -1]) / 3**0.5
+    torch.testing.assert_close(scored.advantages_N, expected.repeat(2))
+    torch.testing.assert_close(scored.rewards_N, torch.tensor([0.5, 0.5, 0, 0] * 2))
+
+
+def test_centred_states(model, questions, config):
+    """The first step compares states as they are, the next ones less the mean of those before."""
+    config = dataclasses.replace(config, representation_centre=True)
+    rollout = rollout_of(model, questions[:3], config)
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=0.0), config)
+    plain = update(model, rollout, dataclasses.replace(config, representation_centre=False))[0].terms["representation"]
+    assert plain.any()
+    first = learner.begin_rollout(rollout)
+    update_policy(learner, first)
+    assert torch.equal(first.terms["representation"], plain)
+    pooler = LayerPooler(model.language_model.layers, model.language_model.norm)
+    packed = model.pack(rollout.prompts, rollout.completions)
+    with torch.no_grad(), pooler.pooling(packed.cu_seqlens, positions=packed.positions):
+        model.forward(packed)
+    is_speech = torch.tensor([completion.modality is Modality.SPEECH for completion in rollout.completions])
+    speech, text = (pooler.pooled[:, chosen].mean(1) for chosen in (is_speech, ~is_speech))
+    second = learner.begin_rollout(rollout)
+    update_policy(learner, second)
+    row = next(row for row, reference in enumerate(rollout.references) if reference is not None)
+    pair = pooler.pooled[:, row] - speech, pooler.pooled[:, rollout.references[row]] - text
+    expected = torch.nn.functional.cosine_similarity(*pair, dim=-1).mean()
+    assert second.terms["representation"][row].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert second.terms["representation"][is_speech].std() > 2 * plain[is_speech].std()
+    resumed = Learner(model, learner.optimizer, config)
+    resumed.load_extra(learner.extra())
+    assert torch.equal(resumed.means.means, learner.means.means)
 
 
 def test_agreement_needs_no_reference_answer():

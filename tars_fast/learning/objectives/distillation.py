@@ -1,5 +1,5 @@
 """On-policy distillation across modalities: the model that is given the written prompt scores, token by token, what the model
-that is given the recording has written (docs/objectives.md; CORD, arXiv 2601.16547; X-OPD, arXiv 2603.24596).
+that is given the recording has written (docs/method.md; CORD, arXiv 2601.16547; X-OPD, arXiv 2603.24596).
 
 The teacher costs one packed forward pass without gradient, of which its final states are kept until the micro-batch is done. As
 a loss the distributions are compared whole, from two streams of states by the fused kernel; as an advantage only

@@ -1,4 +1,4 @@
-"""The policy gradient: clipped asymmetric loss on the advantages of rewards (docs/objectives.md; DAPO, arXiv 2503.14476).
+"""The policy gradient: clipped asymmetric loss on the advantages of rewards (docs/method.md; DAPO, arXiv 2503.14476).
 
 Shapes: N completions, T completion tokens, D hidden size, V vocabulary.
 """
