@@ -1,8 +1,8 @@
 """Accuracy over a budget of spoken items, chosen for the model and uniformly: `python bench/selection.py --output FILE`.
 
-The written corpus is the bundled training questions without their recordings. For each seed and budget `prepare --budget` speaks
-a part of it, once with `--select-for` and once without; the embedded model is trained on each for the same steps and evaluated
-on the bundled held-out items. Runs that are there already in --folder are not repeated.
+The written corpus is the bundled training questions without their recordings. For each seed and budget `prepare --budget`
+speaks a part of it, once with `--select-for` and once without; the embedded model is trained on each for the same steps and
+evaluated on the bundled held-out items. Runs that are there already in --folder are not repeated.
 """
 
 from __future__ import annotations
