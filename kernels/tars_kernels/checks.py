@@ -112,6 +112,12 @@ def check_softcap(softcap: float | None) -> None:
         raise ValueError(f"softcap: {softcap!r}; must be a number above 0, or None for logits as they are")
 
 
+def check_z_coef(z_coef: float) -> None:
+    """Raises ValueError unless `z_coef` is a finite number, at least 0."""
+    if not 0 <= z_coef < float("inf"):
+        raise ValueError(f"z_coef: {z_coef!r}; must be a finite number, at least 0")
+
+
 def check_temperature(temperature: float) -> None:
     """Raises ValueError unless `temperature` is a number above 0."""
     if not isinstance(temperature, float | int):
@@ -143,6 +149,14 @@ def check_weights(weights: Tensor | None, num_layers: int) -> None:
     """Raises ValueError unless `weights` is None or one floating point number for each layer."""
     if weights is not None:
         check_floats("weights", weights, (num_layers,), allow_float64=True)
+
+
+def check_centre(centre: Tensor | None, pooled: Tensor) -> None:
+    """Raises ValueError unless `centre` is None, [L, D] or [2, L, D] for pooled [L, N, D]."""
+    if centre is not None:
+        num_layers, _, width = pooled.shape
+        sides = (2,) if isinstance(centre, Tensor) and centre.ndim == 3 else ()
+        check_floats("centre", centre, (*sides, num_layers, width), allow_float64=True)
 
 
 def choose_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:

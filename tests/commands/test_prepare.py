@@ -436,6 +436,12 @@ def test_settings_of_a_folder_stay(run, folder):
         ((*TONES, "--output-dir", "out", "--synthesiser", "plugin:f"), ["--synthesiser plugin:f", "no attribute 'f'"]),
         ((*TONES, "--output-dir", "out", "--synthesiser", "plugin:deadly"), ["--jobs 1", "a worker ended by itself"]),
         ((*TONES, "--output-dir", "out", "--recogniser", "none/there"), ["--recogniser none/there", "cannot be loaded"]),
+        ((*TONES, "--output-dir", "out", "--budget", 4), ["--budget 4: the corpus has 3 different items"]),
+        ((*TONES, "--output-dir", "out", "--budget", 0), ["--budget 0", "greater than 0"]),
+        ((*TONES, "--output-dir", "out", "--select-for", "pocket"), ["--select-for pocket: needs --budget"]),
+        ((*TONES, "--output-dir", "out", "--budget", 3, "--select-for", "pocket"), ["--budget 3: 1 cluster", "--probes"]),
+        ((*TONES, "--output-dir", "out", "--budget", 3, "--select-for", "none/there", "--probes", 1), ["--model none/there"]),
+        (("--check", "items.jsonl", "--budget", 3), ["--budget 3", "--check makes no items"]),
         (("--check", "none.jsonl"), ["data none.jsonl", "cannot be read"]),
         (("--check", "items.jsonl", "--output-format", "parquet"), ["--output-format parquet", "--check makes no items"]),
         (("--check", "items.jsonl", "--output", "none/report.json"), ["--output none/report.json", "no folder none"]),
@@ -449,6 +455,40 @@ def test_wrong_use(run, folder, flags, fragments):
     for fragment in fragments:
         assert fragment in stderr
     assert (folder / "items.jsonl").read_text().count("\n") == 3
+
+
+SUMS = [
+    {"id": f"{one}{two}", "question": f"What is {one} plus {two}?", "answer_set": ["four", "five"], "answer": "five"}
+    for one in ("two", "three", "four", "five")
+    for two in ("one", "two", "three")
+]
+
+
+def test_a_budget_is_spent_where_speech_and_text_differ(run, folder):
+    """The same command makes the same choice, also after its recordings and what was measured are gone."""
+    write_jsonl(folder / "items.jsonl", [*SUMS, SUMS[0] | {"id": "again"}])
+    flags = (*TONES, "--budget", 7, "--select-for", "pocket", "--clusters", 2, "--probes", 2)
+    status, stdout, _ = run(*flags, "--output-dir", "out", "--jobs", 1)
+    assert status == 0
+    assert "1 of 13 items ask what another one asks, and are left out" in stdout
+    choice = json.loads(Path("out/choice.json").read_text())
+    assert [question.id for question in load_questions("out")] == choice["chosen"]
+    assert len(choice["chosen"]) == sum(cluster["budget"] for cluster in choice["clusters"]) == 7
+    assert sorted(id for cluster in choice["clusters"] for id in cluster["ids"]) == sorted(item["id"] for item in SUMS)
+    for cluster in choice["clusters"]:
+        assert set(cluster["ids"][: cluster["budget"]]) <= set(choice["chosen"])
+        assert list(cluster["probes"]) == cluster["ids"][:2]
+        assert cluster["misalignment"] == pytest.approx(np.mean(list(cluster["probes"].values())))
+        assert cluster["misalignment"] > 0.01, "tones are no speech"
+    more, less = sorted(choice["clusters"], key=lambda cluster: cluster["misalignment"], reverse=True)
+    assert more["budget"] >= less["budget"] or more["budget"] == len(more["ids"])
+    before = contents(folder / "out")
+    (folder / "out" / "choice.json").unlink()
+    for path in list((folder / "out" / "recordings").iterdir())[:3]:
+        path.unlink()
+    assert run(*flags, "--output-dir", "out", "--jobs", 1)[0] == 0
+    assert json.loads(Path("out/choice.json").read_text()) == choice
+    assert contents(folder / "out") == before
 
 
 def fill_disk(monkeypatch, writer: str, name: str) -> None:
