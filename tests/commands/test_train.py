@@ -152,19 +152,24 @@ def test_same_seed_same_metrics_and_another_seed_others(finished, small_eval, tm
     assert read_metrics(tmp_path / "other")[0] != read_metrics(finished)[0]
 
 
+REMEMBERS = {"objective": "tars+opd", "teacher": "ema", "text_anchor": "kl", "watch_every": 1, "representation_centre": True}
+"""An objective that needs all that a checkpoint can hold beside weights and optimiser, and the model before training."""
+
+
 @pytest.mark.parametrize(
-    ("lora_rank", "dtype"),
+    ("lora_rank", "dtype", "objective"),
     [
-        (0, "float32"),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((0, "bfloat16"), (4, "float32"), (4, "bfloat16"))),
+        (0, "float32", {}),
+        *(pytest.param(*one, {}, marks=pytest.mark.slow) for one in ((0, "bfloat16"), (4, "float32"), (4, "bfloat16"))),
+        *(pytest.param(rank, "float32", REMEMBERS, marks=pytest.mark.slow, id=f"objective-{rank}") for rank in (0, 4)),
     ],
 )
-def test_resumed_run_equals_unbroken_one(lora_rank, dtype, finished, small_eval, tmp_path):
+def test_resumed_run_equals_unbroken_one(lora_rank, dtype, objective, finished, small_eval, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    config = small_config(unbroken, small_eval, lora_rank=lora_rank, dtype=dtype)
-    if (lora_rank, dtype) == (0, "float32"):
+    config = small_config(unbroken, small_eval, lora_rank=lora_rank, dtype=dtype, **objective)
+    if (lora_rank, dtype, objective) == (0, "float32", {}):
         # The bundled model's own settings.
         unbroken = finished
     else:
