@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,6 @@ from tars_fast.support.text import size
 from tars_fast.types import UserError
 
 _STATE = "trainer_state.pt"
-NUM_KEPT = 2
-"""Checkpoints of a run that stay; older ones are deleted."""
 
 
 def save_model(model: SpeechModel, folder: Path) -> None:
@@ -70,11 +69,11 @@ def checkpoint_bytes(model: SpeechModel) -> int:
     return trainable + sum(tensors.values())
 
 
-def check_room(output_dir: Path, model: SpeechModel, num_saves: int) -> None:
+def check_room(output_dir: Path, model: SpeechModel, num_saves: int, num_kept: int) -> None:
     """Raises CannotWriteError where a disk has no room for the checkpoints of a run that saves so many more of them."""
     # The next one is written before the oldest is deleted.
-    num_there = min(NUM_KEPT, len(list_checkpoints(output_dir)))
-    num_missing = min(num_saves, NUM_KEPT + 1 - num_there)
+    num_there = min(num_kept, len(list_checkpoints(output_dir)))
+    num_missing = min(num_saves, num_kept + 1 - num_there)
     needed, free = num_missing * checkpoint_bytes(model), free_bytes(output_dir)
     if needed > free:
         raise CannotWriteError(
@@ -83,8 +82,19 @@ def check_room(output_dir: Path, model: SpeechModel, num_saves: int) -> None:
         )
 
 
-def save_checkpoint(output_dir: Path, num_completed: int, model: SpeechModel, optimizer: torch.optim.Optimizer) -> Path:
-    """Write `checkpoint-<steps>/`, see `save_model`, with the optimiser's state, and delete all but the newest two.
+def save_checkpoint(
+    output_dir: Path,
+    num_completed: int,
+    model: SpeechModel,
+    optimizer: torch.optim.Optimizer,
+    *,
+    num_kept: int = 2,
+    extra: Mapping[str, object] | None = None,
+) -> Path:
+    """Write `checkpoint-<steps>/`, see `save_model`, with the optimiser's state, and delete all but the newest `num_kept`.
+
+    Args:
+        extra: what else a resumed run needs, by name: tensors, numbers, strings, lists and dictionaries of them.
 
     Raises:
         CannotWriteError: the disk is full, or the folder cannot be written to.
@@ -94,8 +104,9 @@ def save_checkpoint(output_dir: Path, num_completed: int, model: SpeechModel, op
         save_model(model, folder)
         # By a file of Python's, whose error says that the disk is full; torch's own does not.
         with (folder / _STATE).open("wb") as file:
-            torch.save({"num_completed": num_completed, "optimizer": optimizer.state_dict()}, file)
-    for _, outdated in list_checkpoints(output_dir)[:-NUM_KEPT]:
+            state = {"num_completed": num_completed, "optimizer": optimizer.state_dict(), "extra": dict(extra or {})}
+            torch.save(state, file)
+    for _, outdated in list_checkpoints(output_dir)[:-num_kept]:
         remove_folder(outdated)
     return target
 
@@ -157,8 +168,8 @@ def _read_state(checkpoint: Path, *, mmap: bool = False) -> dict[str, Any]:
     return torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> int:
-    """Load the optimiser's state; returns the number of completed steps.
+def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+    """Load the optimiser's state; returns the number of completed steps and the `extra` of `save_checkpoint`.
 
     Raises:
         UserError: it is not of these weights.
@@ -171,4 +182,5 @@ def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> int:
                 raise ValueError(f"of {tuple(held['exp_avg'].shape)}, not {tuple(parameter.shape)} weights")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise is_damaged(folder, f"{_STATE}: {first_line(error)}") from error
-    return state["num_completed"]
+    # Earlier versions wrote none.
+    return state["num_completed"], state.get("extra", {})

@@ -29,13 +29,13 @@ COMPLETION_REWARDS = {
     "format": CompletionReward(answer_format, 0.5),
     "unparsed": CompletionReward(unparsed, 0.0),
 }
-"""`R_base = R_acc + 0.5 R_fmt`, and whatever is added here."""
+"""`R_base = R_acc + 0.5 R_fmt`, and whatever is added here; of questions with an answer only."""
 ALIGNMENT_REWARDS = ("representation", "behaviour")
 """R_rep and R_beh, of speech completions that have a reference; 0 for all others."""
 
 
 def completion_rewards(completions: Sequence[Completion], questions: Sequence[Question]) -> dict[str, Tensor]:
-    """[N] fp32 by name in `COMPLETION_REWARDS`.
+    """[N] fp32 by name in `COMPLETION_REWARDS`; NaN where the question has no answer.
 
     Args:
         questions: `completion.question` is an index into them.
@@ -49,6 +49,9 @@ def completion_rewards(completions: Sequence[Completion], questions: Sequence[Qu
         values = []
         for completion in completions:
             question = questions[completion.question]
+            if not question.has_answer:
+                values.append(math.nan)
+                continue
             try:
                 value = float(reward.function(completion, question))
             # `sys.exit` too, which would end the run without a word.
@@ -68,9 +71,15 @@ def completion_rewards(completions: Sequence[Completion], questions: Sequence[Qu
 
 
 def reward_weights(config: RunConfig) -> dict[str, float]:
-    """Weight of every term of R that has one, by name."""
-    weights = {name: reward.weight for name, reward in COMPLETION_REWARDS.items()}
-    weights |= {"representation": config.representation_weight, "behaviour": config.behaviour_weight}
+    """Weight of every term of R that has one, by name; of R_base where no reward is trained on, so that it can be looked at."""
+    objective = config.parts
+    weights: dict[str, float] = {}
+    if objective.uses_rewards or not objective.has_policy_gradient:
+        weights |= {name: reward.weight for name, reward in COMPLETION_REWARDS.items()}
+    if objective.uses_alignment:
+        weights |= {"representation": config.representation_weight, "behaviour": config.behaviour_weight}
+    if objective.uses_agreement:
+        weights["agreement"] = 1.0
     return {name: weight for name, weight in weights.items() if weight}
 
 
