@@ -468,7 +468,7 @@ def from_padded(mask: Tensor, *, drop_padding: bool = False, **vectors: Tensor) 
     return found
 
 
-def shows_settings(loss: Loss, kind: type[FromKeywords] = Objective) -> Loss:
+def shows_settings(loss: Loss, kind: type[Any] = Objective) -> Loss:
     """Let `help` and `inspect.signature` list the settings that `loss` takes as `**`: the fields of `kind`, with defaults."""
     shown = inspect.signature(loss, eval_str=True)
     named = [parameter for parameter in shown.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
