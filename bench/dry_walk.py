@@ -256,7 +256,8 @@ def walk_options(head: Head) -> None:
 
     stack = torch.stack(head.states).detach().requires_grad_()
     weights = torch.empty(3, device="cuda")
-    tars_kernels.layer_similarity(stack, head.cu_seqlens, head.pairs, weights=weights).sum().backward()
+    for centre in (head.centre, head.centre[0]):
+        tars_kernels.layer_similarity(stack, head.cu_seqlens, head.pairs, weights=weights, centre=centre).sum().backward()
     # A layer twice, no sequences, no tokens.
     tars_kernels.layer_similarity(head.states, head.cu_seqlens, head.pairs, layers=[0, 2, 2]).sum().backward()
     for states, boundaries in ((head.hidden, head.cu_seqlens[:1]), (head.hidden[:0], head.cu_seqlens)):

@@ -266,6 +266,7 @@ def train_on(model: SpeechModel, optimizer, distinct, completions, config: RunCo
     """Update once on a rollout whose completions are made to count: random weights never stop, so all are cut off."""
     rollout = Rollout(
         prompts=[prompt for prompt in distinct for _ in range(4)],
+        written=[prompt for prompt in distinct if prompt.modality is Modality.TEXT],
         spoken=[],
         completions=[dataclasses.replace(one, truncated=False) for one in completions],
         # Random weights answer nothing; rewards that differ give the update something to do.

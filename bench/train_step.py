@@ -223,6 +223,7 @@ def make_up_rollout(model: SpeechModel, workload: Workload) -> Rollout:
     references = choose_references(completions, accuracy, draw)
     rollout = Rollout(
         prompts=prompts,
+        written=prompts[workload.group_size // 2 :: workload.group_size],
         spoken=[],
         completions=completions,
         completion_rewards={"accuracy": accuracy, "format": torch.ones(len(accuracy)), "unparsed": torch.zeros(len(accuracy))},
@@ -253,6 +254,7 @@ def first_questions(rollout: Rollout, num_questions: int) -> Rollout:
     count = sum(completion.question < num_questions for completion in rollout.completions)
     return Rollout(
         prompts=rollout.prompts[:count],
+        written=rollout.written,
         spoken=[],
         completions=rollout.completions[:count],
         completion_rewards={name: values_N[:count] for name, values_N in rollout.completion_rewards.items()},

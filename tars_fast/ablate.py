@@ -51,13 +51,17 @@ from tars_fast.support.provenance import provenance
 from tars_fast.types import Question, UserError
 
 ARMS: dict[str, dict[str, str]] = {
-    "grpo": {"representation_weight": "0", "behaviour_weight": "0"},
+    "grpo": {"objective": "grpo"},
     "rep": {"behaviour_weight": "0"},
     "beh": {"representation_weight": "0"},
     "tars": {},
+    "opd": {"objective": "opd", "text_anchor": "kl"},
+    "opd-moving": {"objective": "opd", "teacher": "moving", "text_anchor": "kl"},
+    "cord": {"objective": "cord", "teacher": "moving", "text_anchor": "kl"},
+    "tars+opd": {"objective": "tars+opd"},
     **{f"rep-{part}": {"behaviour_weight": "0", "representation_layers": part} for part in LAYER_PARTS},
 }
-"""The paper's arms, those of its Fig. 3 last: settings that differ from the defaults of `tars_fast.train`."""
+"""Settings that differ from the defaults of `tars_fast.train`: the paper's arms, other objectives, and those of its Fig. 3."""
 _TRAIN = "python -m tars_fast.train"
 _PASSED_ON = ("model", "data", "eval_data", "num_steps")
 """Settings of `tars_fast.train` that this command has by the same name."""
@@ -75,8 +79,8 @@ class AblateConfig:
     """Train several arms with several seeds each, and compare them with intervals over seeds and items."""
 
     arms: str = "grpo,rep,beh,tars"
-    """Names with commas between them: grpo (neither R_rep nor R_beh), rep, beh, tars, rep-shallow, rep-middle, rep-deep,
-    rep-last, or of --define."""
+    """Names with commas between them: grpo (neither R_rep nor R_beh), rep, beh, tars, opd, opd-moving, cord, tars+opd,
+    rep-shallow, rep-middle, rep-deep, rep-last, or of --define."""
     define: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME:SETTING=VALUE,... once for each arm of one's own, with settings of `tars_fast.train`:
     half:representation_weight=0.5,behaviour_weight=0.5."""

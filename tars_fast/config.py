@@ -25,6 +25,52 @@ _EMBEDDER_BYTES = int(1.2e9)
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What the loss of a step consists of; `parse_objective` reads it from `--objective`."""
+
+    uses_rewards: bool = False
+    """A policy gradient on R_base (accuracy and format)."""
+    uses_alignment: bool = False
+    """R_rep and R_beh are part of that reward."""
+    uses_agreement: bool = False
+    """A policy gradient on agreement with the written answers, which needs no labels."""
+    distils: bool = False
+    """Distillation from the written to the spoken prompt, token by token."""
+    weighs_tokens: bool = False
+    """With CORD's weights of tokens."""
+
+    @property
+    def has_policy_gradient(self) -> bool:
+        return self.uses_rewards or self.uses_agreement
+
+
+OBJECTIVES = {
+    "tars": Objective(uses_rewards=True, uses_alignment=True),
+    "grpo": Objective(uses_rewards=True),
+    "opd": Objective(distils=True),
+    "cord": Objective(uses_agreement=True, distils=True, weighs_tokens=True),
+}
+"""The parts that `--objective` adds up, by name."""
+
+
+def parse_objective(text: str) -> Objective:
+    """The objective that `tars+opd` and the like name.
+
+    Raises:
+        UserError: an unknown part, one that is there twice, or two of which one contains the other.
+    """
+    names = text.split("+")
+    for name in names:
+        if name not in OBJECTIVES:
+            raise UserError(f"--objective {text}: {name!r} is none of {', '.join(OBJECTIVES)}; join them by +, as in tars+opd")
+    for name, other in (*((name, name) for name in names), ("tars", "grpo"), ("cord", "opd")):
+        if names.count(name) > 1 or (name != other and name in names and other in names):
+            raise UserError(f"--objective {text}: {other} is in it already; leave one of them out")
+    parts = [dataclasses.asdict(OBJECTIVES[name]) for name in names]
+    return Objective(**{field: any(part[field] for part in parts) for field in parts[0]})
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Close the gap between what a speech LLM can reason about in writing and in speech (TARS, arXiv 2601.05543)."""
 
@@ -66,16 +112,54 @@ class TrainConfig:
     """Sampling temperature of rollouts; log-probabilities are taken at the same temperature."""
     max_new_tokens: int | None = None
     """Longest completion, in tokens; longer ones are cut off and left out of the loss. None: the preset's (40 / 1024)."""
+    objective: str = "tars"
+    """What the loss consists of, joined by +: tars, the paper's policy gradient; grpo, the same without R_rep and R_beh; opd,
+    for spoken completions distillation from the model that is given the written prompt, which needs no answers; cord, that with
+    CORD's weights of tokens beside a policy gradient on agreement with written answers. docs/method.md has their formulas."""
+    teacher: Literal["frozen", "moving", "ema"] = "frozen"
+    """Whose distributions opd and cord take as targets: frozen, the model before training (with LoRA the adapter switched off,
+    else a second copy of what is trained); moving, the weights in training, which hold each other by nothing and can collapse;
+    ema, their average."""
+    teacher_decay: float = 0.99
+    """What the average of --teacher ema keeps of itself at each step."""
+    distil_weight: float = 1.0
+    """Weight of distillation in the loss."""
+    distil_schedule: Literal["constant", "linear"] = "constant"
+    """linear: that weight falls to 0 over the run."""
+    distil_as: Literal["loss", "advantage", "sequence"] = "loss"
+    """loss: the divergence of each token's whole distributions. advantage: a policy gradient with log q - log p of each sampled
+    token, which needs log-probabilities alone (X-OPD); sequence: with their mean over a completion, centred in its group."""
+    distil_divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """With --distil-as loss: KL(spoken || written), KL(written || spoken), or their Jensen-Shannon divergence."""
+    distil_beta: float = 0.5
+    """Of jsd: the part of the teacher in the mixture."""
+    distil_truncated: bool = False
+    """Distil on completions that were cut off too."""
+    text_anchor: Literal["none", "kl", "rollouts"] = "none"
+    """What holds written answers where opd distils: kl, the KL to the model before training of the same completions behind the
+    written prompt; rollouts, written completions with a policy gradient on R_base, as in grpo."""
+    text_anchor_weight: float = 1.0
+    """Weight of --text-anchor kl in the loss."""
+    watch_every: int | None = None
+    """Steps between two looks at how far written answers have moved: the KL from the model before training on completions that
+    it wrote, in nats a token. 0: never. None: 5 where the objective distils, else 0."""
+    max_written_kl: float = 1.0
+    """Training stops where that KL is larger."""
     representation_weight: float = 1.0
     """Weight of R_rep, agreement of hidden states (the paper's alpha). 0 together with the next is plain GRPO."""
     representation_layers: str = "all"
     """Layers that R_rep is averaged over: all; one or a range of them, counted from 1 (11-20); or the paper's parts (Fig. 3):
     last are the last two, shallow, middle and deep the thirds of those before."""
+    representation_centre: bool = False
+    """R_rep compares states less the running mean of their modality. Not in the paper."""
     behaviour_weight: float = 1.0
     """Weight of R_beh, agreement of answers (the paper's beta)."""
     behaviour_model: str = "auto"
     """Text embedder of R_beh: hashed-ngrams, or a sentence-transformers model. auto: hashed-ngrams for pocket, else
     Qwen/Qwen3-Embedding-0.6B."""
+    reward_scaling: Literal["none", "z-score", "rank"] = "none"
+    """What becomes of each term of the reward within its group before they are added up: z-score, over its deviation; rank, its
+    rank from 0 to 1. Then a term counts by its weight, however little it spreads. none: the paper's."""
     loss_type: Literal["dapo", "grpo", "dr_grpo", "luspo", "gspo", "cispo", "sapo", "vespo", "gmpo"] = "dapo"
     """Policy loss and what it is divided by, by its name in the literature; dapo is the paper's. docs/policy-losses.md has all
     of them. dr_grpo divides by completions x --max-new-tokens."""
@@ -160,11 +244,11 @@ class TrainConfig:
         check_choices(self)
         positive = ["kv_cache_gb", "max_logprob_diff", "audio_cache_dir_gb", "eval_items"]
         positive += ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")
-        positive += ("max_grad_norm", "tokens_per_micro_batch", "rollout_batch_size", "save_every", "keep_checkpoints")
-        positive += ("importance_cap",)
+        positive += ("distil_weight", "text_anchor_weight", "max_written_kl", "keep_checkpoints")
+        positive += ("max_grad_norm", "tokens_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
         check_numbers(self, positive=(*positive, "lora_alpha"))
         not_negative = ["representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples"]
-        not_negative += ("audio_cache_gb", "kl_coef", "entropy_coef")
+        not_negative += ("watch_every", "audio_cache_gb", "kl_coef", "entropy_coef")
         check_numbers(self, not_negative=(*not_negative, "seed"))
         if self.resume and self.output_dir is None:
             raise UserError("--resume: needs the --output-dir of the run to continue")
@@ -182,8 +266,62 @@ class TrainConfig:
                 f"--importance-level sequence: --loss-type {self.loss_type} takes the weights of tokens into its sequence's; "
                 "leave it out"
             )
+        self._check_objective()
         if not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"--warmup-fraction {self.warmup_fraction}: must lie between 0 and 1")
+
+    def _check_objective(self) -> None:
+        objective = parse_objective(self.objective)
+        for flag, value in (("--teacher-decay", self.teacher_decay), ("--distil-beta", self.distil_beta)):
+            if not 0 < value < 1:
+                raise UserError(f"{flag} {value}: must lie between 0 and 1, both excluded")
+        if self.text_anchor != "none" and not objective.distils:
+            raise UserError(
+                f"--text-anchor {self.text_anchor}: --objective {self.objective} trains written completions itself; it is for "
+                "opd and cord"
+            )
+        if self.text_anchor == "rollouts" and objective.has_policy_gradient:
+            raise UserError(
+                f"--text-anchor rollouts: --objective {self.objective} samples written completions already; leave it out"
+            )
+        if self.distil_truncated and self.distil_as != "loss":
+            raise UserError(
+                f"--distil-truncated: with --distil-as {self.distil_as} completions that were cut off are masked out of the "
+                "policy loss; leave it out"
+            )
+        if not objective.has_policy_gradient and (self.kl_coef or self.entropy_coef):
+            flag = "--kl-coef" if self.kl_coef else "--entropy-coef"
+            raise UserError(f"{flag}: --objective {self.objective} has no policy gradient that it could be part of; add +grpo")
+
+    @property
+    def parts(self) -> Objective:
+        """What `--objective` names."""
+        return parse_objective(self.objective)
+
+    @property
+    def samples_text(self) -> bool:
+        """Whether half of the completions are sampled from written prompts."""
+        return self.parts.has_policy_gradient or self.text_anchor == "rollouts"
+
+    @property
+    def steps_between_looks(self) -> int:
+        """See `watch_every`; 0: never."""
+        return (5 if self.parts.distils else 0) if self.watch_every is None else self.watch_every
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether a step looks at the distributions of the model before training."""
+        return self.parts.distils and (self.teacher == "frozen" or self.text_anchor == "kl")
+
+    @property
+    def exchanges_weights(self) -> bool:
+        """Whether the module computes with other weights than those in training for a part of a step."""
+        return self.needs_start or self.keeps_average
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether an average of the weights is the teacher."""
+        return self.parts.distils and self.teacher == "ema"
 
     def as_preset(self, preset: Preset) -> Preset:
         """`preset` with this run's settings in the place of its own, for the run and for the checkpoints that come of it.
@@ -253,6 +391,8 @@ class TrainConfig:
             given_micro_batch=self.tokens_per_micro_batch,
             rollout_ahead=bool(self.rollout_ahead),
             gradient_checkpointing=preset.gradient_checkpointing,
+            # An average is in float32; with LoRA the model before training takes no copy.
+            reference_bytes=dtype_bytes * (self.needs_start and not preset.lora_rank) + 4 * self.keeps_average,
             embedder_bytes=0 if preset.behaviour_model == "hashed-ngrams" else _EMBEDDER_BYTES,
             on_gpu=on_gpu,
             given_kv_cache=None if self.kv_cache_gb is None else int(self.kv_cache_gb * GB),

@@ -118,7 +118,7 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
             loaded = loader.next_batch(step, learner.timer)
             report_failures(run, log, loaded, step, loader)
             # 2 to 5. Rewards, advantages, forward pass, update.
-            scored = learner.begin_rollout(loaded.rollout)
+            scored = learner.begin_rollout(loaded.rollout, step)
             for group in learner.optimizer.param_groups:
                 group["lr"] = learning_rate_at(config, step)
             for _ in range(config.updates_per_rollout):
@@ -128,6 +128,7 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
             # Log; save a checkpoint where it is time.
             metrics = {"step": step + 1, "learning_rate": learning_rate_at(config, step)} | metrics
             metrics |= step_metrics(learner, scored, loaded) | {"seconds/step": time.perf_counter() - started}
+            metrics |= learner.look(step + 1)
             history.append(metrics)
             log.step(metrics)
             check_progress(history, log.warn)
@@ -158,14 +159,16 @@ def update_policy(
 
 
 def train_micro_batch(learner: Learner, scored: ScoredRollout, rows: list[int]) -> list[BackwardPass]:
-    """Steps 4, 2, 3 and 5 for the completions `rows` of a rollout; an empty list where none of them has an advantage."""
+    """Steps 4, 2, 3 and 5 for the completions `rows` of a rollout; an empty list where none of them has a gradient."""
+    # Where the objective distils: what the model makes of the same completions behind their written prompts.
+    lesson = learner.teach(scored, rows)
     # 4. Hidden states of every token, in a graph where a gradient is possible.
     states = learner.forward(scored, rows)
     if scored.is_first_update:
         # 2 and 3. R_rep from these states; with it R and the advantages are complete.
         learner.complete_rewards(scored, states)
-    # 5. Policy loss and its backward pass. The first update's log-probabilities are kept as the old ones of later updates.
-    return learner.backward(scored, states)
+    # 5. The loss and its backward pass. The first update's log-probabilities are kept as the old ones of later updates.
+    return learner.backward(scored, states, lesson)
 
 
 def report_failures(run: Run, log: RunLog, loaded: LoadedRollout, step: int, loader: RolloutLoader) -> None:

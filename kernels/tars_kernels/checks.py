@@ -145,6 +145,14 @@ def check_weights(weights: Tensor | None, num_layers: int) -> None:
         check_floats("weights", weights, (num_layers,), allow_float64=True)
 
 
+def check_centre(centre: Tensor | None, pooled: Tensor) -> None:
+    """Raises ValueError unless `centre` is None, [L, D] or [2, L, D] for pooled [L, N, D]."""
+    if centre is not None:
+        num_layers, _, width = pooled.shape
+        sides = (2,) if isinstance(centre, Tensor) and centre.ndim == 3 else ()
+        check_floats("centre", centre, (*sides, num_layers, width), allow_float64=True)
+
+
 def choose_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
     """The chosen layers as numbers from 0; negative ones count from the end.
 

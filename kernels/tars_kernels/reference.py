@@ -20,6 +20,7 @@ from tars_kernels.backend import isolated
 from tars_kernels.checks import (
     check_aligned,
     check_bias,
+    check_centre,
     check_floats,
     check_head,
     check_layer_states,
@@ -379,16 +380,20 @@ def pool_sequences(states: Tensor, cu_seqlens: Tensor, *, positions: Tensor | No
     return sums / lengths.clamp(min=1)[:, None]
 
 
-def pooled_similarity(pooled: Tensor, pairs: Tensor, *, weights: Tensor | None = None) -> Tensor:
+def pooled_similarity(
+    pooled: Tensor, pairs: Tensor, *, weights: Tensor | None = None, centre: Tensor | None = None
+) -> Tensor:
     """Cosine of pooled states, layer by layer (TARS, R_rep before its mean over layers).
 
     Args:
         pooled: [L, N, D].
         pairs: [P, 2] int64, sequence numbers.
         weights: [L] factor of each layer's column.
+        centre: [L, D] subtracted from the pooled states before the cosine, or [2, L, D] for the first and the second sequence
+            of a pair, such as running means of spoken and of written states; without a gradient. TARS has none (None).
 
     Returns:
-        [P, L] fp32; 0 where a state is 0.
+        [P, L] fp32; 0 where a state is 0, before the centre is subtracted or after.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, or a sequence number out of range.
@@ -396,8 +401,15 @@ def pooled_similarity(pooled: Tensor, pairs: Tensor, *, weights: Tensor | None =
     check_floats("pooled", pooled, (None, None, None), allow_float64=True)
     check_pairs(pairs, pooled.shape[1])
     check_weights(weights, len(pooled))
-    check_same_device(("pooled", pooled), pairs=pairs, weights=weights)
-    left, right = _accumulated(pooled)[:, pairs].unbind(2)
+    check_centre(centre, pooled)
+    check_same_device(("pooled", pooled), pairs=pairs, weights=weights, centre=centre)
+    sides = _accumulated(pooled)[:, pairs]
+    if centre is not None:
+        # An empty sequence has no direction, wherever the centre lies.
+        is_empty = (sides == 0).all(-1, keepdim=True)
+        centre = centre.detach().to(sides.dtype).expand(2, *centre.shape[-2:])
+        sides = (sides - centre.permute(1, 0, 2)[:, None]).masked_fill(is_empty, 0.0)
+    left, right = sides.unbind(2)
     cosine = _cosine(left, right).T
     return cosine if weights is None else cosine * weights.to(cosine.dtype)
 
@@ -410,7 +422,7 @@ def _cosine(left: Tensor, right: Tensor) -> Tensor:
     return (left * right).sum(-1).masked_fill(~has_direction, 0.0) / (norms[0] * norms[1])
 
 
-def layer_similarity(
+def layer_similarity(  # noqa: PLR0913
     hidden_states: Tensor | Sequence[Tensor],
     cu_seqlens: Tensor,
     pairs: Tensor,
@@ -418,6 +430,7 @@ def layer_similarity(
     layers: Sequence[int] | None = None,
     weights: Tensor | None = None,
     pooling: str = "mean",
+    centre: Tensor | None = None,
 ) -> Tensor:
     """Cosine between pooled states of pairs of packed sequences, for every layer (TARS, R_rep before its mean over layers).
 
@@ -428,6 +441,7 @@ def layer_similarity(
         layers: which of the L layers; None: all of them.
         weights: [chosen layers] factor of each column, e.g. 1 / L for a mean by `.sum(-1)`.
         pooling: mean over a sequence's tokens, or its last token.
+        centre: [chosen layers, D] or [2, chosen layers, D], see `pooled_similarity`.
 
     Returns:
         [P, chosen layers] fp32; 0 where a sequence is empty.
@@ -438,7 +452,7 @@ def layer_similarity(
     states = check_layer_states("hidden_states", hidden_states)
     chosen = choose_layers(layers, len(states))
     pooled = torch.stack([pool_sequences(states[layer], cu_seqlens, pooling=pooling) for layer in chosen])
-    return pooled_similarity(pooled, pairs, weights=weights)
+    return pooled_similarity(pooled, pairs, weights=weights, centre=centre)
 
 
 def token_similarity(

@@ -10,6 +10,7 @@ Shapes: T packed tokens, N sequences, D hidden size, L layers, P pairs, S splits
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -19,6 +20,7 @@ from torch import Tensor
 from tars_kernels import reference
 from tars_kernels.backend import operator, runs_kernels
 from tars_kernels.checks import (
+    check_centre,
     check_floats,
     check_layer_states,
     check_packing,
@@ -185,8 +187,9 @@ def _pair_cosines(  # noqa: PLR0913
     cosines, inverses, left_shares, right_shares,  # [P, L], see `cosine_terms`
     pooled,  # [L, N, D]
     pairs,  # [P, 2]
-    L, N, P, D,
-    BLOCK: tl.constexpr,
+    centre,  # [L, D], or [2, L, D], one after the other for both sides of a pair
+    L, N, P, D, side_stride,
+    HAS_CENTRE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     layer, pair = pid % L, pid // L
@@ -197,14 +200,28 @@ def _pair_cosines(  # noqa: PLR0913
     dots = tl.zeros([BLOCK], tl.float32)
     left_squares = tl.zeros([BLOCK], tl.float32)
     right_squares = tl.zeros([BLOCK], tl.float32)
+    left_marks = tl.zeros([BLOCK], tl.int32)
+    right_marks = tl.zeros([BLOCK], tl.int32)
     for start in range(0, D, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        left = tl.load(pooled + (layer * N + i) * D + columns, mask=columns < readable, other=0.0)
-        right = tl.load(pooled + (layer * N + j) * D + columns, mask=columns < readable, other=0.0)
+        inside = columns < readable
+        left = tl.load(pooled + (layer * N + i) * D + columns, mask=inside, other=0.0)
+        right = tl.load(pooled + (layer * N + j) * D + columns, mask=inside, other=0.0)
+        if HAS_CENTRE:
+            left_marks |= (left != 0).to(tl.int32)
+            right_marks |= (right != 0).to(tl.int32)
+            left -= tl.load(centre + layer * D + columns, mask=inside, other=0.0)
+            right -= tl.load(centre + side_stride + layer * D + columns, mask=inside, other=0.0)
         dots += left * right
         left_squares += left * left
         right_squares += right * right
-    cosine, inverse, left, right = cosine_terms(tl.sum(dots, 0), tl.sum(left_squares, 0), tl.sum(right_squares, 0))
+    left_square = tl.sum(left_squares, 0)
+    right_square = tl.sum(right_squares, 0)
+    if HAS_CENTRE:
+        # An empty sequence has no direction, wherever the centre lies.
+        left_square = tl.where(tl.max(left_marks, 0) != 0, left_square, 0.0)
+        right_square = tl.where(tl.max(right_marks, 0) != 0, right_square, 0.0)
+    cosine, inverse, left, right = cosine_terms(tl.sum(dots, 0), left_square, right_square)
     tl.store(cosines + pid, tl.where(exists, cosine, float("nan")))
     tl.store(inverses + pid, inverse)
     tl.store(left_shares + pid, left)
@@ -217,8 +234,9 @@ def _pair_cosines_backward(  # noqa: PLR0913
     upstream, inverses, left_shares, right_shares,  # [P, L]
     pooled,  # [L, N, D]
     pairs,  # [P, 2]
-    L, N, P, D,
-    BLOCK: tl.constexpr,
+    centre,  # [L, D], or [2, L, D]
+    L, N, P, D, side_stride,
+    HAS_CENTRE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program gathers what all pairs want of one state, in their order."""
     pid = tl.program_id(0).to(tl.int64)
@@ -230,16 +248,21 @@ def _pair_cosines_backward(  # noqa: PLR0913
     own = tl.load(pooled + row * D + columns, mask=inside, other=0.0)
     gradient = tl.zeros([BLOCK], tl.float32)
     for pair in range(P):
-        i = tl.load(pairs + 2 * pair).to(tl.int64)
-        j = tl.load(pairs + 2 * pair + 1).to(tl.int64)
-        # The cosine of a state with itself is constant.
-        if (i != j) & ((i == sequence) | (j == sequence)):
-            slope = tl.load(upstream + pair * L + layer) * tl.load(inverses + pair * L + layer)
-            left, right = tl.load(left_shares + pair * L + layer), tl.load(right_shares + pair * L + layer)
-            share = tl.where(i == sequence, left, right)
-            partner = tl.where(i == sequence, j, i)
-            other = tl.load(pooled + (layer * N + partner) * D + columns, mask=inside, other=0.0)
-            gradient += slope * (other - share * own)
+        for side in tl.static_range(2):
+            partner = tl.load(pairs + 2 * pair + 1 - side).to(tl.int64)
+            # The cosine of a state with itself is constant, unless its sides have centres of their own.
+            differs = (partner != sequence) | (side_stride != 0)
+            exists = (partner >= 0) & (partner < N)
+            if (tl.load(pairs + 2 * pair + side).to(tl.int64) == sequence) & differs & exists:
+                slope = tl.load(upstream + pair * L + layer) * tl.load(inverses + pair * L + layer)
+                share = tl.load((right_shares if side else left_shares) + pair * L + layer)
+                vector = own
+                other = tl.load(pooled + (layer * N + partner) * D + columns, mask=inside, other=0.0)
+                if HAS_CENTRE:
+                    centres = centre + layer * D + columns
+                    vector -= tl.load(centres + side * side_stride, mask=inside, other=0.0)
+                    other -= tl.load(centres + (1 - side) * side_stride, mask=inside, other=0.0)
+                gradient += slope * (other - share * vector)
     tl.store(pooled_gradient + row * D + columns, gradient, mask=inside)
 
 
@@ -410,29 +433,40 @@ _pool_operator.register_autograd(_pool_operator_backward, setup_context=_save_po
 add_pooled_gradient = operator("add_pooled_gradient", _add_pooled_gradient, lambda *_: None, mutates=("gradients",))
 
 
-def _cosines(pooled: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _centre_arguments(centre: Tensor | None) -> dict[str, Any]:
+    side_stride = centre[0].numel() if centre is not None and centre.ndim == 3 else 0
+    return {"centre": centre, "side_stride": side_stride, "HAS_CENTRE": centre is not None}
+
+
+def _cosines(pooled: Tensor, pairs: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[P, L] cosines, and the three terms of `cosine_terms` that their gradient needs."""
     num_layers, num_sequences, width = pooled.shape
     cosines = torch.empty(len(pairs), num_layers, dtype=torch.float32, device=pooled.device)
     inverses, left_shares, right_shares = (torch.empty_like(cosines) for _ in range(3))
     if cosines.numel():
         _pair_cosines[(cosines.numel(),)](
-            cosines, inverses, left_shares, right_shares, pooled, pairs, num_layers, num_sequences, len(pairs), width,
-            BLOCK=_COSINE_BLOCK,
+            cosines, inverses, left_shares, right_shares, pooled, pairs, L=num_layers, N=num_sequences, P=len(pairs), D=width,
+            **_centre_arguments(centre), BLOCK=_COSINE_BLOCK,
         )  # fmt: skip
     return cosines, inverses, left_shares, right_shares
 
 
-def _cosines_gradient(
-    upstream: Tensor, inverses: Tensor, left_shares: Tensor, right_shares: Tensor, pooled: Tensor, pairs: Tensor
+def _cosines_gradient(  # noqa: PLR0913
+    upstream: Tensor,
+    inverses: Tensor,
+    left_shares: Tensor,
+    right_shares: Tensor,
+    pooled: Tensor,
+    pairs: Tensor,
+    centre: Tensor | None,
 ) -> Tensor:
     num_layers, num_sequences, width = pooled.shape
     gradient = torch.empty_like(pooled)
     programs = num_layers * num_sequences * triton.cdiv(width, _COSINE_BLOCK)
     if programs:
         _pair_cosines_backward[(programs,)](
-            gradient, upstream.contiguous(), inverses, left_shares, right_shares, pooled, pairs, num_layers, num_sequences,
-            len(pairs), width, BLOCK=_COSINE_BLOCK,
+            gradient, upstream.contiguous(), inverses, left_shares, right_shares, pooled, pairs, L=num_layers, N=num_sequences,
+            P=len(pairs), D=width, **_centre_arguments(centre), BLOCK=_COSINE_BLOCK,
         )  # fmt: skip
     return gradient
 
@@ -444,14 +478,14 @@ def _save_cosines(ctx, inputs, output):
 
 
 def _cosines_operator_backward(ctx, upstream, *_):
-    return None if upstream is None else _cosines_gradient_operator(upstream, *ctx.saved_tensors), None
+    return None if upstream is None else _cosines_gradient_operator(upstream, *ctx.saved_tensors), None, None
 
 
-_cosines_gradient_operator = operator("cosines_gradient", _cosines_gradient, lambda *tensors: torch.empty_like(tensors[-2]))
+_cosines_gradient_operator = operator("cosines_gradient", _cosines_gradient, lambda *tensors: torch.empty_like(tensors[4]))
 _cosines_operator = operator(
     "cosines",
     _cosines,
-    lambda pooled, pairs: tuple(pooled.new_empty(pairs.shape[0], pooled.shape[0]) for _ in range(4)),
+    lambda pooled, pairs, centre: tuple(pooled.new_empty(pairs.shape[0], pooled.shape[0]) for _ in range(4)),
 )
 _cosines_operator.register_autograd(_cosines_operator_backward, setup_context=_save_cosines)
 
@@ -467,18 +501,22 @@ def pool_sequences(states: Tensor, cu_seqlens: Tensor, *, positions: Tensor | No
     return _pool_operator([states], cu_seqlens.contiguous(), positions, [0], pooling).squeeze(0)
 
 
-def pooled_similarity(pooled: Tensor, pairs: Tensor, *, weights: Tensor | None = None) -> Tensor:
+def pooled_similarity(
+    pooled: Tensor, pairs: Tensor, *, weights: Tensor | None = None, centre: Tensor | None = None
+) -> Tensor:
     if not runs_kernels(pooled):
-        return reference.pooled_similarity(pooled, pairs, weights=weights)
+        return reference.pooled_similarity(pooled, pairs, weights=weights, centre=centre)
     check_floats("pooled", pooled, (None, None, None))
     check_pairs(pairs, pooled.shape[1])
     check_weights(weights, len(pooled))
-    check_same_device(("pooled", pooled), pairs=pairs, weights=weights)
-    cosines, *_ = _cosines_operator(pooled.float().contiguous(), pairs.contiguous())
+    check_centre(centre, pooled)
+    check_same_device(("pooled", pooled), pairs=pairs, weights=weights, centre=centre)
+    centre = None if centre is None else centre.detach().float().contiguous()
+    cosines, *_ = _cosines_operator(pooled.float().contiguous(), pairs.contiguous(), centre)
     return cosines if weights is None else cosines * weights.float()
 
 
-def layer_similarity(
+def layer_similarity(  # noqa: PLR0913
     hidden_states: Tensor | Sequence[Tensor],
     cu_seqlens: Tensor,
     pairs: Tensor,
@@ -486,16 +524,19 @@ def layer_similarity(
     layers: Sequence[int] | None = None,
     weights: Tensor | None = None,
     pooling: str = "mean",
+    centre: Tensor | None = None,
 ) -> Tensor:
     states = check_layer_states("hidden_states", hidden_states)
     if not runs_kernels(states[0]):
-        return reference.layer_similarity(hidden_states, cu_seqlens, pairs, layers=layers, weights=weights, pooling=pooling)
+        return reference.layer_similarity(
+            hidden_states, cu_seqlens, pairs, layers=layers, weights=weights, pooling=pooling, centre=centre
+        )
     chosen = choose_layers(layers, len(states))
     check_packing(states[0], cu_seqlens, None)
     check_pooling(pooling)
     inputs = [hidden_states] if isinstance(hidden_states, Tensor) else states
     pooled = _pool_operator(inputs, cu_seqlens.contiguous(), None, chosen, pooling)
-    return pooled_similarity(pooled, pairs, weights=weights)
+    return pooled_similarity(pooled, pairs, weights=weights, centre=centre)
 
 
 pool_sequences.__doc__ = reference.pool_sequences.__doc__

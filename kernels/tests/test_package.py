@@ -286,6 +286,8 @@ WRONG = [
     ("layer_similarity", {"pairs": lambda v: v["pairs"][0]}, "pairs: shape"),
     ("layer_similarity", {"cu_seqlens": lambda v: v["cu_seqlens"].float()}, "cu_seqlens: dtype"),
     ("pooled_similarity", {"pairs": lambda v: v["pairs"].float()}, "pairs: dtype"),
+    ("pooled_similarity", {"centre": lambda v: v["pooled"]}, r"centre: shape \(2, 3, 16\); must be \[2, 2, 16\]"),
+    ("layer_similarity", {"centre": lambda v: v["hidden"]}, r"centre: shape \(6, 16\); must be \[2, 16\]"),
     ("pool_sequences", {"positions": lambda v: v["targets"] + 1}, "positions: holds numbers outside"),
     ("pool_sequences", {"positions": lambda v: v["pairs"]}, "positions: shape"),
     ("pool_sequences", {"positions": lambda v: v["targets"] > 1}, r"positions: dtype torch.bool.*nonzero"),

@@ -64,6 +64,36 @@ def test_layer_similarity(device, dtype, pooling, layers, stacked, size):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_sides", [1, 2])
+def test_centred_similarity(device, num_sides, dtype):
+    """A mean of all states, or one for each side of the pairs; one sequence is empty, one is paired with itself."""
+    pairs = torch.cat([PAIRS, torch.tensor([[1, 0]])])
+    inputs, weights = states(3, 77, 123), torch.linspace(0.5, 1.0, 2)
+    cu_seqlens = torch.tensor([0, 25, 25, 76, 77])
+    centre = torch.stack([inputs.mean(1), inputs[:, :25].mean(1)])[:, 1:]
+    centre = centre if num_sides == 2 else centre[0]
+
+    def similarity_of(implementation, device):
+        return lambda leaf: [
+            implementation.layer_similarity(
+                leaf, cu_seqlens.to(device), pairs.to(device), layers=[1, 2], weights=weights.to(device),
+                centre=centre.to(device, torch.promote_types(leaf.dtype, torch.float32)),
+            )
+        ]  # fmt: skip
+
+    ours = run(similarity_of(tars_kernels, device), [inputs], dtype, device)
+    truth = run(similarity_of(reference, CPU), [inputs], torch.float64, CPU)
+    assert_accurate(ours, run(similarity_of(reference, CPU), [inputs], dtype, CPU), truth, [torch.float32, dtype])
+    assert not ours[0][[2, 5]].any(), "an empty sequence has got the direction of the centre"
+    centres = centre.double() if num_sides == 2 else centre.double().expand(2, -1, -1)
+    for pair, (i, j) in enumerate(pairs.tolist()):
+        means = [inputs[1:, cu_seqlens[n] : cu_seqlens[n + 1]].double().mean(1) for n in (i, j)]
+        expected = torch.cosine_similarity(means[0] - centres[0], means[1] - centres[1], dim=-1)
+        if 1 not in (i, j):
+            torch.testing.assert_close(truth[0][pair], expected * weights.double())
+
+
 def test_layers_that_were_not_chosen_have_no_gradient(device):
     layers = [layer.to(device).requires_grad_() for layer in states(3, 30, 16)]
     tars_kernels.layer_similarity(
@@ -208,6 +238,19 @@ def test_wrong_boundaries_stay_inside_of_memory(device, monkeypatch, boundaries)
         results.append([similarity.detach(), leaf.grad, loss.loss])
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_pairs_of_sequences_that_are_not_there_read_nothing(device, monkeypatch):
+    """On CUDA nobody looks at their values; what lies behind the states here is NaN."""
+    monkeypatch.setitem(tars_kernels.pooled_similarity.__globals__, "check_pairs", lambda *_: None)
+    memory = torch.full((2, 4, 16), torch.nan, device=device)
+    memory[0] = torch.linspace(-1, 1, 64, device=device).view(4, 16)
+    leaf = memory[:1].requires_grad_()
+    cosines = tars_kernels.pooled_similarity(leaf, torch.tensor([[0, 1], [0, 4], [7, 0]], device=device))
+    (gradient,) = torch.autograd.grad(cosines.nan_to_num().sum(), leaf)
+    expected = tars_kernels.pooled_similarity(leaf, torch.tensor([[0, 1]], device=device))
+    assert cosines[:, 0].isnan().tolist() == [False, True, True]
+    assert torch.equal(gradient, torch.autograd.grad(expected.sum(), leaf)[0])
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""One training step: the rollout's answers, rewards, advantages, the policy gradient and the optimiser.
+"""One training step: the rollout's answers, rewards, advantages, the terms of the loss and the optimiser.
 
 Comes in: a model, an engine, `Question`s. Goes out: changed weights, and metrics.
 

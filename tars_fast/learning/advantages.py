@@ -37,6 +37,27 @@ def centred_advantages(rewards_N: Tensor, groups_N: Tensor) -> Tensor:
     return (exact - group_means(exact, groups_N)[groups_N]).to(rewards_N.dtype)
 
 
+def scaled_in_groups(values_N: Tensor, groups_N: Tensor, scaling: str) -> Tensor:
+    """[N] values as they count within their group: how many deviations from its mean, or which rank from 0 to 1.
+
+    A group whose values agree gets zeros; equal values share a rank.
+
+    Args:
+        scaling: z-score, rank, or none for the values themselves.
+    """
+    if scaling == "none":
+        return values_N
+    centred = centred_advantages(values_N, groups_N).double()
+    if scaling == "z-score":
+        deviations = group_means(centred.square(), groups_N).sqrt()[groups_N]
+        return (centred / deviations.where(deviations > 0, 1.0)).to(values_N.dtype)
+    same = groups_N[:, None] == groups_N
+    below = ((values_N > values_N[:, None]).float() - (values_N < values_N[:, None]).float()) * same
+    others = (same.sum(1) - 1).clamp(min=1)
+    # From -others to others: how many have less, minus how many have more.
+    return ((others - below.sum(1)) / (2 * others)).where(disagreeing_groups(values_N, groups_N)[groups_N], 0.0)
+
+
 def disagreeing_groups(values_N: Tensor, groups_N: Tensor) -> Tensor:
     """[G] bool: whether a group's values differ, i.e. whether any of its completions has an advantage."""
     num_groups = int(groups_N.max()) + 1

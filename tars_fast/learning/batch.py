@@ -19,9 +19,10 @@ from torch import Tensor
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.advantages import group_indices
+from tars_fast.learning.rewards.agreement import agreement_rewards
 from tars_fast.learning.rewards.behaviour import TextSimilarity, behaviour_rewards
 from tars_fast.learning.rewards.references import choose_references
-from tars_fast.learning.rewards.total import completion_rewards
+from tars_fast.learning.rewards.total import completion_rewards, reward_weights
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.speech_model import PreparedPrompt, SpeechModel
 from tars_fast.rollout.encode import encode_speech, prepare_speech
@@ -40,11 +41,13 @@ class Rollout:
 
     prompts: list[Prompt]
     """[N] the prompt of each completion."""
+    written: list[Prompt]
+    """The written prompt of each question."""
     spoken: list[PreparedPrompt]
     """The spoken prompt of each question, where the audio tower is trained and encodes it again; else empty."""
     completions: list[Completion]
     completion_rewards: dict[str, Tensor]
-    """[N] by name in `COMPLETION_REWARDS`."""
+    """[N] by name in `COMPLETION_REWARDS`, and `agreement` where the objective asks for it."""
     references: list[int | None]
     """[N] the text completion that a speech completion is compared with."""
     behaviour: Future[Tensor]
@@ -148,16 +151,22 @@ class RolloutCollector:
         with timer.phase("encode"), torch.no_grad():
             encoded = encode_batch(self.model, self.engine, batch, config.max_new_tokens)
         prompts, questions = encoded.prompts, [batch.questions[place] for place in encoded.usable]
+        written = prompts[1::2]
+        if not config.samples_text:
+            prompts = prompts[::2]
         sampled = self._sample(prompts, questions, step, timer)
         with timer.phase("reward"):
             completions = [completion for group, _ in sampled for completion in group]
             rewards = {name: torch.cat([values[name] for _, values in sampled]) for name in sampled[0][1]}
+            if config.parts.uses_agreement:
+                rewards["agreement"] = agreement_rewards(completions, questions)
             references = choose_references(completions, rewards["accuracy"], self._random(step))
-            compared = references if config.behaviour_weight else [None] * len(completions)
+            compared = references if "behaviour" in reward_weights(config) else [None] * len(completions)
             behaviour = self.background.submit(behaviour_rewards, completions, compared, self.text_similarity)
         spoken = [prompt for place in encoded.usable if isinstance(prompt := batch.spoken[place], PreparedPrompt)]
         rollout = Rollout(
             prompts=[prompt for prompt in prompts for _ in range(config.group_size // 2)],
+            written=written,
             spoken=spoken if self.model.audio_is_trained else [],
             completions=completions,
             completion_rewards=rewards,
@@ -170,14 +179,15 @@ class RolloutCollector:
     def _sample(
         self, prompts: Sequence[Prompt], questions: Sequence[Question], step: int, timer: PhaseTimer
     ) -> list[tuple[list[Completion], dict[str, Tensor]]]:
-        """Completions of each prompt and their rewards; `prompts` are two of each question."""
+        """Completions of each prompt and their rewards; `prompts` are those of the questions in turn, as many of each."""
         config = self.config
         seed = config.seed * 1_000_003 + step + self.workers.rank * 2**56
         sampling = Sampling(config.group_size // 2, config.max_new_tokens, config.temperature, seed)
+        prompts_per_question = len(prompts) // len(questions)
         scored: dict[int, Future[tuple[list[Completion], dict[str, Tensor]]]] = {}
 
         def score(number: int, sampled: list[SampledCompletion]) -> tuple[list[Completion], dict[str, Tensor]]:
-            completions = decode_completions(self.model.prompts, prompts[number], number // len(Modality), sampled)
+            completions = decode_completions(self.model.prompts, prompts[number], number // prompts_per_question, sampled)
             return completions, completion_rewards(completions, questions)
 
         def on_sampled(number: int, sampled: list[SampledCompletion]) -> None:

@@ -25,7 +25,7 @@ MAX_LOGPROB_DIFF = {torch.float32: 0.01, torch.bfloat16: 0.1}
 
 RESERVED_NAMES = {
     *("reward", "length", "truncated", "is_speech", "without_reference", "trained", "group", "staleness"),
-    *("entropy", "disagreeing", "without_backward"),
+    *("entropy", "disagreeing", "without_backward", "agreement", "divergence"),
     *ALIGNMENT_REWARDS,
 }
 """Names that a reward may not have, because another figure has them."""
@@ -40,9 +40,14 @@ MAX_UNANIMOUS_STEPS = 10
 class BackwardPass(NamedTuple):
     """What one backward pass went through."""
 
-    loss: PolicyLoss
+    loss: Tensor
+    """[] of all terms."""
+    policy: PolicyLoss | None
+    """None without a policy gradient."""
     num_tokens: int
     """Unmasked tokens."""
+    anchor_sum: Tensor | None = None
+    """[] divergences of `--text-anchor kl`, summed over distilled tokens."""
 
 
 def token_sums(losses: Sequence[BackwardPass], scored: ScoredRollout) -> dict[str, float]:
@@ -59,16 +64,21 @@ def token_sums(losses: Sequence[BackwardPass], scored: ScoredRollout) -> dict[st
     entropy = torch.cat(scored.entropies).float()
     difference = (torch.cat(scored.logprobs) - rollout_logprobs).masked_fill_(~mask, 0.0)
     zero = torch.zeros((), device=device)
+    policies = [(part.policy, part.num_tokens) for part in losses if part.policy is not None]
+    distilled = [values for values in scored.divergences if len(values)]
     sums = {
-        "loss": sum((part.loss.loss for part in losses), zero),
+        "loss": sum((part.loss for part in losses), zero),
         "tokens": mask.sum(),
         "tokens/speech": (mask & is_speech).sum(),
         "entropy/speech": (entropy * (mask & is_speech)).sum(),
         "entropy/text": (entropy * (mask & ~is_speech)).sum(),
         "trained": zero + sum(part.num_tokens for part in losses),
-        "clip/low": sum((part.loss.clip_low_fraction * part.num_tokens for part in losses), zero),
-        "clip/high": sum((part.loss.clip_high_fraction * part.num_tokens for part in losses), zero),
-        "kl": sum((part.loss.kl.sum() for part in losses), zero),
+        "clip/low": sum((policy.clip_low_fraction * count for policy, count in policies), zero),
+        "clip/high": sum((policy.clip_high_fraction * count for policy, count in policies), zero),
+        "kl": sum((policy.kl.sum() for policy, _ in policies), zero),
+        "distilled": zero + sum(map(len, distilled)),
+        "divergence/speech": torch.cat(distilled).sum() if distilled else zero,
+        "divergence/text": sum((part.anchor_sum for part in losses if part.anchor_sum is not None), zero),
         "importance_ratio": (difference.exp() * mask).sum(),
         "logprob_diff_mean": difference.abs().sum(),
         "logprob_diff_max": difference.abs().max() if len(difference) else zero,
@@ -78,11 +88,16 @@ def token_sums(losses: Sequence[BackwardPass], scored: ScoredRollout) -> dict[st
 
 
 def token_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Token-level metrics of a step from the `token_sums` of every process; clip fractions and KL are of trained tokens."""
+    """Token-level metrics of a step from the `token_sums` of every process.
+
+    Clip fractions and KL are of trained tokens, divergences of distilled ones.
+    """
     total = {name: sum(part[name] for part in parts) for name in parts[0]}
     counts = {"entropy/speech": total["tokens/speech"], "entropy/text": total["tokens"] - total["tokens/speech"]}
     counts |= {"clip/low": total["trained"], "clip/high": total["trained"], "kl": total["trained"]}
-    means = ("entropy/speech", "entropy/text", "clip/low", "clip/high", "kl", "importance_ratio", "logprob_diff_mean")
+    counts |= {"divergence/speech": total["distilled"], "divergence/text": total["distilled"]}
+    means = ["entropy/speech", "entropy/text", "clip/low", "clip/high", "kl", "divergence/speech", "divergence/text"]
+    means += ["importance_ratio", "logprob_diff_mean"]
     metrics = {name: total[name] / max(1.0, counts.get(name, total["tokens"])) for name in means}
     return {"loss": total["loss"], **metrics, "logprob_diff_max": max(part["logprob_diff_max"] for part in parts)}
 
@@ -141,10 +156,13 @@ def completion_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     columns = {name: torch.cat([part[name] for part in shifted]) for name in parts[0]}
     groups_N, is_speech_N = columns["group"], columns["is_speech"]
     alignment = {name: columns.pop(name) for name in (*ALIGNMENT_REWARDS, "without_reference")}
+    modalities = [
+        (m, chosen_N) for m, chosen_N in ((Modality.SPEECH, is_speech_N), (Modality.TEXT, ~is_speech_N)) if chosen_N.any()
+    ]
     disagreeing_accuracy_G = disagreeing_groups(columns["accuracy"], groups_N)
     trained_G = group_means(columns["trained"], groups_N)
     metrics: dict[str, float] = {}
-    for modality, chosen_N in ((Modality.SPEECH, is_speech_N), (Modality.TEXT, ~is_speech_N)):
+    for modality, chosen_N in modalities:
         for name in columns:
             if name in ("trained", "group", "is_speech", "staleness"):
                 continue
@@ -152,8 +170,9 @@ def completion_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         groups = groups_N[chosen_N].unique()
         metrics[f"disagreeing/{modality}"] = disagreeing_accuracy_G[groups].float().mean().item()
         metrics[f"without_backward/{modality}"] = 1.0 - trained_G[groups].mean().item()
-    for name, values_N in alignment.items():
-        metrics[f"reward/{name}"] = values_N[is_speech_N].mean().item()
+    if not is_speech_N.all():
+        for name, values_N in alignment.items():
+            metrics[f"reward/{name}"] = values_N[is_speech_N].mean().item()
     metrics["staleness"] = columns["staleness"].max().item()
     metrics["disagreeing/any"] = disagreeing_groups(columns["reward"], groups_N).float().mean().item()
     return metrics
@@ -170,7 +189,7 @@ def check_progress(history: Sequence[Mapping[str, float]], warn: Callable[[str],
     """
 
     def is_empty(metrics: Mapping[str, float]) -> bool:
-        return metrics["truncated/speech"] == metrics["truncated/text"] == 1
+        return all(metrics.get(f"truncated/{modality}", 1) == 1 for modality in Modality)
 
     if is_empty(history[-1]):
         warn(f"step {history[-1]['step']}: every completion was cut off; raise --max-new-tokens")
@@ -180,11 +199,12 @@ def check_progress(history: Sequence[Mapping[str, float]], warn: Callable[[str],
         return
     unanimous = 0
     for metrics in reversed(history):
-        if metrics["disagreeing/any"] != 0 or is_empty(metrics):
+        # A teacher teaches where rewards are the same, too.
+        if metrics["disagreeing/any"] != 0 or "divergence/speech" in metrics or is_empty(metrics):
             break
         unanimous += 1
     if unanimous and (unanimous - 1) % MAX_UNANIMOUS_STEPS == 0:
-        truncated, modality = max((history[-1][f"truncated/{modality}"], modality) for modality in Modality)
+        truncated, modality = max((history[-1].get(f"truncated/{modality}", 0.0), modality) for modality in Modality)
         remedy = (
             f"{100 * truncated:.0f} % of the {modality} completions were cut off, raise --max-new-tokens"
             if truncated > 0.5

@@ -23,6 +23,8 @@ from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_bundled, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
 from tars_fast.learning.metrics import check_rewards
+from tars_fast.learning.objectives.references import References
+from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
 from tars_fast.learning.rewards.total import reward_weights
@@ -123,8 +125,9 @@ class Run:
             )
         self.workers.check_same(parameters)
         if self.workers.is_first:
-            config = self.config
-            save_checkpoint(config.output_dir, num_completed, self.model, self.learner.optimizer, config.keep_checkpoints)
+            learner, config = self.learner, self.config
+            num_kept = config.keep_checkpoints
+            save_checkpoint(config.output_dir, num_completed, self.model, learner.optimizer, learner.extra(), num_kept)
         # The others wait until it is written.
         self.workers.gather(None)
 
@@ -166,9 +169,10 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     # Not from the checkpoint it resumes from, which later ones outlive: processor and configuration are read at each save.
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
-    if config.kl_coef and config.rollout_ahead and engine_name == "transformers":
+    if config.rollout_ahead and engine_name == "transformers" and (config.kl_coef or config.exchanges_weights):
+        flag = f"--kl-coef {config.kl_coef}" if config.kl_coef else f"--objective {config.objective}"
         raise UserError(
-            f"--kl-coef {config.kl_coef}: with --rollout-ahead 1 this engine would sample while the adapter is off; use "
+            f"{flag}: with --rollout-ahead 1 this engine would sample while the module computes with other weights; use "
             "--engine vllm or --rollout-ahead 0"
         )
     data = keep_usable(config, prompts, RunData(training, held_out, notes, 0), workers)
@@ -181,7 +185,13 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         on_gpu=device.type == "cuda",
     )
     earlier = read_settings(output_dir) if config.resume else {}
-    tokens = choose_micro_batch(config, earlier, plan_memory(workload, available_bytes(device)), workers)
+    plan = plan_memory(workload, available_bytes(device))
+    if workload.reference_bytes and not plan.fits:
+        raise UserError(
+            f"--teacher {config.teacher}: {size(workload.resident['reference weights'])} for another copy of what is trained "
+            f"do not fit beside the rest into {size(plan.device_bytes)}; {remedies(plan)[0]}"
+        )
+    tokens = choose_micro_batch(config, earlier, plan, workers)
     run_config = config.resolve(preset, output_dir=output_dir, tokens_per_micro_batch=tokens)
     settings = settings_of_run(run_config, data)
     check_output(run_config, settings, earlier)
@@ -199,6 +209,8 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         text_similarity = load_text_similarity(run_config.behaviour_model, device)
         with _explain_damage(resumed_from):
             learner, num_completed = make_learner(run_config, model, resumed_from, workers)
+        if run_config.steps_between_looks and learner.watch is None:
+            learner.watch = WrittenWatch.begin(model, engine, data.training, run_config)
         # Every process looks at the folder before the first one writes there.
         workers.gather(None)
         if workers.is_first:
@@ -250,7 +262,11 @@ def plan_run(config: TrainConfig) -> MemoryPlan:
 
 
 def make_learner(config: RunConfig, model: SpeechModel, resumed_from: Path | None, workers: Workers) -> tuple[Learner, int]:
-    """(learner, completed steps); `resumed_from` is the checkpoint to continue from."""
+    """(learner, completed steps); `resumed_from` is the checkpoint to continue from.
+
+    Raises:
+        UserError: it does not fit, or the model before training, which the objective needs, cannot be loaded any more.
+    """
     # Not earlier: starting vLLM seeds torch's generator with a number of its own.
     torch.manual_seed(config.seed)
     make_trainable(
@@ -262,8 +278,16 @@ def make_learner(config: RunConfig, model: SpeechModel, resumed_from: Path | Non
         adapter=resumed_from,
     )
     optimizer = make_optimizer(model.trainable_parameters(), config.weight_decay, config.seed)
-    num_completed = load_trainer_state(resumed_from, optimizer) if resumed_from is not None else 0
-    return Learner(model, optimizer, config, workers), num_completed
+    references = References(model, config, is_resumed=resumed_from is not None)
+    learner = Learner(model, optimizer, config, workers, references)
+    if resumed_from is None:
+        return learner, 0
+    num_completed, extra = load_trainer_state(resumed_from, optimizer)
+    try:
+        learner.load_extra(extra)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise is_damaged(resumed_from, f"trainer_state.pt: {first_line(error)}") from error
+    return learner, num_completed
 
 
 def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list[str]]:

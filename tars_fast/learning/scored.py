@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tars_fast.learning.advantages import centred_advantages, disagreeing_groups
+from tars_fast.learning.advantages import centred_advantages, disagreeing_groups, scaled_in_groups
 from tars_fast.learning.batch import Rollout
 from tars_fast.learning.rewards.total import total_reward, unknown_alignment
 
@@ -24,8 +24,14 @@ class ScoredRollout:
     rollout: Rollout
     weights: Mapping[str, float]
     """Of the terms of the reward, see `reward_weights`."""
-    is_regularised: bool = False
-    """KL or an entropy bonus gives every completion that was not cut off a gradient, whatever its advantage."""
+    always_N: Tensor
+    """bool: completions with a gradient whatever their advantage, for KL, an entropy bonus, or distillation."""
+    rewarded_N: Tensor
+    """bool: completions whose rewards make an advantage, where they were not cut off."""
+    step: int = 0
+    """Steps that were completed before it."""
+    scaling: str = "none"
+    """Of the terms of the reward, see `scaled_in_groups`."""
     terms: dict[str, Tensor] = field(init=False)
     """[N] every term of the reward by name; NaN where it is not known yet."""
     rewards_N: Tensor = field(init=False)
@@ -41,6 +47,9 @@ class ScoredRollout:
     """[N] of the distributions that these tokens were sampled from, in nats."""
     ref_logprobs: list[Tensor] = field(init=False)
     """[N] log-probabilities under the model before training, of completions with a gradient and where KL is wanted."""
+    divergences: list[Tensor] = field(init=False)
+    """[N] of each token of a distilled completion from the teacher's distribution, in nats; empty for others. Where feedback is
+    an advantage it is the estimate log p - log q."""
     num_updates: int = field(init=False, default=0)
     """Optimiser steps on it so far."""
 
@@ -53,6 +62,7 @@ class ScoredRollout:
         self.logprobs = [torch.empty(0)] * num_completions
         self.entropies = [torch.empty(0)] * num_completions
         self.ref_logprobs = [torch.empty(0)] * num_completions
+        self.divergences = [torch.empty(0)] * num_completions
 
     @property
     def is_first_update(self) -> bool:
@@ -68,28 +78,37 @@ class ScoredRollout:
         """
         self.terms["representation"][rows] = representation_N
         self.terms["behaviour"][rows] = self.rollout.behaviour.result()[rows]
-        rewards_N = total_reward({name: values_N[rows] for name, values_N in self.terms.items()}, self.weights)
+        terms = {name: self.terms[name][rows] for name in self.weights}
         groups_N = self.rollout.groups_N[rows].unique(return_inverse=True)[1]
-        self.rewards_N[rows] = rewards_N
-        self.advantages_N[rows] = centred_advantages(rewards_N, groups_N)
+        self.rewards_N[rows] = total_reward(terms, self.weights)
+        counted = {name: scaled_in_groups(values_N, groups_N, self.scaling) for name, values_N in terms.items()}
+        self.advantages_N[rows] = centred_advantages(total_reward(counted, self.weights), groups_N) * self.rewarded_N[rows]
+
+    @cached_property
+    def _kept_N(self) -> Tensor:
+        """bool: completions that were not cut off; those that were are masked out of the policy loss."""
+        return torch.tensor([not completion.truncated for completion in self.rollout.completions])
 
     @cached_property
     def may_have_gradient(self) -> list[bool]:
-        """[N] whether a completion's group can have a gradient: its rewards differ, are not all known yet, or do not matter,
-        and it has a completion that was not cut off (those that were are masked out of the loss). As known before the first
-        update."""
+        """[N] whether a completion's group can have a gradient, as known before the first update.
+
+        Either its rewards differ or are not all known yet and one of its completions was not cut off, or one always has one.
+        """
         groups_N = self.rollout.groups_N
-        is_open_G = disagreeing_groups(self.rewards_N.nan_to_num(), groups_N)
+        # Terms that are scaled may differ where their sum does not.
+        compared = [self.rewards_N] if self.scaling == "none" else [self.terms[name] for name in self.weights]
+        is_open_G = torch.stack([disagreeing_groups(values_N.nan_to_num(), groups_N) for values_N in compared]).any(0)
         is_open_G[groups_N[self.rewards_N.isnan()]] = True
-        is_open_G |= self.is_regularised
-        kept_N = torch.tensor([not completion.truncated for completion in self.rollout.completions])
-        return (is_open_G[groups_N] & torch.isin(groups_N, groups_N[kept_N])).tolist()
+        rewarded = groups_N[self._kept_N & self.rewarded_N & is_open_G[groups_N]]
+        return torch.isin(groups_N, torch.cat([rewarded, groups_N[self.always_N]])).tolist()
 
     def rows_with_gradient(self, rows: Sequence[int]) -> list[int]:
-        """Those of `rows` whose group has an advantage, or KL or entropy, in a completion not cut off; needs their rewards."""
+        """Those of `rows` whose group has an advantage in a completion not cut off, or a completion that always has a gradient;
+        needs their rewards."""
         if not rows:
             return []
-        groups_N = self.rollout.groups_N[list(rows)]
-        kept_N = torch.tensor([not self.rollout.completions[row].truncated for row in rows])
-        with_gradient = groups_N[((self.advantages_N[list(rows)] != 0) | self.is_regularised) & kept_N].unique()
+        rows = list(rows)
+        groups_N = self.rollout.groups_N[rows]
+        with_gradient = groups_N[((self.advantages_N[rows] != 0) & self._kept_N[rows]) | self.always_N[rows]].unique()
         return [row for row, has in zip(rows, torch.isin(groups_N, with_gradient).tolist(), strict=True) if has]

@@ -1,4 +1,4 @@
-"""Steps 2 to 5 on one rollout: packed forward passes, R_rep, the policy loss, its backward pass and the optimiser's step.
+"""Steps 2 to 5 on one rollout: packed forward passes, R_rep, the loss, its backward pass and the optimiser's step.
 
 Every token goes through one forward pass an update, which gives its log-probability and entropy and, pooled by hooks while the
 layers run, R_rep. Groups of which it is known before that pass that their completions all earn the same cannot have an
@@ -9,26 +9,29 @@ Shapes: N completions of a rollout or micro-batch, T completion tokens, L layers
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
+from typing import Any
 
 import torch
-from tars_kernels import LayerPooler, linear_logprob, linear_policy_loss
-from tars_kernels.objective import PRESETS, ObjectiveSettings
+from tars_kernels import LayerPooler, PolicyLoss
 from torch import Tensor
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.batch import Rollout
 from tars_fast.learning.metrics import BackwardPass, check_agreement, token_metrics, token_sums
-from tars_fast.learning.rewards.representation import representation_rewards
+from tars_fast.learning.objectives.distillation import Distillation, Lesson, distilled_rows
+from tars_fast.learning.objectives.policy_gradient import PolicyGradient, logprobs_of
+from tars_fast.learning.objectives.references import References
+from tars_fast.learning.objectives.watch import WrittenWatch
+from tars_fast.learning.passes import Counts, ForwardPass, MicroBatch
+from tars_fast.learning.rewards.representation import RunningMeans, representation_rewards
 from tars_fast.learning.rewards.total import reward_weights
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.workers import ALONE, Workers
-from tars_fast.models.adapters import adapter_off
 from tars_fast.models.architecture import find_layers
-from tars_fast.models.speech_model import PackedBatch, SpeechModel
+from tars_fast.models.speech_model import SpeechModel
 from tars_fast.support.timing import PhaseTimer
 from tars_fast.types import Modality, Prompt, TrainingError
 
@@ -59,33 +62,6 @@ def micro_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:
     return packed
 
 
-@dataclass(frozen=True)
-class ForwardPass:
-    """One packed forward pass over some completions of a rollout."""
-
-    rows: list[int]
-    """[N] which completions."""
-    packed: PackedBatch
-    hidden_TD: Tensor
-    """Last hidden states at the positions that predict completion tokens; with a gradient where it was enabled."""
-    pooled_LND: Tensor | None
-    """Mean hidden states of each completion, where R_rep was asked for."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """The forward passes over one micro-batch."""
-
-    without_gradient: ForwardPass | None
-    """Of completions that cannot have a gradient."""
-    with_gradient: ForwardPass | None
-    """Of all others, in a graph."""
-
-    @property
-    def passes(self) -> list[ForwardPass]:
-        return [states for states in (self.without_gradient, self.with_gradient) if states is not None]
-
-
 @dataclass
 class Learner:
     """The policy in training: what an update of it needs."""
@@ -95,24 +71,105 @@ class Learner:
     config: RunConfig
     workers: Workers = ALONE
     """All processes with rollouts of this step, whose gradients are summed."""
+    made_references: InitVar[References | None] = None
+    """None: they are made of the model as it is."""
+    references: References = field(init=False)
     timer: PhaseTimer = field(init=False)
-    num_tokens: int = field(init=False, default=0)
-    """Unmasked completion tokens of this step's rollouts, of all processes."""
-    num_completions: int = field(init=False, default=0)
-    """Completions of them."""
+    counts: Counts = field(init=False, default=Counts(0, 0, 0))
+    """Of this step's rollouts."""
+    policy_gradient: PolicyGradient = field(init=False)
+    distillation: Distillation | None = field(init=False, default=None)
+    """None where the objective distils nothing."""
+    means: RunningMeans | None = field(init=False, default=None)
+    """None where R_rep compares states as they are."""
+    watch: WrittenWatch | None = field(init=False, default=None)
+    """None where nobody asks for it."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, made_references: References | None) -> None:
         self.timer = PhaseTimer(self.model.device)
+        self.references = made_references or References(self.model, self.config)
+        self.policy_gradient = PolicyGradient(self.model, self.config, self.references)
+        if self.config.representation_centre:
+            self.means = RunningMeans()
+        if self.config.parts.distils:
+            self.distillation = Distillation(self.model, self.config, self.references)
 
-    def begin_rollout(self, rollout: Rollout | None) -> ScoredRollout | None:
+    def extra(self) -> dict[str, object]:
+        """What a checkpoint holds of it beside weights and optimiser."""
+        own: dict[str, object] = {} if self.watch is None else {"watch": self.watch.state()}
+        if self.means is not None:
+            own["means"] = self.means.means
+        return self.references.state() | own
+
+    def load_extra(self, extra: Mapping[str, Any]) -> None:
+        """Go on from what `extra` returned. Raises LookupError, ValueError or RuntimeError where it is of another run."""
+        self.references.load_state(extra)
+        if self.means is not None:
+            self.means.means = extra["means"]
+        if self.config.steps_between_looks:
+            self.watch = WrittenWatch.from_state(extra["watch"])
+
+    def look(self, step: int) -> dict[str, float]:
+        """How far written answers have moved, where it is time to look; no figure where it is not.
+
+        Raises:
+            TrainingError: further than `--max-written-kl`.
+        """
+        config = self.config
+        if self.watch is None or step % config.steps_between_looks:
+            return {}
+        # Of the first process, whose completions are those of the checkpoint.
+        divergence = self.workers.gather(self.watch.divergence(self.model, config.temperature))[0]
+        if not divergence <= config.max_written_kl:
+            raise TrainingError(
+                f"step {step}: written answers have moved by {divergence:.3g} nats a token from the model before training, "
+                f"more than --max-written-kl {config.max_written_kl}; use --teacher frozen, --text-anchor kl or a lower "
+                "--learning-rate"
+            )
+        return {"written_kl": divergence}
+
+    @property
+    def has_policy_loss(self) -> bool:
+        """Whether tokens have advantages, of rewards or of a teacher's feedback."""
+        config = self.config
+        return config.samples_text or (self.distillation is not None and config.distil_as != "loss")
+
+    @property
+    def has_divergence_loss(self) -> bool:
+        """Whether a teacher's distributions are compared whole."""
+        return self.distillation is not None and self.config.distil_as == "loss"
+
+    def begin_rollout(self, rollout: Rollout | None, step: int = 0) -> ScoredRollout | None:
         """A rollout with the rewards that are known before its forward pass; None where this process has none.
 
         Counts the tokens and completions of all processes, by which the loss is normalised.
+
+        Args:
+            step: steps that were completed before.
         """
-        counts = self.workers.gather((0, 0) if rollout is None else (rollout.num_tokens, len(rollout.completions)))
-        self.num_tokens, self.num_completions = (sum(count) for count in zip(*counts, strict=True))
-        is_regularised = self.config.kl_coef != 0 or self.config.entropy_coef != 0
-        return None if rollout is None else ScoredRollout(rollout, reward_weights(self.config), is_regularised)
+        config = self.config
+        distilled = [] if rollout is None else [self.distillation is not None] * len(rollout.completions)
+        own = (0, 0, 0)
+        if rollout is not None:
+            if self.distillation is not None:
+                distilled = distilled_rows(rollout, truncated=config.distil_truncated)
+            chosen = zip(rollout.completions, distilled, strict=True)
+            num_distilled = sum(len(completion.token_ids) for completion, is_distilled in chosen if is_distilled)
+            own = (rollout.num_tokens, len(rollout.completions), num_distilled)
+        self.counts = Counts(*(sum(count) for count in zip(*self.workers.gather(own), strict=True)))
+        if rollout is None:
+            return None
+        is_regularised = config.kl_coef != 0 or config.entropy_coef != 0
+        always = [
+            is_distilled or (is_regularised and not completion.truncated)
+            for completion, is_distilled in zip(rollout.completions, distilled, strict=True)
+        ]
+        rewarded = [
+            config.parts.has_policy_gradient or (config.samples_text and completion.modality is Modality.TEXT)
+            for completion in rollout.completions
+        ]
+        weights, scaling = reward_weights(config), config.reward_scaling
+        return ScoredRollout(rollout, weights, torch.tensor(always), torch.tensor(rewarded), step, scaling)
 
     def start_update(self, scored: ScoredRollout | None) -> None:
         """Forget the gradients of the last update."""
@@ -124,18 +181,28 @@ class Learner:
         """[N] numbers of completions, whole questions, as many as `--tokens-per-micro-batch` has room for."""
         return micro_batches(scored.rollout, self.config.tokens_per_micro_batch)
 
+    def teach(self, scored: ScoredRollout, rows: Sequence[int]) -> Lesson | None:
+        """What the teacher makes of the completions `rows`; before their own pass, which keeps more memory."""
+        if self.distillation is None:
+            return None
+        with self.timer.phase("teacher"):
+            return self.distillation.teach(scored.rollout, rows)
+
     def forward(self, scored: ScoredRollout, rows: Sequence[int]) -> MicroBatch:
         """Hidden states of the completions `rows`, which are whole questions.
 
-        In the first update of a rollout of all of them, pooled for R_rep, in a graph where a gradient is possible. In a later
-        update rewards and old log-probabilities are known, and only completions with a gradient are needed.
+        In the first update of a rollout of all of them, pooled for R_rep where there is anything to compare, in a graph where
+        a gradient is possible. In a later update rewards and old log-probabilities are known, and only completions with a
+        gradient are needed.
         """
         if not scored.is_first_update:
             rows = scored.rows_with_gradient(rows)
             return MicroBatch(None, self._forward(scored.rollout, rows, None) if rows else None)
-        layers = self.model.language_model.layers
-        chosen = find_layers(self.config.representation_layers, len(layers))
-        pooler = LayerPooler(layers, self.model.language_model.norm, layers=chosen)
+        pooler = None
+        if self.config.samples_text:
+            layers = self.model.language_model.layers
+            chosen = find_layers(self.config.representation_layers, len(layers))
+            pooler = LayerPooler(layers, self.model.language_model.norm, layers=chosen)
         closed, opened = ([row for row in rows if scored.may_have_gradient[row] is wanted] for wanted in (False, True))
         with torch.no_grad():
             without_gradient = self._forward(scored.rollout, closed, pooler) if closed else None
@@ -160,14 +227,22 @@ class Learner:
         """Add R_rep, from the pooled states of whole questions; with it their rewards and advantages are known."""
         with self.timer.phase("reward"), torch.no_grad():
             rows = [row for states in batch.passes for row in states.rows]
+            if not self.config.samples_text:
+                scored.record_rewards(rows, torch.zeros(len(rows)))
+                return
             places = {row: place for place, row in enumerate(rows)}
             of_row = scored.rollout.references
             references = [None if (reference := of_row[row]) is None else places[reference] for row in rows]
             pooled_LND = torch.cat([states.pooled_LND for states in batch.passes if states.pooled_LND is not None], dim=1)
-            scored.record_rewards(rows, representation_rewards(pooled_LND, references).cpu())
+            centre = None
+            if self.means is not None:
+                centre = None if self.means.means is None else self.means.means.to(pooled_LND.device)
+                modalities = [scored.rollout.completions[row].modality for row in rows]
+                self.means.add(pooled_LND, torch.tensor([modality is Modality.SPEECH for modality in modalities]))
+            scored.record_rewards(rows, representation_rewards(pooled_LND, references, centre).cpu())
 
-    def backward(self, scored: ScoredRollout, batch: MicroBatch) -> list[BackwardPass]:
-        """Policy loss and backward pass of the completions that have a gradient; an empty list where none has one.
+    def backward(self, scored: ScoredRollout, batch: MicroBatch, lesson: Lesson | None = None) -> list[BackwardPass]:
+        """Loss and backward pass of the completions that have a gradient; an empty list where none has one.
 
         The first update of a rollout records the log-probabilities of all its completions, the "old" ones of later ones.
         """
@@ -176,91 +251,47 @@ class Learner:
             trained = None
         if scored.is_first_update:
             for states in batch.passes:
-                if states is not trained:
+                if states is not trained or not self.has_policy_loss:
                     self._record_logprobs(scored, states)
-        return [] if trained is None else [self._backward(scored, trained)]
+        return [] if trained is None else [self._backward(scored, trained, lesson)]
 
     @torch.no_grad()
     def _record_logprobs(self, scored: ScoredRollout, states: ForwardPass) -> None:
         with self.timer.phase("forward"):
-            logprobs_T, entropies_T = self._logprobs(states.hidden_TD, states.packed)
+            logprobs_T, entropies_T = logprobs_of(self.model, states.hidden_TD, states.packed, self.config.temperature)
         _record(scored, states, logprobs_T, entropies_T)
 
-    def _logprobs(self, hidden_TD: Tensor, packed: PackedBatch) -> tuple[Tensor, Tensor]:
-        """[T] log-probabilities and entropies."""
-        logprobs_T, entropies_T = linear_logprob(
-            hidden_TD,
-            self.model.head,
-            packed.targets,
-            bias=self.model.suppressed_bias,
-            temperature=self.config.temperature,
-            return_entropy=True,
-        )
-        return logprobs_T, entropies_T
-
-    @torch.no_grad()
-    def _reference_logprobs(self, scored: ScoredRollout, states: ForwardPass) -> Tensor | None:
-        """[T] of the model before training, found in the first update of a rollout; None where KL is not wanted."""
-        if self.config.kl_coef == 0:
-            return None
-        if scored.is_first_update:
-            with self.timer.phase("forward"), adapter_off(self.model.module):
-                logprobs_T, _ = self._logprobs(self.model.forward(states.packed), states.packed)
-            for row, logprobs in zip(states.rows, logprobs_T.split(_lengths(states)), strict=True):
-                scored.ref_logprobs[row] = logprobs
-        return torch.cat([scored.ref_logprobs[row] for row in states.rows])
-
-    def _objective(self, scored: ScoredRollout, states: ForwardPass) -> ObjectiveSettings:
-        """What the loss takes beside the advantages; divided by counts of all processes' tokens and completions."""
-        config, rows, device = self.config, states.rows, self.model.device
-        completions = [scored.rollout.completions[row] for row in rows]
-        settings: ObjectiveSettings = {
-            "advantage_level": "sequence",
-            "cu_seqlens": states.packed.cu_seqlens,
-            # None: the pass itself has them, so the probability ratio is 1.
-            "old_logprobs": None if scored.is_first_update else torch.cat([scored.logprobs[row] for row in rows]),
-            "rollout_logprobs": torch.tensor([x for c in completions for x in c.rollout_logprobs], device=device),
-            "ref_logprobs": self._reference_logprobs(scored, states),
-            # Overlong filtering: a truncated completion has no gradient.
-            "mask": torch.tensor([not c.truncated for c in completions for _ in c.token_ids], device=device),
-            "loss_type": config.loss_type,
-            "clip_low": config.clip_low,
-            "clip_high": config.clip_high,
-            "importance_cap": config.importance_cap,
-            "importance_mode": config.importance_mode,
-            "importance_level": config.importance_level,
-            "kl_coef": config.kl_coef,
-            "entropy_coef": config.entropy_coef,
-            "num_tokens": self.num_tokens,
-        }
-        normalise = PRESETS[config.loss_type].normalise
-        if normalise == "constant":
-            settings["constant"] = self.num_completions * config.max_new_tokens
-        elif normalise != "token-mean":
-            settings["num_sequences"] = self.num_completions
-        return settings
-
-    def _backward(self, scored: ScoredRollout, states: ForwardPass) -> BackwardPass:
-        rows = states.rows
-        objective = self._objective(scored, states)
+    def _backward(self, scored: ScoredRollout, states: ForwardPass, lesson: Lesson | None) -> BackwardPass:
+        policy: PolicyLoss | None = None
+        terms: list[Tensor] = []
         with self.timer.phase("forward"):
-            loss = linear_policy_loss(
-                states.hidden_TD,
-                self.model.head,
-                states.packed.targets,
-                scored.advantages_N[rows].to(self.model.device),
-                bias=self.model.suppressed_bias,
-                temperature=self.config.temperature,
-                **objective,
-            )
+            if self.has_policy_loss:
+                advantages_T = None
+                if self.distillation is not None and not self.has_divergence_loss:
+                    advantages_T = self.distillation.advantages(scored, states, lesson)
+                policy = self.policy_gradient.loss(scored, states, self.counts, advantages_T)
+                terms.append(policy.loss)
+            if self.distillation is not None and self.has_divergence_loss and lesson is not None:
+                terms.append(self.distillation.loss(scored, states, lesson, self.counts))
+            loss = torch.stack(terms).sum()
         with self.timer.phase("backward"):
-            loss.loss.backward()
-        if scored.is_first_update:
-            _record(scored, states, loss.logprobs, loss.entropy)
-        scored.trained_N[rows] = True
-        completions = [scored.rollout.completions[row] for row in rows]
+            loss.backward()
+        loss = loss.detach()
+        if policy is not None:
+            if scored.is_first_update:
+                _record(scored, states, policy.logprobs, policy.entropy)
+            policy = replace(policy, loss=policy.loss.detach())
+        anchor_sum: Tensor | None = None
+        if self.distillation is not None and lesson is not None and lesson.start_TD is not None:
+            with self.timer.phase("forward"):
+                anchor, anchor_sum = self.distillation.anchor_loss(lesson, self.counts)
+            with self.timer.phase("backward"):
+                anchor.backward()
+            loss = loss + anchor.detach()
+        scored.trained_N[states.rows] = True
+        completions = [scored.rollout.completions[row] for row in states.rows]
         num_tokens = sum(len(completion.token_ids) for completion in completions if not completion.truncated)
-        return BackwardPass(dataclasses.replace(loss, loss=loss.loss.detach()), num_tokens)
+        return BackwardPass(loss, policy, num_tokens, anchor_sum)
 
     def optimizer_step(
         self, scored: ScoredRollout | None, losses: Sequence[BackwardPass], finish_sampling: Callable[[], None] = lambda: None
@@ -286,8 +317,12 @@ class Learner:
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
             metrics = self._token_metrics(scored, losses) | {"grad_norm": grad_norm.item()}
             self._check(metrics, scored)
-            if self.num_tokens:
+            if self.counts.num_tokens or self.counts.num_distilled:
                 self.optimizer.step()
+                self.references.follow()
+        if self.means is not None:
+            # Nothing was added since where this is a later update.
+            self.means.finish_step(self.workers)
         if scored is not None:
             scored.num_updates += 1
         return metrics
@@ -296,9 +331,14 @@ class Learner:
         """Of all processes."""
         sums = self.workers.gather(None if scored is None else token_sums(losses, scored))
         metrics = token_metrics([part for part in sums if part is not None])
-        if self.config.kl_coef == 0:
-            del metrics["kl"]
-        return metrics
+        unknown = {"kl"} if self.config.kl_coef == 0 else set()
+        if self.distillation is None:
+            unknown.add("divergence/speech")
+        if self.config.text_anchor != "kl":
+            unknown.add("divergence/text")
+        if not self.config.samples_text:
+            unknown.add("entropy/text")
+        return {name: value for name, value in metrics.items() if name not in unknown}
 
     def _check(self, metrics: Mapping[str, float], scored: ScoredRollout | None) -> None:
         """Raises TrainingError where a figure is not finite, or trainer and engine disagree on a rollout of these weights."""
@@ -322,12 +362,7 @@ def reencode_audio(model: SpeechModel, rollout: Rollout, rows: Sequence[int]) ->
     ]
 
 
-def _lengths(states: ForwardPass) -> list[int]:
-    """[N] tokens of its completions."""
-    return [length for group in states.packed.groups.completion_lengths for length in group]
-
-
 def _record(scored: ScoredRollout, states: ForwardPass, logprobs_T: Tensor, entropies_T: Tensor) -> None:
-    lengths = _lengths(states)
+    lengths = states.packed.completion_lengths
     for row, logprobs, entropies in zip(states.rows, logprobs_T.split(lengths), entropies_T.split(lengths), strict=True):
         scored.logprobs[row], scored.entropies[row] = logprobs, entropies

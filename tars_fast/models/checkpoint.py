@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,17 @@ def check_room(output_dir: Path, model: SpeechModel, num_saves: int, num_kept: i
 
 
 def save_checkpoint(
-    output_dir: Path, num_completed: int, model: SpeechModel, optimizer: torch.optim.Optimizer, num_kept: int = 2
+    output_dir: Path,
+    num_completed: int,
+    model: SpeechModel,
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, object] | None = None,
+    num_kept: int = 2,
 ) -> Path:
     """Write `checkpoint-<steps>/`, see `save_model`, with the optimiser's state, and delete all but the newest `num_kept`.
+
+    Args:
+        extra: what else a resumed run needs, by name: tensors, numbers, strings, lists and dictionaries of them.
 
     Raises:
         CannotWriteError: the disk is full, or the folder cannot be written to.
@@ -94,7 +103,8 @@ def save_checkpoint(
         save_model(model, folder)
         # By a file of Python's, whose error says that the disk is full; torch's own does not.
         with (folder / _STATE).open("wb") as file:
-            torch.save({"num_completed": num_completed, "optimizer": optimizer.state_dict()}, file)
+            state = {"num_completed": num_completed, "optimizer": optimizer.state_dict(), "extra": dict(extra or {})}
+            torch.save(state, file)
     for _, outdated in list_checkpoints(output_dir)[:-num_kept]:
         remove_folder(outdated)
     return target
@@ -157,8 +167,8 @@ def _read_state(checkpoint: Path, *, mmap: bool = False) -> dict[str, Any]:
     return torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> int:
-    """Load the optimiser's state; returns the number of completed steps.
+def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+    """Load the optimiser's state; returns the number of completed steps and the `extra` of `save_checkpoint`.
 
     Raises:
         UserError: it is not of these weights.
@@ -171,4 +181,5 @@ def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> int:
                 raise ValueError(f"of {tuple(held['exp_avg'].shape)}, not {tuple(parameter.shape)} weights")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise is_damaged(folder, f"{_STATE}: {first_line(error)}") from error
-    return state["num_completed"]
+    # Earlier versions wrote none.
+    return state["num_completed"], state.get("extra", {})

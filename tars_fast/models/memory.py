@@ -59,6 +59,8 @@ class Workload:
     """Bytes of vLLM's KV cache; None: as many as the completions in flight need, at most what is free."""
     rollout_ahead: bool = False
     """Whether sampling and training run at the same time."""
+    reference_bytes: int = 0
+    """Of each trained weight, in copies that the objective compares with: those before training, their average."""
     trains: bool = True
     """False: evaluation only, without optimiser."""
     on_gpu: bool = True
@@ -98,6 +100,7 @@ class Workload:
     def resident(self) -> dict[str, int]:
         """Bytes that every phase needs, by what they are for."""
         parts = {"weights": self.weights, "adapters": self.adapters, "optimiser": self.optimiser}
+        parts |= {"reference weights": self.reference_bytes * self.num_trained}
         context = _CONTEXT_BYTES if self.on_gpu else 0
         graphs = _GRAPH_BYTES if self.on_gpu and self.engine == "vllm" else 0
         return parts | {"embedder of R_beh": self.embedder_bytes, "CUDA context": context, "CUDA graphs": graphs}
@@ -292,6 +295,7 @@ def remedies(plan: MemoryPlan) -> list[str]:
         (f"--rollout-batch-size {workload.group_size // 2}", "rollout_batch_size", workload.group_size // 2),
         ("--dtype bfloat16", "dtype_bytes", 2),
         ("--lora-rank 8", "lora_rank", workload.lora_rank or 8),
+        ("--teacher moving --text-anchor none", "reference_bytes", 0),
         ("--behaviour-model hashed-ngrams", "embedder_bytes", 0),
         (f"--max-new-tokens {half}", "max_new_tokens", half),
         (f"--max-new-tokens {half // 2}", "max_new_tokens", half // 2),

@@ -254,7 +254,7 @@ class SpeechModel:
             device=self.device,
         )
         prompt_ends = list(accumulate(groups.prompt_lengths))
-        lengths = [length for group in groups.completion_lengths for length in group]
+        lengths = [len(completion.token_ids) for completion in completions]
         ends = torch.tensor([0, *accumulate(lengths)])
         # The last token of a prompt predicts the first of each completion; every other is predicted by the token before it.
         predictors = torch.arange(prompt_ends[-1] - 1, prompt_ends[-1] - 1 + sum(lengths))
@@ -335,6 +335,11 @@ class PackedBatch:
     def positions(self) -> Tensor:
         """[T] int64 places in the row of completion tokens."""
         return torch.arange(self.groups.num_prompt_tokens, len(self.token_ids), device=self.token_ids.device)
+
+    @property
+    def completion_lengths(self) -> list[int]:
+        """[N] tokens of each completion."""
+        return [length for group in self.groups.completion_lengths for length in group]
 
     @property
     def targets(self) -> Tensor:

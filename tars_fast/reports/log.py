@@ -30,7 +30,18 @@ _BY_MODALITY = (
     ("cut off", "truncated"),
     ("groups that disagree", "disagreeing"),
 )
+_IN_ONE_LINE = (
+    ("accuracy speech", "accuracy/speech"),
+    ("text", "accuracy/text"),
+    ("R_rep", "reward/representation"),
+    ("R_beh", "reward/behaviour"),
+    ("divergence", "divergence/speech"),
+    ("written KL", "written_kl"),
+    ("entropy", "entropy/speech"),
+)
 _OF_THE_STEP = (
+    ("divergence from the teacher (nats)", "divergence/speech"),
+    ("written answers' KL from the start (nats)", "written_kl"),
     ("R_rep", "reward/representation"),
     ("R_beh", "reward/behaviour"),
     ("clipped below", "clip/low"),
@@ -142,11 +153,8 @@ class RunLog:
         if self.console.is_terminal:
             self._live.update(Group(self._progress, *self._tables(metrics)))
         else:
-            self.say(
-                f"step {metrics['step']}/{self._num_steps}  accuracy speech {metrics['accuracy/speech']:.3f} text "
-                f"{metrics['accuracy/text']:.3f}  R_rep {metrics['reward/representation']:.3f} R_beh "
-                f"{metrics['reward/behaviour']:.3f}  entropy {metrics['entropy/speech']:.3f}  {metrics['seconds/step']:.1f} s"
-            )
+            shown = [f"{title} {metrics[name]:.3f}" for title, name in _IN_ONE_LINE if name in metrics]
+            self.say(f"step {metrics['step']}/{self._num_steps}  {'  '.join(shown)}  {metrics['seconds/step']:.1f} s")
 
     def median_seconds(self) -> dict[str, float]:
         """Median seconds a step of each phase, over the steps of this process."""
@@ -163,13 +171,15 @@ class RunLog:
         for title in ("", "speech", "text"):
             modalities.add_column(title, justify="right" if title else "left", min_width=8)
         for title, name in _BY_MODALITY:
-            modalities.add_row(title, *(f"{metrics[f'{name}/{modality}']:.4g}" for modality in ("speech", "text")))
+            values = (metrics.get(f"{name}/{modality}") for modality in ("speech", "text"))
+            modalities.add_row(title, *("-" if value is None else f"{value:.4g}" for value in values))
         yield modalities
         rest = Table(box=None, pad_edge=False, show_header=False)
         rest.add_column("")
         rest.add_column("", justify="right")
         for title, name in _OF_THE_STEP:
-            rest.add_row(title, f"{metrics[name]:.4g}")
+            if name in metrics:
+                rest.add_row(title, f"{metrics[name]:.4g}")
         for name, value in metrics.items():
             if name.startswith("seconds/"):
                 rest.add_row(f"{name.removeprefix('seconds/')} (s)", f"{value:.2f}")

@@ -17,6 +17,9 @@ _OVER_STEPS = {
     "R_rep and R_beh, speech": {"R_rep": "reward/representation", "R_beh": "reward/behaviour"},
     "Total reward": {"speech": "reward/speech", "text": "reward/text"},
     "Entropy, nats a token": {"speech": "entropy/speech", "text": "entropy/text"},
+    "Divergence from the teacher, nats a token": {"speech": "divergence/speech"},
+    "Divergence of written answers from the start, nats a token": {"text": "divergence/text"},
+    "KL from the start on its own written answers, nats a token": {"text": "written_kl"},
 }
 """Title -> curve -> its name in metrics.jsonl."""
 
@@ -69,18 +72,24 @@ def ends_table(curves: Mapping[str, Curve]) -> Table:
 
 
 def training_curves(metrics: Sequence[Mapping[str, float]]) -> Iterator[Section]:
-    """A section with the metrics of every step; none where there are no steps.
+    """A section with the metrics of every step that has them; none where there are no steps.
 
     Args:
         metrics: the lines of metrics.jsonl.
     """
     if not metrics:
         return
-    steps = [line["step"] for line in metrics]
     pictures = []
     for label, names in _OVER_STEPS.items():
-        curves = {title: Curve(steps, [line[name] for line in metrics]).thinned() for title, name in names.items()}
-        pictures.append(curves_picture(curves, "step", label, f"{label} over {len(steps)} steps", ends_table(curves)))
+        curves = {}
+        for title, name in names.items():
+            # What an objective does not compute is in no line, what it seldom computes in a few.
+            known = [(line["step"], line[name]) for line in metrics if name in line]
+            if known:
+                curves[title] = Curve(*zip(*known, strict=True)).thinned()
+        if curves:
+            alt = f"{label} over {len(metrics)} steps"
+            pictures.append(curves_picture(curves, "step", label, alt, ends_table(curves)))
     yield Section("Training", ["Means over each step's completions; in a long run over neighbouring steps too."], (), pictures)
 
 

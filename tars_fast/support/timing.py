@@ -43,6 +43,7 @@ SETTINGS_BY_PHASE = {
     "encode": "--questions-per-step",
     "rollout": "--kv-cache-gb, --rollout-batch-size or --max-new-tokens",
     "reward": "--questions-per-step, or use --behaviour-model hashed-ngrams",
+    "teacher": "--tokens-per-micro-batch or --max-new-tokens",
     "forward": "--tokens-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing True",
     "backward": "--tokens-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing True",
     "hand-over": "--kv-cache-gb or --rollout-batch-size",

@@ -133,7 +133,7 @@ def test_arms_of_ones_own():
     config = AblateConfig(arms="half, grpo", define=("half:representation_weight=0.5,freeze-audio=false",))
     assert choose_arms(config) == {
         "half": {"representation_weight": "0.5", "freeze_audio": "false"},
-        "grpo": {"representation_weight": "0", "behaviour_weight": "0"},
+        "grpo": {"objective": "grpo"},
     }
     half, _ = plan_runs(dataclasses.replace(config, seeds=1, num_steps=3), choose_arms(config), {})
     assert half.command[3:9] == ("--model", "pocket", "--num-steps", "3", "--representation-weight", "0.5")

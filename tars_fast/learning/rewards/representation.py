@@ -11,17 +11,55 @@ import torch
 from tars_kernels import pooled_similarity
 from torch import Tensor
 
+from tars_fast.learning.workers import Workers
 
-def representation_rewards(pooled_LND: Tensor, references: Sequence[int | None]) -> Tensor:
+_KEPT = 0.9
+"""What the running mean keeps of itself at each step: it is that of some ten steps."""
+
+
+def representation_rewards(pooled_LND: Tensor, references: Sequence[int | None], centre: Tensor | None = None) -> Tensor:
     """[N] cosine of each completion's pooled states with its reference's, averaged over layers; 0 without a reference.
 
     Args:
         pooled_LND: mean over the completion's tokens of each layer's output states.
         references: index, within these N, of each completion's reference.
+        centre: [2, L, D] what is subtracted before the cosine, from spoken and from written completions.
     """
     rewards = pooled_LND.new_zeros(len(references))
     speech = [index for index, reference in enumerate(references) if reference is not None]
     if speech:
         pairs = torch.tensor([(index, references[index]) for index in speech], device=pooled_LND.device)
-        rewards[speech] = pooled_similarity(pooled_LND, pairs).mean(-1)
+        rewards[speech] = pooled_similarity(pooled_LND, pairs, centre=centre).mean(-1)
     return rewards
+
+
+class RunningMeans:
+    """Running means of pooled states, of spoken and of written completions: what all states of a modality have in common.
+
+    Not in the paper. Subtracted, R_rep spreads wider over the completions of a group, which is what an advantage is made of.
+    """
+
+    def __init__(self) -> None:
+        self.means: Tensor | None = None
+        """[2, L, D] of the steps before this one; None in the first, whose cosines are those of the states as they are."""
+        self._sums: Tensor | None = None
+        self._counts = torch.zeros(2)
+
+    def add(self, pooled_LND: Tensor, is_speech_N: Tensor) -> None:
+        """Count completions of this step in, from its next step on."""
+        chosen = torch.stack([is_speech_N, ~is_speech_N]).to(pooled_LND)
+        sums = torch.einsum("mn,lnd->mld", chosen, pooled_LND).cpu()
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._counts += chosen.sum(1).cpu()
+
+    def finish_step(self, workers: Workers) -> None:
+        """Take this step's completions, of all processes, into the means."""
+        parts = [(sums, counts) for sums, counts in workers.gather((self._sums, self._counts)) if sums is not None]
+        self._sums, self._counts = None, torch.zeros(2)
+        if not parts:
+            return
+        counts = torch.stack([counts for _, counts in parts]).sum(0)[:, None, None]
+        means = torch.stack([sums for sums, _ in parts]).sum(0) / counts.clamp(min=1)
+        if self.means is not None:
+            means = torch.where(counts > 0, self.means.lerp(means, 1 - _KEPT), self.means)
+        self.means = means

@@ -68,9 +68,15 @@ def completion_rewards(completions: Sequence[Completion], questions: Sequence[Qu
 
 
 def reward_weights(config: RunConfig) -> dict[str, float]:
-    """Weight of every term of R that has one, by name."""
-    weights = {name: reward.weight for name, reward in COMPLETION_REWARDS.items()}
-    weights |= {"representation": config.representation_weight, "behaviour": config.behaviour_weight}
+    """Weight of every term of R that has one, by name; of R_base where no reward is trained on, so that it can be looked at."""
+    objective = config.parts
+    weights: dict[str, float] = {}
+    if objective.uses_rewards or not objective.has_policy_gradient:
+        weights |= {name: reward.weight for name, reward in COMPLETION_REWARDS.items()}
+    if objective.uses_alignment:
+        weights |= {"representation": config.representation_weight, "behaviour": config.behaviour_weight}
+    if objective.uses_agreement:
+        weights["agreement"] = 1.0
     return {name: weight for name, weight in weights.items() if weight}
 
 

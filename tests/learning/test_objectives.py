@@ -1,0 +1,390 @@
+"""The terms of the loss beside the policy gradient, each against the same written out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from steps import gradients, rollout_of, update
+from tars_kernels import LayerPooler
+from tars_kernels.reference import linear_distillation_loss
+
+from tars_fast.config import TrainConfig, parse_objective
+from tars_fast.learning.advantages import scaled_in_groups
+from tars_fast.learning.objectives.distillation import CORD_WEIGHTS
+from tars_fast.learning.objectives.references import References
+from tars_fast.learning.objectives.watch import WrittenWatch
+from tars_fast.learning.rewards.agreement import agreement_rewards
+from tars_fast.learning.update import Learner
+from tars_fast.rollout.transformers_engine import TransformersEngine
+from tars_fast.train import update_policy
+from tars_fast.types import Completion, Modality, Question, TrainingError, UserError
+
+
+@pytest.fixture
+def opd(config):
+    # Gradients as they are, not scaled down.
+    return dataclasses.replace(config, objective="opd", teacher="moving", max_grad_norm=1e9)
+
+
+def log_distributions(model, prompts, completions):
+    """[T, V] of the tokens of these completions, each alone in a row; the audio token, which neither may say, left out."""
+    rows = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        packed = model.pack([prompt], [completion])
+        logits = model.head(model.forward(packed))
+        kept = torch.arange(logits.shape[-1]) != model.prompts.audio_token_id
+        rows.append(logits[:, kept].double().log_softmax(-1))
+    return torch.cat(rows)
+
+
+def shift(model, seed=0, scale=0.02):
+    """Change what is trained."""
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter.add_(scale * parameter.abs().mean() * torch.randn(parameter.shape, generator=noise))
+
+
+def test_distillation_is_the_divergence_from_the_written_prompt(model, questions, opd):
+    rollout = rollout_of(model, questions[:3], opd)
+    assert all(completion.modality is Modality.SPEECH for completion in rollout.completions)
+    assert len(rollout.completions) == 3 * opd.group_size // 2
+    scored, metrics = update(model, rollout, opd)
+    found = gradients(model)
+    kept = [row for row, completion in enumerate(rollout.completions) if not completion.truncated]
+    completions = [rollout.completions[row] for row in kept]
+    written = [model.encode_prompts(questions[:3], Modality.TEXT)[completion.question] for completion in completions]
+    with torch.no_grad():
+        teacher = log_distributions(model, written, completions)
+    model.module.zero_grad()
+    student = log_distributions(model, [rollout.prompts[row] for row in kept], completions)
+    divergences = (student.exp() * (student - teacher)).sum(-1)
+    (divergences.sum() / rollout.num_tokens).backward()
+    assert metrics["loss"] == pytest.approx(divergences.mean().item(), rel=1e-4)
+    assert metrics["divergence/speech"] == pytest.approx(metrics["loss"], rel=1e-5)
+    torch.testing.assert_close(
+        torch.cat([scored.divergences[row] for row in kept]).double(), divergences.detach(), atol=1e-4, rtol=1e-3
+    )
+    torch.testing.assert_close(found, gradients(model), atol=1e-5, rtol=1e-3)
+    assert found.any()
+
+
+def test_micro_batches_change_nothing(model, questions, opd):
+    opd = dataclasses.replace(opd, text_anchor="kl")
+    rollout = rollout_of(model, questions[:3], opd)
+    shift(model)
+    _, together = update(model, rollout, opd)
+    expected = gradients(model)
+    _, apart = update(model, rollout, dataclasses.replace(opd, tokens_per_micro_batch=1))
+    torch.testing.assert_close(gradients(model), expected, atol=2e-6, rtol=1e-4)
+    assert apart["loss"] == pytest.approx(together["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_frozen_teacher_is_the_model_before_training(make_model, questions, config, lora_rank):
+    config = dataclasses.replace(config, objective="opd", lora_rank=lora_rank)
+    model, untouched = make_model(lora_rank=lora_rank), make_model(lora_rank=lora_rank)
+    references = References(model, config)
+    shift(model, scale=0.5 if lora_rank else 0.02)
+    if lora_rank:
+        with torch.no_grad():
+            for name, parameter in model.module.named_parameters():
+                if ".lora_B." in name:
+                    parameter.fill_(0.01)
+    before = [parameter.detach().clone() for parameter in model.trainable_parameters()]
+    rollout = rollout_of(model, questions[:2], config)
+    packed = model.pack(rollout.prompts, rollout.completions)
+    with torch.no_grad():
+        expected = untouched.forward(packed)
+        assert not torch.allclose(model.forward(packed), expected, atol=1e-3)
+        with references.using("frozen"):
+            torch.testing.assert_close(model.forward(packed), expected, atol=1e-5, rtol=1e-5)
+    head = references.head("frozen")
+    if lora_rank:
+        assert head is None
+    else:
+        torch.testing.assert_close(head, untouched.head.weight)
+    assert all(map(torch.equal, before, model.trainable_parameters()))
+
+
+def test_the_average_follows_the_weights_and_is_kept(model, config):
+    config = dataclasses.replace(config, objective="opd", teacher="ema", teacher_decay=0.75)
+    references = References(model, config)
+    weight = model.trainable_parameters()[0]
+    start = weight.detach().clone()
+    with torch.no_grad():
+        weight += 1
+    references.follow()
+    with references.using("ema"):
+        torch.testing.assert_close(weight.data, start + 0.25)
+    torch.testing.assert_close(weight.data, start + 1)
+    later = References(model, config)
+    later.load_state(references.state())
+    with later.using("ema"):
+        torch.testing.assert_close(weight.data, start + 0.25)
+    for broken in ({}, {"average": references.state()["average"][1:]}):
+        with pytest.raises((LookupError, ValueError, RuntimeError)):
+            later.load_state(broken)
+
+
+def test_weights_are_back_after_a_teacher_that_failed(model, config):
+    references = References(model, dataclasses.replace(config, objective="opd"))
+    shift(model)
+    pointers = [parameter.data_ptr() for parameter in model.trainable_parameters()]
+    with pytest.raises(RuntimeError), references.using("frozen"):
+        raise RuntimeError
+    assert [parameter.data_ptr() for parameter in model.trainable_parameters()] == pointers
+
+
+@pytest.mark.parametrize("settings", [{"distil_divergence": "forward_kl"}, {"distil_divergence": "jsd", "distil_beta": 0.3}])
+def test_other_divergences(model, questions, opd, settings):
+    rollout = rollout_of(model, questions[:2], opd)
+    _, metrics = update(model, rollout, dataclasses.replace(opd, **settings))
+    lesson = Learner(model, torch.optim.SGD(model.trainable_parameters()), opd).distillation.teach(rollout, range(8))
+    packed = model.pack([rollout.prompts[row] for row in lesson.rows], [rollout.completions[row] for row in lesson.rows])
+    expected = linear_distillation_loss(
+        model.forward(packed), lesson.teacher_TD, model.head, bias=model.suppressed_bias,
+        divergence=settings["distil_divergence"], beta=settings.get("distil_beta", 0.5),
+    )  # fmt: skip
+    assert metrics["loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
+
+
+def test_cord_weighs_tokens_and_rewards_agreement(model, questions, config):
+    config = dataclasses.replace(config, objective="cord", teacher="moving", distil_weight=2.0)
+    rollout = rollout_of(model, questions[:3], config)
+    assert {completion.modality for completion in rollout.completions} == set(Modality)
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters()), config)
+    scored, metrics = update(model, rollout, config)
+    assert torch.equal(scored.rewards_N, rollout.completion_rewards["agreement"])
+    text = torch.tensor([completion.modality is Modality.TEXT for completion in rollout.completions])
+    assert not scored.advantages_N[text].any()
+    lesson = learner.distillation.teach(rollout, range(len(rollout.completions)))
+    packed = model.pack([rollout.prompts[row] for row in lesson.rows], [rollout.completions[row] for row in lesson.rows])
+    expected = linear_distillation_loss(
+        model.forward(packed), lesson.teacher_TD, model.head, bias=model.suppressed_bias, cu_seqlens=packed.cu_seqlens,
+        **CORD_WEIGHTS,
+    )  # fmt: skip
+    # Fresh completions: the probability ratio is 1, and the policy loss minus their mean advantage.
+    lengths = torch.tensor([len(c.token_ids) * (not c.truncated) for c in rollout.completions])
+    policy = -(scored.advantages_N * lengths).sum() / lengths.sum()
+    assert metrics["loss"] == pytest.approx((policy + 2 * expected.loss).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("distil_as", ["advantage", "sequence"])
+def test_feedback_as_an_advantage(model, questions, opd, distil_as):
+    opd = dataclasses.replace(opd, distil_as=distil_as, distil_weight=0.5)
+    rollout = rollout_of(model, questions[:2], opd)
+    scored, metrics = update(model, rollout, opd)
+    found = gradients(model)
+    completions = rollout.completions
+    written = [rollout.written[completion.question] for completion in completions]
+    with torch.no_grad():
+        teacher = log_distributions(model, written, completions)
+    student = log_distributions(model, rollout.prompts, completions)
+    audio_token = model.prompts.audio_token_id
+    targets = torch.tensor([token - (token > audio_token) for c in completions for token in c.token_ids])
+    own, teachers = (values.gather(-1, targets[:, None])[:, 0] for values in (student, teacher))
+    lengths = [len(completion.token_ids) for completion in completions]
+    gaps = (teachers - own.detach()).split(lengths)
+    if distil_as == "sequence":
+        means = torch.stack([gap.mean() for gap in gaps]).view(2, -1)
+        means = (means - means.mean(1, keepdim=True)).flatten()
+        advantages = torch.cat([mean.expand(length) for mean, length in zip(means, lengths, strict=True)])
+    else:
+        advantages = torch.cat(gaps)
+    mask = torch.tensor([not c.truncated for c in completions for _ in c.token_ids])
+    model.module.zero_grad()
+    (-(0.5 * advantages * own * mask).sum() / mask.sum()).backward()
+    torch.testing.assert_close(found, gradients(model), atol=2e-5, rtol=2e-3)
+    assert found.any()
+    assert metrics["divergence/speech"] == pytest.approx(-torch.cat(gaps)[mask].mean().item(), rel=1e-3)
+    assert all(len(scored.divergences[row]) == length for row, length in enumerate(lengths) if not completions[row].truncated)
+
+
+def test_the_weight_of_distillation_may_fall(model, questions, opd):
+    rollout = rollout_of(model, questions[:2], opd)
+    falling = dataclasses.replace(opd, distil_schedule="linear", num_steps=4)
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters()), falling)
+    assert [learner.distillation.weight_at(step) for step in (0, 1, 3)] == [1.0, 0.75, 0.25]
+    scored = learner.begin_rollout(rollout, 3)
+    assert update(model, scored, falling)[1]["loss"] == pytest.approx(update(model, rollout, opd)[1]["loss"] / 4, rel=1e-5)
+
+
+def test_completions_cut_off_are_distilled_where_asked(model, questions, opd):
+    opd = dataclasses.replace(opd, max_new_tokens=4)
+    rollout = rollout_of(model, questions[:2], opd)
+    assert all(completion.truncated for completion in rollout.completions)
+    assert update(model, rollout, opd)[1]["loss"] == 0
+    assert not gradients(model).any()
+    scored, metrics = update(model, rollout, dataclasses.replace(opd, distil_truncated=True))
+    assert metrics["loss"] > 0
+    assert gradients(model).any()
+    assert scored.trained_N.all()
+
+
+def test_the_anchor_holds_written_answers_alone(model, questions, opd):
+    """At the start it is 0 with a gradient of 0; later its gradient is that of the KL behind written prompts."""
+    anchored = dataclasses.replace(opd, text_anchor="kl", text_anchor_weight=3.0)
+    rollout = rollout_of(model, questions[:2], opd)
+    _, metrics = update(model, rollout, anchored)
+    assert metrics["divergence/text"] == pytest.approx(0, abs=1e-6)
+    references = References(model, anchored)
+    with torch.no_grad():
+        kept = [row for row, completion in enumerate(rollout.completions) if not completion.truncated]
+        completions = [rollout.completions[row] for row in kept]
+        written = [rollout.written[completion.question] for completion in completions]
+        start = log_distributions(model, written, completions)
+    shift(model)
+    update(model, rollout, opd)
+    without = gradients(model)
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=0.0), anchored, made_references=references)
+    scored = learner.begin_rollout(rollout)
+    learner.start_update(scored)
+    rows = list(range(len(rollout.completions)))
+    lesson = learner.teach(scored, rows)
+    states = learner.forward(scored, rows)
+    learner.complete_rewards(scored, states)
+    learner.backward(scored, states, lesson)
+    found = gradients(model) - without
+    model.module.zero_grad()
+    now = log_distributions(model, written, completions)
+    (3.0 * (start.exp() * (start - now)).sum(-1).mean()).backward()
+    torch.testing.assert_close(found, gradients(model), atol=3e-5, rtol=3e-3)
+    assert found.abs().max() > 1e-3
+
+
+def test_written_rollouts_as_the_anchor_train_written_completions_alone(model, questions, opd):
+    opd = dataclasses.replace(opd, text_anchor="rollouts", distil_weight=1e-12, temperature=3.0, distil_truncated=True)
+    rollout = rollout_of(model, questions[:2], opd)
+    text = torch.tensor([completion.modality is Modality.TEXT for completion in rollout.completions])
+    assert text.sum() * 2 == len(text)
+    rollout.completion_rewards["accuracy"] = torch.tensor([0.0, 1.0] * (len(text) // 2))
+    # At this temperature nothing ends by itself.
+    rollout.completions = [dataclasses.replace(completion, truncated=False) for completion in rollout.completions]
+    scored, _ = update(model, rollout, opd)
+    assert scored.advantages_N[text].any()
+    assert not scored.advantages_N[~text].any()
+    assert gradients(model).abs().max() > 1e-3
+
+
+def test_the_watch_sees_written_answers_move(model, questions, opd):
+    engine = TransformersEngine(model, 8)
+    watch = WrittenWatch.begin(model, engine, questions, opd)
+    assert watch.divergence(model, 1.0) == pytest.approx(0, abs=1e-9)
+    restored = WrittenWatch.from_state(watch.state())
+    shift(model)
+    moved = watch.divergence(model, 1.0)
+    assert moved > 1e-4
+    assert restored.divergence(model, 1.0) == moved
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters()), dataclasses.replace(opd, max_written_kl=moved / 2))
+    learner.watch = watch
+    assert learner.look(4) == {}
+    with pytest.raises(TrainingError, match=r"step 5: written answers have moved by .* more than --max-written-kl"):
+        learner.look(5)
+    learner.config = opd
+    assert learner.look(5) == {"written_kl": moved}
+    assert dataclasses.replace(opd, objective="grpo").steps_between_looks == 0
+
+
+def test_scaled_rewards():
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    values = torch.tensor([1.0, 3.0, 3.0, 5.0, 2.0, 2.0, 7.0])
+    scaled = scaled_in_groups(values, groups, "z-score")
+    torch.testing.assert_close(scaled, torch.tensor([-(2**0.5), 0, 0, 2**0.5, 0, 0, 0]))
+    assert scaled_in_groups(values, groups, "rank").tolist() == [0, 0.5, 0.5, 1, 0, 0, 0]
+    assert scaled_in_groups(values, groups, "none") is values
+
+
+def test_scaled_terms_count_by_their_weights(model, questions, config):
+    config = dataclasses.replace(config, objective="grpo", reward_scaling="z-score", max_grad_norm=1e9)
+    rollout = rollout_of(model, questions[:1], config)
+    # R_base of the first two is the same.
+    rollout.completion_rewards |= {"accuracy": torch.tensor([0.5, 0, 0, 0] * 2), "format": torch.tensor([0.0, 1, 0, 0] * 2)}
+    scored, _ = update(model, rollout, config)
+    expected = torch.tensor([3.0, -1, -1, -1]) / 3**0.5 + 0.5 * torch.tensor([-1.0, 3, -1, -1]) / 3**0.5
+    torch.testing.assert_close(scored.advantages_N, expected.repeat(2))
+    torch.testing.assert_close(scored.rewards_N, torch.tensor([0.5, 0.5, 0, 0] * 2))
+
+
+def test_centred_states(model, questions, config):
+    """The first step compares states as they are, the next ones less the mean of those before."""
+    config = dataclasses.replace(config, representation_centre=True)
+    rollout = rollout_of(model, questions[:3], config)
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=0.0), config)
+    plain = update(model, rollout, dataclasses.replace(config, representation_centre=False))[0].terms["representation"]
+    assert plain.any()
+    first = learner.begin_rollout(rollout)
+    update_policy(learner, first)
+    assert torch.equal(first.terms["representation"], plain)
+    pooler = LayerPooler(model.language_model.layers, model.language_model.norm)
+    packed = model.pack(rollout.prompts, rollout.completions)
+    with torch.no_grad(), pooler.pooling(packed.cu_seqlens, positions=packed.positions):
+        model.forward(packed)
+    is_speech = torch.tensor([completion.modality is Modality.SPEECH for completion in rollout.completions])
+    speech, text = (pooler.pooled[:, chosen].mean(1) for chosen in (is_speech, ~is_speech))
+    second = learner.begin_rollout(rollout)
+    update_policy(learner, second)
+    row = next(row for row, reference in enumerate(rollout.references) if reference is not None)
+    pair = pooler.pooled[:, row] - speech, pooler.pooled[:, rollout.references[row]] - text
+    expected = torch.nn.functional.cosine_similarity(*pair, dim=-1).mean()
+    assert second.terms["representation"][row].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert second.terms["representation"][is_speech].std() > 2 * plain[is_speech].std()
+    resumed = Learner(model, learner.optimizer, config)
+    resumed.load_extra(learner.extra())
+    assert torch.equal(resumed.means.means, learner.means.means)
+
+
+def test_agreement_needs_no_reference_answer():
+    questions = [Question("a", "?", "", ("one", "two")), Question("b", "?", "", ("one", "two"))]
+
+    def completion(question: int, modality: Modality, choice: str) -> Completion:
+        return Completion(question, modality, (5,), (0.0,), f"<answer> The answer is {choice}. </answer>", False)
+
+    speech, text = Modality.SPEECH, Modality.TEXT
+    completions = [
+        completion(0, speech, "one"), completion(0, speech, "two"), completion(0, speech, "none of it"),
+        completion(0, text, "two"), completion(0, text, "two"), completion(0, text, "one"),
+        # Undecided.
+        completion(1, speech, "one"), completion(1, text, "one"), completion(1, text, "two"),
+    ]  # fmt: skip
+    assert agreement_rewards(completions, questions).tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert agreement_rewards(completions[:3], questions).tolist() == [0, 0, 0]
+
+
+def test_objectives_add_up():
+    both = parse_objective("tars+opd")
+    assert (both.uses_rewards, both.uses_alignment, both.distils, both.weighs_tokens) == (True, True, True, False)
+    assert not parse_objective("opd").has_policy_gradient
+    assert parse_objective("grpo+cord").uses_agreement
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "sft"}, r"--objective sft: 'sft' is none of tars, grpo, opd, cord"),
+        ({"objective": ""}, "--objective : '' is none of"),
+        ({"objective": "tars+"}, r"--objective tars\+: '' is none of"),
+        ({"objective": "opd+opd"}, r"--objective opd\+opd: opd is in it already"),
+        ({"objective": "tars+grpo"}, r"--objective tars\+grpo: grpo is in it already"),
+        ({"objective": "cord+opd"}, r"--objective cord\+opd: opd is in it already"),
+        ({"text_anchor": "kl"}, "--text-anchor kl: --objective tars trains written completions itself"),
+        (
+            {"objective": "grpo+opd", "text_anchor": "rollouts"},
+            "--text-anchor rollouts: .* samples written completions already",
+        ),
+        ({"objective": "opd", "teacher_decay": 1.0}, r"--teacher-decay 1.0: must lie between 0 and 1"),
+        ({"objective": "opd", "distil_beta": 0.0}, r"--distil-beta 0.0: must lie between 0 and 1"),
+        ({"objective": "opd", "kl_coef": 0.1}, "--kl-coef: --objective opd has no policy gradient"),
+        ({"objective": "opd", "entropy_coef": 0.1}, "--entropy-coef: --objective opd has no policy gradient"),
+        (
+            {"objective": "opd", "distil_truncated": True, "distil_as": "advantage"},
+            "--distil-truncated: with --distil-as advantage",
+        ),
+        ({"objective": "opd", "distil_weight": float("nan")}, "--distil-weight nan"),
+    ],
+)
+def test_objectives_that_contradict_themselves(settings, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**settings)
