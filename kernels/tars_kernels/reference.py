@@ -380,9 +380,7 @@ def pool_sequences(states: Tensor, cu_seqlens: Tensor, *, positions: Tensor | No
     return sums / lengths.clamp(min=1)[:, None]
 
 
-def pooled_similarity(
-    pooled: Tensor, pairs: Tensor, *, weights: Tensor | None = None, centre: Tensor | None = None
-) -> Tensor:
+def pooled_similarity(pooled: Tensor, pairs: Tensor, *, weights: Tensor | None = None, centre: Tensor | None = None) -> Tensor:
     """Cosine of pooled states, layer by layer (TARS, R_rep before its mean over layers).
 
     Args:
