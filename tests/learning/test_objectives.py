@@ -399,7 +399,7 @@ def without_answers(questions, **changes):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"distil_as": "advantage", "reward_scaling": "rank"}, {"objective": "cord"}],
+    [{}, {"distil_as": "advantage"}, {"objective": "cord"}],
     ids=["opd", "as an advantage", "cord"],
 )
 def test_a_missing_answer_changes_no_gradient(model, questions, opd, settings):
