@@ -25,7 +25,7 @@ MAX_LOGPROB_DIFF = {torch.float32: 0.01, torch.bfloat16: 0.1}
 
 RESERVED_NAMES = {
     *("reward", "length", "truncated", "is_speech", "without_reference", "trained", "group", "staleness"),
-    *("entropy", "disagreeing", "without_backward", "agreement", "divergence"),
+    *("entropy", "disagreeing", "without_backward", "agreement", "divergence", "sampled", "selection"),
     *ALIGNMENT_REWARDS,
 }
 """Names that a reward may not have, because another figure has them."""

@@ -37,11 +37,18 @@ from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
 from tars_fast.learning.rewards.total import reward_weights
+from tars_fast.learning.selection import Selection, check_selection
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import Workers, locked_by_first
 from tars_fast.models.architecture import find_layers
 from tars_fast.models.audio_cache import make_cache_folder
-from tars_fast.models.checkpoint import check_room, is_damaged, latest_checkpoint, load_trainer_state, save_checkpoint
+from tars_fast.models.checkpoint import (
+    check_room,
+    is_damaged,
+    latest_checkpoint,
+    load_trainer_state,
+    save_checkpoint,
+)
 from tars_fast.models.memory import MemoryPlan, plan_memory, remedies
 from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
@@ -62,6 +69,7 @@ MAY_CHANGE_ON_RESUME = {
     "resume",
     "device",
     "save_every",
+    "keep_checkpoints",
     "profile",
     "audio_cache_gb",
     "audio_cache_dir",
@@ -92,6 +100,7 @@ class Run:
     learner: Learner
     engine: RolloutEngine
     text_similarity: TextSimilarity
+    selection: Selection
     num_completed: int
     """Steps that were done before it was resumed."""
 
@@ -133,8 +142,16 @@ class Run:
             )
         self.workers.check_same(parameters)
         if self.workers.is_first:
-            learner = self.learner
-            save_checkpoint(self.config.output_dir, num_completed, self.model, learner.optimizer, learner.extra())
+            config, learner = self.config, self.learner
+            save_checkpoint(
+                config.output_dir,
+                num_completed,
+                self.model,
+                learner.optimizer,
+                num_kept=config.keep_checkpoints,
+                extra=learner.extra() | self.selection.extra(),
+            )
+            self.selection.write(config.output_dir)
         # The others wait until it is written.
         self.workers.gather(None)
 
@@ -191,6 +208,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         data.longest_prompt,
         on_gpu=device.type == "cuda",
     )
+    check_selection(config, preset.questions_per_step, data.training)
     earlier = read_settings(output_dir) if config.resume else {}
     plan = plan_memory(workload, available_bytes(device))
     if workload.reference_bytes and not plan.fits:
@@ -214,8 +232,9 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     with closing(engine):
         model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
         text_similarity = load_text_similarity(run_config.behaviour_model, device)
+        selection = Selection(data.training, run_config)
         with _explain_damage(resumed_from):
-            learner, num_completed = make_learner(run_config, model, resumed_from, workers)
+            learner, num_completed = make_learner(run_config, model, selection, resumed_from, workers)
         if run_config.steps_between_looks and learner.watch is None:
             learner.watch = WrittenWatch.begin(model, engine, data.training, run_config)
         # Every process looks at the folder before the first one writes there.
@@ -223,9 +242,10 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         if workers.is_first:
             prepare_output(run_config, settings)
             num_steps_left = run_config.num_steps - num_completed
-            check_room(output_dir, model, math.ceil(num_steps_left / run_config.save_every))
+            num_saves = math.ceil(num_steps_left / run_config.save_every)
+            check_room(output_dir, model, num_saves, run_config.keep_checkpoints)
         workers.gather(None)
-        yield Run(run_config, data, learner, engine, text_similarity, num_completed)
+        yield Run(run_config, data, learner, engine, text_similarity, selection, num_completed)
 
 
 def check_architecture(checkpoint: Path, prompts: PromptFormat) -> None:
@@ -267,8 +287,10 @@ def plan_run(config: TrainConfig) -> MemoryPlan:
     return plan_memory(config.workload(preset, architecture, engine_name, dtype.itemsize, on_gpu=on_gpu), total)
 
 
-def make_learner(config: RunConfig, model: SpeechModel, resumed_from: Path | None, workers: Workers) -> tuple[Learner, int]:
-    """(learner, completed steps); `resumed_from` is the checkpoint to continue from.
+def make_learner(
+    config: RunConfig, model: SpeechModel, selection: Selection, resumed_from: Path | None, workers: Workers
+) -> tuple[Learner, int]:
+    """(learner, completed steps); `resumed_from` is the checkpoint to continue from, also with what `selection` knew then.
 
     Raises:
         UserError: it does not fit, or the model before training, which the objective needs, cannot be loaded any more.
@@ -291,6 +313,7 @@ def make_learner(config: RunConfig, model: SpeechModel, resumed_from: Path | Non
     num_completed, extra = load_trainer_state(resumed_from, optimizer)
     try:
         learner.load_extra(extra)
+        selection.load_extra(extra)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise is_damaged(resumed_from, f"trainer_state.pt: {first_line(error)}") from error
     return learner, num_completed
