@@ -252,8 +252,8 @@ def _lists_answers(columns: _Columns) -> bool:
     """Whether an item that needs no answer has possible ones; an open question, which may have an answer, has none."""
     if columns.format.lettered:
         return bool(split_options(columns.texts["question"])[1])
-    given = (columns.texts.get("answer"), columns.values.get("options"), columns.values.get("answer_set"))
-    return any(value is not None for value in given)
+    listed = (columns.values.get("options"), columns.values.get("answer_set"))
+    return bool(columns.texts.get("answer")) or any(value is not None for value in listed)
 
 
 def _possible_answers(columns: _Columns) -> _Answers:

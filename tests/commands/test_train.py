@@ -21,7 +21,7 @@ from tars_fast import evaluate
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA, load_questions
-from tars_fast.data.splits import data_fingerprint
+from tars_fast.data.splits import data_fingerprint, split_by_id
 from tars_fast.evaluation.results import read_predictions
 from tars_fast.learning.metrics import check_progress
 from tars_fast.learning.run import load_data
@@ -446,6 +446,22 @@ def test_own_data_is_read_through_the_same_path(small_eval, tmp_path):
     # The embedded model was never taught letters: every answer must show as unparsed, none as a guess.
     assert evaluation["before"]["unparsed"] == 2 * evaluation["before"]["num_items"]
     assert evaluation["before"]["mrr"] is None
+
+
+def test_items_with_an_answer_are_evaluated_on(small_eval, tmp_path):
+    """The others are trained on, unless they ask what an evaluation item asks."""
+    lines = [json.loads(line) for line in (small_eval.with_name("training") / "items.jsonl").read_text().splitlines()]
+    audio = small_eval.with_name("training").resolve()
+    labelled = [line | {"id": f"item-{number}", "audio": str(audio / line["audio"])} for number, line in enumerate(lines)]
+    plain = [
+        {"id": f"plain-{number}", "audio": line["audio"], "sentence": line["question"]} for number, line in enumerate(labelled)
+    ]
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labelled + plain))
+    config = small_config(tmp_path / "run", small_eval, data=tmp_path / "both.jsonl", eval_data=None, objective="opd")
+    training, held_out, notes = load_data(config)
+    assert held_out == split_by_id(load_questions(tmp_path / "both.jsonl", answered=False)[: len(labelled)], 0.1)[1]
+    assert len(training) == 2 * (len(labelled) - len(held_out))
+    assert notes == [f"{len(training) // 2} of {len(training)} training items have no answer, and no rewards"]
 
 
 def test_summary_without_an_interval(finished, tmp_path, capsys):
