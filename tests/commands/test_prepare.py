@@ -430,6 +430,7 @@ def test_settings_of_a_folder_stay(run, folder):
         ((*TONES, "--output-dir", "out", "--recogniser", "none/there"), ["--recogniser none/there", "cannot be loaded"]),
         ((*TONES, "--output-dir", "out", "--budget", 4), ["--budget 4: the corpus has 3 different items"]),
         ((*TONES, "--output-dir", "out", "--budget", 0), ["--budget 0", "greater than 0"]),
+        ((*TONES, "--output-dir", "out", "--clusters", 4), ["--clusters 4: needs --select-for", "leave it out"]),
         ((*TONES, "--output-dir", "out", "--select-for", "pocket"), ["--select-for pocket: needs --budget"]),
         ((*TONES, "--output-dir", "out", "--budget", 3, "--select-for", "pocket"), ["--budget 3: 1 cluster", "--probes"]),
         ((*TONES, "--output-dir", "out", "--budget", 3, "--select-for", "none/there", "--probes", 1), ["--model none/there"]),
