@@ -149,9 +149,9 @@ class TrainConfig:
     written prompt; rollouts, written completions with a policy gradient on R_base, as in grpo."""
     text_anchor_weight: float = 1.0
     """Weight of --text-anchor kl in the loss."""
-    watch_every: int | None = None
-    """Steps between two looks at how far written answers have moved: the KL from the model before training on completions that
-    it wrote, in nats a token. 0: never. None: 5 where the objective distils, else 0."""
+    watch_every: int = 5
+    """Where the objective distils, steps between two looks at how far written answers have moved: the KL from the model before
+    training on completions that it wrote, in nats a token. 0: never."""
     max_written_kl: float = 1.0
     """Training stops where that KL is larger."""
     representation_weight: float = 1.0
@@ -228,7 +228,9 @@ class TrainConfig:
     eval_samples: int = 2
     """Completions an item, at --temperature, behind the sampled accuracies of the evaluation; 0 leaves them out."""
     save_every: int = 25
-    """Steps between checkpoints; the last two are kept."""
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay, the newest ones."""
     seed: int = 0
     """Seeds everything that is drawn at random. Same seed, machine and settings: same metrics, bit for bit on a CPU."""
     resume: bool = False
@@ -251,7 +253,7 @@ class TrainConfig:
         check_choices(self)
         positive = ["kv_cache_gb", "max_logprob_diff", "audio_cache_dir_gb", "eval_items"]
         positive += ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")
-        positive += ("distil_weight", "text_anchor_weight", "max_written_kl")
+        positive += ("distil_weight", "text_anchor_weight", "max_written_kl", "keep_checkpoints")
         positive += ("max_grad_norm", "tokens_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
         check_numbers(self, positive=(*positive, "lora_alpha"))
         not_negative = ["representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples"]
@@ -315,9 +317,14 @@ class TrainConfig:
         return self.parts.has_policy_gradient or self.text_anchor == "rollouts"
 
     @property
+    def needs_answers(self) -> bool:
+        """Whether completions are graded for a reward that is trained on."""
+        return self.parts.uses_rewards or self.text_anchor == "rollouts"
+
+    @property
     def steps_between_looks(self) -> int:
         """See `watch_every`; 0: never."""
-        return (5 if self.parts.distils else 0) if self.watch_every is None else self.watch_every
+        return self.watch_every if self.parts.distils else 0
 
     @property
     def needs_start(self) -> bool:

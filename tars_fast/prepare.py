@@ -64,7 +64,8 @@ class PrepareConfig:
     """Make spoken questions of written ones (--data), or look for what is wrong with spoken ones (--check)."""
 
     data: str | None = None
-    """Text items: id, question, options or answer_set, answer. A jsonl file, a parquet file or a dataset of the hub."""
+    """Text items: id, question, options or answer_set, answer; or texts alone, for objectives that need no answers. A jsonl
+    file, a parquet file or a dataset of the hub."""
     output_dir: Path | None = None
     """New folder, or that of an earlier run of the same settings, which goes on: the items, and preparation/."""
     output_format: OutputFormat = "jsonl"
@@ -364,6 +365,15 @@ def run_workers(transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jo
         pool.shutdown(cancel_futures=True)
 
 
+def read_texts(data: str) -> tuple[list[UsableItem], str | None]:
+    """`read_usable` of what is to be spoken: items without an answer too, but of published data only where none has one."""
+    items, left_out = read_usable(data, spoken=False, answered=False)
+    unanswered = [item for item in items if not item.question.has_answer]
+    if len(unanswered) < len(items) and any(item.published for item in unanswered):
+        return read_usable(data, spoken=False)
+    return items, left_out
+
+
 @dataclass
 class Speaking:
     """An output folder, and what has been spoken into it."""
@@ -421,7 +431,7 @@ def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
     recipe = Recipe(config.synthesiser, voices, config.recogniser, config.max_word_error_rate, config.retries, config.seed)
     small_workers = config.synthesiser == ESPEAK and config.recogniser is None
     jobs = config.jobs or ((os.cpu_count() or 1) if small_workers else 1)
-    items, left_out = read_usable(data, spoken=False)
+    items, left_out = read_texts(data)
     if left_out is not None:
         print(left_out, flush=True)
     with locked(folder):
@@ -441,6 +451,8 @@ def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
         write_atomically(folder / "preparation" / "failed.jsonl", "".join(failures))
     lengths = [outcome.gained["seconds"] for _, outcome in written]
     print(f"{len(lengths)} items, {sum(lengths):.0f} s of speech, written to {folder}")
+    if num_unanswered := sum(not item.question.has_answer for item in items):
+        print(f"{num_unanswered} items have no answer; --objective opd trains on them")
     too_long = sum(length > config.max_seconds for length in lengths)
     if too_long:
         print(f"{too_long} recordings are longer than {config.max_seconds:g} s; training refuses them without --long-audio")
@@ -496,7 +508,7 @@ def pack_items(folder: Path, items: Sequence[Mapping[str, object]], packed: Mapp
 
 def check(config: PrepareConfig, data: str) -> int:
     """Show what is wrong with the spoken items of `data`, and return the exit status."""
-    items = list(read_items(data))
+    items = list(read_items(data, answered=False))
     if not items:
         raise UserError(f"--check {data}: holds no items")
     inspections = list(

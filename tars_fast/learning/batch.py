@@ -63,7 +63,7 @@ class Rollout:
     """The spoken prompt of each question, where the audio tower is trained and encodes it again; else empty."""
     completions: list[Completion]
     completion_rewards: dict[str, Tensor]
-    """[N] by name in `COMPLETION_REWARDS`, and `agreement` where the objective asks for it."""
+    """[N] by name in `COMPLETION_REWARDS`, NaN without an answer, and `agreement` where the objective asks for it."""
     references: list[int | None]
     """[N] the text completion that a speech completion is compared with."""
     behaviour: Future[Tensor]

@@ -20,7 +20,16 @@ from typing import Any
 import torch
 
 from tars_fast.config import RunConfig, TrainConfig
-from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_bundled, read_usable
+from tars_fast.data.items import (
+    BUNDLED,
+    HELD_OUT_DATA,
+    TRAINING_DATA,
+    UsableItem,
+    load_questions,
+    or_bundled,
+    read_items,
+    read_usable,
+)
 from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
 from tars_fast.learning.metrics import check_rewards
 from tars_fast.learning.objectives.references import References
@@ -60,6 +69,7 @@ MAY_CHANGE_ON_RESUME = {
     "resume",
     "device",
     "save_every",
+    "keep_checkpoints",
     "profile",
     "audio_cache_gb",
     "audio_cache_dir",
@@ -132,10 +142,16 @@ class Run:
             )
         self.workers.check_same(parameters)
         if self.workers.is_first:
-            learner = self.learner
-            extra = learner.extra() | self.selection.extra()
-            save_checkpoint(self.config.output_dir, num_completed, self.model, learner.optimizer, extra)
-            self.selection.write(self.config.output_dir)
+            config, learner = self.config, self.learner
+            save_checkpoint(
+                config.output_dir,
+                num_completed,
+                self.model,
+                learner.optimizer,
+                num_kept=config.keep_checkpoints,
+                extra=learner.extra() | self.selection.extra(),
+            )
+            self.selection.write(config.output_dir)
         # The others wait until it is written.
         self.workers.gather(None)
 
@@ -226,7 +242,8 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         if workers.is_first:
             prepare_output(run_config, settings)
             num_steps_left = run_config.num_steps - num_completed
-            check_room(output_dir, model, math.ceil(num_steps_left / run_config.save_every))
+            num_saves = math.ceil(num_steps_left / run_config.save_every)
+            check_room(output_dir, model, num_saves, run_config.keep_checkpoints)
         workers.gather(None)
         yield Run(run_config, data, learner, engine, text_similarity, selection, num_completed)
 
@@ -302,17 +319,45 @@ def make_learner(
     return learner, num_completed
 
 
+def read_training(config: TrainConfig) -> tuple[list[UsableItem], str | None]:
+    """`read_usable` of `--data`, whose items need as much of an answer as the objective does.
+
+    Raises:
+        UserError: there is no good item, the first bad row of the user's own data, or the first item without an answer, or
+            without possible answers, that the objective needs.
+    """
+    source = or_bundled(config.data, TRAINING_DATA)
+    if config.needs_answers:
+        try:
+            return read_usable(source)
+        except UserError as error:
+            remedy = "--objective opd" if config.parts.uses_rewards else "--text-anchor kl"
+            without_answers = read_items(source, answered=False)
+            if any(isinstance(item, UsableItem) and str(error).startswith(f"{item.place}:") for item in without_answers):
+                raise UserError(f"{error}; {remedy} needs no answers") from error
+            raise
+    items, unusable = read_usable(source, answered=False)
+    for item in items if config.parts.uses_agreement else ():
+        if not item.question.choices:
+            raise UserError(
+                f"{item.place}: item {item.question.id!r:.80} has no possible answers, which --objective {config.objective} "
+                "compares; give 'options' or 'answer_set', or train with --objective opd"
+            )
+    return items, unusable
+
+
 def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list[str]]:
-    """(training items, evaluation items, notes on items left out), checked not to overlap.
+    """(training items, evaluation items, notes on items left out or without an answer), checked not to overlap.
 
     Raises:
         UserError: nothing readable there, a row that is no item, or an item in both parts.
     """
-    items, unusable = read_usable(or_bundled(config.data, TRAINING_DATA))
+    items, unusable = read_training(config)
     questions: list[Question] = [item.question for item in items]
     notes = [] if unusable is None else [unusable]
     if config.disjoint_from:
-        others = [question for source in config.disjoint_from for question in load_questions(source, spoken=False)]
+        needs = config.needs_answers
+        others = [q for source in config.disjoint_from for q in load_questions(source, spoken=False, answered=needs)]
         training = without_leaks(questions, others)
         listed = " ".join(config.disjoint_from)
         if not training:
@@ -320,10 +365,17 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
         notes.append(f"{len(questions) - len(training)} of {len(questions)} items left out, which are in {listed} too")
         questions = training
     if config.data not in (None, BUNDLED) and config.eval_data is None:
-        training, held_out = split_by_id(questions, held_out_fraction=0.1)
+        graded = [question for question in questions if question.has_answer]
+        if not graded:
+            raise UserError(f"--data {config.data}: none of its items has an answer to evaluate by; give --eval-data")
+        held_out = split_by_id(graded, held_out_fraction=0.1)[1]
+        training = without_leaks(questions, held_out)
     else:
         training, held_out = questions, load_questions(or_bundled(config.eval_data, HELD_OUT_DATA))
     check_leaks(training, held_out)
+    num_unanswered = sum(not question.has_answer for question in training)
+    if num_unanswered:
+        notes.append(f"{num_unanswered} of {len(training)} training items have no answer, and no rewards")
     return training, choose_by_id(held_out, config.eval_items), notes
 
 

@@ -42,9 +42,12 @@ def tone(text, voice, seed):
     noise = np.random.default_rng(seed).normal(size=len(time))
     return (0.3 * np.sin(2 * np.pi * int(voice) * time) + 0.01 * noise).astype(np.float32), 24_000
 
-def slow(text, voice, seed):
-    import time
-    time.sleep(0.2)
+def held(text, voice, seed):
+    """Waits while there are as many recordings as the file `enough` says."""
+    import pathlib, time
+    enough, recordings = pathlib.Path("enough"), pathlib.Path("out/recordings")
+    while enough.exists() and len(list(recordings.glob("*.flac"))) >= int(enough.read_text()):
+        time.sleep(0.02)
     return tone(text, voice, seed)
 
 def deadly(text, voice, seed):
@@ -263,29 +266,32 @@ def test_a_recogniser_sends_items_back_for_another_voice(run, folder):
 def test_killed_and_run_again_it_ends_the_same(run, folder, output_format):
     items = [{"id": f"q{n}", "question": f"Item {n}", "answer_set": ["a", "b"], "answer": "a"} for n in range(12)]
     write_jsonl(folder / "items.jsonl", items)
-    flags = ("--data", "items.jsonl", "--synthesiser", "plugin:slow", "--voices", 200, 250, "--jobs", 2)
+    flags = ("--data", "items.jsonl", "--synthesiser", "plugin:held", "--voices", 200, 250, "--jobs", 2)
     flags += ("--output-format", output_format)
     assert run(*flags, "--output-dir", "unbroken")[0] == 0
+    Path("enough").write_text("4")
     process = start(*flags, "--output-dir", "out")
-    recordings = folder / "out" / "recordings"
-    deadline = time.monotonic() + 60
-    while len(list(recordings.glob("*.flac"))) < 3:
+    recordings, journal = folder / "out" / "recordings", folder / "out" / "preparation" / "finished.jsonl"
+    deadline = time.monotonic() + 120
+    # Until both are held, and the journal knows what is done.
+    while not (journal.exists() and journal.read_text().count("\n") == len(list(recordings.glob("*.flac"))) >= 4):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) >= 2
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    Path("enough").unlink()
     # No orphan goes on writing; one that is dead but not yet buried has no command line.
     while any(Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not list((folder / "out").glob("items.*"))
     done = {path: path.stat().st_mtime_ns for path in recordings.glob("*.flac")}
-    assert 3 <= len(done) < 12
+    assert 4 <= len(done) < 12
     # As if the journal had been cut off within a line, and a recording within a write.
-    with (folder / "out" / "preparation" / "finished.jsonl").open("a") as journal:
-        journal.write('{"id": "q11", "tra')
+    with journal.open("a") as file:
+        file.write('{"id": "q11", "tra')
     (recordings / (recording_name("q11", "Item 11.") + ".partial")).write_bytes(b"fLaC")
     status, stdout, _ = run(*flags, "--output-dir", "out")
     assert status == 0
@@ -297,14 +303,16 @@ def test_killed_and_run_again_it_ends_the_same(run, folder, output_format):
 
 
 def test_ctrl_c_ends_all_of_it(folder):
+    Path("enough").write_text("1")
     process = start(
-        "--data", "items.jsonl", "--synthesiser", "plugin:slow", "--voices", 200, "--jobs", 1, "--output-dir", "out"
+        "--data", "items.jsonl", "--synthesiser", "plugin:held", "--voices", 200, "--jobs", 1, "--output-dir", "out"
     )
     while not list(folder.glob("out/recordings/*.flac")):
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    Path("enough").unlink()
+    _, stderr = process.communicate(timeout=120)
     assert (process.returncode, stderr) == (130, "interrupted\n")
     assert not (folder / "out" / "items.jsonl").exists()
 

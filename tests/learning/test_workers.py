@@ -190,7 +190,7 @@ def test_sigterm_saves_and_ends_every_process(items, tmp_path, launcher):
         assert started.poll() is None, started.communicate()
         time.sleep(0.1)
     started.send_signal(signal.SIGTERM)
-    _, stderr = started.communicate(timeout=60)
+    _, stderr = started.communicate(timeout=120)
     assert started.returncode == 130 if launcher == [sys.executable] else started.returncode != 0
     assert stderr.count("--resume") == 1
     assert list(run.glob("checkpoint-*"))
