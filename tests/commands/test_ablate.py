@@ -99,7 +99,8 @@ def test_the_papers_arms():
     arms = choose_arms(AblateConfig(arms="grpo,rep,beh,tars,rep-shallow,rep-last"))
     settings = {name: dataclasses.replace(TrainConfig(), **_typed(own)) for name, own in arms.items()}
     weights = {name: (own.representation_weight, own.behaviour_weight) for name, own in settings.items()}
-    assert weights["grpo"] == (0, 0)
+    assert not settings["grpo"].parts.uses_alignment
+    assert all(settings[name].parts.uses_alignment for name in arms if name != "grpo")
     assert weights["rep"] == (1, 0) == weights["rep-shallow"] == weights["rep-last"]
     assert weights["beh"] == (0, 1)
     assert weights["tars"] == (1, 1)
@@ -172,7 +173,7 @@ def test_values_reach_the_runs_as_they_were_given():
         ),
         (
             {"arms": "x", "define": ("x:learning_rate=-1",)},
-            "learning_rate=-1: --learning-rate -1.0: must be greater than 0",
+            "--arms x: --learning-rate -1.0: must be greater than 0",
         ),
         ({"arms": "x", "define": ("x:data=other",)}, "data=other: must be the same in all arms; use --data"),
         (

@@ -9,16 +9,18 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "docs"))
 FORKS = Path(__file__).with_name("forks.py")
+FORKED = ("train", "evaluate", "analyse", "export", "plan")
+"""Commands that start no processes of their own."""
 
 
 @pytest.fixture(scope="session")
 def forking_python(tmp_path_factory):
-    """Path of a program like this Python, whose `-m tars_fast.NAME` is a fork of a process that has its imports behind it."""
+    """Path of a program like this Python that runs what is FORKED in forks of a process that has its imports behind it."""
     folder = tmp_path_factory.mktemp("forks")
     address, program = folder / "socket", folder / "python"
     program.write_text(f"""#!/bin/sh
-case "$1 $2" in
-    "-m tars_fast."*) exec {sys.executable} -S {FORKS} {address} "$@" ;;
+case "$1$2" in
+    {" | ".join(f"-mtars_fast.{name}" for name in FORKED)}) exec {sys.executable} -S {FORKS} {address} "$@" ;;
     *) exec {sys.executable} "$@" ;;
 esac
 """)

@@ -14,7 +14,7 @@ import sys
 import threading
 
 PRELOADED = """
-tars_fast.train tars_fast.evaluate tars_fast.analyse tars_fast.ablate tars_fast.prepare tars_fast.export tars_fast.plan
+tars_fast.train tars_fast.evaluate tars_fast.analyse tars_fast.export tars_fast.plan
 datasets matplotlib.figure peft scipy.stats sklearn.feature_extraction.text soundfile torch.utils.tensorboard
 transformers.models.auto.modeling_auto transformers.models.qwen2_audio.modeling_qwen2_audio
 """
