@@ -162,6 +162,8 @@ def test_a_damaged_state_is_refused(config, damage):
         ({"max_redraws": 2}, "--max-redraws 2: a step of --questions-per-step 40 takes all 40 training items"),
         ({"select": "kl"}, "--select kl: --objective tars computes no divergence .*--select gap or disagreement"),
         ({"select": "gap", "objective": "opd"}, "--select gap: --objective opd samples no written .*--select kl or disag"),
+        ({"select": "disagreement", "questions_per_step": 8}, "--select disagreement: goes by right answers, and no .*kl"),
+        ({"max_redraws": 1, "questions_per_step": 8}, "--max-redraws 1: goes by right answers, and no training item has one"),
         ({"select_floor": 0.0}, "--select-floor 0.0: must be above 0"),
         ({"select_floor": 1.5}, "--select-floor 1.5: .*at most 1"),
         ({"max_redraws": -1}, "--max-redraws -1"),
@@ -169,8 +171,14 @@ def test_a_damaged_state_is_refused(config, damage):
     ],
 )
 def test_what_cannot_be_selected_is_refused_in_one_line(settings, line):
+    without_answers = [dataclasses.replace(question, answer="", choices=()) for question in QUESTIONS]
+
+    def check() -> None:
+        config = TrainConfig(**settings)
+        check_selection(config, config.questions_per_step or 40, without_answers if "answers" in line else QUESTIONS)
+
     with pytest.raises(UserError, match=line):
-        check_selection(TrainConfig(**settings), 40, QUESTIONS)
+        check()
 
 
 @pytest.mark.parametrize(("objective", "group_size"), [("tars", 4), ("opd", 8)])
@@ -219,6 +227,13 @@ def test_unanimous_questions_give_way_to_others(model, questions, config, object
         for one in again.completions
     ]
     assert [outcome.divergence for outcome in outcomes_of(scored)] == [0.0, 1.0, 2.0] + [None] * (len(ids) - 3)
+
+
+def test_a_question_without_an_answer_has_no_accuracy(model, questions, config):
+    asked = [dataclasses.replace(questions[0], answer="", choices=()), questions[1]]
+    outcomes = rollout_of(model, asked, config).outcomes
+    assert (outcomes[0].speech, outcomes[0].text) == (None, None)
+    assert None not in (outcomes[1].speech, outcomes[1].text)
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:
