@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tars_fast.config import RunConfig, TrainConfig
-from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, TRAINING_DATA, load_questions, or_bundled, read_usable
+from tars_fast.data.items import bundled_name, load_questions, or_bundled, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
 from tars_fast.learning.metrics import check_rewards
 from tars_fast.learning.objectives.references import References
@@ -97,7 +97,7 @@ class Run:
     @property
     def evaluation_name(self) -> str:
         """What the evaluation items are called in predictions and reports."""
-        return Path(or_bundled(self.config.eval_data or self.config.data, HELD_OUT_DATA)).stem
+        return Path(evaluation_source(self.config)).stem
 
     def describe(self) -> str:
         """One line for the terminal."""
@@ -287,13 +287,20 @@ def make_learner(config: RunConfig, model: SpeechModel, resumed_from: Path | Non
     return learner, num_completed
 
 
+def evaluation_source(config: TrainConfig | RunConfig) -> str:
+    """Where the evaluation items are: in `--eval-data`, in bundled data, or in `--data`, a part of which is kept for them."""
+    own = config.data if bundled_name(config.data) is None else None
+    default = bundled_name(config.data) or find_preset(config.model).bundled_data
+    return or_bundled(config.eval_data or own, "held_out", default)
+
+
 def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list[str]]:
     """(training items, evaluation items, notes on items left out), checked not to overlap.
 
     Raises:
         UserError: nothing readable there, a row that is no item, or an item in both parts.
     """
-    items, unusable = read_usable(or_bundled(config.data, TRAINING_DATA))
+    items, unusable = read_usable(or_bundled(config.data, "training", find_preset(config.model).bundled_data))
     questions: list[Question] = [item.question for item in items]
     notes = [] if unusable is None else [unusable]
     if config.disjoint_from:
@@ -304,10 +311,10 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
             raise UserError(f"--disjoint-from {listed}: has all {len(questions)} items of --data; name other data to train on")
         notes.append(f"{len(questions) - len(training)} of {len(questions)} items left out, which are in {listed} too")
         questions = training
-    if config.data not in (None, BUNDLED) and config.eval_data is None:
+    if config.data is not None and bundled_name(config.data) is None and config.eval_data is None:
         training, held_out = split_by_id(questions, held_out_fraction=0.1)
     else:
-        training, held_out = questions, load_questions(or_bundled(config.eval_data, HELD_OUT_DATA))
+        training, held_out = questions, load_questions(evaluation_source(config))
     check_leaks(training, held_out)
     return training, choose_by_id(held_out, config.eval_items), notes
 
