@@ -20,11 +20,11 @@ from items import first_items
 from tars_fast import evaluate
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.audio import SAMPLE_RATE, decode
-from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA, load_questions
+from tars_fast.data.items import BUNDLED, TRAINING_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.splits import data_fingerprint, split_by_id
 from tars_fast.evaluation.results import read_predictions
 from tars_fast.learning.metrics import check_progress
-from tars_fast.learning.run import load_data
+from tars_fast.learning.run import evaluation_source, load_data
 from tars_fast.models.registry import PRESETS, find_preset, list_checkpoints
 from tars_fast.reports.log import RunLog
 from tars_fast.reports.tables import print_summary
@@ -128,6 +128,22 @@ def test_pocket_names_the_embedded_data():
     assert named == (training, held_out, [])
     assert load_data(TrainConfig(eval_data="pocket"))[1] == held_out
     assert [question.id for question in training] == [question.id for question in load_questions(TRAINING_DATA)]
+
+
+def test_a_bundled_model_takes_the_data_of_its_task():
+    def texts(**settings):
+        return [{question.text for question in part} for part in load_data(TrainConfig(**settings))[:2]]
+
+    hard = texts(model="pocket-hard")
+    assert [len(part) for part in hard] == [800, 400]
+    assert hard == texts(data="pocket-hard") == texts(data="pocket-hard@training")
+    training, validation = texts(model="pocket-hard", eval_data="pocket-hard@validation")
+    assert training == hard[0]
+    assert len(validation) == 200
+    assert not validation & (hard[0] | hard[1])
+    assert evaluation_source(TrainConfig(data="pocket-hard@training")) == str(BUNDLED["pocket-hard"] / "held_out.parquet")
+    with pytest.raises(UserError, match="is in both training and evaluation data"):
+        load_data(TrainConfig(data="pocket-hard", eval_data="pocket-hard@training"))
 
 
 def test_checkpoint_loads_in_plain_transformers_and_has_learned(finished, model):
