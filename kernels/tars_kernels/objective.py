@@ -335,10 +335,10 @@ class Objective(FromKeywords):
                 normaliser = counts.clamp(min=1)[numbers] * num_sequences
         weights = ones / normaliser
         # Entropy is a mean over tokens whatever the policy term is divided by (TRL).
-        entropy_weight = self.entropy_coef / (kept if isinstance(kept, Tensor) else ones.new_full((), kept))
+        mean_weight = 1.0 / (kept if isinstance(kept, Tensor) else ones.new_full((), kept))
         if isinstance(self.scale, Tensor) or self.scale != 1:
-            weights, entropy_weight = weights * self.scale, entropy_weight * self.scale
-        return TokenTerms(self, advantages, weights, num_kept, entropy_weight, numbers, keep)
+            weights, mean_weight = weights * self.scale, mean_weight * self.scale
+        return TokenTerms(self, advantages, weights, num_kept, mean_weight, self.entropy_coef * mean_weight, numbers, keep)
 
     def _check_tensors(self, num_tokens: int, advantages: Tensor) -> None:
         vectors = {name: getattr(self, name) for name in VECTORS}
@@ -486,6 +486,8 @@ class TokenTerms:
     """[T] what a token's loss is multiplied with before the sum; 0 where masked out."""
     num_kept: Tensor
     """[] unmasked tokens here, at least 1."""
+    mean_weight: Tensor
+    """[] what makes a sum over unmasked tokens a part of the batch's mean, times the loss's scale."""
     entropy_weight: Tensor
     """[] what an unmasked token's entropy is multiplied with."""
     sequence_numbers: Tensor | None
@@ -494,6 +496,13 @@ class TokenTerms:
     """[T] bool; None where nothing is masked."""
     acts: Tensor | None = None
     """[T] bool, tokens that policy loss and entropy bonus act on; None: all that are kept."""
+
+    def with_z_loss(self, result: PolicyLoss, logsumexps: Tensor, z_coef: float) -> PolicyLoss:
+        """`result` and `z_coef` times the mean squared logsumexp of unmasked tokens."""
+        if z_coef == 0:
+            return result
+        kept = logsumexps if self.keep is None else logsumexps.masked_fill(~self.keep, 0.0)
+        return replace(result, loss=result.loss + kept.square().sum() * (z_coef * self.mean_weight))
 
     def of_top_entropy(self, entropies: Tensor) -> TokenTerms:
         """The same, acting on the tokens of highest entropy only, as `top_entropy_quantile` says."""

@@ -8,6 +8,7 @@ import pytest
 import tars_kernels
 import torch
 from accuracy import assert_accurate, run
+from parts import found_by_parts
 from tars_kernels import reference
 from torch.distributions import Categorical, kl_divergence
 from torch.nn.functional import linear
@@ -15,6 +16,8 @@ from torch.nn.functional import linear
 slow = pytest.mark.slow
 CPU = torch.device("cpu")
 KINDS = ("reverse_kl", "forward_kl", "jsd")
+FAST = [("reverse_kl", "frozen", torch.float32), ("jsd", "trainable", torch.float32)]
+"""Cases of heads in parts that the fast tier has."""
 
 
 def sample(num_tokens: int, width: int, vocabulary: int):
@@ -101,6 +104,55 @@ def test_ligers_loss(kind, beta):
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     for one, other in zip(torch.autograd.grad(ours, leaves[1]), torch.autograd.grad(theirs, leaves[0]), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def distilled(implementation, hidden, teacher, weight, trainable, **options):
+    """Loss, divergences and the gradients by states and, if it is trainable, the head."""
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trainable)]
+    result = implementation.linear_distillation_loss(
+        leaves[0], teacher, leaves[1], temperature=0.7, beta=0.3,
+        token_weights=torch.linspace(0.5, 1.5, len(hidden), device=hidden.device), **options,
+    )  # fmt: skip
+    gradients = torch.autograd.grad(result.loss, [leaf for leaf in leaves if leaf.requires_grad])
+    return [x.detach() for x in (result.loss, result.divergences, *gradients)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "dtype"),
+    [
+        pytest.param(kind, head, dtype, marks=[] if (kind, head, dtype) in FAST else slow)
+        for kind in KINDS
+        for head in ("frozen", "trainable")
+        for dtype in (torch.float32, torch.float16)
+    ],
+)
+@pytest.mark.parametrize("implementation", [tars_kernels, reference], ids=["kernels", "reference"])
+def test_parts_of_a_vocabulary_make_the_whole(device, monkeypatch, implementation, kind, head, dtype):
+    """Two parts of one head, and four of two heads, of which one is suppressed whole; gradients by hidden states add up."""
+    hidden, teacher, weight = (x.to(device, dtype) for x in sample(7, 40, 1100))
+    bias = torch.zeros(1100, device=device)
+    bias[825:] = -torch.inf
+    for number, options in ((2, {}), (4, {"bias": bias, "teacher_weight": weight.roll(1, 0), "teacher_bias": bias})):
+        whole = distilled(
+            reference, *(x.double() for x in (hidden, teacher, weight)), head == "trainable", divergence=kind,
+            **{name: value.double() for name, value in options.items()},
+        )  # fmt: skip
+
+        def part(rank, group, number=number, options=options):
+            own = {name: value.chunk(number)[rank] for name, value in options.items()}
+            states = hidden, teacher, weight.chunk(number)[rank]
+            return distilled(implementation, *states, head == "trainable", divergence=kind, group=group, **own)
+
+        found = found_by_parts(monkeypatch, number, 4, part)
+        # Of fp16 the gradient is rounded once by every part.
+        tolerance = {"rtol": 1e-4, "atol": 5e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-3}
+        for results in found:
+            for result, expected in zip(results[:2], whole[:2], strict=True):
+                torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
+        gradient = sum(results[2].double() for results in found)
+        torch.testing.assert_close(gradient, whole[2], **tolerance)
+        if head == "trainable":
+            torch.testing.assert_close(torch.cat([results[3] for results in found]).double(), whole[3], **tolerance)
 
 
 @pytest.mark.parametrize("normalise", ["token", "sequence"])

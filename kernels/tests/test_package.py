@@ -252,6 +252,8 @@ WRONG = [
     ("linear_logprob", {"weight": lambda v: v["weight"].bfloat16()}, "weight: dtype"),
     ("linear_logprob", {"weight": lambda v: v["weight"].T.contiguous().T}, r"weight: stride.*contiguous"),
     ("linear_policy_loss", {"hidden": lambda v: v["hidden"].double()}, "hidden: dtype"),
+    ("linear_policy_loss", {"softcap": 0.0}, "softcap: 0.0"),
+    ("linear_policy_loss", {"z_coef": -0.1}, "z_coef: -0.1"),
     (DISTILLATION, {"divergence": "kl"}, "divergence: 'kl'.*reverse_kl"),
     (DISTILLATION, {"beta": 0.0}, "beta: 0.0.*forward_kl"),
     (DISTILLATION, {"normalise": "batch"}, "normalise: 'batch'"),

@@ -87,8 +87,9 @@ def save_checkpoint(
     num_completed: int,
     model: SpeechModel,
     optimizer: torch.optim.Optimizer,
-    extra: Mapping[str, object] | None = None,
+    *,
     num_kept: int = 2,
+    extra: Mapping[str, object] | None = None,
 ) -> Path:
     """Write `checkpoint-<steps>/`, see `save_model`, with the optimiser's state, and delete all but the newest `num_kept`.
 

@@ -308,7 +308,7 @@ def test_ctrl_c_finishes_the_step_saves_and_exits_130(small_eval, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "--resume" in errors
     steps = metrics.read_text().count("\n")
