@@ -44,7 +44,7 @@ class Outcome:
     num_tokens: int
     """Of all its completions."""
     speech: float
-    """Accuracy of its spoken completions."""
+    """Accuracy of its spoken completions; NaN, as that of written ones, without an answer."""
     text: float | None = None
     """Accuracy of its written ones; None where there are none."""
     divergence: float | None = None
@@ -157,7 +157,7 @@ class SampledQuestion:
 
     @property
     def disagrees(self) -> bool:
-        """Whether R_acc differs within a group, as DAPO asks of what it trains on."""
+        """Whether R_acc differs within a group, as DAPO asks of what it trains on; NaN, without an answer, differs from all."""
         return any(bool((accuracy != accuracy[0]).any()) for accuracy in (group.rewards["accuracy"] for group in self.groups))
 
     def outcome(self) -> Outcome:

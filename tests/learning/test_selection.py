@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,14 +18,14 @@ from steps import rollout_of
 from tars_fast.config import TrainConfig
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA
 from tars_fast.learning import selection as selection_module
-from tars_fast.learning.batch import Outcome, RolloutCollector, prepare_batch
+from tars_fast.learning.batch import Outcome, RolloutCollector, SampledGroup, SampledQuestion, prepare_batch
 from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.selection import Selection, batch_of_step, check_selection, outcomes_of
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.timing import PhaseTimer
 from tars_fast.train import command
-from tars_fast.types import Modality, Question, UserError
+from tars_fast.types import Modality, Prompt, Question, UserError
 
 QUESTIONS = [Question(str(number), "?", "1", ("1", "2")) for number in range(40)]
 HARD = set(range(0, 40, 5))
@@ -171,6 +172,28 @@ def test_a_damaged_state_is_refused(config, damage):
 def test_what_cannot_be_selected_is_refused_in_one_line(settings, line):
     with pytest.raises(UserError, match=line):
         check_selection(TrainConfig(**settings), 40, QUESTIONS)
+
+
+@pytest.mark.parametrize("settings", [{"select": "disagreement"}, {"max_redraws": 1}])
+def test_selection_by_answers_needs_some(settings):
+    config = TrainConfig(objective="opd", **settings)
+    transcripts = [Question(question.id, question.text) for question in QUESTIONS]
+    with pytest.raises(UserError, match=r"goes by right and wrong answers, and no training item has one; take --select kl"):
+        check_selection(config, 4, transcripts)
+    check_selection(config, 4, [*transcripts[1:], QUESTIONS[0]])
+
+
+def test_questions_without_an_answer_are_drawn_like_the_mean(config):
+    """And stay, whatever their completions say, where unanimous ones give way."""
+    selection = Selection(QUESTIONS, dataclasses.replace(config, select="disagreement", objective="opd", select_floor=0.25))
+    selection.plan(0)
+    known = [outcome_of(number) for number in range(1, 40)]
+    selection.record(0, [Outcome("0", 8, 80, math.nan), *known])
+    weights = selection._weights()
+    assert weights[0] == pytest.approx(weights[1:].mean())
+    rewards = {"accuracy": torch.full((4,), math.nan)}
+    group = SampledGroup(Prompt(Modality.SPEECH, (1,)), [], rewards)
+    assert SampledQuestion(QUESTIONS[0], None, None, [group]).disagrees
 
 
 @pytest.mark.parametrize(("objective", "group_size"), [("tars", 4), ("opd", 8)])
