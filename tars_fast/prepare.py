@@ -118,6 +118,9 @@ class PrepareConfig:
             raise UserError("--output-dir: name the folder for the spoken items")
         if self.select_for is not None and self.budget is None:
             raise UserError(f"--select-for {self.select_for}: needs --budget, the number of items to be spoken")
+        for flag, value in (("--clusters", self.clusters), ("--embedder", self.embedder)):
+            if value is not None and self.select_for is None:
+                raise UserError(f"{flag} {value}: needs --select-for, whose clusters it is about; leave it out")
         if self.budget is not None and self.data is None:
             raise UserError(f"--budget {self.budget}: --check makes no items; leave it out")
         if self.budget is not None:

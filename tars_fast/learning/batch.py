@@ -43,10 +43,10 @@ class Outcome:
     num_completions: int
     num_tokens: int
     """Of all its completions."""
-    speech: float
-    """Accuracy of its spoken completions; NaN, as that of written ones, without an answer."""
+    speech: float | None = None
+    """Accuracy of its spoken completions; None without an answer."""
     text: float | None = None
-    """Accuracy of its written ones; None where there are none."""
+    """Accuracy of its written ones; None where there are none, too."""
     divergence: float | None = None
     """Mean over the tokens of its spoken completions, in nats; None where the objective computed none."""
 
@@ -157,11 +157,13 @@ class SampledQuestion:
 
     @property
     def disagrees(self) -> bool:
-        """Whether R_acc differs within a group, as DAPO asks of what it trains on; NaN, without an answer, differs from all."""
-        return any(bool((accuracy != accuracy[0]).any()) for accuracy in (group.rewards["accuracy"] for group in self.groups))
+        """Whether R_acc differs within a group, as DAPO asks of what it trains on; true without an answer."""
+        accuracies = [group.rewards["accuracy"] for group in self.groups]
+        return not self.question.has_answer or any(bool((accuracy != accuracy[0]).any()) for accuracy in accuracies)
 
     def outcome(self) -> Outcome:
-        accuracies = [group.rewards["accuracy"].mean().item() for group in self.groups]
+        graded = self.groups if self.question.has_answer else []
+        accuracies = [group.rewards["accuracy"].mean().item() for group in graded]
         completions = [completion for group in self.groups for completion in group.completions]
         num_tokens = sum(len(completion.token_ids) for completion in completions)
         return Outcome(self.question.id, len(completions), num_tokens, *accuracies)

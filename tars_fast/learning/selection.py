@@ -89,9 +89,9 @@ def check_selection(config: TrainConfig, questions_per_step: int, questions: Seq
             f"--select gap: --objective {config.objective} samples no written completions; take --select kl or disagreement"
         )
     setting = f"--select {config.select}" if config.select != "all" else f"--max-redraws {config.max_redraws}"
-    by_answers = config.select in ("gap", "disagreement") or config.max_redraws > 0
-    if by_answers and not any(question.has_answer for question in questions):
-        raise UserError(f"{setting}: goes by right and wrong answers, and no training item has one; take --select kl")
+    needs_answers = config.select in ("gap", "disagreement") or config.max_redraws
+    if needs_answers and not any(question.has_answer for question in questions):
+        raise UserError(f"{setting}: goes by right answers, and no training item has one; take --select kl without redraws")
     if (config.select != "all" or config.max_redraws) and questions_per_step >= len(questions):
         raise UserError(
             f"{setting}: a step of --questions-per-step {questions_per_step} takes all {len(questions)} training items, which "

@@ -461,6 +461,7 @@ def test_settings_of_a_folder_stay(run, folder):
         ((*TONES, "--output-dir", "out", "--recogniser", "none/there"), ["--recogniser none/there", "cannot be loaded"]),
         ((*TONES, "--output-dir", "out", "--budget", 4), ["--budget 4: the corpus has 3 different items"]),
         ((*TONES, "--output-dir", "out", "--budget", 0), ["--budget 0", "greater than 0"]),
+        ((*TONES, "--output-dir", "out", "--clusters", 4), ["--clusters 4: needs --select-for", "leave it out"]),
         ((*TONES, "--output-dir", "out", "--select-for", "pocket"), ["--select-for pocket: needs --budget"]),
         ((*TONES, "--output-dir", "out", "--budget", 3, "--select-for", "pocket"), ["--budget 3: 1 cluster", "--probes"]),
         ((*TONES, "--output-dir", "out", "--budget", 3, "--select-for", "none/there", "--probes", 1), ["--model none/there"]),
@@ -485,6 +486,7 @@ SUMS = [
     for one in ("two", "three", "four", "five")
     for two in ("one", "two", "three")
 ]
+del SUMS[5]["answer"], SUMS[5]["answer_set"]
 
 
 def test_a_budget_is_spent_where_speech_and_text_differ(run, folder):

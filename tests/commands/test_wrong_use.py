@@ -88,7 +88,7 @@ def test_the_same_run_unspoiled_trains_and_is_not_overwritten(folder, run):
 SETTINGS = [
     (
         ["--model", "qwen9"],
-        ["--model qwen9", "neither a preset (pocket, qwen2-audio-7b", "nor a name on the hub"],
+        ["--model qwen9", "neither a preset (pocket, pocket-hard, qwen2-audio-7b", "nor a name on the hub"],
     ),
     (["--model", "./qwen9"], ["--model ./qwen9", "neither a preset", "nor a folder"]),
     (["--model", "a" * 256], ["--model aaa", "a name of more than 255 bytes"]),

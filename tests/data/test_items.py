@@ -92,6 +92,11 @@ def test_text_is_read_as_utf_8_and_numbers_as_text(tmp_path):
         ),
         pytest.param(LETTERED | {"id": "q9", "options": ["x"] * 27}, ["item 'q9'", "2 to 26"], id="more options than letters"),
         pytest.param(
+            NAMED | {"id": "q9", "answer_set": [f"answer {number}" for number in range(1001)]},
+            ["item 'q9'", "'answer_set' must list 2 to 1000"],
+            id="more answers than one pattern should hold",
+        ),
+        pytest.param(
             NAMED | {"id": "q9", "answer_set": ["two"] * 2}, ["item 'q9'", "'two' is listed twice", "remove one"], id="twice"
         ),
         pytest.param(LETTERED, ["id 'q1'", "already stands in line 1", "must be unique"], id="duplicate id"),

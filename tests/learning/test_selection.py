@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,14 +17,14 @@ from steps import rollout_of
 from tars_fast.config import TrainConfig
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA
 from tars_fast.learning import selection as selection_module
-from tars_fast.learning.batch import Outcome, RolloutCollector, SampledGroup, SampledQuestion, prepare_batch
+from tars_fast.learning.batch import Outcome, RolloutCollector, prepare_batch
 from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.selection import Selection, batch_of_step, check_selection, outcomes_of
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.timing import PhaseTimer
 from tars_fast.train import command
-from tars_fast.types import Modality, Prompt, Question, UserError
+from tars_fast.types import Modality, Question, UserError
 
 QUESTIONS = [Question(str(number), "?", "1", ("1", "2")) for number in range(40)]
 HARD = set(range(0, 40, 5))
@@ -163,6 +162,8 @@ def test_a_damaged_state_is_refused(config, damage):
         ({"max_redraws": 2}, "--max-redraws 2: a step of --questions-per-step 40 takes all 40 training items"),
         ({"select": "kl"}, "--select kl: --objective tars computes no divergence .*--select gap or disagreement"),
         ({"select": "gap", "objective": "opd"}, "--select gap: --objective opd samples no written .*--select kl or disag"),
+        ({"select": "disagreement", "questions_per_step": 8}, "--select disagreement: goes by right answers, and no .*kl"),
+        ({"max_redraws": 1, "questions_per_step": 8}, "--max-redraws 1: goes by right answers, and no training item has one"),
         ({"select_floor": 0.0}, "--select-floor 0.0: must be above 0"),
         ({"select_floor": 1.5}, "--select-floor 1.5: .*at most 1"),
         ({"max_redraws": -1}, "--max-redraws -1"),
@@ -170,30 +171,14 @@ def test_a_damaged_state_is_refused(config, damage):
     ],
 )
 def test_what_cannot_be_selected_is_refused_in_one_line(settings, line):
+    without_answers = [dataclasses.replace(question, answer="", choices=()) for question in QUESTIONS]
+
+    def check() -> None:
+        config = TrainConfig(**settings)
+        check_selection(config, config.questions_per_step or 40, without_answers if "answers" in line else QUESTIONS)
+
     with pytest.raises(UserError, match=line):
-        check_selection(TrainConfig(**settings), 40, QUESTIONS)
-
-
-@pytest.mark.parametrize("settings", [{"select": "disagreement"}, {"max_redraws": 1}])
-def test_selection_by_answers_needs_some(settings):
-    config = TrainConfig(objective="opd", **settings)
-    transcripts = [Question(question.id, question.text) for question in QUESTIONS]
-    with pytest.raises(UserError, match=r"goes by right and wrong answers, and no training item has one; take --select kl"):
-        check_selection(config, 4, transcripts)
-    check_selection(config, 4, [*transcripts[1:], QUESTIONS[0]])
-
-
-def test_questions_without_an_answer_are_drawn_like_the_mean(config):
-    """And stay, whatever their completions say, where unanimous ones give way."""
-    selection = Selection(QUESTIONS, dataclasses.replace(config, select="disagreement", objective="opd", select_floor=0.25))
-    selection.plan(0)
-    known = [outcome_of(number) for number in range(1, 40)]
-    selection.record(0, [Outcome("0", 8, 80, math.nan), *known])
-    weights = selection._weights()
-    assert weights[0] == pytest.approx(weights[1:].mean())
-    rewards = {"accuracy": torch.full((4,), math.nan)}
-    group = SampledGroup(Prompt(Modality.SPEECH, (1,)), [], rewards)
-    assert SampledQuestion(QUESTIONS[0], None, None, [group]).disagrees
+        check()
 
 
 @pytest.mark.parametrize(("objective", "group_size"), [("tars", 4), ("opd", 8)])
@@ -242,6 +227,13 @@ def test_unanimous_questions_give_way_to_others(model, questions, config, object
         for one in again.completions
     ]
     assert [outcome.divergence for outcome in outcomes_of(scored)] == [0.0, 1.0, 2.0] + [None] * (len(ids) - 3)
+
+
+def test_a_question_without_an_answer_has_no_accuracy(model, questions, config):
+    asked = [dataclasses.replace(questions[0], answer="", choices=()), questions[1]]
+    outcomes = rollout_of(model, asked, config).outcomes
+    assert (outcomes[0].speech, outcomes[0].text) == (None, None)
+    assert None not in (outcomes[1].speech, outcomes[1].text)
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:
