@@ -10,6 +10,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent / "bench"
 WORKERS_ON_A_GPU = 4
+LONGEST = {"test_kernels.py", "test_dry_walk.py", "test_snippets.py"}
 
 # PYTHONPATH=kernels:. pytest runs what is not installed; processes that tests start elsewhere must find it as well.
 if "PYTHONPATH" in os.environ:
@@ -54,7 +55,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # The longest first, for which other processes would wait at the end.
-    items.sort(key=lambda item: item.path.name != "test_kernels.py")
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if _fast_tier_alone(config):
         slow = [item for item in items if item.get_closest_marker("slow")]
         items[:] = [item for item in items if item not in slow]

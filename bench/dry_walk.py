@@ -38,7 +38,7 @@ import tars_kernels
 import torch
 import train_step
 import triton
-from compile_kernels import Head, OfflineDriver, compiled_launches, launch_everything
+from compile_kernels import Head, OfflineDriver, compiled_launches, launch_everything, two_parts
 from engine import make_prompts, randomise, write_checkpoint
 from fake_gpu import FakeGpu, fake_gpu
 from tars_kernels import backend
@@ -251,6 +251,15 @@ def walk_options(head: Head) -> None:
     tars_kernels.linear_distillation_loss(
         *streams, head.weight, cu_seqlens=head.cu_seqlens, decay=2.0, normalise="sequence"
     ).loss.backward()
+    for divergence in ("forward_kl", "jsd"):
+        with two_parts() as group:
+            tars_kernels.linear_distillation_loss(
+                *streams, trainable, bias=bias, teacher_weight=head.weight, divergence=divergence, group=group
+            ).loss.backward()
+    with two_parts() as group:
+        tars_kernels.linear_policy_loss(
+            head.hidden, trainable, head.targets, head.vectors["old_logprobs"], softcap=30.0, z_coef=0.1, group=group
+        ).loss.backward()
     with tars_kernels.use_reference(False):
         tars_kernels.linear_logprob(head.hidden.detach(), head.weight, head.targets)
 

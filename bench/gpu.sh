@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Everything that only a CUDA GPU can show, the most important first. Each part writes its JSON as soon as it is done; one that fails
 # does not cost the others, but the exit status.
-#   bench/gpu.sh [-o OUTPUT_FOLDER] [PART...]     default: -o bench/results correctness races kernels step engine
+#   bench/gpu.sh [-o OUTPUT_FOLDER] [PART...]     default: -o bench/results correctness races kernels step objectives engine
 # correctness  tests of the kernels and of the packed attention, on CUDA
 # races        kernels that overwrite what they read, 200 times, against copies, bit for bit
 # kernels      every operation beside eager PyTorch, torch.compile and the peers that are installed
 # step         the training side of a step at Qwen2-Audio-7B's shape, beside other trainers' structures
+# objectives   an update by each objective, at the same shape
 # engine       one copy of the weights beside two, at the same shape; needs vLLM
 # all_cases    not by default: other lengths of the step, and its time and memory against questions, group size and layers
 set -uo pipefail
@@ -46,6 +47,10 @@ step() {
     python3 bench/train_step.py "${shape[@]}" --cases 10s-512 --repeats 2 --micro-batches 16 --contenders released trl --json "$output/train_step_$card.json"
 }
 
+objectives() {
+    python3 bench/objectives.py "${shape[@]}" --repeats 2 --json "$output/objectives_$card.json"
+}
+
 engine() {
     python3 bench/engine.py "${shape[@]}" --num-steps 3 --output "$output/engine_$card.json"
 }
@@ -54,11 +59,11 @@ all_cases() {
     python3 bench/train_step.py "${shape[@]}" --scaling --json "$output/train_step_all_cases_$card.json"
 }
 
-[ $# -gt 0 ] || set -- correctness races kernels step engine
+[ $# -gt 0 ] || set -- correctness races kernels step objectives engine
 failed=()
 for part in "$@"; do
     case $part in
-        correctness | races | kernels | step | engine | all_cases) ;;
+        correctness | races | kernels | step | objectives | engine | all_cases) ;;
         *)
             echo "bench/gpu.sh: no part $part; see the head of this script" >&2
             exit 2

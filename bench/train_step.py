@@ -254,7 +254,7 @@ def first_questions(rollout: Rollout, num_questions: int) -> Rollout:
     count = sum(completion.question < num_questions for completion in rollout.completions)
     return Rollout(
         prompts=rollout.prompts[:count],
-        written=rollout.written,
+        written=rollout.written[:num_questions],
         spoken=[],
         completions=rollout.completions[:count],
         completion_rewards={name: values_N[:count] for name, values_N in rollout.completion_rewards.items()},

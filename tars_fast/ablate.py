@@ -162,7 +162,7 @@ def parse_settings(flag: str, given: Sequence[str], refused: set[str]) -> dict[s
         refused: settings that must not be among them.
 
     Raises:
-        UserError: a setting is refused, does not exist, is given twice, or cannot have that value.
+        UserError: a setting is refused, does not exist, is given twice, or has a value of another kind.
     """
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     settings: dict[str, str] = {}
@@ -179,7 +179,12 @@ def parse_settings(flag: str, given: Sequence[str], refused: set[str]) -> dict[s
         if name in settings:
             raise UserError(f"{flag} {assignment}: {name} is there twice")
         settings[name] = value.strip()
-        parse_training(f"{flag} {assignment}", as_arguments(TrainConfig, {name: settings[name]}))
+        try:
+            parse_training(f"{flag} {assignment}", as_arguments(TrainConfig, {name: settings[name]}))
+        except UserError as error:
+            # What a setting means may depend on others: `plan_runs` looks at them together.
+            if isinstance(error.__cause__, SystemExit):
+                raise
     return settings
 
 

@@ -1,8 +1,8 @@
 """Look inside a model: `python -m tars_fast.analyse --model MODEL --data DATA --output-dir OUT [--compare OTHER]`.
 
-Drift of completions, alignment of prompts by layer, and, with `--calibrate` and `--repeat`, probes; `analysis.drift`,
-`analysis.alignment` and `analysis.probes` say what the figures are. Everything runs by transformers, whose layers can be read
-and changed.
+Drift of completions, alignment of prompts by layer and token by token, probes by flags, and, with `--checkpoints`, which of
+these go with the gap in accuracy; `analysis.drift`, `analysis.alignment`, `analysis.paths` and `analysis.probes` say what the
+figures are. Everything runs by transformers, whose layers can be read and changed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,8 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from tars_fast.analysis.drift import Analysis, AnalysisSettings, change_since
+from tars_fast.analysis.drift import CORRELATED, SCALARS, Analysis, AnalysisSettings, change_since, over_models
+from tars_fast.analysis.paths import PathIntervention
 from tars_fast.analysis.probes import Calibration, repeated
 from tars_fast.data.items import load_questions, or_bundled
 from tars_fast.data.splits import choose_by_id, data_fingerprint
@@ -35,7 +36,7 @@ from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.models.hub import weights_fingerprint
 from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
-from tars_fast.models.registry import find_preset
+from tars_fast.models.registry import find_preset, list_checkpoints
 from tars_fast.models.speech_model import SpeechModel, choose_device, load_module
 from tars_fast.reports.analysis_page import Analysed, draw_analysis, item_results, write_analysis
 from tars_fast.reports.tables import print_analysis, print_failures
@@ -66,6 +67,10 @@ _BASE_LAYER = 5
 """Alignments are stable from this layer on (arXiv 2603.01502); shallow models take the layer in their middle."""
 _MATCHING = ("data", "num_items", "seed", "num_layers", "base_layer", "max_new_tokens", "long_audio")
 """Settings that two analyses must share to be compared."""
+_CORRELATED = (*SCALARS, *CORRELATED)
+"""Figures whose resamples are read of every checkpoint."""
+_FEWEST_MODELS = 3
+"""Over two models every correlation is 1 or -1."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,9 @@ class AnalyseConfig:
     compare: str | None = None
     """Another model, for example that before training, which is analysed first, into OUTPUT_DIR/compared; or the folder of an
     analysis of the same items. Differences have intervals, paired by item."""
+    checkpoints: Path | None = None
+    """Folder of a run that was trained from the model: each of its checkpoints is analysed first, into
+    OUTPUT_DIR/checkpoint-<steps>; over the model and them, every figure by layer is correlated with the accuracy gap."""
     base_layer: int | None = None
     """Layer, from 1, whose states pair the tokens of speech and text. None: 5, or the middle of a model of fewer than 10
     layers."""
@@ -93,6 +101,13 @@ class AnalyseConfig:
     """Probes: at each of these layers, 0 to L - 1 (0: the embeddings), give speech the mean and deviation of text."""
     repeat: tuple[int, ...] = ()
     """Probes: repeat each word of the text so many times."""
+    angle_projection: tuple[int, ...] = ()
+    """Probes: at each of these layers, 0 to L - 1 (0: the embeddings), give audio tokens on the alignment path the direction
+    of their word's state; first the --critical-tokens least similar ones, then all of them."""
+    length_normalisation: tuple[int, ...] = ()
+    """Probes: the same with the length of their word's state."""
+    critical_tokens: int = 3
+    """Audio tokens of a recording that these probes take for the least similar ones."""
     long_audio: LongAudio = "refuse"
     """Recordings longer than the model takes at once: refuse says how many and stops; chunk puts several clips into one
     prompt; truncate keeps the beginning."""
@@ -108,10 +123,11 @@ class AnalyseConfig:
     """Type of the weights. auto: bfloat16 on CUDA for models trained with LoRA, else float32."""
 
     def __post_init__(self) -> None:
-        as_paths(self, "output_dir")
+        as_paths(self, "output_dir", "checkpoints")
         check_file_names(self, "model", "compare")
         check_choices(self)
-        check_numbers(self, positive=("items", "max_new_tokens", "rollout_batch_size"), not_negative=("seed",))
+        positive = ("items", "max_new_tokens", "rollout_batch_size", "critical_tokens")
+        check_numbers(self, positive=positive, not_negative=("seed",))
         for times in self.repeat:
             if times < 2:
                 raise UserError(f"--repeat {times}: must be at least 2")
@@ -128,6 +144,8 @@ def choose_layers(config: AnalyseConfig, num_layers: int) -> tuple[int, tuple[in
         ("--base-layer", (base,), 1),
         ("--other-base-layers", others, 1),
         ("--calibrate", config.calibrate, 0),
+        ("--angle-projection", config.angle_projection, 0),
+        ("--length-normalisation", config.length_normalisation, 0),
     ):
         highest = num_layers if lowest else num_layers - 1
         for layer in layers:
@@ -169,10 +187,12 @@ class Job:
     dtype: torch.dtype
     settings_written: Mapping[str, Any]
     """`settings` of analysis.json."""
+    is_reported: bool = True
+    """Whether there is a page with pictures, and all is printed: not of every checkpoint of a run."""
 
 
 def analyse(config: AnalyseConfig) -> AnalysisOutcome:
-    """Analyse the model, and before it the one that it is compared with, where that has no analysis yet.
+    """Analyse the model, and before it those that it is compared with, where they have no analysis yet.
 
     Raises:
         UserError: settings, data, model or folder are not usable; or the analysis is there, but its items that failed are not
@@ -180,16 +200,19 @@ def analyse(config: AnalyseConfig) -> AnalysisOutcome:
         TrainingError: memory ran out.
     """
     job = plan_job(config)
+    checkpoints = plan_checkpoints(job)
     with locked(job.output_dir):
         remove_partial(job.output_dir)
-        if config.compare is None:
-            return run_job(job, None)
-        folder = Path(config.compare)
-        if not (folder / ANALYSIS).exists():
-            folder = analyse_compared(job, config.compare)
-        compared = read_compared(folder)
-        check_compared(config.compare, compared.analysed, job)
-        return run_job(job, compared)
+        compared = None
+        if config.compare is not None:
+            folder = Path(config.compare)
+            if not (folder / ANALYSIS).exists():
+                folder = analyse_compared(job, config.compare)
+            compared = read_compared(f"--compare {folder}", folder)
+            check_compared(compared, job)
+        for checkpoint in checkpoints:
+            analyse_first(checkpoint, job)
+        return run_job(job, compared, checkpoints)
 
 
 def plan_job(config: AnalyseConfig) -> Job:
@@ -234,22 +257,67 @@ def plan_job(config: AnalyseConfig) -> Job:
     )
 
 
-@dataclass(frozen=True)
+def plan_checkpoints(job: Job) -> list[Job]:
+    """Plan the analysis of every checkpoint that `--checkpoints` names; none without it.
+
+    Raises:
+        UserError: they are too few, or of another model.
+    """
+    run = job.config.checkpoints
+    if run is None:
+        return []
+    found = [path for _, path in list_checkpoints(run)]
+    if len(found) + 1 < _FEWEST_MODELS:
+        raise UserError(
+            f"--checkpoints {run}: holds {len(found)} checkpoints, and a correlation needs at least {_FEWEST_MODELS - 1}; name "
+            "the folder of a run, which keeps as many as its --keep-checkpoints says"
+        )
+    jobs = []
+    for path in found:
+        try:
+            other = plan_other(job, str(path), job.output_dir / path.name)
+        except UserError as error:
+            raise UserError(f"--checkpoints {run}: {path.name} cannot be analysed ({error})") from error
+        kinds = [(prompts.family, prompts.family.architecture(prompts.config)) for prompts in (other.prompts, job.prompts)]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"--checkpoints {run}: {path.name} is no checkpoint of {job.config.model}; give the run's --model")
+        check_settings(f"--checkpoints {run}", other.settings_written, job.settings_written)
+        jobs.append(dataclasses.replace(other, is_reported=False))
+    return jobs
+
+
+@dataclass(frozen=True, eq=False)
 class Compared:
     """The analysis that this one is compared with, read from its folder."""
 
+    flag: str
+    """Flag and value that name it, for messages."""
+    name: str
+    """Name of the folder."""
     analysed: Analysed
     resamples: Mapping[str, np.ndarray]
 
+    def unpaired(self, failed: Mapping[str, str]) -> list[str]:
+        """The items that failed in it, or else among `failed`, but not in both."""
+        return sorted(self.analysed.figures["failed"].keys() ^ failed.keys())
 
-def read_compared(path: Path) -> Compared:
-    """Raises UserError where the folder holds no analysis."""
+
+def read_compared(flag: str, path: Path, names: Sequence[str] | None = None) -> Compared:
+    """The analysis in a folder.
+
+    Args:
+        names: of the figures whose resamples are read. None: all.
+
+    Raises:
+        UserError: the folder holds no analysis.
+    """
     try:
         with np.load(path / RESAMPLES) as rows:
-            return Compared(read_analysis(path), dict(rows))
+            chosen = {name: rows[name] for name in (rows if names is None else names)}
+            return Compared(flag, path.name, read_analysis(path), chosen)
     # A file that a full disk cut off is no zip archive, or has no end.
-    except (OSError, ValueError, BadZipFile, EOFError) as error:
-        raise UserError(f"--compare {path}: cannot be read ({error}); name the --output-dir of an analysis") from error
+    except (OSError, ValueError, KeyError, BadZipFile, EOFError) as error:
+        raise UserError(f"{flag}: cannot be read ({error}); name the --output-dir of an analysis") from error
 
 
 def read_analysis(path: Path) -> Analysed:
@@ -263,7 +331,7 @@ def read_analysis(path: Path) -> Analysed:
     return Analysed(figures, records)
 
 
-def check_settings(given: str, theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def check_settings(flag: str, theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raises UserError where two analyses are not of the same items, or differ in settings that matter."""
     changed = [name for name in _MATCHING if theirs.get(name) != settings[name]]
     if changed:
@@ -271,16 +339,17 @@ def check_settings(given: str, theirs: Mapping[str, Any], settings: Mapping[str,
         listed = ", ".join(
             "other items" if name == "data" else f"{name} {theirs.get(name)} -> {settings[name]}" for name in changed
         )
-        raise UserError(f"--compare {given}: another analysis ({listed}); both need the same items and settings")
+        raise UserError(f"{flag}: another analysis ({listed}); both need the same items and settings")
 
 
-def check_compared(given: str, other: Analysed, job: Job) -> None:
+def check_compared(other: Compared, job: Job) -> None:
     """`check_settings`; also raises UserError where another version figures the other analysis."""
-    check_settings(given, other.figures["settings"], job.settings_written)
+    check_settings(other.flag, other.analysed.figures["settings"], job.settings_written)
     try:
-        item_results(other, "", job.questions)
+        item_results(other.analysed, "", job.questions)
+        other.analysed.figures["paths"]
     except KeyError as error:
-        raise UserError(f"--compare {given}: no analysis of these items by this version (no {error}); repeat it") from error
+        raise UserError(f"{other.flag}: no analysis of these items by this version (no {error}); repeat it") from error
 
 
 def run_probes(
@@ -324,27 +393,41 @@ def analyse_compared(job: Job, compare: str) -> Path:
     Raises:
         UserError: there is no such model, or the two analyses would not compare.
     """
-    folder = job.output_dir / "compared"
-    changes: dict[str, Any] = {"model": compare, "compare": None, "output_dir": folder, "calibrate": (), "repeat": ()}
     try:
-        other = plan_job(dataclasses.replace(job.config, **changes))
+        other = plan_other(job, compare, job.output_dir / "compared")
     except UserError as error:
         raise UserError(f"--compare {compare}: neither an analysis nor a model to analyse ({error})") from error
-    check_settings(compare, other.settings_written, job.settings_written)
+    check_settings(f"--compare {compare}", other.settings_written, job.settings_written)
+    analyse_first(other, job)
+    return other.output_dir
+
+
+def plan_other(job: Job, model: str, output_dir: Path) -> Job:
+    """Plan the same analysis of another model, without probes. Raises UserError as `plan_job` does."""
+    alone: dict[str, Any] = {"compare": None, "checkpoints": None, "calibrate": (), "repeat": ()}
+    alone |= {"angle_projection": (), "length_normalisation": ()}
+    return plan_job(dataclasses.replace(job.config, model=model, output_dir=output_dir, **alone))
+
+
+def analyse_first(other: Job, job: Job) -> None:
+    """Analyse another model into a folder within that of `job`, where that has not been done.
+
+    Raises:
+        UserError: the folder holds another analysis.
+    """
     # Here and not after hours of work that would be in vain.
     make_folder(job.output_dir)
-    if (folder / ANALYSIS).exists():
-        earlier = read_compared(folder).analysed.figures["settings"]
-        if earlier == as_json(other.settings_written):
-            return folder
+    if (other.output_dir / ANALYSIS).exists():
+        with suppress(OSError, ValueError):
+            if read_analysis(other.output_dir).figures["settings"] == as_json(other.settings_written):
+                return
     run_job(other, None)
     # The weights of one model at a time.
     gc.collect()
-    return folder
 
 
-def run_job(job: Job, compared: Compared | None) -> AnalysisOutcome:
-    """Load the model, analyse every item, write the results."""
+def run_job(job: Job, compared: Compared | None, checkpoints: Sequence[Job] = ()) -> AnalysisOutcome:
+    """Load the model, analyse every item, write the results; those of `checkpoints` are there."""
     make_folder(job.output_dir)
     console = open_console()
     if job.device.type == "cuda":
@@ -359,14 +442,27 @@ def run_job(job: Job, compared: Compared | None) -> AnalysisOutcome:
         say(console, long)
     calibrations = [Calibration(layer) for layer in job.config.calibrate]
     engine = TransformersEngine(model, job.preset.rollout_batch_size)
-    analysis = Analysis(model, engine, job.settings, calibrations)
+    analysis = Analysis(model, engine, job.settings, calibrations, interventions_of(job.config))
     with closing(engine), explain_out_of_memory("the analysis"):
         add_items(job, analysis, console)
         figures: dict[str, Any] = {"settings": job.settings_written} | analysis.report()
         probes = run_probes(job, model, engine, calibrations, console)
     figures["cost"]["peak_memory_bytes"] = peak_memory(job.device)
     figures |= {"probes": probes} if probes else {}
-    return write_results(job, analysis, figures, compared, console)
+    own = [read_compared(f"--checkpoints {job.config.checkpoints}", other.output_dir, _CORRELATED) for other in checkpoints]
+    return write_results(job, analysis, figures, compared, own, console)
+
+
+def interventions_of(config: AnalyseConfig) -> list[PathIntervention]:
+    """The probes of the alignment path: at each layer of the critical tokens, then of all."""
+    kinds: dict[Literal["angle", "length"], Sequence[int]]
+    kinds = {"angle": config.angle_projection, "length": config.length_normalisation}
+    return [
+        PathIntervention(kind, layer, num_tokens)
+        for kind, layers in kinds.items()
+        for layer in layers
+        for num_tokens in (config.critical_tokens, None)
+    ]
 
 
 def add_items(job: Job, analysis: Analysis, console: PlainConsole) -> None:
@@ -399,7 +495,12 @@ def peak_memory(device: torch.device) -> int:
 
 
 def write_results(
-    job: Job, analysis: Analysis, figures: dict[str, Any], compared: Compared | None, console: PlainConsole
+    job: Job,
+    analysis: Analysis,
+    figures: dict[str, Any],
+    compared: Compared | None,
+    checkpoints: Sequence[Compared],
+    console: PlainConsole,
 ) -> AnalysisOutcome:
     """Write and print all that follows from the sums over items.
 
@@ -407,27 +508,31 @@ def write_results(
         figures: of analysis.json, without a comparison.
 
     Raises:
-        UserError: an item failed in one of the two analyses alone, so that nothing could be compared.
+        UserError: an item failed in one of the analyses alone, so that nothing could be compared.
     """
     output_dir = job.output_dir
     rows = analysis.resamples()
-    unpaired = [] if compared is None else sorted(compared.analysed.figures["failed"].keys() ^ analysis.failed.keys())
-    before = None if compared is None or unpaired else compared.analysed
+    unpaired = [own for own in (*([compared] if compared else []), *checkpoints) if own.unpaired(analysis.failed)]
+    before = None if compared is None or compared in unpaired else compared.analysed
     if compared is not None and before is not None:
         figures["change"] = change_since(rows, compared.resamples)
+    if checkpoints and not any(own in unpaired for own in checkpoints):
+        figures["checkpoints"] = over_models({job.config.model: rows} | {own.name: own.resamples for own in checkpoints})
     with replaced_atomically(output_dir / RESAMPLES) as file:
         np.savez_compressed(file, **rows)  # type: ignore[arg-type]  # names of arrays, none of them an option
     figures = as_json(figures)
     write_atomically(output_dir / ANALYSIS, json.dumps(figures, indent=2) + "\n")
-    draw_analysis(output_dir, figures, None if before is None else before.figures)
-    write_analysis(output_dir, read_analysis(output_dir), before, Path(job.source).stem, job.questions)
-    print_analysis(console, figures)
+    if job.is_reported:
+        draw_analysis(output_dir, figures, None if before is None else before.figures)
+        write_analysis(output_dir, read_analysis(output_dir), before, Path(job.source).stem, job.questions)
+        print_analysis(console, figures)
     print_failures(console, Path(job.source).stem, figures)
     say(console, f"written to {output_dir}: {listing(output_dir)}")
     if unpaired:
+        flag, odd = unpaired[0].flag, unpaired[0].unpaired(analysis.failed)
         raise UserError(
-            f"--compare {job.config.compare}: {len(unpaired)} items failed in one of the two analyses alone (the first: "
-            f"{unpaired[0]!r}); {output_dir} holds this one without a comparison"
+            f"{flag}: {len(odd)} items failed in one of the two analyses alone (the first: {odd[0]!r}); {output_dir} holds "
+            "this one without a comparison"
         )
     return AnalysisOutcome(output_dir, figures)
 

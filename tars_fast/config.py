@@ -98,6 +98,15 @@ class TrainConfig:
     """Rollout batches to train on. None: the preset's (pocket 160, pocket-hard 120, others 1000)."""
     questions_per_step: int | None = None
     """Questions in a rollout batch. None: the preset's (pocket and pocket-hard 32, others 8)."""
+    select: Literal["all", "gap", "disagreement", "kl"] = "all"
+    """Which questions a step takes. all: shuffled epochs. The others draw more often, by what earlier rollouts showed, those
+    whose accuracy from speech and text differs (gap), whose spoken completions are neither all right nor all wrong
+    (disagreement), or whose distillation has the largest divergence (kl)."""
+    select_floor: float = 0.25
+    """Share of a step's questions that come from the shuffled epochs all the same, with --select other than all."""
+    max_redraws: int = 0
+    """Rounds in which questions whose completions are all right or all wrong, spoken and written, are replaced by others
+    before training (DAPO's dynamic sampling); what is left after the last one stays. 0: none are replaced."""
     group_size: int = 8
     """Completions of a question, half from the spoken and half from the written prompt."""
     learning_rate: float | None = None
@@ -140,9 +149,9 @@ class TrainConfig:
     written prompt; rollouts, written completions with a policy gradient on R_base, as in grpo."""
     text_anchor_weight: float = 1.0
     """Weight of --text-anchor kl in the loss."""
-    watch_every: int | None = None
-    """Steps between two looks at how far written answers have moved: the KL from the model before training on completions that
-    it wrote, in nats a token. 0: never. None: 5 where the objective distils, else 0."""
+    watch_every: int = 5
+    """Where the objective distils, steps between two looks at how far written answers have moved: the KL from the model before
+    training on completions that it wrote, in nats a token. 0: never."""
     max_written_kl: float = 1.0
     """Training stops where that KL is larger."""
     representation_weight: float = 1.0
@@ -219,7 +228,9 @@ class TrainConfig:
     eval_samples: int = 2
     """Completions an item, at --temperature, behind the sampled accuracies of the evaluation; 0 leaves them out."""
     save_every: int = 25
-    """Steps between checkpoints; the last two are kept."""
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay, the newest ones."""
     seed: int = 0
     """Seeds everything that is drawn at random. Same seed, machine and settings: same metrics, bit for bit on a CPU."""
     resume: bool = False
@@ -242,17 +253,21 @@ class TrainConfig:
         check_choices(self)
         positive = ["kv_cache_gb", "max_logprob_diff", "audio_cache_dir_gb", "eval_items"]
         positive += ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")
-        positive += ("distil_weight", "text_anchor_weight", "max_written_kl")
+        positive += ("distil_weight", "text_anchor_weight", "max_written_kl", "keep_checkpoints")
         positive += ("max_grad_norm", "tokens_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
         check_numbers(self, positive=(*positive, "lora_alpha"))
         not_negative = ["representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples"]
-        not_negative += ("watch_every", "audio_cache_gb", "kl_coef", "entropy_coef")
+        not_negative += ("watch_every", "audio_cache_gb", "kl_coef", "entropy_coef", "max_redraws")
         check_numbers(self, not_negative=(*not_negative, "seed"))
         if self.resume and self.output_dir is None:
             raise UserError("--resume: needs the --output-dir of the run to continue")
         if self.group_size < 4 or self.group_size % 2:
             raise UserError(f"--group-size {self.group_size}: must be even and at least 4, two completions of each modality")
         check_layers(self.representation_layers)
+        if not 0 < self.select_floor <= 1:
+            raise UserError(
+                f"--select-floor {self.select_floor}: must be above 0, so that each item comes again, and at most 1"
+            )
         if not 0 <= self.clip_low < 1:
             raise UserError(f"--clip-low {self.clip_low}: must be at least 0 and below 1; the ratio is held above 1 - clip_low")
         if self.loss_type == "cispo" and self.clip_high < 1:
@@ -302,9 +317,14 @@ class TrainConfig:
         return self.parts.has_policy_gradient or self.text_anchor == "rollouts"
 
     @property
+    def needs_answers(self) -> bool:
+        """Whether completions are graded for a reward that is trained on."""
+        return self.parts.uses_rewards or self.text_anchor == "rollouts"
+
+    @property
     def steps_between_looks(self) -> int:
         """See `watch_every`; 0: never."""
-        return (5 if self.parts.distils else 0) if self.watch_every is None else self.watch_every
+        return self.watch_every if self.parts.distils else 0
 
     @property
     def needs_start(self) -> bool:

@@ -5,6 +5,8 @@ the same recordings. A recording appears whole or not at all; then a line in `fi
 run goes on with what is left. The items are written last, as training reads them: `items.jsonl` beside the recordings, or
 `items.parquet` with the recordings inside.
 
+With `--budget` only a part of the items is spoken: which one, `analysis/active_selection.py` says.
+
 Left out on purpose: more than one machine (give each a part of the items, and join the folders), and noise or rooms around the
 speech (a synthesiser of your own may add them).
 """
@@ -27,7 +29,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from string import ascii_uppercase
@@ -41,6 +43,7 @@ from tars_fast.data.parquet import write_parquet
 from tars_fast.data.quality import NOTES, UNUSABLE, Finding, Inspection, inspect_items
 from tars_fast.data.recognition import load_recogniser
 from tars_fast.data.sources import read_rows
+from tars_fast.data.splits import without_repeats
 from tars_fast.data.synthesis import VOICES, Synthesiser
 from tars_fast.data.transcription import word_error_rate
 from tars_fast.support.cli import FAILED, as_paths, check_numbers, first_line, load_function, require_extra, run_command
@@ -48,7 +51,7 @@ from tars_fast.support.console import PlainConsole
 from tars_fast.support.files import append, explain_cannot_write, remove_partial, write_atomically
 from tars_fast.support.locks import LOCK, locked
 from tars_fast.support.progress import track
-from tars_fast.types import Recording, UserError
+from tars_fast.types import Question, Recording, UserError
 
 ESPEAK = "espeak-ng"
 OutputFormat = Literal["jsonl", "parquet"]
@@ -61,7 +64,8 @@ class PrepareConfig:
     """Make spoken questions of written ones (--data), or look for what is wrong with spoken ones (--check)."""
 
     data: str | None = None
-    """Text items: id, question, options or answer_set, answer. A jsonl file, a parquet file or a dataset of the hub."""
+    """Text items: id, question, options or answer_set, answer; or texts alone, for objectives that need no answers. A jsonl
+    file, a parquet file or a dataset of the hub."""
     output_dir: Path | None = None
     """New folder, or that of an earlier run of the same settings, which goes on: the items, and preparation/."""
     output_format: OutputFormat = "jsonl"
@@ -83,6 +87,19 @@ class PrepareConfig:
     jobs: int | None = None
     """Worker processes; each loads its own synthesiser and recogniser. None: one a core for espeak-ng without a recogniser,
     else 1."""
+    budget: int | None = None
+    """Speak so many of the items, drawn uniformly, or chosen for a model with --select-for; which ones stands in choice.json.
+    None: all of them."""
+    select_for: str | None = None
+    """A preset or checkpoint: clusters of items whose spoken and written forms it takes differently get more of --budget
+    (SALAD, arXiv 2510.13632)."""
+    clusters: int | None = None
+    """Clusters of the items, with --select-for. None: so many that their probes take a quarter of --budget, at most 64."""
+    probes: int = 4
+    """Items of each cluster that are spoken first, and measured, with --select-for; part of the budget."""
+    embedder: str | None = None
+    """Text embedder that the items are clustered by: hashed-ngrams, or a sentence-transformers model. None: that of R_beh for
+    the model, hashed-ngrams for pocket, else Qwen/Qwen3-Embedding-0.6B."""
     check: str | None = None
     """Spoken items to be checked; nothing is made."""
     output: Path | None = None
@@ -90,11 +107,24 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         as_paths(self, "output_dir", "output")
-        check_numbers(self, positive=("jobs", "max_seconds"), not_negative=("seed", "retries", "max_word_error_rate"))
+        check_numbers(
+            self,
+            positive=("jobs", "max_seconds", "budget", "clusters", "probes"),
+            not_negative=("seed", "retries", "max_word_error_rate"),
+        )
         if (self.check is None) == (self.data is None):
             raise UserError("--data or --check: give one of them, text items to be spoken or spoken items to be checked")
         if self.data is not None and self.output_dir is None:
             raise UserError("--output-dir: name the folder for the spoken items")
+        if self.select_for is not None and self.budget is None:
+            raise UserError(f"--select-for {self.select_for}: needs --budget, the number of items to be spoken")
+        for flag, value in (("--clusters", self.clusters), ("--embedder", self.embedder)):
+            if value is not None and self.select_for is None:
+                raise UserError(f"{flag} {value}: needs --select-for, whose clusters it is about; leave it out")
+        if self.budget is not None and self.data is None:
+            raise UserError(f"--budget {self.budget}: --check makes no items; leave it out")
+        if self.budget is not None:
+            require_extra("train")
         if self.output is not None and not self.output.parent.is_dir():
             raise UserError(f"--output {self.output}: no folder {self.output.parent}; make it first")
         if self.check is not None and self.output_format != "jsonl":
@@ -335,33 +365,97 @@ def run_workers(transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jo
         pool.shutdown(cancel_futures=True)
 
 
+def read_texts(data: str) -> tuple[list[UsableItem], str | None]:
+    """`read_usable` of what is to be spoken, with or without an answer.
+
+    A published question with possible answers and no right one is no item, where others have one.
+    """
+    items, left_out = read_usable(data, spoken=False, answered=False)
+    has_answers = any(item.question.has_answer for item in items)
+    if has_answers and any(item.published and item.question.choices and not item.question.has_answer for item in items):
+        return read_usable(data, spoken=False)
+    return items, left_out
+
+
+@dataclass
+class Speaking:
+    """An output folder, and what has been spoken into it."""
+
+    recipe: Recipe
+    folder: Path
+    jobs: int
+    finished: dict[str, Outcome]
+    packed: Mapping[str, Recording]
+    """See `packed_recordings`."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Why, by id."""
+
+    def speak(self, items: Sequence[UsableItem]) -> None:
+        """Speak those of the items that neither are there already nor have failed in this run."""
+        transcripts = {item.question.id: spoken_form(item) for item in items}
+        done = {(outcome.id, outcome.transcript) for outcome in self.finished.values()}
+        todo = {id: text for id, text in transcripts.items() if (id, text) not in done and id not in self.failed}
+        if len(todo) < len(items):
+            print(f"{len(items) - len(todo)} of {len(items)} items are there already", flush=True)
+        spoken, failed = speak_items(todo, self.recipe, self.folder, self.jobs)
+        self.finished |= spoken
+        self.failed |= failed
+
+    def recordings(self, items: Sequence[UsableItem]) -> dict[str, Recording]:
+        """Those of the items that could be spoken, by id."""
+        outcomes = [self.finished[item.question.id] for item in items if item.question.id not in self.failed]
+        names = {outcome.id: recording_name(outcome.id, outcome.transcript) for outcome in outcomes}
+        return {id: self.packed.get(name, self.folder / "recordings" / name) for id, name in names.items()}
+
+
+def choose(config: PrepareConfig, budget: int, items: Sequence[UsableItem], speaking: Speaking) -> list[UsableItem]:
+    """The items that the budget is spent on. Raises UserError, see `choose_items`."""
+    # It brings torch and the model, which a command without a budget need not wait for.
+    from tars_fast.analysis.active_selection import ChoiceSettings, choose_items
+
+    different = without_repeats([item.question for item in items])
+    if len(different) < len(items):
+        print(f"{len(items) - len(different)} of {len(items)} items ask what another one asks, and are left out", flush=True)
+    by_id = {item.question.id: item for item in items}
+
+    def speak(questions: Sequence[Question]) -> dict[str, Recording]:
+        probes = [by_id[question.id] for question in questions]
+        speaking.speak(probes)
+        return speaking.recordings(probes)
+
+    settings = ChoiceSettings(budget, config.select_for, config.embedder, config.clusters, config.probes, config.seed)
+    ids = choose_items(speaking.folder, different, settings, speak)
+    return [by_id[id] for id in ids]
+
+
 def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
-    """Speak the items of `data` into `folder`, and return the exit status."""
+    """Speak the items of `data`, or those that --budget is spent on, into `folder`, and return the exit status."""
     voices = config.voices or (VOICES if config.synthesiser == ESPEAK else ("default",))
     recipe = Recipe(config.synthesiser, voices, config.recogniser, config.max_word_error_rate, config.retries, config.seed)
     small_workers = config.synthesiser == ESPEAK and config.recogniser is None
     jobs = config.jobs or ((os.cpu_count() or 1) if small_workers else 1)
-    items, left_out = read_usable(data, spoken=False)
+    items, left_out = read_texts(data)
     if left_out is not None:
         print(left_out, flush=True)
-    transcripts = {item.question.id: spoken_form(item) for item in items}
     with locked(folder):
-        finished, packed = open_folder(folder, recipe, config.output_format)
-        done = {(outcome.id, outcome.transcript) for outcome in finished.values()}
-        todo = dict(item for item in transcripts.items() if item not in done)
-        if len(todo) < len(items):
-            print(f"{len(items) - len(todo)} of {len(items)} items are there already", flush=True)
-        spoken, failed = speak_items(todo, recipe, folder, jobs)
-        finished |= spoken
-        written = [spoken_item(item, finished[item.question.id]) for item in items if item.question.id not in failed]
+        speaking = Speaking(recipe, folder, jobs, *open_folder(folder, recipe, config.output_format))
+        if config.budget is not None:
+            items = choose(config, config.budget, items, speaking)
+        speaking.speak(items)
+        finished, failed = speaking.finished, speaking.failed
+        written = [(item, finished[item.question.id]) for item in items if item.question.id not in failed]
+        rows = [spoken_item(item, outcome) for item, outcome in written]
         if config.output_format == "parquet":
-            pack_items(folder, written, packed)
+            pack_items(folder, rows, speaking.packed)
         else:
-            write_items(folder, written)
-        failures = [json.dumps({"id": id, "error": failed[id]}) + "\n" for id in transcripts if id in failed]
+            write_items(folder, rows)
+        ids = [item.question.id for item in items]
+        failures = [json.dumps({"id": id, "error": failed[id]}) + "\n" for id in ids if id in failed]
         write_atomically(folder / "preparation" / "failed.jsonl", "".join(failures))
-    lengths = [finished[id].gained["seconds"] for id in transcripts if id not in failed]
+    lengths = [outcome.gained["seconds"] for _, outcome in written]
     print(f"{len(lengths)} items, {sum(lengths):.0f} s of speech, written to {folder}")
+    if num_unanswered := sum(not item.question.has_answer for item in items):
+        print(f"{num_unanswered} items have no answer; --objective opd trains on them")
     too_long = sum(length > config.max_seconds for length in lengths)
     if too_long:
         print(f"{too_long} recordings are longer than {config.max_seconds:g} s; training refuses them without --long-audio")
@@ -417,7 +511,7 @@ def pack_items(folder: Path, items: Sequence[Mapping[str, object]], packed: Mapp
 
 def check(config: PrepareConfig, data: str) -> int:
     """Show what is wrong with the spoken items of `data`, and return the exit status."""
-    items = list(read_items(data))
+    items = list(read_items(data, answered=False))
     if not items:
         raise UserError(f"--check {data}: holds no items")
     inspections = list(

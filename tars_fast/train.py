@@ -44,6 +44,7 @@ from tars_fast.learning.metrics import LOOKED_BACK, BackwardPass, check_progress
 from tars_fast.learning.optimizer import learning_rate_at
 from tars_fast.learning.run import Interrupt, Run, evaluation_source, open_run, plan_run, profiled
 from tars_fast.learning.scored import ScoredRollout
+from tars_fast.learning.selection import outcomes_of
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import join_workers
 from tars_fast.models.memory import describe
@@ -109,7 +110,7 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
     """
     config, learner, workers = run.config, run.learner, run.workers
     history: deque[dict[str, float]] = deque(maxlen=LOOKED_BACK)
-    loader = RolloutLoader(run.model, run.engine, run.text_similarity, run.data.training, config, workers)
+    loader = RolloutLoader(run.model, run.engine, run.text_similarity, run.selection, config, workers)
     with loader, profiled(run) as step_done:
         for step in range(run.num_completed, config.num_steps):
             started = time.perf_counter()
@@ -126,7 +127,7 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
             learner.optimizer.zero_grad(set_to_none=True)
             # Log; save a checkpoint where it is time.
             metrics = {"step": step + 1, "learning_rate": learning_rate_at(config, step)} | metrics
-            metrics |= step_metrics(learner, scored, loaded) | {"seconds/step": time.perf_counter() - started}
+            metrics |= step_metrics(run, scored, loaded, step) | {"seconds/step": time.perf_counter() - started}
             metrics |= learner.look(step + 1)
             history.append(metrics)
             log.step(metrics)
@@ -188,11 +189,13 @@ def report_failures(run: Run, log: RunLog, loaded: LoadedRollout, step: int, loa
         log.warn(f"one of {run.workers.size} processes has no rollout in this step: {failure}")
 
 
-def step_metrics(learner: Learner, scored: ScoredRollout | None, loaded: LoadedRollout) -> dict[str, float]:
-    """Metrics of a step's completions, of all processes, and where the time of this process went."""
-    columns = learner.workers.gather(None if scored is None else completion_columns(scored))
+def step_metrics(run: Run, scored: ScoredRollout | None, loaded: LoadedRollout, step: int) -> dict[str, float]:
+    """Metrics of a step's completions, of all processes, and where the time of this process went; updates `run.selection`."""
+    gathered = run.workers.gather(None if scored is None else (completion_columns(scored), outcomes_of(scored)))
+    columns, outcomes = zip(*(part for part in gathered if part is not None), strict=True)
+    metrics = completion_metrics(columns) | run.selection.record(step, [outcome for part in outcomes for outcome in part])
     beside = {f"beside/{name.removeprefix('seconds/')}": seconds for name, seconds in loaded.seconds.items()}
-    return completion_metrics([part for part in columns if part is not None]) | learner.timer.take() | beside
+    return metrics | run.learner.timer.take() | beside
 
 
 def evaluate_now(run: Run, log: RunLog, when: str) -> list[ItemResult]:

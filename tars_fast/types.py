@@ -48,10 +48,10 @@ class Question:
     id: str
     text: str
     """As written in the text prompt, lettered options included."""
-    answer: str
-    """The reference answer, one of `choices`."""
-    choices: tuple[str, ...]
-    """The answer set: what may stand for X in `The answer is X`."""
+    answer: str = ""
+    """The reference answer, one of `choices`; empty: unknown, see `has_answer`."""
+    choices: tuple[str, ...] = ()
+    """The answer set: what may stand for X in `The answer is X`; empty: unknown."""
     audio: Recording | None = None
     category: str = ""
     """Part of the benchmark it comes from, for accuracy by category."""
@@ -59,6 +59,11 @@ class Question:
     """What the recording says, where that is known."""
     same_as_answer: tuple[str, ...] = ()
     """Other choices under which the question shows the answer's own text, as some published ones do."""
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether completions can be graded. Other items, also plain transcripts, are for objectives without such a reward."""
+        return bool(self.answer)
 
     def is_right(self, choice: str | None) -> bool:
         """Whether a completion that names `choice` is right; None: it names none."""

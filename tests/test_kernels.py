@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 FILES = sorted((Path(__file__).parents[1] / "kernels" / "tests").glob("test_*.py"))
+LONG = ("test_distillation", "test_losses", "test_similarity", "test_tracing")
+GROUPS = [[path] for path in FILES if path.stem in LONG] + [[path for path in FILES if path.stem not in LONG]]
+"""Each in a process of its own: the long ones beside one another, the others one after the other, as importing takes 3 s."""
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_kernels(path, pytestconfig):
-    """All of them with --all, else their fast tier."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
-    command += ["--all"] if pytestconfig.option.all_tiers else []
+@pytest.mark.parametrize("tier", ["fast", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("files", GROUPS, ids=lambda files: files[0].stem if len(files) == 1 else "others")
+def test_kernels(files, tier):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    command += ["-m", "slow"] if tier == "slow" else []
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    # All tests of a file may be slow ones.
-    fine = (0,) if pytestconfig.option.all_tiers else (0, pytest.ExitCode.NO_TESTS_COLLECTED)
-    assert done.returncode in fine, done.stdout[-8000:]
+    assert done.returncode == 0, done.stdout[-8000:]

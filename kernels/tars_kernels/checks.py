@@ -112,6 +112,12 @@ def check_softcap(softcap: float | None) -> None:
         raise ValueError(f"softcap: {softcap!r}; must be a number above 0, or None for logits as they are")
 
 
+def check_z_coef(z_coef: float) -> None:
+    """Raises ValueError unless `z_coef` is a finite number, at least 0."""
+    if not 0 <= z_coef < float("inf"):
+        raise ValueError(f"z_coef: {z_coef!r}; must be a finite number, at least 0")
+
+
 def check_temperature(temperature: float) -> None:
     """Raises ValueError unless `temperature` is a number above 0."""
     if not isinstance(temperature, float | int):

@@ -4,7 +4,8 @@ Forward: for a block of tokens the logits of student and teacher by cuBLAS in fp
 and, for a frozen head, a third product with what it writes, the derivative of each token's divergence by its logits. It leaves
 the derivative by the hidden state, [T, D], so that the backward of any loss of the divergences is elementwise: 6 T V D
 operations in all. A trainable head has both logits computed again in the backward pass, since its gradient depends on the loss,
-whose weights may depend on all divergences of a sequence: 12 T V D.
+whose weights may depend on all divergences of a sequence: 12 T V D. Of a head in parts, on the processes of a group, each block
+is gone through step by step, between which processes exchange some numbers a token; no product is taken twice for it.
 
 With x a token's logits over the temperature, p the student's and q the teacher's distribution, the derivatives by x are
 reverse_kl: p (r - mean of r under p), r = log p - log q; forward_kl: p - q; jsd: (1 - beta) p (s - mean of s under p),
@@ -22,9 +23,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from tars_kernels import reference
-from tars_kernels.backend import operator, runs_kernels
+from tars_kernels.backend import isolated, operator, runs_kernels
 from tars_kernels.checks import check_rows_contiguous, check_temperature
 from tars_kernels.divergence import LOWEST_LOGIT, Distillation, DistillationLoss, DistillationSettings, Heads
 from tars_kernels.linear_logprob import (
@@ -38,6 +41,7 @@ from tars_kernels.linear_logprob import (
 )
 from tars_kernels.objective import shows_settings
 from tars_kernels.rows import LN2, LOG2E, is_aligned, load_tile, padded_rows, power, store_tile
+from tars_kernels.vocabulary_parallel import gathered, shared_by_parts, sum_of_parts
 
 _LOWEST = tl.constexpr(LOWEST_LOGIT)
 _REVERSE, _FORWARD, _JSD = (tl.constexpr(kind) for kind in (0, 1, 2))
@@ -169,18 +173,28 @@ def _divergence_rows(  # noqa: PLR0913
     teacher_bias,  # [V]
     V, logits_stride, teacher_stride, derivatives_stride, inverse_temperature, beta,
     KIND: tl.constexpr, HAS_DERIVATIVE: tl.constexpr, HAS_LARGEST: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, ALIGNED: tl.constexpr, IS_PART: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """With HAS_LARGEST a row of the derivative is divided by its largest entry, so that fp16 does not lose small ones."""
+    """With HAS_LARGEST a row of the derivative is divided by its largest entry, so that fp16 does not lose small ones.
+
+    IS_PART: rows are a part of the vocabulary, whose largest logits and totals are read; for jsd, whose sums are of this part.
+    """
     pid = tl.program_id(0).to(tl.int64)
     row = logits + pid * logits_stride
     teacher_row = teacher_logits + pid * teacher_stride
     scale = inverse_temperature * LOG2E
-    top, total, teacher_top, teacher_total, gap = _scan_rows(
-        row, bias, teacher_row, teacher_bias, V, scale, KIND, HAS_BIAS, HAS_TEACHER_BIAS, ALIGNED,
-        "evict_last" if HAS_DERIVATIVE or KIND == _JSD else "evict_first", ROWS, LANES,
-    )  # fmt: skip
+    if IS_PART:
+        top = tl.load(tops + pid)
+        total = tl.load(totals + pid)
+        teacher_top = tl.load(teacher_tops + pid)
+        teacher_total = tl.load(teacher_totals + pid)
+        gap = 0.0
+    else:
+        top, total, teacher_top, teacher_total, gap = _scan_rows(
+            row, bias, teacher_row, teacher_bias, V, scale, KIND, HAS_BIAS, HAS_TEACHER_BIAS, ALIGNED,
+            "evict_last" if HAS_DERIVATIVE or KIND == _JSD else "evict_first", ROWS, LANES,
+        )  # fmt: skip
     inverse_total = 1.0 / total
     teacher_inverse_total = 1.0 / teacher_total
     centre = gap
@@ -319,6 +333,44 @@ def _row_arguments(hidden: Tensor, teacher_hidden: Tensor, heads: Heads, options
     }  # fmt: skip
 
 
+def _launch_in_parts(terms: _Terms, derivatives: Tensor | None, arguments: dict[str, Any], group: ProcessGroup) -> None:
+    """Terms of some tokens over the whole vocabulary, from the parts of it that processes hold, and own derivatives [T, V]."""
+    grid, kind = (len(terms.tops),), arguments["KIND"]
+    nothing = {"largest": None, "derivatives": None, "derivatives_stride": 0, "HAS_DERIVATIVE": False, "HAS_LARGEST": False}
+    scan = arguments | {"KIND": _KINDS["reverse_kl"] if kind == _KINDS["jsd"] else kind}
+    _divergence_rows[grid](**terms._asdict(), **nothing, **scan, IS_PART=False)
+    parts = _Terms(*gathered(torch.stack(terms), group).unbind(1))
+    for own, whole in zip(terms, _combined(parts, scan["KIND"], arguments["inverse_temperature"]), strict=True):
+        own.copy_(whole)
+    if kind == _KINDS["jsd"]:
+        _divergence_rows[grid](**terms._asdict(), **nothing, **arguments, IS_PART=True)
+        for own in (terms.divergences, terms.centres):
+            own.copy_(sum_of_parts(own, group))
+    if derivatives is not None:
+        slopes = torch.full_like(terms.tops, 1.0 / arguments["inverse_temperature"])
+        _divergence_rows_backward[grid](derivatives, slopes, *terms[1:], gradient_stride=derivatives.stride(0), **arguments)
+
+
+def _combined(parts: _Terms, kind: int, inverse_temperature: float) -> _Terms:
+    """Terms of the whole vocabulary from those of its parts, [parts, T] each; of reverse_kl or forward_kl."""
+
+    def whole(tops: Tensor, totals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Top and total [T], and the probability of each part [parts, T]."""
+        top = tops.amax(0)
+        shares = totals * ((tops - top) * inverse_temperature).exp()
+        return top, shares.sum(0), shares / shares.sum(0)
+
+    top, total, probabilities = whole(parts.tops, parts.totals)
+    teacher_top, teacher_total, teacher_probabilities = whole(parts.teacher_tops, parts.teacher_totals)
+    gaps = parts.centres + (parts.tops - top) - (parts.teacher_tops - teacher_top)
+    weights = probabilities if kind == _KINDS["reverse_kl"] else teacher_probabilities
+    # A part that is suppressed whole has no mean of its own.
+    gap = torch.where(weights > 0, weights * gaps, 0.0).sum(0)
+    divergence = gap * inverse_temperature - (total / teacher_total).log()
+    divergence = divergence if kind == _KINDS["reverse_kl"] else -divergence
+    return _Terms(divergence, top, total, teacher_top, teacher_total, gap)
+
+
 def _forward(  # noqa: PLR0913
     hidden: Tensor,
     teacher_hidden: Tensor,
@@ -337,27 +389,45 @@ def _forward(  # noqa: PLR0913
         frozen_gradient: the gradient by hidden states is wanted, and none by the head: it is taken here.
     """
     heads = Heads(weight, bias, teacher_weight, teacher_bias)
-    options = _Options(kind, beta, inverse_temperature)
-    num_tokens, vocabulary = len(hidden), len(weight)
+    return _forward_in_blocks(hidden, teacher_hidden, heads, _Options(kind, beta, inverse_temperature), frozen_gradient, None)
+
+
+def _forward_in_blocks(
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    heads: Heads,
+    options: _Options,
+    frozen_gradient: bool,
+    group: ProcessGroup | None,
+) -> list[Tensor]:
+    num_tokens, vocabulary = len(hidden), len(heads.weight)
     terms = _Terms(*(torch.empty(num_tokens, dtype=torch.float32, device=hidden.device) for _ in _Terms._fields))
     directions = hidden.new_empty(num_tokens if frozen_gradient else 0, hidden.shape[1])
     scales = frozen_gradient and hidden.dtype == torch.float16
     largest = terms.tops.new_empty(num_tokens if scales else 0)
     for outer in blocks(0, num_tokens, PRODUCT_ROWS if frozen_gradient else num_tokens or 1):
         num_rows = outer.stop - outer.start
-        derivatives = padded_rows(num_rows, vocabulary, hidden.dtype, hidden.device) if frozen_gradient else None
+        dtype = torch.float32 if scales and group is not None else hidden.dtype
+        derivatives = padded_rows(num_rows, vocabulary, dtype, hidden.device) if frozen_gradient else None
         for inner in blocks(outer.start, outer.stop, LOGITS_ROWS):
             written = slice(inner.start - outer.start, inner.stop - outer.start)
             arguments = _row_arguments(hidden[inner], teacher_hidden[inner], heads, options)
-            _divergence_rows[(inner.stop - inner.start,)](
-                *terms.part(inner), largest[inner] if scales else None,
-                None if derivatives is None else derivatives[written],
-                derivatives_stride=0 if derivatives is None else derivatives.stride(0), **arguments,
-                HAS_DERIVATIVE=frozen_gradient, HAS_LARGEST=scales,
-            )  # fmt: skip
+            own = None if derivatives is None else derivatives[written]
+            if group is None:
+                _divergence_rows[(inner.stop - inner.start,)](
+                    *terms.part(inner), largest[inner] if scales else None, own,
+                    derivatives_stride=0 if own is None else own.stride(0), **arguments, HAS_DERIVATIVE=frozen_gradient,
+                    HAS_LARGEST=scales, IS_PART=False,
+                )  # fmt: skip
+            else:
+                _launch_in_parts(terms.part(inner), own, arguments, group)
             del arguments
         if derivatives is not None:
-            directions[outer] = product_fp32(derivatives, weight)
+            product = product_fp32(derivatives, heads.weight)
+            if scales and group is not None:
+                largest[outer] = product.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+                product /= largest[outer, None]
+            directions[outer] = product
     return [*terms, directions, largest]
 
 
@@ -444,7 +514,26 @@ _forward_operator = operator("linear_distillation", _forward, _forward_outputs)
 _forward_operator.register_autograd(_forward_backward, setup_context=_save_forward)
 
 
-def linear_distillation_loss(
+class _InParts(torch.autograd.Function):
+    """`_forward_operator` of heads whose vocabulary lies in parts on the processes of a group, which no operator takes."""
+
+    @staticmethod
+    @isolated
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *tensors, kind, beta, inverse_temperature, frozen_gradient, group = inputs
+        options = _Options(kind, beta, inverse_temperature)
+        output = tuple(_forward_in_blocks(tensors[0], tensors[1], Heads(*tensors[2:]), options, frozen_gradient, group))
+        _save_forward(ctx, inputs[:-1], output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    @isolated
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return *_forward_backward(ctx, gradients), None
+
+
+def linear_distillation_loss(  # noqa: PLR0913
     hidden: Tensor,
     teacher_hidden: Tensor,
     weight: Tensor | nn.Module,
@@ -452,12 +541,14 @@ def linear_distillation_loss(
     bias: Tensor | None = None,
     teacher_weight: Tensor | nn.Module | None = None,
     temperature: float = 1.0,
+    group: ProcessGroup | None = None,
     **distillation: Unpack[DistillationSettings],
 ) -> DistillationLoss:
     if not runs_kernels(hidden):
         return reference.linear_distillation_loss(
-            hidden, teacher_hidden, weight, bias=bias, teacher_weight=teacher_weight, temperature=temperature, **distillation
-        )
+            hidden, teacher_hidden, weight, bias=bias, teacher_weight=teacher_weight, temperature=temperature, group=group,
+            **distillation,
+        )  # fmt: skip
     settings = Distillation.from_keywords(distillation)
     heads = settings.heads(weight, bias, teacher_weight)
     settings.check(hidden, teacher_hidden, heads, allow_float64=False)
@@ -468,11 +559,12 @@ def linear_distillation_loss(
     trainable_head = recording and (heads.weight.requires_grad or (heads.bias is not None and heads.bias.requires_grad))
     frozen_gradient = recording and hidden.requires_grad and not trainable_head
     bias, teacher_bias = (None if each is None else each.contiguous() for each in (heads.bias, heads.teacher_bias))
-    divergences, *_ = _forward_operator(
-        settings.blank(hidden).to(heads.weight.dtype).contiguous(),
+    inputs = (
+        shared_by_parts(settings.blank(hidden), group).to(heads.weight.dtype).contiguous(),
         settings.blank(teacher_hidden).detach().to(heads.teacher_weight.dtype).contiguous(), heads.weight, bias,
         heads.teacher_weight, teacher_bias, _KINDS[settings.divergence], settings.beta, 1.0 / temperature, frozen_gradient,
     )  # fmt: skip
+    divergences, *_ = _forward_operator(*inputs) if group is None else _InParts.apply(*inputs, group)
     # A copy, because the gradient may need the original and the caller may change this one.
     return settings.loss(divergences.clone())
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, Self, TypedDict, TypeVar, get_args, get_type_hints
+from difflib import get_close_matches
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypedDict, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -93,6 +94,9 @@ class ObjectiveSettings(TypedDict, total=False):
 class FromKeywords:
     """A dataclass of settings that a loss takes as keywords."""
 
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Arguments that a loss has beside its settings."""
+
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> Self:
         """The settings that a loss was called with.
@@ -104,7 +108,9 @@ class FromKeywords:
         known: tuple[str, ...] = cls.__match_args__  # type: ignore[attr-defined]
         for name in keywords:
             if name not in known:
-                raise TypeError(f"unexpected keyword {name!r}; the settings of the loss are {', '.join(known)}")
+                similar = "".join(f", is {near!r} meant?" for near in get_close_matches(name, (*known, *cls.beside), 1))
+                names = f"the settings of the loss are {', '.join(known)}; its other arguments {', '.join(cls.beside)}"
+                raise TypeError(f"unexpected keyword {name!r}{similar or ';'} {names}")
         return cls(**keywords)
 
 
@@ -335,10 +341,10 @@ class Objective(FromKeywords):
                 normaliser = counts.clamp(min=1)[numbers] * num_sequences
         weights = ones / normaliser
         # Entropy is a mean over tokens whatever the policy term is divided by (TRL).
-        entropy_weight = self.entropy_coef / (kept if isinstance(kept, Tensor) else ones.new_full((), kept))
+        mean_weight = 1.0 / (kept if isinstance(kept, Tensor) else ones.new_full((), kept))
         if isinstance(self.scale, Tensor) or self.scale != 1:
-            weights, entropy_weight = weights * self.scale, entropy_weight * self.scale
-        return TokenTerms(self, advantages, weights, num_kept, entropy_weight, numbers, keep)
+            weights, mean_weight = weights * self.scale, mean_weight * self.scale
+        return TokenTerms(self, advantages, weights, num_kept, mean_weight, self.entropy_coef * mean_weight, numbers, keep)
 
     def _check_tensors(self, num_tokens: int, advantages: Tensor) -> None:
         vectors = {name: getattr(self, name) for name in VECTORS}
@@ -466,6 +472,8 @@ def shows_settings(loss: Loss, kind: type[Any] = Objective) -> Loss:
     """Let `help` and `inspect.signature` list the settings that `loss` takes as `**`: the fields of `kind`, with defaults."""
     shown = inspect.signature(loss, eval_str=True)
     named = [parameter for parameter in shown.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    # Of all losses, for the message about a keyword that none of them has.
+    kind.beside = tuple(dict.fromkeys((*kind.beside, *(parameter.name for parameter in named))))
     kinds = get_type_hints(kind)
     settings = [
         inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name])
@@ -486,6 +494,8 @@ class TokenTerms:
     """[T] what a token's loss is multiplied with before the sum; 0 where masked out."""
     num_kept: Tensor
     """[] unmasked tokens here, at least 1."""
+    mean_weight: Tensor
+    """[] what makes a sum over unmasked tokens a part of the batch's mean, times the loss's scale."""
     entropy_weight: Tensor
     """[] what an unmasked token's entropy is multiplied with."""
     sequence_numbers: Tensor | None
@@ -494,6 +504,13 @@ class TokenTerms:
     """[T] bool; None where nothing is masked."""
     acts: Tensor | None = None
     """[T] bool, tokens that policy loss and entropy bonus act on; None: all that are kept."""
+
+    def with_z_loss(self, result: PolicyLoss, logsumexps: Tensor, z_coef: float) -> PolicyLoss:
+        """`result` and `z_coef` times the mean squared logsumexp of unmasked tokens."""
+        if z_coef == 0:
+            return result
+        kept = logsumexps if self.keep is None else logsumexps.masked_fill(~self.keep, 0.0)
+        return replace(result, loss=result.loss + kept.square().sum() * (z_coef * self.mean_weight))
 
     def of_top_entropy(self, entropies: Tensor) -> TokenTerms:
         """The same, acting on the tokens of highest entropy only, as `top_entropy_quantile` says."""

@@ -36,8 +36,10 @@ from tars_kernels.checks import (
     check_head,
     check_rows_contiguous,
     check_same_device,
+    check_softcap,
     check_targets,
     check_temperature,
+    check_z_coef,
     head_parameters,
 )
 from tars_kernels.linear_logprob import head_terms
@@ -924,13 +926,16 @@ def linear_policy_loss(  # noqa: PLR0913
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    z_coef: float = 0.0,
     group: ProcessGroup | None = None,
     **objective: Unpack[ObjectiveSettings],
 ) -> PolicyLoss:
     if not runs_kernels(hidden):
         return reference.linear_policy_loss(
-            hidden, weight, targets, advantages, bias=bias, temperature=temperature, group=group, **objective
-        )
+            hidden, weight, targets, advantages, bias=bias, temperature=temperature, softcap=softcap, z_coef=z_coef,
+            group=group, **objective,
+        )  # fmt: skip
     settings = Objective.from_keywords(objective)
     weight, bias = head_parameters(weight, bias)
     check_head(hidden, weight, bias, allow_float64=False)
@@ -938,15 +943,17 @@ def linear_policy_loss(  # noqa: PLR0913
     check_same_device(("hidden", hidden), targets=targets, advantages=advantages)
     check_targets(targets, len(hidden), whole_size(weight, group), settings.mask)
     check_temperature(temperature)
+    check_softcap(softcap)
+    check_z_coef(z_coef)
     hidden = hidden.to(weight.dtype)
     terms = settings.token_terms(len(targets), advantages)
     if terms.keep is not None:
         # Masked slots may hold anything: a NaN state would reach the head's gradient, a target be outside the vocabulary.
         hidden = hidden.masked_fill(~terms.keep[:, None], 0.0)
         targets = targets.masked_fill(~terms.keep, 0)
-    options = HeadOptions(temperature, entropy_gradient=settings.entropy_coef != 0, group=group)
-    logprobs, entropies, _ = head_terms(hidden, weight, bias, targets, options)
-    return _policy_loss_from_logprobs(logprobs, entropies, terms)
+    options = HeadOptions(temperature, softcap or 0.0, entropy_gradient=settings.entropy_coef != 0, group=group)
+    logprobs, entropies, logsumexps = head_terms(hidden, weight, bias, targets, options)
+    return terms.with_z_loss(_policy_loss_from_logprobs(logprobs, entropies, terms), logsumexps, z_coef)
 
 
 token_policy_loss.__doc__ = reference.token_policy_loss.__doc__

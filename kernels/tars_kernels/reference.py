@@ -33,6 +33,7 @@ from tars_kernels.checks import (
     check_temperature,
     check_versions,
     check_weights,
+    check_z_coef,
     choose_layers,
     head_parameters,
     kept_tokens,
@@ -48,7 +49,16 @@ from tars_kernels.objective import (
 )
 from tars_kernels.softmax import SoftmaxTerms
 from tars_kernels.token_loss import token_loss
-from tars_kernels.vocabulary_parallel import HeadOptions, HeadTerms, chosen_terms, whole_size, whole_vocabulary
+from tars_kernels.vocabulary_parallel import (
+    HeadOptions,
+    HeadTerms,
+    chosen_terms,
+    logsumexp_of_parts,
+    shared_by_parts,
+    sum_of_parts,
+    whole_size,
+    whole_vocabulary,
+)
 
 NORM_FLOOR = 1e-8
 """States with a norm below this have no direction: their cosine is 0 and carries no gradient."""
@@ -167,7 +177,12 @@ def policy_loss(
     check_targets(targets, len(logits), logits.shape[1], settings.mask)
     check_bias(bias, logits.shape[1])
     check_temperature(temperature)
-    return _policy_loss(_accumulated(logits), targets, advantages, bias, temperature, settings)
+    logits = _accumulated(logits)
+    terms = settings.token_terms(len(targets), advantages, logits.dtype)
+    if terms.keep is not None:
+        logits, targets = logits.masked_fill(~terms.keep[:, None], 0.0), targets.masked_fill(~terms.keep, 0)
+    logprobs, entropies = _softmax_terms(logits, targets, bias, temperature, entropy_gradient=settings.entropy_coef != 0)
+    return token_loss(logprobs, entropies, terms)
 
 
 @shows_settings
@@ -202,6 +217,8 @@ def linear_policy_loss(  # noqa: PLR0913
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    z_coef: float = 0.0,
     group: ProcessGroup | None = None,
     **objective: Unpack[ObjectiveSettings],
 ) -> PolicyLoss:
@@ -214,6 +231,9 @@ def linear_policy_loss(  # noqa: PLR0913
         advantages: [T], or [N] with `cu_seqlens`.
         bias: [V] added to the logits; -inf suppresses a token.
         temperature: the logits are divided by it.
+        softcap: logits are held within plus and minus this, see `linear_logprob`.
+        z_coef: of the z-loss: the loss grows by this times the mean over unmasked tokens of the squared logsumexp of logits /
+            temperature (arXiv 2204.02311, section 5).
         group: processes that hold the vocabulary in equal parts, see `linear_logprob`.
         objective: the settings of `Objective`.
 
@@ -227,17 +247,17 @@ def linear_policy_loss(  # noqa: PLR0913
     check_same_device(("hidden", hidden), targets=targets, advantages=advantages)
     check_targets(targets, len(hidden), whole_size(weight, group), settings.mask)
     check_temperature(temperature)
-    if settings.mask is not None:
+    check_softcap(softcap)
+    check_z_coef(z_coef)
+    terms = settings.token_terms(len(targets), advantages, torch.promote_types(weight.dtype, torch.float32))
+    if terms.keep is not None:
         # Before the product: 0 * nan would poison the head's gradient.
-        hidden = hidden.masked_fill(~settings.mask.bool()[:, None], 0.0)
-    if group is not None:
-        terms = settings.token_terms(len(targets), advantages, torch.promote_types(hidden.dtype, torch.float32))
-        targets = targets if terms.keep is None else targets.masked_fill(~terms.keep, 0)
-        options = HeadOptions(temperature, entropy_gradient=settings.entropy_coef != 0, group=group)
-        logprobs, entropies, _ = _head_terms(hidden, weight, bias, targets, options)
-        return token_loss(logprobs, entropies, terms)
-    logits = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight))
-    return _policy_loss(logits, targets, advantages, bias, temperature, settings)
+        hidden, targets = hidden.masked_fill(~terms.keep[:, None], 0.0), targets.masked_fill(~terms.keep, 0)
+    options = HeadOptions(
+        temperature, softcap or 0.0, entropy_gradient=settings.entropy_coef != 0, group=group, wants_logsumexp=z_coef != 0
+    )
+    logprobs, entropies, logsumexps = _head_terms(hidden, weight, bias, targets, options)
+    return terms.with_z_loss(token_loss(logprobs, entropies, terms), logsumexps, z_coef)
 
 
 def _softmax_terms(
@@ -277,19 +297,8 @@ def specified_softmax_terms(
     return logprobs, entropy
 
 
-def _policy_loss(
-    logits: Tensor, targets: Tensor, advantages: Tensor, bias: Tensor | None, temperature: float, objective: Objective
-) -> PolicyLoss:
-    terms = objective.token_terms(len(targets), advantages, logits.dtype)
-    if terms.keep is not None:
-        logits = logits.masked_fill(~terms.keep[:, None], 0.0)
-        targets = targets.masked_fill(~terms.keep, 0)
-    logprobs, entropy = _softmax_terms(logits, targets, bias, temperature, entropy_gradient=objective.entropy_coef != 0)
-    return token_loss(logprobs, entropy, terms)
-
-
 @isolated
-def linear_distillation_loss(
+def linear_distillation_loss(  # noqa: PLR0913
     hidden: Tensor,
     teacher_hidden: Tensor,
     weight: Tensor | nn.Module,
@@ -297,6 +306,7 @@ def linear_distillation_loss(
     bias: Tensor | None = None,
     teacher_weight: Tensor | nn.Module | None = None,
     temperature: float = 1.0,
+    group: ProcessGroup | None = None,
     **distillation: Unpack[DistillationSettings],
 ) -> DistillationLoss:
     """Divergence between a student's and a teacher's next-token distributions, over the whole vocabulary, from hidden states.
@@ -310,6 +320,7 @@ def linear_distillation_loss(
         bias: [V] added to the logits; -inf suppresses a token.
         teacher_weight: [V, teacher's D] head of the teacher; None: the student's.
         temperature: logits of both are divided by it.
+        group: processes that hold the vocabulary in equal parts, see `linear_logprob`; of both heads, which may be one.
         distillation: the settings of `Distillation`.
 
     Raises:
@@ -319,21 +330,31 @@ def linear_distillation_loss(
     heads = settings.heads(weight, bias, teacher_weight)
     settings.check(hidden, teacher_hidden, heads, allow_float64=True)
     check_temperature(temperature)
-    logprobs = _all_logprobs(settings.blank(hidden), heads.weight, heads.bias, temperature)
+    hidden = shared_by_parts(settings.blank(hidden), group)
+    logprobs = _all_logprobs(hidden, heads.weight, heads.bias, temperature, group)
     with torch.no_grad():
-        teacher_logprobs = _all_logprobs(settings.blank(teacher_hidden), heads.teacher_weight, heads.teacher_bias, temperature)
-    return settings.loss(_divergences(logprobs, teacher_logprobs, settings))
+        teacher_logprobs = _all_logprobs(
+            settings.blank(teacher_hidden), heads.teacher_weight, heads.teacher_bias, temperature, group
+        )
+    return settings.loss(sum_of_parts(_divergences(logprobs, teacher_logprobs, settings), group))
 
 
 shows_settings(linear_distillation_loss, Distillation)
 
 
-def _all_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """[T, V], all of them finite."""
+def _all_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, group: ProcessGroup | None
+) -> Tensor:
+    """[T, V], all of them finite; of this process's part of the vocabulary."""
     logits = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight))
     if bias is not None:
-        logits = logits + bias
-    return (logits.clamp(min=LOWEST_LOGIT) / temperature).log_softmax(-1)
+        # It alone suppresses tokens.
+        logits = (logits + bias).clamp(min=LOWEST_LOGIT)
+    if temperature != 1:
+        logits = logits / temperature
+    if group is None:
+        return logits.log_softmax(-1)
+    return logits - logsumexp_of_parts(logits.logsumexp(-1), group)[:, None]
 
 
 def _divergences(logprobs: Tensor, teacher_logprobs: Tensor, settings: Distillation) -> Tensor:
@@ -380,9 +401,7 @@ def pool_sequences(states: Tensor, cu_seqlens: Tensor, *, positions: Tensor | No
     return sums / lengths.clamp(min=1)[:, None]
 
 
-def pooled_similarity(
-    pooled: Tensor, pairs: Tensor, *, weights: Tensor | None = None, centre: Tensor | None = None
-) -> Tensor:
+def pooled_similarity(pooled: Tensor, pairs: Tensor, *, weights: Tensor | None = None, centre: Tensor | None = None) -> Tensor:
     """Cosine of pooled states, layer by layer (TARS, R_rep before its mean over layers).
 
     Args:

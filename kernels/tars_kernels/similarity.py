@@ -501,9 +501,7 @@ def pool_sequences(states: Tensor, cu_seqlens: Tensor, *, positions: Tensor | No
     return _pool_operator([states], cu_seqlens.contiguous(), positions, [0], pooling).squeeze(0)
 
 
-def pooled_similarity(
-    pooled: Tensor, pairs: Tensor, *, weights: Tensor | None = None, centre: Tensor | None = None
-) -> Tensor:
+def pooled_similarity(pooled: Tensor, pairs: Tensor, *, weights: Tensor | None = None, centre: Tensor | None = None) -> Tensor:
     if not runs_kernels(pooled):
         return reference.pooled_similarity(pooled, pairs, weights=weights, centre=centre)
     check_floats("pooled", pooled, (None, None, None))

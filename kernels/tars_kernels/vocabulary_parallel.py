@@ -2,7 +2,8 @@
 
 Every process holds the same hidden states [T, D] and targets [T], computes log-probability, entropy and logsumexp of its part
 of the vocabulary, and learns those of the others in one exchange of [3, T] numbers. The gradient by the hidden states, which
-every process has of its own part alone, is added up over the group.
+every process has of its own part alone, is added up over the group. What is exchanged is added up by every process in the same
+order, so that all have the same result.
 """
 
 from __future__ import annotations
@@ -60,7 +61,38 @@ class _SumGradients(torch.autograd.Function):
         return gradient, None
 
 
-def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+def shared_by_parts(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`hidden`, whose gradient is the sum of those that the processes find."""
+    return hidden if group is None else _SumGradients.apply(hidden, group)
+
+
+def sum_of_parts(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum over processes, which all go on with it alike, of what each has of its part of the vocabulary."""
+    return tensor if group is None else gathered(tensor, group).sum(0)
+
+
+class _Logsumexp(torch.autograd.Function):
+    """Logsumexp over processes, of which each goes on with its own part: their gradients are added up."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup) -> Tensor:
+        whole = gathered(own, group).logsumexp(0)
+        ctx.group = group
+        ctx.save_for_backward(own, whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Any) -> Any:
+        own, whole = ctx.saved_tensors
+        return gathered(upstreams[0], ctx.group).sum(0) * (own - whole).exp(), None
+
+
+def logsumexp_of_parts(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[T] of the whole vocabulary, from that of this process's part."""
+    return _Logsumexp.apply(own, group)
+
+
+def gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[processes, ...]; only the part of this process carries a gradient."""
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own.detach().contiguous(), group=group)
@@ -88,9 +120,9 @@ def whole_vocabulary(
         return part_of(hidden, targets)
     owners = targets // size
     is_here = owners == dist.get_rank(group)
-    part = part_of(_SumGradients.apply(hidden, group), torch.where(is_here, targets % size, 0))
+    part = part_of(shared_by_parts(hidden, group), torch.where(is_here, targets % size, 0))
     # Of a target that lies elsewhere the part has a log-probability too, of its first token.
-    logprobs, entropies, logsumexps = _gathered(
+    logprobs, entropies, logsumexps = gathered(
         torch.stack([part.logprobs.masked_fill(~is_here, 0.0), part.entropies, part.logsumexps]), group
     ).unbind(1)
     return combined(HeadTerms(logprobs, entropies, logsumexps), owners)

@@ -1,7 +1,7 @@
 """Analysis of a model item by item: drift of completions and their states between speech and text, alignment of layers.
 
-Each item takes part in one forward pass (`row`). What is kept of it afterwards are a few numbers for each layer, and [L, L]
-numbers of its prompts (`alignment`); these are added to sums over items, of all items and of every resample.
+Each item takes part in one forward pass (`row`). What is kept of it afterwards are a few numbers for each layer (`paths` among
+them), and [L, L] numbers of its prompts (`alignment`); these are added to sums over items, of all items and of every resample.
 
 Shapes: I items, T pairs of tokens, D hidden size, L layers, K stretches of a completion, R rows of weights.
 """
@@ -37,8 +37,9 @@ from tars_fast.analysis.alignment import (
     thinned,
     warp,
 )
+from tars_fast.analysis.paths import METRICS, PathIntervention, compare_tokens
 from tars_fast.analysis.probes import Calibration
-from tars_fast.analysis.row import KINDS, AnsweredItem, ItemPrompts, Row, run_row
+from tars_fast.analysis.row import KINDS, AnsweredItem, ItemPrompts, Row, RowStates, run_row
 from tars_fast.evaluation.scorers import read_strictly
 from tars_fast.models.memory import EVALUATION_TOKENS
 from tars_fast.models.speech_model import SpeechModel
@@ -53,9 +54,12 @@ MISMATCHED = "mismatched_"
 """Prefix of the figures of an item's speech with the words of the item before it, aligned in the same way.
 
 CKA of the same words has to lie above them: alignment seeks similar states, and neighbouring frames of speech are similar."""
+CORRELATED = (*METRICS, *(f"{kind}_{what}" for kind in KINDS for what in ("pooled", "tokens")))
+"""Figures by layer that are correlated with the accuracy gap."""
 SCALARS = (
     "speech_accuracy",
     "text_accuracy",
+    "accuracy_gap",
     "same_answer",
     "same_completion",
     "first_divergence",
@@ -91,6 +95,7 @@ class Analysis:
 
     Args:
         calibrations: are given the states of the items at their layers.
+        interventions: the spoken prompts are answered once more under each.
     """
 
     def __init__(
@@ -99,13 +104,15 @@ class Analysis:
         engine: RolloutEngine,
         settings: AnalysisSettings,
         calibrations: Sequence[Calibration] = (),
+        interventions: Sequence[PathIntervention] = (),
     ):
         self.settings = settings
         self.num_items = 0
         self.failed: dict[str, str] = {}
-        self.seconds = dict.fromkeys(("encode", "generate", "forward", "align"), 0.0)
+        phases = ("encode", "generate", "forward", "align", "path", *(["intervene"] if interventions else []))
+        self.seconds = dict.fromkeys(phases, 0.0)
         self._model, self._engine = model, engine
-        self._calibrations = calibrations
+        self._calibrations, self._interventions = calibrations, interventions
         self._text_before: Tensor | None = None
         self.means = StreamedMeans()
         self.other_means = {layer: StreamedMeans() for layer in settings.other_base_layers}
@@ -135,10 +142,12 @@ class Analysis:
         with self._timed("forward"):
             states = run_row(self._model, row, self._calibrations)
         values = states.similarities() | _chain(items)
-        with self._timed("align"):
-            prompts = row.contents(states.contents)
-            for number, (speech, text) in enumerate(zip(prompts[::2], prompts[1::2], strict=True)):
-                self._align(speech, text, weights[number : number + 1])
+        prompts = row.contents(states.contents)
+        for number, (speech, text) in enumerate(zip(prompts[::2], prompts[1::2], strict=True)):
+            self._align(speech, text, weights[number : number + 1])
+        for own in self._interventions:
+            with self._timed("intervene"):
+                values[own.name] = self._intervene(own, items, row, states)
         self.means.add(weights, values)
         return _records(items, values)
 
@@ -169,7 +178,7 @@ class Analysis:
 
     def _answer(self, prompts: Sequence[ItemPrompts]) -> list[AnsweredItem]:
         """Complete both prompts of every item, greedily."""
-        greedy = Sampling(1, self.settings.max_new_tokens, temperature=0.0, seed=self.settings.seed)
+        greedy = self._greedy
         numbers = range(len(prompts))
         with self._timed("generate"):
             spoken = self._engine.generate([own.speech for own in prompts], numbers, greedy)
@@ -177,16 +186,40 @@ class Analysis:
             self._engine.release_memory()
         return [AnsweredItem(*parts) for parts in zip(prompts, spoken, written, strict=True)]
 
+    @property
+    def _greedy(self) -> Sampling:
+        return Sampling(1, self.settings.max_new_tokens, temperature=0.0, seed=self.settings.seed)
+
+    def _intervene(
+        self, intervention: PathIntervention, items: Sequence[AnsweredItem], row: Row, states: RowStates
+    ) -> np.ndarray:
+        """[I] whether the answers from speech are right under the intervention."""
+        own = [item.prompts for item in items]
+        inputs = row.contents(states.inputs(intervention.layer))
+        targets = [
+            (prompts.speech, intervention.target(speech, text, prompts.audio_places))
+            for prompts, speech, text in zip(own, inputs[::2], inputs[1::2], strict=True)
+        ]
+        with intervention.applied(self._model, targets):
+            answers = self._engine.generate([prompts.speech for prompts in own], range(len(own)), self._greedy)
+        self._engine.release_memory()
+        right = [read_strictly(answer.text, item.question).correct for answer, item in zip(answers, own, strict=True)]
+        return np.array(right, dtype=np.float64)
+
     def _align(self, speech: Tensor, text: Tensor, weights: np.ndarray) -> None:
         """Add the alignment of an item: speech [L, audio tokens, D], text [L, words, D], weights [1, R]."""
         base = self.settings.base_layer
-        aligned = _compare(speech, text, base)
-        self.means.add(weights, aligned)
-        for layer, means in self.other_means.items():
-            means.add(weights, aligned if layer == base else _compare(speech, text, layer))
-        if self._text_before is not None:
-            unrelated = _compare(speech, self._text_before, base)
-            self.means.add(weights, {f"{MISMATCHED}{name}": value for name, value in unrelated.items()})
+        with self._timed("align"):
+            aligned = _compare(speech, text, base)
+            self.means.add(weights, aligned)
+            for layer, means in self.other_means.items():
+                means.add(weights, aligned if layer == base else _compare(speech, text, layer))
+            if self._text_before is not None:
+                self.means.add(weights, _of_another(_compare(speech, self._text_before, base)))
+        with self._timed("path"):
+            self.means.add(weights, _tokens(speech, text))
+            if self._text_before is not None:
+                self.means.add(weights, _of_another(_tokens(speech, self._text_before)))
         self._text_before = text.clone()
 
     def report(self) -> dict[str, Any]:
@@ -196,6 +229,11 @@ class Analysis:
         if not self.num_items:
             return figures
         figures["chain"] = _figures({name: means.rows(name) for name in SCALARS})
+        figures["paths"] = {"own": _path_figures(means, "")}
+        if self.num_items > 1:
+            figures["paths"]["mismatched"] = _path_figures(means, MISMATCHED)
+        if self._interventions:
+            figures["interventions"] = self._intervened()
         figures["drift"] = {
             kind: _figures({name: means.rows(f"{kind}_{name}") for name in ("pooled", "tokens", "along")}) for kind in KINDS
         }
@@ -223,6 +261,15 @@ class Analysis:
         figures["cost"] = {f"{phase}_seconds_per_item": seconds / items for phase, seconds in self.seconds.items()}
         return figures
 
+    def _intervened(self) -> dict[str, Any]:
+        """Accuracy on speech without and under each intervention, and the paired difference."""
+        plain = self.means.rows("speech_accuracy")
+        figures = {"plain": _figures({name: self.means.rows(name) for name in ("speech_accuracy", "text_accuracy")})}
+        for own in self._interventions:
+            rows = self.means.rows(own.name)
+            figures[own.name] = _figures({"speech_accuracy": rows}) | {"change": _figures({"speech_accuracy": rows - plain})}
+        return figures
+
     def resamples(self) -> dict[str, np.ndarray]:
         """[R, ...] of every figure, for `change_since`."""
         rows = {name: self.means.rows(name) for name in self.means.names if "hsic" not in name}
@@ -235,12 +282,48 @@ def change_since(after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarra
     return _figures({name: after[name] - before[name] for name in shared})
 
 
+def over_models(models: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Accuracies and figures of several models, and over the models the correlation of each figure with the accuracy gap.
+
+    Pearson's, whose square is the R^2 of a straight line; null where a figure or the gap is the same for all. Intervals are
+    over items, with the same resamples for every model; over other models they say nothing.
+
+    Args:
+        models: the `resamples` of each, of the same items with the same seed.
+    """
+    accuracies = ("speech_accuracy", "text_accuracy", "accuracy_gap")
+    figures: dict[str, Any] = {"models": {}, "correlation": {}}
+    for name, rows in models.items():
+        means = {metric: mean_of_known(rows[metric]) for metric in CORRELATED}
+        figures["models"][name] = _figures({own: rows[own] for own in accuracies} | means)
+    gap = np.stack([rows["accuracy_gap"] for rows in models.values()], axis=-1)
+    for metric in CORRELATED:
+        layers = np.stack([rows[metric] for rows in models.values()], axis=-1)
+        by_layer = _with_gap(layers, gap[:, None])
+        figures["correlation"][metric] = _figures({"mean": _with_gap(layers.mean(1), gap), "layers": by_layer})
+    return figures
+
+
+def _with_gap(values: np.ndarray, gap: np.ndarray) -> np.ndarray:
+    """[...] correlation of values with the gap, both [..., M], over models."""
+    values, gap = np.broadcast_arrays(values, gap)
+    # Rounding would make a correlation of what does not vary.
+    varies = (np.ptp(values, axis=-1) > 0) & (np.ptp(gap, axis=-1) > 0)
+    return np.where(varies, correlation(values[..., None, :], gap[..., None, :]), np.nan)
+
+
 def _figures(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name, values in rows.items():
         ends = np.moveaxis(interval(values), 0, -1)
         figures |= {name: values[0].tolist(), f"{name}_ci95": ends.tolist()}
     return figures
+
+
+def _path_figures(means: StreamedMeans, prefix: str) -> dict[str, Any]:
+    """`METRICS` by layer and in the mean over layers, from means whose names begin with `prefix`."""
+    rows = {name: means.rows(f"{prefix}{name}") for name in METRICS}
+    return {"layers": _figures(rows), "mean": _figures({name: mean_of_known(values) for name, values in rows.items()})}
 
 
 def _agreement(rows: np.ndarray, main: np.ndarray) -> dict[str, Any]:
@@ -262,6 +345,15 @@ def _compare(speech: Tensor, text: Tensor, layer: int) -> dict[str, np.ndarray]:
     x, y = (places.to(speech.device) for places in thinned(path))
     figures = vars(compare_layers(speech[:, x], text[:, y])) | {"path_length": float(len(path[0]))}
     return {name: np.asarray(value)[None] for name, value in figures.items()}
+
+
+def _tokens(speech: Tensor, text: Tensor) -> dict[str, np.ndarray]:
+    """`METRICS` [1, L] of one item."""
+    return {name: value[None] for name, value in compare_tokens(speech, text).items()}
+
+
+def _of_another(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{MISMATCHED}{name}": value for name, value in values.items()}
 
 
 def _batches(items: Sequence[AnsweredItem]) -> Iterator[list[AnsweredItem]]:
@@ -286,6 +378,7 @@ def _chain(items: Sequence[AnsweredItem]) -> dict[str, np.ndarray]:
             (
                 speech.correct,
                 text.correct,
+                text.correct - speech.correct,
                 speech.extracted is not None and speech.extracted == text.extracted,
                 math.isnan(place),
                 place,

@@ -141,6 +141,12 @@ class RowStates:
     """[I, kinds, K] numbers of those tokens."""
     contents: Tensor
     """[L, C, D] states of the prompts' content."""
+    embeddings: Tensor
+    """[C, D] the same at the input of the first layer."""
+
+    def inputs(self, layer: int) -> Tensor:
+        """[C, D] states of the prompts' content on their way into a layer, 0 to L - 1."""
+        return self.contents[layer - 1] if layer else self.embeddings
 
     def similarities(self) -> dict[str, np.ndarray]:
         """Cosines of completions, of each kind: `_pooled` and `_tokens` [I, L], `_along` [I, L, K]."""
@@ -167,9 +173,9 @@ def run_row(model: SpeechModel, row: Row, calibrations: Sequence[Calibration]) -
                 parts = row.contents(content)
                 for modality, own in zip(Modality, (parts[::2], parts[1::2]), strict=True):
                     calibration.moments[modality].add(torch.cat(own))
+        contents.append(content)
         if layer == 0:
             return
-        contents.append(content)
         vectors = pool_sequences(states, row.packed.cu_seqlens, positions=row.packed.positions)
         pooled.append(pooled_similarity(vectors[None], row.completion_pairs)[:, 0])
         cosines = token_similarity([states[row.token_pairs[0]]], [states[row.token_pairs[1]]])[0]
@@ -182,7 +188,8 @@ def run_row(model: SpeechModel, row: Row, calibrations: Sequence[Calibration]) -
         pooled_cosines=np.moveaxis(torch.stack(pooled).view(-1, *shape[:2]).double().cpu().numpy(), 0, -1),
         cosine_sums=np.moveaxis(torch.stack(sums).view(-1, *shape).double().cpu().numpy(), 0, -2),
         counts=torch.bincount(row.cells, minlength=num_cells).view(shape).cpu().numpy(),
-        contents=torch.stack(contents),
+        contents=torch.stack(contents[1:]),
+        embeddings=contents[0],
     )
 
 

@@ -5,6 +5,7 @@ A format is named after where it is published; others that write the same column
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from string import ascii_uppercase
@@ -68,6 +69,19 @@ def _unpack_messages(row: Mapping[str, object]) -> dict[str, object]:
 def _unpack_query(row: Mapping[str, object]) -> dict[str, object]:
     query = row.get("query")
     return {"query": query.replace("<audio>", "") if isinstance(query, str) else query}
+
+
+TRANSCRIPT_COLUMNS = ("transcript", "text", "sentence", "transcription")
+"""Where corpora of transcribed speech have what a recording says."""
+
+
+def _unpack_transcript(row: Mapping[str, object]) -> dict[str, object]:
+    return {"transcript": next((row[column] for column in TRANSCRIPT_COLUMNS if not is_nothing(row.get(column))), None)}
+
+
+def is_nothing(value: object) -> bool:
+    """Whether a row has no value in a column: NaN is what pandas writes there."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 _CHOICES = {"question": "question", "answer": "answer", "options": "choices"}
@@ -161,7 +175,31 @@ FORMATS = (
 )
 """A row is read in the first format whose identifying columns it has."""
 
+TRANSCRIBED_SPEECH = Format(
+    "transcribed speech",
+    {**OWN.columns, "question": "transcript"},
+    identifying_columns=frozenset(),
+    id_columns=("id",),
+    unpack=_unpack_transcript,
+)
+"""A recording and what it says, which is the written prompt: for objectives that need no answers."""
+
 _OF_ALL = OWN.columns.keys() | {"id", "audio"}
+
+
+def unanswered_format(row: Mapping[str, object]) -> Format | None:
+    """The format of a row without an answer; None where it has one, or neither a question nor a transcript."""
+    columns = {column for column, value in row.items() if not is_nothing(value) and value != ""}
+    if not columns.isdisjoint(format.columns["answer"] for format in FORMATS):
+        return None
+    for format in FORMATS:
+        needed = format.identifying_columns - {format.columns["answer"]}
+        has_question = "question" not in columns or format.columns["question"] == "question"
+        if needed <= columns and needed - _OF_ALL and has_question:
+            return format
+    if "question" in columns:
+        return OWN
+    return None if columns.isdisjoint(TRANSCRIPT_COLUMNS) else TRANSCRIBED_SPEECH
 
 
 def nearest_format(columns: Mapping[str, object]) -> tuple[Format, list[str]]:

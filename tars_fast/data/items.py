@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Literal
 
-from tars_fast.data.formats import Format, nearest_format
+from tars_fast.data.formats import Format, is_nothing, nearest_format, unanswered_format
 from tars_fast.data.sources import NO_TEXT, Row, read_rows
 from tars_fast.support.text import fold_answer
 from tars_fast.types import Question, Recording, UserError
@@ -154,11 +153,14 @@ class _Answers:
         return [f"{letter}. {option}".rstrip() for letter, option in pairs]
 
 
-def _parse_row(row: Row, format: Format, spoken: bool, copies: Counter[str]) -> tuple[dict[str, object], Question]:
+def _parse_row(
+    row: Row, format: Format, spoken: bool, answered: bool, copies: Counter[str]
+) -> tuple[dict[str, object], Question]:
     """Make an item of a row.
 
     Args:
         spoken: it needs a recording; otherwise its recording is left out.
+        answered: it needs an answer.
         copies: number of rows so far for each hash of a content that is an id.
 
     Returns:
@@ -168,9 +170,9 @@ def _parse_row(row: Row, format: Format, spoken: bool, copies: Counter[str]) -> 
         UserError: the first thing that is wrong with the row.
     """
     columns = _read_columns(row, format)
-    _check_columns(columns, row if spoken else None)
-    answers = _possible_answers(columns)
-    answer = _right_answer(columns, answers)
+    _check_columns(columns, row if spoken else None, answered)
+    answers = _possible_answers(columns) if answered or _lists_answers(columns) else _Answers([], are_options=False)
+    answer = _right_answer(columns, answers) if columns.texts.get("answer") and answers.listed else ""
     text = "\n".join([columns.texts["question"], *answers.lettered()])
     question = Question(
         id=columns.texts["id"] if columns.has_id else _id_of_content(text, answers.choices, answer, copies),
@@ -188,7 +190,7 @@ def _parse_row(row: Row, format: Format, spoken: bool, copies: Counter[str]) -> 
 def _same_as_answer(question: Question) -> tuple[str, ...]:
     """See `Question.same_as_answer`."""
     options = shown_options(question)[1]
-    if question.answer not in ascii_uppercase[: len(options)]:
+    if not question.has_answer or question.answer not in ascii_uppercase[: len(options)]:
         return ()
     right = options[ascii_uppercase.index(question.answer)]
     same = (letter for letter, option in zip(ascii_uppercase, options, strict=False) if option == right)
@@ -196,8 +198,7 @@ def _same_as_answer(question: Question) -> tuple[str, ...]:
 
 
 def _without_nan(value: object) -> object:
-    """NaN is what pandas writes where there is no value."""
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if is_nothing(value) else value
 
 
 def _as_text(value: object) -> str | None:
@@ -238,11 +239,12 @@ def _read_columns(row: Row, format: Format) -> _Columns:
     return _Columns(name, format, values, texts, has_id)
 
 
-def _check_columns(columns: _Columns, spoken: Row | None) -> None:
+def _check_columns(columns: _Columns, spoken: Row | None, answered: bool) -> None:
     """Raises UserError where a field that every item needs is missing, or one that it may have is no text.
 
     Args:
         spoken: the row of an item that needs a recording.
+        answered: it needs an answer.
     """
     names = columns.format.columns
     needed = {"id": columns.format.id_columns[0]} if columns.has_id else {}
@@ -253,6 +255,13 @@ def _check_columns(columns: _Columns, spoken: Row | None) -> None:
             raise UserError(f"{columns.row}: {column!r} must be a text, not {value!r:.80} ({type(value).__name__})")
     if spoken is not None and spoken.audio_fault is not None:
         raise UserError(f"{columns.row}: the recording in {spoken.audio_column!r} {spoken.audio_fault}")
+    if not answered:
+        del needed["answer"]
+        if not columns.texts.get("question") and not columns.texts.get("answer"):
+            raise UserError(
+                f"{columns.row}: has neither a question nor a transcript to be its written prompt; give 'question', or what "
+                "the recording says as 'transcript'"
+            )
     empty = [column for name, column in needed.items() if not columns.texts.get(name)]
     if spoken is not None and spoken.audio is None:
         empty.append(columns.format.audio)
@@ -260,6 +269,14 @@ def _check_columns(columns: _Columns, spoken: Row | None) -> None:
         raise UserError(
             f"{columns.row}: {', '.join(map(repr, empty))} missing or empty; an item is id, question, answer, audio, options"
         )
+
+
+def _lists_answers(columns: _Columns) -> bool:
+    """Whether an item that needs no answer has possible ones; an open question, which may have an answer, has none."""
+    if columns.format.lettered:
+        return bool(split_options(columns.texts["question"])[1])
+    listed = (columns.values.get("options"), columns.values.get("answer_set"))
+    return bool(columns.texts.get("answer")) or any(value is not None for value in listed)
 
 
 def _possible_answers(columns: _Columns) -> _Answers:
@@ -369,20 +386,22 @@ def _fields(columns: _Columns, answers: _Answers, question: Question) -> dict[st
     listed = answers.listed
     # Options that are empty or stand twice are accepted of published data only; inside the question they are accepted anywhere.
     apart = answers.are_options and not answers.are_shown and all(listed) and len(set(listed)) == len(listed)
-    fields: dict[str, object] = {"id": question.id}
+    fields: dict[str, object] = {"id": question.id, "question": question.text}
     if apart:
         fields |= {"question": columns.texts["question"], "options": listed}
-    else:
-        fields |= {"question": question.text, "answer_set": list(question.choices)}
-    return fields | {"answer": question.answer} | ({"category": question.category} if question.category else {})
+    elif question.choices:
+        fields["answer_set"] = list(question.choices)
+    known = {"answer": question.answer, "category": question.category}
+    return fields | {name: value for name, value in known.items() if value}
 
 
-def read_items(source: str | Path, *, spoken: bool = True) -> Iterator[Item]:
+def read_items(source: str | Path, *, spoken: bool = True, answered: bool = True) -> Iterator[Item]:
     """Read every row of a source, good or bad.
 
     Args:
         source: see `load_questions`.
         spoken: items need a recording; otherwise recordings are left out.
+        answered: items need an answer; otherwise also questions without one, and recordings with a transcript alone, are good.
 
     Raises:
         UserError: there is nothing to read, or `source` does not say which split it means.
@@ -391,12 +410,13 @@ def read_items(source: str | Path, *, spoken: bool = True) -> Iterator[Item]:
     copies: Counter[str] = Counter()
     for row in read_rows(str(source)):
         columns = row.values if isinstance(row.values, dict) else {}
-        format, lacking = nearest_format(columns)
+        unanswered = None if answered else unanswered_format(columns)
+        format, lacking = nearest_format(columns) if unanswered is None else (unanswered, [])
         try:
             if lacking:
                 missing = ", ".join(map(repr, lacking))
                 raise UserError(f"{row.place}: fits no format; {format.name} is nearest, of which it lacks {missing}")
-            fields, question = _parse_row(row, format, spoken, copies)
+            fields, question = _parse_row(row, format, spoken, answered, copies)
         except UserError as error:
             yield Item(row.place, {}, row.audio, None, error, format.published)
             continue
@@ -410,7 +430,7 @@ def read_items(source: str | Path, *, spoken: bool = True) -> Iterator[Item]:
             yield UsableItem(row.place, fields, row.audio, question, None, format.published)
 
 
-def load_questions(source: str | Path, *, spoken: bool = True) -> list[Question]:
+def load_questions(source: str | Path, *, spoken: bool = True, answered: bool = True) -> list[Question]:
     """Read the items of a source, all of which must be good.
 
     Args:
@@ -421,12 +441,13 @@ def load_questions(source: str | Path, *, spoken: bool = True) -> list[Question]
             `save_to_disk`, or a dataset of the hub, `owner/name[:configuration]`, the last three with `@split` behind them
             where one of several is meant; or `mmsu`, `obqa`; in any of `formats.FORMATS`.
         spoken: items need a recording; otherwise recordings are left out.
+        answered: see `read_items`.
 
     Raises:
         UserError: there is nothing to read, or the first bad row.
     """
     questions = []
-    for item in read_items(source, spoken=spoken):
+    for item in read_items(source, spoken=spoken, answered=answered):
         if isinstance(item, UsableItem):
             questions.append(item.question)
         elif item.error is not None:
@@ -440,7 +461,7 @@ def _no_items(source: str | Path) -> UserError:
     return UserError(f"data {source}: holds no items; an item is id, question, answer, audio, options")
 
 
-def read_usable(source: str | Path, *, spoken: bool = True) -> tuple[list[UsableItem], str | None]:
+def read_usable(source: str | Path, *, spoken: bool = True, answered: bool = True) -> tuple[list[UsableItem], str | None]:
     """Read the good items of a source; bad rows of published data, which the user cannot correct, are left out.
 
     For training and for synthesis only: an evaluation without some of its items would have other figures.
@@ -448,6 +469,7 @@ def read_usable(source: str | Path, *, spoken: bool = True) -> tuple[list[Usable
     Args:
         source: see `load_questions`.
         spoken: items need a recording; otherwise recordings are left out.
+        answered: see `read_items`.
 
     Returns:
         (items, a line that says how many rows were left out and what is wrong with the first, or None).
@@ -457,7 +479,7 @@ def read_usable(source: str | Path, *, spoken: bool = True) -> tuple[list[Usable
     """
     usable: list[UsableItem] = []
     errors: list[UserError] = []
-    for item in read_items(source, spoken=spoken):
+    for item in read_items(source, spoken=spoken, answered=answered):
         if isinstance(item, UsableItem):
             usable.append(item)
         elif item.error is not None:

@@ -14,8 +14,8 @@ from tars_fast.data.items import Item
 from tars_fast.types import Recording, UserError
 
 UNUSABLE = ("bad item", "duplicate id", "control token", "unreadable", "silent", "too short", "too long")
-NOTES = ("clipped", "not 16 kHz")
-"""Problems that are only noted: training accepts such items."""
+NOTES = ("clipped", "not 16 kHz", "no answer")
+"""Problems that are only noted: training accepts such items, those without an answer where no reward needs it."""
 
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 """As every supported model spells them; the model itself refuses only those that it has."""
@@ -87,6 +87,9 @@ def inspect_item(item: Item, max_seconds: float) -> Inspection:
     if item.question is not None and (found := _CONTROL_TOKEN.search(item.question.text)):
         detail = f"its text holds {found[0]}, which models take for a sign of their own; remove it"
         findings.append(Finding(item.place, name, "control token", detail))
+    if item.question is not None and not item.question.has_answer:
+        objectives = "--objective opd trains" if not item.question.choices else "--objective opd and cord train"
+        findings.append(Finding(item.place, name, "no answer", f"{objectives} on it, others do not, nor is it evaluated"))
     seconds = None
     if item.audio is not None:
         problems, seconds = inspect_recording(item.audio, max_seconds)

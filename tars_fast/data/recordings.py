@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from urllib.parse import unquote
 
-AUDIO_COLUMNS = ("audio", "audio_path", "audio_id", "audios")
+AUDIO_COLUMNS = ("audio", "audio_path", "audio_filepath", "audio_id", "audios")
 """Where a row's recording is looked for, in this order, before the parts of its chat messages."""
 _AUDIO_PARTS = ("audio", "input_audio", "audio_url")
 """Types of a message's parts, and the entries of a part that hold the recording."""

@@ -25,6 +25,14 @@ def _position(item_id: str) -> float:
     return int.from_bytes(hashlib.sha256(item_id.encode(errors="surrogatepass")).digest()[:8]) / 2**64
 
 
+def without_repeats(questions: Sequence[Question]) -> list[Question]:
+    """Leave out items that ask what an earlier one asks, case and punctuation aside."""
+    first: dict[str, Question] = {}
+    for question in questions:
+        first.setdefault(_normalised(question), question)
+    return list(first.values())
+
+
 def choose_by_id(questions: Sequence[Question], count: int | None) -> list[Question]:
     """Choose at most `count` items by a hash of their ids, and leave them in their order; None: all."""
     ranked = sorted(range(len(questions)), key=lambda number: _position(questions[number].id))

@@ -36,8 +36,10 @@ _CURVES = {
     "reward/behaviour": "R_beh",
     "format/speech": "R_fmt, speech",
     "entropy/speech": "entropy of speech, nats a token",
+    "divergence/speech": "divergence from the teacher, nats a token",
 }
-"""Name in metrics.jsonl -> title."""
+"""Name in metrics.jsonl -> title; an objective computes some of them."""
+_IN_EVERY_STEP = {"entropy/speech", "seconds/step"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class FinishedRun:
             metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
             settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             num_steps = settings["num_steps"]
-            if not isinstance(num_steps, int) or not all(step.keys() >= _CURVES.keys() for step in metrics):
+            if not isinstance(num_steps, int) or not all(step.keys() >= _IN_EVERY_STEP for step in metrics):
                 raise ValueError("config.json or metrics.jsonl lack what a run writes there")
             settings["data_fingerprint"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -202,22 +204,24 @@ class Arms:
                 differences[arm][f"{name}_p_holm"] = p
         figures[f"minus_{self.baseline}"] = differences
         for arm in self.names:
-            figures["arms"][arm]["median_seconds_per_step"] = statistics.median(
-                step["seconds/step"] for run in self.runs[arm] for step in run.metrics
-            )
+            steps = [step for run in self.runs[arm] for step in run.metrics]
+            figures["arms"][arm]["median_seconds_per_step"] = statistics.median(step["seconds/step"] for step in steps)
+            if all("sampled/tokens" in step for step in steps):
+                figures["arms"][arm]["sampled_tokens"] = sum(step["sampled/tokens"] for step in steps) / len(self.runs[arm])
         return figures
 
     def curves(self) -> dict[str, dict[str, Curve]]:
         """Learning curves by title and arm: smoothed, the mean over seeds, with its 95 % t-interval.
 
-        A reward without weight is not computed and logged as 0: an arm has no curve of it.
+        An arm has no curve of what its objective does not compute; a reward without weight is logged as 0.
         """
         metrics = {arm: [run.metrics for run in own] for arm, own in self.runs.items()}
         curves = {
             title: {
                 arm: _learning_curve(own, name)
                 for arm, own in metrics.items()
-                if not name.startswith("reward/") or any(step[name] for run in own for step in run)
+                if all(name in step for run in own for step in run)
+                and (not name.startswith("reward/") or any(step[name] for run in own for step in run))
             }
             for name, title in _CURVES.items()
         }

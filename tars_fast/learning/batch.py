@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,22 @@ class UnusableBatchError(TrainingError):
 
 
 @dataclass
+class Outcome:
+    """What the rollouts of one question showed."""
+
+    id: str
+    num_completions: int
+    num_tokens: int
+    """Of all its completions."""
+    speech: float | None = None
+    """Accuracy of its spoken completions; None without an answer."""
+    text: float | None = None
+    """Accuracy of its written ones; None where there are none, too."""
+    divergence: float | None = None
+    """Mean over the tokens of its spoken completions, in nats; None where the objective computed none."""
+
+
+@dataclass
 class Rollout:
     """One batch of completions with all that is known before the forward pass."""
 
@@ -47,7 +63,7 @@ class Rollout:
     """The spoken prompt of each question, where the audio tower is trained and encodes it again; else empty."""
     completions: list[Completion]
     completion_rewards: dict[str, Tensor]
-    """[N] by name in `COMPLETION_REWARDS`, and `agreement` where the objective asks for it."""
+    """[N] by name in `COMPLETION_REWARDS`, NaN without an answer, and `agreement` where the objective asks for it."""
     references: list[int | None]
     """[N] the text completion that a speech completion is compared with."""
     behaviour: Future[Tensor]
@@ -56,6 +72,8 @@ class Rollout:
     """int64 number of the (question, modality) group."""
     staleness: int = 0
     """Optimiser steps since the weights that sampled it."""
+    outcomes: list[Outcome] = field(default_factory=list)
+    """Of each question, `Completion.question` counts them; behind them those of questions that others took the place of."""
 
     @property
     def num_tokens(self) -> int:
@@ -105,11 +123,7 @@ class EncodedBatch:
 
 
 def encode_batch(model: SpeechModel, engine: RolloutEngine, batch: PreparedBatch, max_new_tokens: int) -> EncodedBatch:
-    """Run the audio tower over a batch's recordings.
-
-    Raises:
-        UnusableBatchError: no recording can be used.
-    """
+    """Run the audio tower over a batch's recordings."""
     encoded = encode_speech(model, engine, batch.spoken, max_new_tokens)
     spoken = {place: prompt for place, prompt in enumerate(encoded) if isinstance(prompt, Prompt)}
     warnings = [
@@ -117,13 +131,42 @@ def encode_batch(model: SpeechModel, engine: RolloutEngine, batch: PreparedBatch
         for question, prompt in zip(batch.questions, encoded, strict=True)
         if isinstance(prompt, UserError)
     ]
-    if not spoken:
-        raise UnusableBatchError(
-            f"no recording of this step could be used ({warnings[0]}); is the folder of --data still there? The last step is "
-            "saved: put the recordings back and continue with --resume"
-        )
     written = iter(model.encode([batch.written[place] for place in spoken]))
     return EncodedBatch(list(spoken), [prompt for place in spoken for prompt in (spoken[place], next(written))], warnings)
+
+
+@dataclass(frozen=True)
+class SampledGroup:
+    """The completions of one prompt."""
+
+    prompt: Prompt
+    completions: list[Completion]
+    rewards: dict[str, Tensor]
+    """[completions] by name in `COMPLETION_REWARDS`."""
+
+
+@dataclass(frozen=True)
+class SampledQuestion:
+    """The completions of one question."""
+
+    question: Question
+    spoken: PreparedPrompt
+    written: Prompt
+    groups: list[SampledGroup]
+    """Spoken and, where the objective samples written completions, written."""
+
+    @property
+    def disagrees(self) -> bool:
+        """Whether R_acc differs within a group, as DAPO asks of what it trains on; true without an answer."""
+        accuracies = [group.rewards["accuracy"] for group in self.groups]
+        return not self.question.has_answer or any(bool((accuracy != accuracy[0]).any()) for accuracy in accuracies)
+
+    def outcome(self) -> Outcome:
+        graded = self.groups if self.question.has_answer else []
+        accuracies = [group.rewards["accuracy"].mean().item() for group in graded]
+        completions = [completion for group in self.groups for completion in group.completions]
+        num_tokens = sum(len(completion.token_ids) for completion in completions)
+        return Outcome(self.question.id, len(completions), num_tokens, *accuracies)
 
 
 @dataclass(frozen=True)
@@ -138,57 +181,100 @@ class RolloutCollector:
     """Threads for what needs no device."""
     workers: Workers = ALONE
 
-    def collect(self, batch: PreparedBatch, step: int, timer: PhaseTimer) -> tuple[Rollout, list[str]]:
+    def collect(
+        self, batch: PreparedBatch, step: int, timer: PhaseTimer, reserve: Sequence[Question] = ()
+    ) -> tuple[Rollout, list[str]]:
         """(rollout, warnings about questions left out of it).
 
         Args:
             batch: this process's share of the step's questions.
+            reserve: with `--max-redraws` the questions that in turn take the place of those whose completions are all right
+                or all wrong, spoken and written; where it is used up, these stay.
 
         Raises:
             UnusableBatchError: no recording could be used.
         """
         config = self.config
-        with timer.phase("encode"), torch.no_grad():
-            encoded = encode_batch(self.model, self.engine, batch, config.max_new_tokens)
-        prompts, questions = encoded.prompts, [batch.questions[place] for place in encoded.usable]
-        written = prompts[1::2]
-        if not config.samples_text:
-            prompts = prompts[::2]
-        sampled = self._sample(prompts, questions, step, timer)
+        sampled, warnings = self._sample_questions(batch, step, 0, timer)
+        if not sampled:
+            raise UnusableBatchError(
+                f"no recording of this step could be used ({warnings[0]}); is the folder of --data still there? The last step "
+                "is saved: put the recordings back and continue with --resume"
+            )
+        num_wanted = len(sampled)
+        waiting = list(reserve)
+        for redraw in range(1, config.max_redraws + 1):
+            num_missing = num_wanted - sum(question.disagrees for question in sampled)
+            if not num_missing or not waiting:
+                break
+            drawn, waiting = waiting[:num_missing], waiting[num_missing:]
+            prepared = self.background.submit(prepare_batch, self.model, drawn).result()
+            more, left_out = self._sample_questions(prepared, step, redraw, timer)
+            sampled, warnings = sampled + more, warnings + left_out
+        # Stable: questions stay in the order in which they were drawn.
+        by_use = sorted(sampled, key=lambda question: not question.disagrees) if len(sampled) > num_wanted else sampled
+        return self._rollout(by_use[:num_wanted], by_use[num_wanted:], step, timer), warnings
+
+    def _rollout(
+        self, kept: Sequence[SampledQuestion], dropped: Sequence[SampledQuestion], step: int, timer: PhaseTimer
+    ) -> Rollout:
+        config = self.config
         with timer.phase("reward"):
-            completions = [completion for group, _ in sampled for completion in group]
-            rewards = {name: torch.cat([values[name] for _, values in sampled]) for name in sampled[0][1]}
+            completions = [
+                replace(completion, question=number)
+                for number, question in enumerate(kept)
+                for group in question.groups
+                for completion in group.completions
+            ]
+            groups = [group for question in kept for group in question.groups]
+            rewards = {name: torch.cat([group.rewards[name] for group in groups]) for name in groups[0].rewards}
             if config.parts.uses_agreement:
-                rewards["agreement"] = agreement_rewards(completions, questions)
+                rewards["agreement"] = agreement_rewards(completions, [question.question for question in kept])
             references = choose_references(completions, rewards["accuracy"], self._random(step))
             compared = references if "behaviour" in reward_weights(config) else [None] * len(completions)
             behaviour = self.background.submit(behaviour_rewards, completions, compared, self.text_similarity)
-        spoken = [prompt for place in encoded.usable if isinstance(prompt := batch.spoken[place], PreparedPrompt)]
-        rollout = Rollout(
-            prompts=[prompt for prompt in prompts for _ in range(config.group_size // 2)],
-            written=written,
-            spoken=spoken if self.model.audio_is_trained else [],
+        return Rollout(
+            prompts=[group.prompt for group in groups for _ in group.completions],
+            written=[question.written for question in kept],
+            spoken=[question.spoken for question in kept] if self.model.audio_is_trained else [],
             completions=completions,
             completion_rewards=rewards,
             references=references,
             behaviour=behaviour,
             groups_N=group_indices([c.question for c in completions], [c.modality for c in completions]),
+            outcomes=[question.outcome() for question in (*kept, *dropped)],
         )
-        return rollout, encoded.warnings
+
+    def _sample_questions(
+        self, batch: PreparedBatch, step: int, redraw: int, timer: PhaseTimer
+    ) -> tuple[list[SampledQuestion], list[str]]:
+        """(the questions of a batch whose recordings can be used, why the others cannot)."""
+        with timer.phase("encode"), torch.no_grad():
+            encoded = encode_batch(self.model, self.engine, batch, self.config.max_new_tokens)
+        if not encoded.usable:
+            return [], encoded.warnings
+        questions = [batch.questions[place] for place in encoded.usable]
+        seed = self.config.seed * 1_000_003 + step + redraw * 2**48 + self.workers.rank * 2**56
+        step_by = len(Modality) if self.config.samples_text else 1
+        prompts = encoded.prompts if self.config.samples_text else encoded.prompts[::2]
+        groups = self._sample(prompts, questions, seed, timer)
+        groups_of = [groups[start : start + step_by] for start in range(0, len(groups), step_by)]
+        spoken = [prompt for place in encoded.usable if isinstance(prompt := batch.spoken[place], PreparedPrompt)]
+        parts = zip(questions, spoken, encoded.prompts[1::2], groups_of, strict=True)
+        return [SampledQuestion(*part) for part in parts], encoded.warnings
 
     def _sample(
-        self, prompts: Sequence[Prompt], questions: Sequence[Question], step: int, timer: PhaseTimer
-    ) -> list[tuple[list[Completion], dict[str, Tensor]]]:
+        self, prompts: Sequence[Prompt], questions: Sequence[Question], seed: int, timer: PhaseTimer
+    ) -> list[SampledGroup]:
         """Completions of each prompt and their rewards; `prompts` are those of the questions in turn, as many of each."""
         config = self.config
-        seed = config.seed * 1_000_003 + step + self.workers.rank * 2**56
         sampling = Sampling(config.group_size // 2, config.max_new_tokens, config.temperature, seed)
         prompts_per_question = len(prompts) // len(questions)
-        scored: dict[int, Future[tuple[list[Completion], dict[str, Tensor]]]] = {}
+        scored: dict[int, Future[SampledGroup]] = {}
 
-        def score(number: int, sampled: list[SampledCompletion]) -> tuple[list[Completion], dict[str, Tensor]]:
+        def score(number: int, sampled: list[SampledCompletion]) -> SampledGroup:
             completions = decode_completions(self.model.prompts, prompts[number], number // prompts_per_question, sampled)
-            return completions, completion_rewards(completions, questions)
+            return SampledGroup(prompts[number], completions, completion_rewards(completions, questions))
 
         def on_sampled(number: int, sampled: list[SampledCompletion]) -> None:
             scored[number] = self.background.submit(score, number, sampled)

@@ -7,36 +7,22 @@ The next batch is decoded, tokenised and turned into features in threads while t
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.batch import PreparedBatch, Rollout, RolloutCollector, UnusableBatchError, prepare_batch
 from tars_fast.learning.rewards.behaviour import TextSimilarity
+from tars_fast.learning.selection import Selection
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.support.timing import PhaseTimer
 from tars_fast.types import Question
-
-
-def batch_of_step(num_questions: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Which questions step `step` trains on: shuffled epochs laid end to end, a pure function of its arguments.
-
-    Needs no state, so that a resumed run sees what an unbroken one would have seen.
-    """
-    chosen = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(position, num_questions)
-        chosen.append((epoch, place))
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(num_questions) for epoch, _ in chosen}
-    return [int(orders[epoch][place]) for epoch, place in chosen]
 
 
 def background_threads(number: int) -> ThreadPoolExecutor:
@@ -86,13 +72,13 @@ class RolloutLoader(AbstractContextManager[Any]):
         model: SpeechModel,
         engine: RolloutEngine,
         text_similarity: TextSimilarity,
-        training: Sequence[Question],
+        selection: Selection,
         config: RunConfig,
         workers: Workers = ALONE,
     ):
         self._model = model
         self._engine = engine
-        self._training = training
+        self._selection = selection
         self._config = config
         self._workers = workers
         self._prepared: dict[int, Future[PreparedBatch]] = {}
@@ -118,6 +104,7 @@ class RolloutLoader(AbstractContextManager[Any]):
         Raises:
             TrainingError: sampling failed.
         """
+        self._selection.plan(step)
         if step in self._sampled:
             with timer.phase("rollout"):
                 loaded = self._sampled.pop(step).result()
@@ -152,13 +139,17 @@ class RolloutLoader(AbstractContextManager[Any]):
             self._prepare(step + 1)
         del self._prepared[step]
         try:
-            return LoadedRollout(*self._collector.collect(batch, step, timer))
+            reserve = self._questions(self._selection.reserve(step))
+            return LoadedRollout(*self._collector.collect(batch, step, timer, reserve))
         except UnusableBatchError as error:
             return LoadedRollout(failure=error)
 
     def _prepare(self, step: int) -> Future[PreparedBatch]:
         if step not in self._prepared:
-            batch = batch_of_step(len(self._training), self._config.questions_per_step, step, self._config.seed)
-            questions = [self._training[number] for number in self._workers.share(batch)]
+            questions = self._questions(self._selection.batch(step))
             self._prepared[step] = self._background.submit(prepare_batch, self._model, questions)
         return self._prepared[step]
+
+    def _questions(self, numbers: list[int]) -> list[Question]:
+        """This process's share of these questions."""
+        return [self._selection.questions[number] for number in self._workers.share(numbers)]

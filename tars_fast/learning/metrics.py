@@ -25,7 +25,7 @@ MAX_LOGPROB_DIFF = {torch.float32: 0.01, torch.bfloat16: 0.1}
 
 RESERVED_NAMES = {
     *("reward", "length", "truncated", "is_speech", "without_reference", "trained", "group", "staleness"),
-    *("entropy", "disagreeing", "without_backward", "agreement", "divergence"),
+    *("entropy", "disagreeing", "without_backward", "agreement", "divergence", "sampled", "selection"),
     *ALIGNMENT_REWARDS,
 }
 """Names that a reward may not have, because another figure has them."""
@@ -146,7 +146,10 @@ def check_rewards() -> None:
 
 
 def completion_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Completion-level metrics by modality, from the `completion_columns` of every process."""
+    """Completion-level metrics by modality, from the `completion_columns` of every process.
+
+    Means of rewards are over completions whose question has an answer; there is no such figure where there are none.
+    """
     first_group = 0
     shifted = []
     for part in parts:
@@ -155,6 +158,7 @@ def completion_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         first_group += int(part["group"].max()) + 1
     columns = {name: torch.cat([part[name] for part in shifted]) for name in parts[0]}
     groups_N, is_speech_N = columns["group"], columns["is_speech"]
+    is_graded_N, is_rewarded_N = ~columns["accuracy"].isnan(), ~columns["reward"].isnan()
     alignment = {name: columns.pop(name) for name in (*ALIGNMENT_REWARDS, "without_reference")}
     modalities = [
         (m, chosen_N) for m, chosen_N in ((Modality.SPEECH, is_speech_N), (Modality.TEXT, ~is_speech_N)) if chosen_N.any()
@@ -166,15 +170,21 @@ def completion_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         for name in columns:
             if name in ("trained", "group", "is_speech", "staleness"):
                 continue
-            metrics[f"{name}/{modality}"] = columns[name][chosen_N].mean().item()
-        groups = groups_N[chosen_N].unique()
-        metrics[f"disagreeing/{modality}"] = disagreeing_accuracy_G[groups].float().mean().item()
-        metrics[f"without_backward/{modality}"] = 1.0 - trained_G[groups].mean().item()
-    if not is_speech_N.all():
+            known_N = chosen_N & ~columns[name].isnan()
+            if known_N.any():
+                metrics[f"{name}/{modality}"] = columns[name][known_N].mean().item()
+        if (chosen_N & is_graded_N).any():
+            graded = groups_N[chosen_N & is_graded_N].unique()
+            metrics[f"disagreeing/{modality}"] = disagreeing_accuracy_G[graded].float().mean().item()
+        metrics[f"without_backward/{modality}"] = 1.0 - trained_G[groups_N[chosen_N].unique()].mean().item()
+    compared_N = is_speech_N & is_graded_N
+    if not is_speech_N.all() and compared_N.any():
         for name, values_N in alignment.items():
-            metrics[f"reward/{name}"] = values_N[is_speech_N].mean().item()
+            metrics[f"reward/{name}"] = values_N[compared_N].mean().item()
     metrics["staleness"] = columns["staleness"].max().item()
-    metrics["disagreeing/any"] = disagreeing_groups(columns["reward"], groups_N).float().mean().item()
+    if is_rewarded_N.any():
+        disagreeing_G = disagreeing_groups(columns["reward"], groups_N)
+        metrics["disagreeing/any"] = disagreeing_G[groups_N[is_rewarded_N].unique()].float().mean().item()
     return metrics
 
 
@@ -200,7 +210,7 @@ def check_progress(history: Sequence[Mapping[str, float]], warn: Callable[[str],
     unanimous = 0
     for metrics in reversed(history):
         # A teacher teaches where rewards are the same, too.
-        if metrics["disagreeing/any"] != 0 or "divergence/speech" in metrics or is_empty(metrics):
+        if metrics.get("disagreeing/any") != 0 or "divergence/speech" in metrics or is_empty(metrics):
             break
         unanimous += 1
     if unanimous and (unanimous - 1) % MAX_UNANIMOUS_STEPS == 0:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tars_fast.config import RunConfig, TrainConfig
-from tars_fast.data.items import bundled_name, load_questions, or_bundled, read_usable
+from tars_fast.data.items import UsableItem, bundled_name, load_questions, or_bundled, read_items, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
 from tars_fast.learning.metrics import check_rewards
 from tars_fast.learning.objectives.references import References
@@ -28,11 +28,18 @@ from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
 from tars_fast.learning.rewards.total import reward_weights
+from tars_fast.learning.selection import Selection, check_selection
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import Workers, locked_by_first
 from tars_fast.models.architecture import find_layers
 from tars_fast.models.audio_cache import make_cache_folder
-from tars_fast.models.checkpoint import check_room, is_damaged, latest_checkpoint, load_trainer_state, save_checkpoint
+from tars_fast.models.checkpoint import (
+    check_room,
+    is_damaged,
+    latest_checkpoint,
+    load_trainer_state,
+    save_checkpoint,
+)
 from tars_fast.models.memory import MemoryPlan, plan_memory, remedies
 from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
@@ -53,6 +60,7 @@ MAY_CHANGE_ON_RESUME = {
     "resume",
     "device",
     "save_every",
+    "keep_checkpoints",
     "profile",
     "audio_cache_gb",
     "audio_cache_dir",
@@ -83,6 +91,7 @@ class Run:
     learner: Learner
     engine: RolloutEngine
     text_similarity: TextSimilarity
+    selection: Selection
     num_completed: int
     """Steps that were done before it was resumed."""
 
@@ -124,8 +133,16 @@ class Run:
             )
         self.workers.check_same(parameters)
         if self.workers.is_first:
-            learner = self.learner
-            save_checkpoint(self.config.output_dir, num_completed, self.model, learner.optimizer, learner.extra())
+            config, learner = self.config, self.learner
+            save_checkpoint(
+                config.output_dir,
+                num_completed,
+                self.model,
+                learner.optimizer,
+                num_kept=config.keep_checkpoints,
+                extra=learner.extra() | self.selection.extra(),
+            )
+            self.selection.write(config.output_dir)
         # The others wait until it is written.
         self.workers.gather(None)
 
@@ -182,6 +199,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         data.longest_prompt,
         on_gpu=device.type == "cuda",
     )
+    check_selection(config, preset.questions_per_step, data.training)
     earlier = read_settings(output_dir) if config.resume else {}
     plan = plan_memory(workload, available_bytes(device))
     if workload.reference_bytes and not plan.fits:
@@ -205,8 +223,9 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     with closing(engine):
         model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
         text_similarity = load_text_similarity(run_config.behaviour_model, device)
+        selection = Selection(data.training, run_config)
         with _explain_damage(resumed_from):
-            learner, num_completed = make_learner(run_config, model, resumed_from, workers)
+            learner, num_completed = make_learner(run_config, model, selection, resumed_from, workers)
         if run_config.steps_between_looks and learner.watch is None:
             learner.watch = WrittenWatch.begin(model, engine, data.training, run_config)
         # Every process looks at the folder before the first one writes there.
@@ -214,9 +233,10 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         if workers.is_first:
             prepare_output(run_config, settings)
             num_steps_left = run_config.num_steps - num_completed
-            check_room(output_dir, model, math.ceil(num_steps_left / run_config.save_every))
+            num_saves = math.ceil(num_steps_left / run_config.save_every)
+            check_room(output_dir, model, num_saves, run_config.keep_checkpoints)
         workers.gather(None)
-        yield Run(run_config, data, learner, engine, text_similarity, num_completed)
+        yield Run(run_config, data, learner, engine, text_similarity, selection, num_completed)
 
 
 def check_architecture(checkpoint: Path, prompts: PromptFormat) -> None:
@@ -258,8 +278,10 @@ def plan_run(config: TrainConfig) -> MemoryPlan:
     return plan_memory(config.workload(preset, architecture, engine_name, dtype.itemsize, on_gpu=on_gpu), total)
 
 
-def make_learner(config: RunConfig, model: SpeechModel, resumed_from: Path | None, workers: Workers) -> tuple[Learner, int]:
-    """(learner, completed steps); `resumed_from` is the checkpoint to continue from.
+def make_learner(
+    config: RunConfig, model: SpeechModel, selection: Selection, resumed_from: Path | None, workers: Workers
+) -> tuple[Learner, int]:
+    """(learner, completed steps); `resumed_from` is the checkpoint to continue from, also with what `selection` knew then.
 
     Raises:
         UserError: it does not fit, or the model before training, which the objective needs, cannot be loaded any more.
@@ -282,9 +304,37 @@ def make_learner(config: RunConfig, model: SpeechModel, resumed_from: Path | Non
     num_completed, extra = load_trainer_state(resumed_from, optimizer)
     try:
         learner.load_extra(extra)
+        selection.load_extra(extra)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise is_damaged(resumed_from, f"trainer_state.pt: {first_line(error)}") from error
     return learner, num_completed
+
+
+def read_training(config: TrainConfig) -> tuple[list[UsableItem], str | None]:
+    """`read_usable` of `--data`, whose items need as much of an answer as the objective does.
+
+    Raises:
+        UserError: there is no good item, the first bad row of the user's own data, or the first item without an answer, or
+            without possible answers, that the objective needs.
+    """
+    source = or_bundled(config.data, "training", find_preset(config.model).bundled_data)
+    if config.needs_answers:
+        try:
+            return read_usable(source)
+        except UserError as error:
+            remedy = "--objective opd" if config.parts.uses_rewards else "--text-anchor kl"
+            without_answers = read_items(source, answered=False)
+            if any(isinstance(item, UsableItem) and str(error).startswith(f"{item.place}:") for item in without_answers):
+                raise UserError(f"{error}; {remedy} needs no answers") from error
+            raise
+    items, unusable = read_usable(source, answered=False)
+    for item in items if config.parts.uses_agreement else ():
+        if not item.question.choices:
+            raise UserError(
+                f"{item.place}: item {item.question.id!r:.80} has no possible answers, which --objective {config.objective} "
+                "compares; give 'options' or 'answer_set', or train with --objective opd"
+            )
+    return items, unusable
 
 
 def evaluation_source(config: TrainConfig | RunConfig) -> str:
@@ -295,16 +345,17 @@ def evaluation_source(config: TrainConfig | RunConfig) -> str:
 
 
 def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list[str]]:
-    """(training items, evaluation items, notes on items left out), checked not to overlap.
+    """(training items, evaluation items, notes on items left out or without an answer), checked not to overlap.
 
     Raises:
         UserError: nothing readable there, a row that is no item, or an item in both parts.
     """
-    items, unusable = read_usable(or_bundled(config.data, "training", find_preset(config.model).bundled_data))
+    items, unusable = read_training(config)
     questions: list[Question] = [item.question for item in items]
     notes = [] if unusable is None else [unusable]
     if config.disjoint_from:
-        others = [question for source in config.disjoint_from for question in load_questions(source, spoken=False)]
+        needs = config.needs_answers
+        others = [q for source in config.disjoint_from for q in load_questions(source, spoken=False, answered=needs)]
         training = without_leaks(questions, others)
         listed = " ".join(config.disjoint_from)
         if not training:
@@ -312,10 +363,17 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
         notes.append(f"{len(questions) - len(training)} of {len(questions)} items left out, which are in {listed} too")
         questions = training
     if config.data is not None and bundled_name(config.data) is None and config.eval_data is None:
-        training, held_out = split_by_id(questions, held_out_fraction=0.1)
+        graded = [question for question in questions if question.has_answer]
+        if not graded:
+            raise UserError(f"--data {config.data}: none of its items has an answer to evaluate by; give --eval-data")
+        held_out = split_by_id(graded, held_out_fraction=0.1)[1]
+        training = without_leaks(questions, held_out)
     else:
         training, held_out = questions, load_questions(evaluation_source(config))
     check_leaks(training, held_out)
+    num_unanswered = sum(not question.has_answer for question in training)
+    if num_unanswered:
+        notes.append(f"{num_unanswered} of {len(training)} training items have no answer, and no rewards")
     return training, choose_by_id(held_out, config.eval_items), notes
 
 

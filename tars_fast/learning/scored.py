@@ -33,9 +33,9 @@ class ScoredRollout:
     scaling: str = "none"
     """Of the terms of the reward, see `scaled_in_groups`."""
     terms: dict[str, Tensor] = field(init=False)
-    """[N] every term of the reward by name; NaN where it is not known yet."""
+    """[N] every term of the reward by name; NaN where it is not known yet, or never will be for want of an answer."""
     rewards_N: Tensor = field(init=False)
-    """R, NaN where a term of it is not known yet."""
+    """R, NaN where a term of it is not known."""
     advantages_N: Tensor = field(init=False)
     """0 until `record_rewards`."""
     trained_N: Tensor = field(init=False)
@@ -82,7 +82,9 @@ class ScoredRollout:
         groups_N = self.rollout.groups_N[rows].unique(return_inverse=True)[1]
         self.rewards_N[rows] = total_reward(terms, self.weights)
         counted = {name: scaled_in_groups(values_N, groups_N, self.scaling) for name, values_N in terms.items()}
-        self.advantages_N[rows] = centred_advantages(total_reward(counted, self.weights), groups_N) * self.rewarded_N[rows]
+        advantages_N = centred_advantages(total_reward(counted, self.weights), groups_N)
+        # Where nothing is rewarded, R may be unknown.
+        self.advantages_N[rows] = advantages_N.where(self.rewarded_N[rows], 0.0)
 
     @cached_property
     def _kept_N(self) -> Tensor:

@@ -22,8 +22,6 @@ from tars_fast.support.text import size
 from tars_fast.types import UserError
 
 _STATE = "trainer_state.pt"
-NUM_KEPT = 2
-"""Checkpoints of a run that stay; older ones are deleted."""
 
 
 def save_model(model: SpeechModel, folder: Path) -> None:
@@ -71,11 +69,11 @@ def checkpoint_bytes(model: SpeechModel) -> int:
     return trainable + sum(tensors.values())
 
 
-def check_room(output_dir: Path, model: SpeechModel, num_saves: int) -> None:
+def check_room(output_dir: Path, model: SpeechModel, num_saves: int, num_kept: int) -> None:
     """Raises CannotWriteError where a disk has no room for the checkpoints of a run that saves so many more of them."""
     # The next one is written before the oldest is deleted.
-    num_there = min(NUM_KEPT, len(list_checkpoints(output_dir)))
-    num_missing = min(num_saves, NUM_KEPT + 1 - num_there)
+    num_there = min(num_kept, len(list_checkpoints(output_dir)))
+    num_missing = min(num_saves, num_kept + 1 - num_there)
     needed, free = num_missing * checkpoint_bytes(model), free_bytes(output_dir)
     if needed > free:
         raise CannotWriteError(
@@ -89,9 +87,11 @@ def save_checkpoint(
     num_completed: int,
     model: SpeechModel,
     optimizer: torch.optim.Optimizer,
+    *,
+    num_kept: int = 2,
     extra: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write `checkpoint-<steps>/`, see `save_model`, with the optimiser's state, and delete all but the newest two.
+    """Write `checkpoint-<steps>/`, see `save_model`, with the optimiser's state, and delete all but the newest `num_kept`.
 
     Args:
         extra: what else a resumed run needs, by name: tensors, numbers, strings, lists and dictionaries of them.
@@ -106,7 +106,7 @@ def save_checkpoint(
         with (folder / _STATE).open("wb") as file:
             state = {"num_completed": num_completed, "optimizer": optimizer.state_dict(), "extra": dict(extra or {})}
             torch.save(state, file)
-    for _, outdated in list_checkpoints(output_dir)[:-NUM_KEPT]:
+    for _, outdated in list_checkpoints(output_dir)[:-num_kept]:
         remove_folder(outdated)
     return target
 

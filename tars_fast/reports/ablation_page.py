@@ -21,17 +21,19 @@ from tars_fast.support.console import PlainConsole, say
 from tars_fast.support.files import write_atomically
 from tars_fast.types import Question
 
-_TESTED = {"speech_accuracy": "speech", "text_accuracy": "text"}
+_TESTED = {"speech_accuracy": "speech", "text_accuracy": "text", "speech_accuracy_sampled": "sampled speech"}
 
 
 def figure_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
     """A row for the start and for each arm, figures over seeds and items with their intervals."""
     names = [name for name in FIGURES if name in report[START]]
     header = ["arm", "seeds", *(FIGURES[name].title for name in names)]
-    rows = [
-        [arm, str(len(figures["seeds"])), *(figure_cell(figures, name) for name in names)]
-        for arm, figures in {START: report[START], **report["arms"]}.items()
-    ]
+    arms = {START: report[START], **report["arms"]}
+    rows = [[arm, str(len(own["seeds"])), *(figure_cell(own, name) for name in names)] for arm, own in arms.items()]
+    if any("sampled_tokens" in figures for figures in arms.values()):
+        header.append("tokens sampled in training")
+        for row, figures in zip(rows, arms.values(), strict=True):
+            row.append(f"{figures['sampled_tokens']:,.0f}" if "sampled_tokens" in figures else "-")
     return Table(header, rows)
 
 

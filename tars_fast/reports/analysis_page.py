@@ -17,12 +17,32 @@ from tars_fast.reports.page import REPORT, Picture, Section, Table, write_page
 from tars_fast.reports.plots import CKA_PLOT, DRIFT_PLOT, as_svg, can_plot, curves_plot, heat_map_plot, write_png
 from tars_fast.reports.sample import sample_items
 from tars_fast.reports.sections import curves_picture, curves_table, layer_curve, settings_section
-from tars_fast.reports.tables import best_layer_cells, figure_cell, shown
+from tars_fast.reports.tables import (
+    CORRELATION_HEADER,
+    MODEL_HEADER,
+    best_layer_cells,
+    correlation_rows,
+    figure_cell,
+    intervention_rows,
+    model_rows,
+    path_rows,
+    shown,
+)
 from tars_fast.types import Modality, Question
 
 Analysis = TypeVar("Analysis")
 _KINDS = {"own": "each its own completion", "forced": "the written completion under both prompts"}
 _MEANS = {"pooled": "averaged over tokens", "tokens": "token by token"}
+_TOKENS = {
+    "Cosine of speech and text by layer": {"sequence_cosine": "of the means", "path_cosine": "along the path"},
+    "Distance of speech and text by layer": {"sequence_distance": "of the means", "path_distance": "along the path"},
+    "Rank correlation of words with their audio tokens by layer": {
+        "monotonicity_cosine": "path by cosine",
+        "monotonicity_distance": "path by distance",
+    },
+}
+"""Title -> figure of `paths` -> its curve."""
+_PATH_KINDS = {"own": "", "mismatched": ", another item's text"}
 _ESTIMATES = {"cka": "CKA", "debiased": "CKA, debiased"}
 
 
@@ -38,6 +58,7 @@ class ChainFigure:
 _CHAIN = {
     "speech_accuracy": ChainFigure("speech right, %"),
     "text_accuracy": ChainFigure("text right, %"),
+    "accuracy_gap": ChainFigure("gap, text less speech, points"),
     "same_answer": ChainFigure("same final answer, %"),
     "same_completion": ChainFigure("same completion, %"),
     "first_divergence": ChainFigure("first token that differs", 1, 1),
@@ -119,7 +140,10 @@ def write_analysis(
         *_along(analyses),
         *_alignment(analyses),
         *_stability(analyses),
+        *_paths(analyses),
+        *_checkpoints(figures),
         *_probes(analyses),
+        *_interventions(analyses),
         _cost(analyses),
         settings_section(figures["settings"]),
     ]
@@ -267,6 +291,64 @@ def _mean_known(values: Sequence[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
+def _paths(analyses: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
+    pictures = []
+    for title, names in _TOKENS.items():
+        for analysis, figures in analyses.items():
+            curves = {
+                f"{curve}{suffix}": layer_curve(layers[name], layers[f"{name}_ci95"])
+                for kind, suffix in _PATH_KINDS.items()
+                if kind in figures["paths"]
+                for layers in [figures["paths"][kind]["layers"]]
+                for name, curve in names.items()
+            }
+            pictures.append(curves_picture(curves, "layer", title.partition(" of ")[0].lower(), f"{title}, {analysis}"))
+    header = ("mean over layers", *(f"{name}{suffix}" for name in analyses for suffix in ("", ", another item's text")))
+    columns = [path_rows(figures["paths"]) for figures in analyses.values()]
+    rows = [(cells[0][0], *(cell for _, *own in cells for cell in own)) for cells in zip(*columns, strict=True)]
+    notes = [
+        "Audio tokens of the spoken prompt and words of the written one: cosine and Euclidean distance of their mean states, "
+        "and along the alignment path, which gives each word the audio token nearest to it. In the mean over layers the latter "
+        "are the Alignment Path Scores of arXiv 2510.12116. With another item's text there is nothing to align."
+    ]
+    yield Section("Speech and text, token by token", notes, [Table(header, rows)], pictures)
+
+
+def _checkpoints(figures: Mapping[str, Any]) -> Iterator[Section]:
+    if "checkpoints" not in figures:
+        return
+    over = figures["checkpoints"]
+    curves = {
+        title: layer_curve(found["layers"], found["layers_ci95"])
+        for name, title in (("sequence_cosine", "cosine of the means"), ("path_cosine", "cosine along the path"))
+        for found in [over["correlation"][name]]
+    }
+    alt = "Correlation with the accuracy gap over checkpoints, by layer"
+    tables = [Table(MODEL_HEADER, model_rows(over["models"]))]
+    tables.append(Table(CORRELATION_HEADER, correlation_rows(over["correlation"])))
+    notes = [
+        f"The gap is the accuracy on text less that on speech. Correlations are Pearson's over {len(over['models'])} models; "
+        "their intervals are over items, and say nothing of other runs. Checkpoints of one run all change with its steps: "
+        "figures that do as well correlate."
+    ]
+    yield Section("Over the checkpoints of a run", notes, tables, [curves_picture(curves, "layer", "correlation", alt)])
+
+
+def _interventions(analyses: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
+    rows = [
+        (cells[0] if len(analyses) == 1 else f"{name}: {cells[0]}", *cells[1:])
+        for name, figures in analyses.items()
+        for cells in intervention_rows(figures.get("interventions", {}))
+    ]
+    if rows:
+        notes = [
+            "Accuracy on speech with audio tokens on the alignment path changed on the way into a layer: angle_N gives them "
+            "the direction of their word's state, length_N its length; lowest_K changes the K that are least similar to their "
+            "word, all every one on the path."
+        ]
+        yield Section("Audio tokens on the path changed", notes, [Table(("", "speech, %", "change"), rows)])
+
+
 def _probes(analyses: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
     rows = []
     for name, figures in analyses.items():
@@ -286,8 +368,9 @@ def _probes(analyses: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
 
 def _cost(analyses: Mapping[str, Mapping[str, Any]]) -> Section:
     end = "_seconds_per_item"
-    phases = [name.removesuffix(end) for name in next(iter(analyses.values()))["cost"] if name.endswith(end)]
     costs = [figures["cost"] for figures in analyses.values()]
-    rows = [(phase, *(shown(cost[f"{phase}{end}"], None, ".3f") for cost in costs)) for phase in phases]
+    # One of them may have had probes that the other had not.
+    phases = dict.fromkeys(name.removesuffix(end) for cost in costs for name in cost if name.endswith(end))
+    rows = [(phase, *(shown(cost.get(f"{phase}{end}"), None, ".3f") for cost in costs)) for phase in phases]
     peaks = (shown(cost["peak_memory_bytes"], None, ".2f", scale=1e-9) for cost in costs)
     return Section("Cost", ["Seconds an item."], [Table(("", *analyses), [*rows, ("peak memory, GB", *peaks)])])

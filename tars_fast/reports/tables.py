@@ -137,6 +137,82 @@ def best_layer_cells(layers: Mapping[str, Sequence[Any]], number: int) -> tuple[
     )
 
 
+PATH_FIGURES = {
+    "sequence_cosine": "cosine of the means",
+    "path_cosine": "cosine along the path (APS)",
+    "monotonicity_cosine": "rank correlation of words and audio tokens, path by cosine",
+    "sequence_distance": "distance of the means",
+    "path_distance": "distance along the path (APS)",
+    "monotonicity_distance": "rank correlation of words and audio tokens, path by distance",
+    "same_path": "words with the same audio token on both paths",
+}
+"""Titles of `paths.METRICS`."""
+
+
+def path_rows(paths: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[tuple[str, str, str]]:
+    """A row for each figure of `paths` of analysis.json, the mean over layers: title, of the item, with another item's text."""
+    rows = []
+    for name, title in PATH_FIGURES.items():
+        means = (paths[kind]["mean"] if kind in paths else {} for kind in ("own", "mismatched"))
+        own, other = (shown(mean.get(name), mean.get(f"{name}_ci95"), ".3f") for mean in means)
+        rows.append((title, own, other))
+    return rows
+
+
+def intervention_rows(interventions: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """A row for each of `interventions` of analysis.json: name, accuracy on speech, its change."""
+    return [
+        (
+            name,
+            figure_cell(figures, "speech_accuracy", ends_spec=".0f"),
+            figure_cell(figures.get("change", {}), "speech_accuracy", "+", "+.0f"),
+        )
+        for name, figures in interventions.items()
+    ]
+
+
+def model_rows(models: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for each model of `checkpoints` of analysis.json: its accuracies, the gap, similarities of speech and text."""
+    accuracies = ("speech_accuracy", "text_accuracy", "accuracy_gap")
+    similarities = ("sequence_cosine", "path_cosine", "sequence_distance", "path_distance")
+    return [
+        (
+            name,
+            *(shown(figures[own], figures[f"{own}_ci95"], ".1f", ".0f", 100) for own in accuracies),
+            *(shown(figures[own], figures[f"{own}_ci95"], ".3f") for own in similarities),
+        )
+        for name, figures in models.items()
+    ]
+
+
+MODEL_HEADER = ("model", "speech, %", "text, %", "gap", "cosine", "cosine, path", "distance", "distance, path")
+"""Of `model_rows`."""
+
+
+def correlation_rows(correlations: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """A row for each figure of `checkpoints` of analysis.json: title, correlation with the gap of its mean over layers, R^2."""
+    rows = []
+    for name, found in correlations.items():
+        kind, _, what = name.partition("_")
+        title = PATH_FIGURES.get(name, f"cosine of {kind} completions, {what}")
+        square = None if found["mean"] is None else found["mean"] ** 2
+        rows.append((title, shown(found["mean"], found["mean_ci95"], "+.2f"), shown(square, None, ".2f")))
+    return rows
+
+
+CORRELATION_HEADER = ("mean over layers", "correlation with the gap", "R^2")
+"""Of `correlation_rows`."""
+
+
+def _plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title)
+    for number, column in enumerate(header):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def print_analysis(console: PlainConsole, analysis: Mapping[str, Mapping[str, Any]]) -> None:
     """Print analysis.json on one screen: drift and alignment by layer, behaviour, probes, cost."""
     drift, alignment, chain = analysis["drift"], analysis["alignment"], analysis["chain"]
@@ -177,6 +253,16 @@ def print_analysis(console: PlainConsole, analysis: Mapping[str, Mapping[str, An
         f"layer {shift} in the mean; correlation with that of tokens paired at "
         + ", ".join(f"layer {layer} {shown(r, None, '.3f')}" for layer, r in correlations.items()),
     )
+    header = ("mean over layers", "own text", "another item's text")
+    console.print(_plain_table("Speech and text of prompts", header, path_rows(analysis["paths"])))
+    if "interventions" in analysis:
+        rows = intervention_rows(analysis["interventions"])
+        console.print(_plain_table("Audio tokens on the path changed", ("", "speech, %", "change"), rows))
+    if "checkpoints" in analysis:
+        over = analysis["checkpoints"]
+        console.print(_plain_table("Checkpoints", MODEL_HEADER, model_rows(over["models"])))
+        rows = correlation_rows(over["correlation"])
+        console.print(_plain_table(f"Over {len(over['models'])} models", CORRELATION_HEADER, rows))
     if "probes" in analysis:
         console.print(_accuracy_table("Probes, accuracy %", "probe", analysis["probes"]))
         changes = {name: probe["change"] for name, probe in analysis["probes"].items() if "change" in probe}

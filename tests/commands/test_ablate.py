@@ -99,7 +99,8 @@ def test_the_papers_arms():
     arms = choose_arms(AblateConfig(arms="grpo,rep,beh,tars,rep-shallow,rep-last"))
     settings = {name: dataclasses.replace(TrainConfig(), **_typed(own)) for name, own in arms.items()}
     weights = {name: (own.representation_weight, own.behaviour_weight) for name, own in settings.items()}
-    assert weights["grpo"] == (0, 0)
+    assert not settings["grpo"].parts.uses_alignment
+    assert all(settings[name].parts.uses_alignment for name in arms if name != "grpo")
     assert weights["rep"] == (1, 0) == weights["rep-shallow"] == weights["rep-last"]
     assert weights["beh"] == (0, 1)
     assert weights["tars"] == (1, 1)
@@ -172,7 +173,7 @@ def test_values_reach_the_runs_as_they_were_given():
         ),
         (
             {"arms": "x", "define": ("x:learning_rate=-1",)},
-            "learning_rate=-1: --learning-rate -1.0: must be greater than 0",
+            "--arms x: --learning-rate -1.0: must be greater than 0",
         ),
         ({"arms": "x", "define": ("x:data=other",)}, "data=other: must be the same in all arms; use --data"),
         (
@@ -339,7 +340,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(small, tmp_path):
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == INTERRUPTED
@@ -372,12 +373,11 @@ FINISH = (
 def test_runs_side_by_side_have_gpus_and_cores_of_their_own(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    # Each waits until the other one is there: one after the other they would never end.
-    meet = "[time.sleep(0.02) for _ in range(500) if len(list(folder.parent.glob('*/here'))) < 2]"
+    # Each waits until the other one is there: one after the other the first would give up.
+    others = "len(list(folder.parent.glob('*/here'))) == 2"
+    meet = f"any({others} or time.sleep(0.02) for _ in range(3000)) or sys.exit(1)"
     runs = [fake_run(tmp_path, name, f"(folder / 'here').touch(); {meet}; {FINISH}") for name in ("a", "b")]
-    started = time.monotonic()
     assert Runner(2, ["4", "7"], PlainConsole(quiet=True)).run(runs) == {}
-    assert time.monotonic() - started < 9
     assert sorted((run.folder / "evaluation.json").read_text() for run in runs) == ["4 3", "7 3"]
 
 
@@ -468,8 +468,8 @@ def test_a_run_that_is_just_starting_is_stopped_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", start_late)
     started = time.monotonic()
-    assert runner.run([fake_run(tmp_path, "a", "time.sleep(30)")]) == {}
-    assert time.monotonic() - started < 20
+    assert runner.run([fake_run(tmp_path, "a", "time.sleep(300)")]) == {}
+    assert time.monotonic() - started < 200
 
 
 def test_gpus_are_those_that_are_visible(monkeypatch):

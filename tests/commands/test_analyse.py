@@ -21,18 +21,21 @@ import torch
 from checkpoints import MAKERS
 from items import first_items
 from pages import HOSTILE, Elements, check_nothing_foreign, check_plays, on_a_phone
+from safetensors.torch import load_file, save_file
 
 from tars_fast import analyse
 from tars_fast.analysis import alignment
 from tars_fast.analysis import drift as analysis
 from tars_fast.analysis.alignment import compare_layers, content_span, warp
 from tars_fast.analysis.drift import Analysis, AnalysisSettings, _chain, _compare, change_since, first_divergence
+from tars_fast.analysis.paths import METRICS, PathIntervention, Target, compare_tokens, critical_tokens
 from tars_fast.analysis.probes import Calibration, Moments, repeated
 from tars_fast.analysis.row import KINDS
 from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.data.items import HELD_OUT_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.splits import choose_by_id
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
+from tars_fast.evaluation.scorers import read_strictly
 from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.models.prompts import load_prompt_format
 from tars_fast.models.registry import find_preset
@@ -56,8 +59,8 @@ def items() -> list[Question]:
     return load_questions(VALIDATION_DATA)[:6]
 
 
-def analysed(model, items, calibrations=(), settings=SETTINGS) -> tuple[Analysis, list[dict]]:
-    made = Analysis(model, TransformersEngine(model, 32), settings, calibrations)
+def analysed(model, items, calibrations=(), settings=SETTINGS, interventions=()) -> tuple[Analysis, list[dict]]:
+    made = Analysis(model, TransformersEngine(model, 32), settings, calibrations, interventions)
     return made, [record for start in range(0, len(items), 4) for record in made.add(items[start : start + 4])]
 
 
@@ -161,10 +164,12 @@ def test_each_architecture(name, tmp_path, monkeypatch, capsys):
         check_forced_drift(model, load_questions(tmp_path / "items.jsonl"), settings)
     check_calibration_of_padded_prompts(model, load_questions(tmp_path / "items.jsonl"))
     flags = ("--model", folder, "--data", tmp_path / "items.jsonl", "--max-new-tokens", 12, "--calibrate", 0, 1, "--repeat", 2)
-    assert run(*flags, "--output-dir", tmp_path / "out", monkeypatch=monkeypatch, capsys=capsys) == (0, "")
+    flags += ("--angle-projection", 1, "--output-dir", tmp_path / "out")
+    assert run(*flags, monkeypatch=monkeypatch, capsys=capsys) == (0, "")
     made = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert made["num_items"] == 3
     assert len(made["probes"]) == 4
+    assert list(made["interventions"]) == ["plain", "angle_1_lowest_3", "angle_1_all"]
 
 
 def test_long_recordings_are_encoded_as_the_setting_says(tmp_path, monkeypatch, capsys):
@@ -190,8 +195,15 @@ def test_identical_prompts_give_one_everywhere(model, items, monkeypatch):
 
     monkeypatch.setattr(analysis, "encode_speech", written)
     monkeypatch.setattr(Analysis, "_places", lambda *_: (torch.arange(8, 20), torch.arange(8, 20)))
-    made, _ = analysed(model, items[:4])
+    interventions = [PathIntervention(kind, 1, number) for kind in ("angle", "length") for number in (3, None)]
+    made, _ = analysed(model, items[:4], interventions=interventions)
     report = made.report()
+    for name in METRICS:
+        expected = 0.0 if "distance" in name and name != "monotonicity_distance" else 1.0
+        np.testing.assert_allclose(report["paths"]["own"]["layers"][name], np.full(4, expected), atol=1e-5, err_msg=name)
+    assert report["paths"]["mismatched"]["mean"]["path_cosine"] < 0.99
+    accuracies = {figures["speech_accuracy"] for figures in report["interventions"].values()}
+    assert (len(report["interventions"]), accuracies) == (5, {report["chain"]["speech_accuracy"]}), "nothing to change"
     for kind in KINDS:
         for name, shape in (("pooled", (4,)), ("tokens", (4,)), ("along", (4, 10))):
             np.testing.assert_allclose(report["drift"][kind][name], np.ones(shape), atol=1e-5)
@@ -236,6 +248,15 @@ def test_content_of_prompts_is_compared_with_the_same_item_and_with_the_one_befo
         sums = [np.mean([getattr(one, part) for one in alignments], axis=0) for part in ("hsic", "speech_hsic", "text_hsic")]
         expected = sums[0] / np.sqrt(sums[1][:, None] * sums[2])
         np.testing.assert_allclose(alignment["debiased"][name], expected, atol=1e-4)
+    paths = made.report()["paths"]
+    other = [(speech, text) for (speech, _), (_, text) in zip(sides[1:], sides[:-1], strict=True)]
+    for kind, pairs in (("own", sides), ("mismatched", other)):
+        expected = [compare_tokens(*states) for states in pairs]
+        for name in METRICS:
+            layers = np.mean([one[name] for one in expected], axis=0)
+            # The path of a token that is as near to another one may go there.
+            np.testing.assert_allclose(paths[kind]["layers"][name], layers, rtol=1e-4, atol=1e-2, err_msg=name)
+            assert paths[kind]["mean"][name] == pytest.approx(np.mean(paths[kind]["layers"][name]))
     np.testing.assert_allclose(alignment["chance"], np.mean([one.chance for one in own], axis=0), atol=1e-4)
     by_first = np.mean([compared(speech, text, layer=1).cka for speech, text in sides], axis=0)
     np.testing.assert_allclose(made.other_means[1].rows("cka")[0], by_first, atol=1e-4)
@@ -258,7 +279,7 @@ def test_how_many_share_a_forward_pass_does_not_matter(model, items, monkeypatch
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_items(model, items):
     model.set_audio_cache(0, None, 0)
-    made = Analysis(model, TransformersEngine(model, 32), SETTINGS, [Calibration(1)])
+    made = Analysis(model, TransformersEngine(model, 32), SETTINGS, [Calibration(1)], [PathIntervention("angle", 1, None)])
 
     def held() -> int:
         gc.collect()
@@ -408,6 +429,76 @@ def test_calibration_of_a_layer_gives_speech_the_moments_of_text_there(model, it
     assert made.num_items == len(items)
 
 
+@torch.no_grad()
+def test_an_intervention_on_embeddings_is_that_on_the_prompts_recordings(model, items):
+    """All prompts in one pass, each changed by its own words, as when the clips themselves are changed."""
+    heard, written = (model.encode_prompts(items, modality) for modality in Modality)
+    engine = TransformersEngine(model, 32)
+    greedy = Sampling(num_completions=1, max_new_tokens=40, temperature=0.0, seed=0)
+    numbers = range(len(items))
+    plain = engine.generate(heard, numbers, greedy)
+    for intervention in (PathIntervention("angle", 0, None), PathIntervention("length", 0, 3)):
+        targets, changed = [], []
+        for speech, text in zip(heard, written, strict=True):
+            words = model.module.get_input_embeddings()(
+                torch.tensor(text.token_ids)[slice(*content_span(text.token_ids, speech.token_ids))]
+            )
+            (clip,) = speech.audio_clips
+            start = speech.token_ids.index(model.prompts.audio_token_id)
+            targets.append((speech, intervention.target(clip, words, start + torch.arange(len(clip)))))
+            places, found = (chosen[: intervention.num_tokens] for chosen in critical_tokens(clip, words))
+            by_hand = clip.clone()
+            by_hand[places] = intervention(clip[places], words[found])
+            changed.append(dataclasses.replace(speech, audio_clips=(by_hand,)))
+        by_hand = engine.generate(changed, numbers, greedy)
+        with intervention.applied(model, targets):
+            by_hooks = engine.generate([*heard, *written], [*numbers, *numbers], greedy)
+        assert [one.text for one in by_hooks[: len(items)]] == [one.text for one in by_hand]
+        assert by_hand != plain
+        untouched = engine.generate(written, numbers, greedy)
+        assert [one.text for one in by_hooks[len(items) :]] == [one.text for one in untouched]
+        assert engine.generate(heard, numbers, greedy) == plain, "nothing of it stays behind"
+        made, _ = analysed(model, items, interventions=[intervention])
+        right = [read_strictly(one.text, item).correct for one, item in zip(by_hand, items, strict=True)]
+        figures = made.report()["interventions"]
+        assert figures[intervention.name]["speech_accuracy"] == np.mean(right)
+        assert figures["plain"]["speech_accuracy"] == made.report()["chain"]["speech_accuracy"]
+
+
+@torch.no_grad()
+def test_an_intervention_on_a_layer_changes_its_input_there(model, items):
+    """What layer 2 sees: audio tokens on the path with the direction of their words, every other state as it was."""
+    intervention = PathIntervention("angle", 2, 3)
+    heard = model.encode_prompts(items[:3], Modality.SPEECH)
+    targets, seen = [], []
+    for number, prompt in enumerate(heard):
+        start = prompt.token_ids.index(model.prompts.audio_token_id)
+        words = torch.randn(3, 128, generator=torch.Generator().manual_seed(number))
+        targets.append((prompt, Target(start + torch.tensor([5, 1, 9]), words)))
+    hooks = []
+
+    def passes() -> torch.Tensor:
+        hooks.append(model.language_model.layers[2].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])))
+        TransformersEngine(model, 32).generate(heard, range(3), Sampling(1, 2, temperature=0.0, seed=0))
+        hooks.pop().remove()
+        return seen[0][0]
+
+    plain = passes()
+    seen.clear()
+    with intervention.applied(model, targets):
+        changed = passes()
+    # The engine takes prompts by their length.
+    order = sorted(range(3), key=lambda number: len(heard[number].token_ids))
+    starts = np.cumsum([0] + [len(heard[number].token_ids) for number in order[:-1]])
+    expected = plain.clone()
+    for number, start in zip(order, starts, strict=True):
+        places = int(start) + targets[number][1].places
+        words = targets[number][1].words
+        expected[places] = words * (plain[places].norm(dim=-1) / words.norm(dim=-1))[:, None]
+    torch.testing.assert_close(changed, expected, atol=1e-4, rtol=1e-4)
+    assert (changed != plain).any(-1).sum() == 9
+
+
 def test_words_are_repeated_and_letters_of_options_are_not():
     question = Question("q", "Which one?\nA. a cat\nB. Bob", "A", ("A", "B"))
     assert repeated(question, 2).text == "Which Which one? one?\nA. a a cat cat\nB. Bob Bob"
@@ -424,11 +515,29 @@ def run(*flags: object, monkeypatch, capsys) -> tuple[int, str]:
 FLAGS = ("--model", "pocket", "--items", 12)
 
 
+def noisy_checkpoints(run_dir: Path) -> Path:
+    """A run's folder with checkpoints of the pocket model, each with more noise in its weights than the one before."""
+    for step, scale in ((2, 0.1), (10, 0.4)):
+        folder = shutil.copytree(find_preset("pocket").source, run_dir / f"checkpoint-{step}")
+        weights = load_file(folder / "model.safetensors")
+        for number, name in enumerate(sorted(weights)):
+            generator = torch.Generator().manual_seed(number)
+            spread = scale * weights[name].float().std(correction=0)
+            weights[name] += (spread * torch.randn(weights[name].shape, generator=generator)).to(weights[name].dtype)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return run_dir
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
-    """An analysis with probes, and one that is compared with it, by the command."""
+    """An analysis with probes, and one that is compared with it and with checkpoints, by the command."""
     first, second = tmp_path_factory.mktemp("analyses") / "first", tmp_path_factory.mktemp("analyses") / "second"
-    for flags in (("--calibrate", 0, "--repeat", 3, "--output-dir", first), ("--compare", first, "--output-dir", second)):
+    probes = ("--calibrate", 0, "--repeat", 3, "--angle-projection", 0, "--length-normalisation", 1, "--critical-tokens", 2)
+    run_dir = noisy_checkpoints(tmp_path_factory.mktemp("run"))
+    for flags in (
+        (*probes, "--output-dir", first),
+        ("--compare", first, "--checkpoints", run_dir, "--output-dir", second),
+    ):
         with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as said:
             patch.setattr(sys, "argv", ["analyse", "--device", "cpu", *map(str, (*FLAGS, *flags))])
             assert (analyse.main(), said.getvalue()) == (0, "")
@@ -455,6 +564,13 @@ def test_the_command_before_and_after(folders, tmp_path, monkeypatch, capsys):
         assert made["probes"][name]["change"][changed] == pytest.approx(made["probes"][name][changed] - plain[changed])
     assert made["probes"]["plain"]["speech_accuracy"] == made["chain"]["speech_accuracy"]
     assert all(made["cost"].values())
+    interventions = made["interventions"]
+    names = [f"{kind}_{own}" for kind in ("angle_0", "length_1") for own in ("lowest_2", "all")]
+    assert list(interventions) == ["plain", *names]
+    for name in names:
+        change = interventions[name]["speech_accuracy"] - interventions["plain"]["speech_accuracy"]
+        assert interventions[name]["change"]["speech_accuracy"] == pytest.approx(change)
+    assert made["chain"]["accuracy_gap"] == pytest.approx(made["chain"]["text_accuracy"] - made["chain"]["speech_accuracy"])
     change = json.loads((second / "analysis.json").read_text())["change"]
     assert change["own_pooled"] == pytest.approx([0.0] * NUM_LAYERS, abs=1e-6)
     assert np.shape(change["debiased_ci95"]) == (NUM_LAYERS, NUM_LAYERS, 2)
@@ -518,15 +634,25 @@ def test_the_page_of_an_analysis_alone(folders):
     assert "similarity of words" not in page
     assert not re.search(r"\b(nan|None|null|NaN)\b", elements.text)
     alternatives = [image["alt"] for image in elements.all("img")]
-    # Drift, along the completion, CKA, best layers and bands.
-    assert len(alternatives) == 2 + 4 + 4 + 4
+    # Drift, along the completion, CKA, best layers and bands, tokens.
+    assert len(alternatives) == 2 + 4 + 4 + 4 + 3
+    for name, figures in made["interventions"].items():
+        accuracy, (low, high) = figures["speech_accuracy"], figures["speech_accuracy_ci95"]
+        assert f"{name} {100 * accuracy:.1f} [{100 * low:.0f}, {100 * high:.0f}]" in elements.words
+    score, (low, high) = (made["paths"]["own"]["mean"][name] for name in ("path_cosine", "path_cosine_ci95"))
+    assert f"cosine along the path (APS) {score:.3f} [{low:.3f}, {high:.3f}]" in elements.words
     assert len(set(alternatives)) == len(alternatives)
 
 
 def test_the_page_of_an_analysis_and_one_before(folders, analysed_items):
     first, second = folders
     elements = Elements((second / REPORT).read_text())
-    assert len(elements.all("img")) == 4 + 4 + 8 + 4
+    assert len(elements.all("img")) == 4 + 4 + 8 + 4 + 6 + 1
+    over = json.loads((second / "analysis.json").read_text())["checkpoints"]
+    for name, figures in over["models"].items():
+        assert f"{name} {100 * figures['speech_accuracy']:.1f} [" in elements.words
+    r, (low, high) = (over["correlation"]["path_cosine"][name] for name in ("mean", "mean_ci95"))
+    assert f"cosine along the path (APS) {r:+.2f} [{low:+.2f}, {high:+.2f}] {r * r:.2f}" in elements.words
     assert re.search(r"speech right, % (\S+ \[\d+, \d+\]) \1 \+0\.0 \[\+0, \+0\]", elements.words)
     assert "before: repeat_3" in elements.words
     changes = {item["data-change"] for item in elements.all("details") if "data-change" in item}
@@ -621,6 +747,10 @@ def test_the_page_of_an_analysis_in_a_browser(which, folders, browser):
         (("--base-layer", "0"), "--base-layer 0: pocket has 4 layers; give 1 to 4"),
         (("--other-base-layers", "2", "9"), "--other-base-layers 9: pocket has 4 layers; give 1 to 4"),
         (("--calibrate", "4"), "--calibrate 4: pocket has 4 layers; give 0 to 3"),
+        (("--angle-projection", "0", "4"), "--angle-projection 4: pocket has 4 layers; give 0 to 3"),
+        (("--length-normalisation", "-1"), "--length-normalisation -1: pocket has 4 layers; give 0 to 3"),
+        (("--critical-tokens", "0"), "--critical-tokens 0: must be greater than 0"),
+        (("--checkpoints", "nowhere"), "--checkpoints nowhere: holds 0 checkpoints, and a correlation needs at least 2; name"),
         (("--repeat", "1"), "--repeat 1: must be at least 2"),
         (("--items", "0"), "--items 0: must be greater than 0"),
         (("--data", "nothing.jsonl"), "data nothing.jsonl"),
@@ -739,6 +869,41 @@ def test_a_model_to_compare_with_is_analysed_first(tmp_path, monkeypatch, capsys
     status, error = run("--items", 2, *flags[2:], monkeypatch=monkeypatch, capsys=capsys)
     assert status == MISUSED
     assert "compared: holds an analysis already" in error
+
+
+def test_checkpoints_are_correlated(folders):
+    folder = folders[1]
+    made = json.loads((folder / "analysis.json").read_text())["checkpoints"]
+    assert list(made["models"]) == ["pocket", "checkpoint-2", "checkpoint-10"], "by steps"
+    for name in ("checkpoint-2", "checkpoint-10"):
+        own = json.loads((folder / name / "analysis.json").read_text())
+        assert made["models"][name]["accuracy_gap"] == pytest.approx(own["chain"]["accuracy_gap"])
+        assert made["models"][name]["path_cosine"] == pytest.approx(own["paths"]["own"]["mean"]["path_cosine"])
+    gaps, scores = ([model[name] for model in made["models"].values()] for name in ("accuracy_gap", "path_cosine"))
+    assert made["correlation"]["path_cosine"]["mean"] == pytest.approx(np.corrcoef(gaps, scores)[0, 1])
+
+
+@pytest.mark.parametrize("fault", ["one", "another size", "no model"])
+def test_checkpoints_that_cannot_be_correlated_are_refused_first(fault, tmp_path, monkeypatch, capsys):
+    source = Path(find_preset("pocket").source)
+    for step in (1, 2):
+        shutil.copytree(source, tmp_path / f"checkpoint-{step}")
+    config = tmp_path / "checkpoint-2" / "config.json"
+    if fault == "one":
+        shutil.rmtree(tmp_path / "checkpoint-1")
+        message = f"--checkpoints {tmp_path}: holds 1 checkpoints, and a correlation needs at least 2; name the folder of a run"
+    elif fault == "another size":
+        config.write_text(config.read_text().replace('"intermediate_size": 384', '"intermediate_size": 256'))
+        message = f"--checkpoints {tmp_path}: checkpoint-2 is no checkpoint of pocket; give the run's --model"
+    else:
+        config.unlink()
+        message = f"--checkpoints {tmp_path}: checkpoint-2 cannot be analysed ("
+    flags = ("--items", 2, "--checkpoints", tmp_path, "--output-dir", tmp_path / "out")
+    status, error = run(*flags, monkeypatch=monkeypatch, capsys=capsys)
+    assert status == MISUSED
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_neither_an_analysis_nor_a_model(tmp_path, monkeypatch, capsys):

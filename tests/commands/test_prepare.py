@@ -23,7 +23,7 @@ from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.data.items import load_questions, read_items
 from tars_fast.data.recognition import load_recogniser
 from tars_fast.data.transcription import word_error_rate
-from tars_fast.prepare import recording_name, spoken_form
+from tars_fast.prepare import read_texts, recording_name, spoken_form
 
 SYNTHESISER = '''
 import numpy as np
@@ -42,9 +42,12 @@ def tone(text, voice, seed):
     noise = np.random.default_rng(seed).normal(size=len(time))
     return (0.3 * np.sin(2 * np.pi * int(voice) * time) + 0.01 * noise).astype(np.float32), 24_000
 
-def slow(text, voice, seed):
-    import time
-    time.sleep(0.2)
+def held(text, voice, seed):
+    """Waits while there are as many recordings as the file `enough` says."""
+    import pathlib, time
+    enough, recordings = pathlib.Path("enough"), pathlib.Path("out/recordings")
+    while enough.exists() and len(list(recordings.glob("*.flac"))) >= int(enough.read_text()):
+        time.sleep(0.02)
     return tone(text, voice, seed)
 
 def deadly(text, voice, seed):
@@ -191,6 +194,29 @@ def test_published_rows_that_are_no_items_are_left_out_and_counted(run, folder):
     assert [question.text for question in load_questions("out")] == ["Who?\nA. y\nB. z"]
 
 
+def test_texts_without_an_answer_are_spoken(run, folder):
+    write_jsonl(
+        folder / "written.jsonl", [WRITTEN[0], {"text": "Good morning."}, {"question": "Who?", "answer_set": ["I", "you"]}]
+    )
+    status, stdout, _ = run("--data", "written.jsonl", *TONES[2:], "--output-dir", "out")
+    assert status == 0
+    assert "3 items, " in stdout
+    assert "2 items have no answer; --objective opd trains on them" in stdout
+    questions = load_questions("out", answered=False)
+    assert [(q.text, q.choices, q.answer) for q in questions[1:]] == [("Good morning.", (), ""), ("Who?", ("I", "you"), "")]
+    assert questions[1].transcript == "Good morning."
+    status, stdout, _ = run("--check", "out", "--output", "report.json")
+    assert status == 0
+    assert "no answer (a note)" in stdout
+    findings = json.loads(Path("report.json").read_text())["findings"]
+    objectives = ["--objective opd trains on it", "--objective opd and cord train on it"]
+    assert [(f["problem"], f["detail"].split(",")[0]) for f in findings] == [("no answer", said) for said in objectives]
+    # A published set without answers is spoken too; one that lacks some has rows that are no items.
+    rows = [{"question": "Who?", "choices": ["y", "z"], "answer": answer} for answer in (0, None)]
+    assert [item.question.answer for item in read_texts(write_jsonl(folder / "some.jsonl", rows))[0]] == ["A"]
+    assert len(read_texts(write_jsonl(folder / "none.jsonl", rows[1:] * 2))[0]) == 2
+
+
 def test_odd_options_of_published_data_survive(run, folder):
     """Options that are empty or stand twice; in the user's own file they are refused."""
     rows = [
@@ -263,29 +289,32 @@ def test_a_recogniser_sends_items_back_for_another_voice(run, folder):
 def test_killed_and_run_again_it_ends_the_same(run, folder, output_format):
     items = [{"id": f"q{n}", "question": f"Item {n}", "answer_set": ["a", "b"], "answer": "a"} for n in range(12)]
     write_jsonl(folder / "items.jsonl", items)
-    flags = ("--data", "items.jsonl", "--synthesiser", "plugin:slow", "--voices", 200, 250, "--jobs", 2)
+    flags = ("--data", "items.jsonl", "--synthesiser", "plugin:held", "--voices", 200, 250, "--jobs", 2)
     flags += ("--output-format", output_format)
     assert run(*flags, "--output-dir", "unbroken")[0] == 0
+    Path("enough").write_text("4")
     process = start(*flags, "--output-dir", "out")
-    recordings = folder / "out" / "recordings"
-    deadline = time.monotonic() + 60
-    while len(list(recordings.glob("*.flac"))) < 3:
+    recordings, journal = folder / "out" / "recordings", folder / "out" / "preparation" / "finished.jsonl"
+    deadline = time.monotonic() + 120
+    # Until both are held, and the journal knows what is done.
+    while not (journal.exists() and journal.read_text().count("\n") == len(list(recordings.glob("*.flac"))) >= 4):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) >= 2
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    Path("enough").unlink()
     # No orphan goes on writing; one that is dead but not yet buried has no command line.
     while any(Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not list((folder / "out").glob("items.*"))
     done = {path: path.stat().st_mtime_ns for path in recordings.glob("*.flac")}
-    assert 3 <= len(done) < 12
+    assert 4 <= len(done) < 12
     # As if the journal had been cut off within a line, and a recording within a write.
-    with (folder / "out" / "preparation" / "finished.jsonl").open("a") as journal:
-        journal.write('{"id": "q11", "tra')
+    with journal.open("a") as file:
+        file.write('{"id": "q11", "tra')
     (recordings / (recording_name("q11", "Item 11.") + ".partial")).write_bytes(b"fLaC")
     status, stdout, _ = run(*flags, "--output-dir", "out")
     assert status == 0
@@ -297,14 +326,16 @@ def test_killed_and_run_again_it_ends_the_same(run, folder, output_format):
 
 
 def test_ctrl_c_ends_all_of_it(folder):
+    Path("enough").write_text("1")
     process = start(
-        "--data", "items.jsonl", "--synthesiser", "plugin:slow", "--voices", 200, "--jobs", 1, "--output-dir", "out"
+        "--data", "items.jsonl", "--synthesiser", "plugin:held", "--voices", 200, "--jobs", 1, "--output-dir", "out"
     )
     while not list(folder.glob("out/recordings/*.flac")):
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    Path("enough").unlink()
+    _, stderr = process.communicate(timeout=120)
     assert (process.returncode, stderr) == (130, "interrupted\n")
     assert not (folder / "out" / "items.jsonl").exists()
 
@@ -428,6 +459,13 @@ def test_settings_of_a_folder_stay(run, folder):
         ((*TONES, "--output-dir", "out", "--synthesiser", "plugin:f"), ["--synthesiser plugin:f", "no attribute 'f'"]),
         ((*TONES, "--output-dir", "out", "--synthesiser", "plugin:deadly"), ["--jobs 1", "a worker ended by itself"]),
         ((*TONES, "--output-dir", "out", "--recogniser", "none/there"), ["--recogniser none/there", "cannot be loaded"]),
+        ((*TONES, "--output-dir", "out", "--budget", 4), ["--budget 4: the corpus has 3 different items"]),
+        ((*TONES, "--output-dir", "out", "--budget", 0), ["--budget 0", "greater than 0"]),
+        ((*TONES, "--output-dir", "out", "--clusters", 4), ["--clusters 4: needs --select-for", "leave it out"]),
+        ((*TONES, "--output-dir", "out", "--select-for", "pocket"), ["--select-for pocket: needs --budget"]),
+        ((*TONES, "--output-dir", "out", "--budget", 3, "--select-for", "pocket"), ["--budget 3: 1 cluster", "--probes"]),
+        ((*TONES, "--output-dir", "out", "--budget", 3, "--select-for", "none/there", "--probes", 1), ["--model none/there"]),
+        (("--check", "items.jsonl", "--budget", 3), ["--budget 3", "--check makes no items"]),
         (("--check", "none.jsonl"), ["data none.jsonl", "cannot be read"]),
         (("--check", "items.jsonl", "--output-format", "parquet"), ["--output-format parquet", "--check makes no items"]),
         (("--check", "items.jsonl", "--output", "none/report.json"), ["--output none/report.json", "no folder none"]),
@@ -441,6 +479,41 @@ def test_wrong_use(run, folder, flags, fragments):
     for fragment in fragments:
         assert fragment in stderr
     assert (folder / "items.jsonl").read_text().count("\n") == 3
+
+
+SUMS = [
+    {"id": f"{one}{two}", "question": f"What is {one} plus {two}?", "answer_set": ["four", "five"], "answer": "five"}
+    for one in ("two", "three", "four", "five")
+    for two in ("one", "two", "three")
+]
+del SUMS[5]["answer"], SUMS[5]["answer_set"]
+
+
+def test_a_budget_is_spent_where_speech_and_text_differ(run, folder):
+    """The same command makes the same choice, also after its recordings and what was measured are gone."""
+    write_jsonl(folder / "items.jsonl", [*SUMS, SUMS[0] | {"id": "again"}])
+    flags = (*TONES, "--budget", 7, "--select-for", "pocket", "--clusters", 2, "--probes", 2)
+    status, stdout, _ = run(*flags, "--output-dir", "out", "--jobs", 1)
+    assert status == 0
+    assert "1 of 13 items ask what another one asks, and are left out" in stdout
+    choice = json.loads(Path("out/choice.json").read_text())
+    assert [question.id for question in load_questions("out")] == choice["chosen"]
+    assert len(choice["chosen"]) == sum(cluster["budget"] for cluster in choice["clusters"]) == 7
+    assert sorted(id for cluster in choice["clusters"] for id in cluster["ids"]) == sorted(item["id"] for item in SUMS)
+    for cluster in choice["clusters"]:
+        assert set(cluster["ids"][: cluster["budget"]]) <= set(choice["chosen"])
+        assert list(cluster["probes"]) == cluster["ids"][:2]
+        assert cluster["misalignment"] == pytest.approx(np.mean(list(cluster["probes"].values())))
+        assert cluster["misalignment"] > 0.01, "tones are no speech"
+    more, less = sorted(choice["clusters"], key=lambda cluster: cluster["misalignment"], reverse=True)
+    assert more["budget"] >= less["budget"] or more["budget"] == len(more["ids"])
+    before = contents(folder / "out")
+    (folder / "out" / "choice.json").unlink()
+    for path in list((folder / "out" / "recordings").iterdir())[:3]:
+        path.unlink()
+    assert run(*flags, "--output-dir", "out", "--jobs", 1)[0] == 0
+    assert json.loads(Path("out/choice.json").read_text()) == choice
+    assert contents(folder / "out") == before
 
 
 def fill_disk(monkeypatch, writer: str, name: str) -> None:

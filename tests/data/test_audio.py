@@ -391,9 +391,13 @@ def test_an_interrupt_is_never_taken_for_sound(tmp_path):
     path = tmp_path / "a.ogg"
     soundfile.write(path, tone(440, 60.0), SAMPLE_RATE, format="OGG", subtype="OPUS")
     expected = decode(path)
-    started = time.perf_counter()
-    decode(path)
-    seconds = time.perf_counter() - started
+    taken = []
+    for _ in range(5):
+        started = time.perf_counter()
+        decode(path)
+        taken.append(time.perf_counter() - started)
+    # What other processes take from it makes it longer, and none of the alarms too late.
+    seconds = min(taken)
 
     def interrupt(_signal, _frame):
         raise KeyboardInterrupt

@@ -75,6 +75,6 @@ def test_search_finds_words_without_a_server(site, browser):
     page.keyboard.press("f")
     page.keyboard.type("overlong filtering")
     found = page.locator("a.md-search-result__link").first
-    found.wait_for(timeout=20_000)
+    found.wait_for(timeout=60_000)
     assert "method.html" in found.get_attribute("href")
     assert happened == []

@@ -151,7 +151,7 @@ def commands_in(block: Block) -> dict[str, set[str]]:
     return {name: flags_of(name) for name in dict.fromkeys(re.findall(r"-m tars_fast\.(\w+)", block.code)) if name in COMMANDS}
 
 
-def run_page(page: Path, folder: Path) -> str:
+def run_page(page: Path, folder: Path, python: str | Path = sys.executable) -> str:
     """What a page prints, run in a new folder that looks like a checkout. Raises AssertionError where it fails."""
     blocks = read_blocks(page)
     checkout, snippets = folder / "checkout", folder / "snippets"
@@ -161,7 +161,7 @@ def run_page(page: Path, folder: Path) -> str:
         if not path.name.startswith(".") and path.name != "runs":
             (checkout / path.name).symlink_to(path)
     script = write_script(blocks, [settings_for(block, commands_in(block)) for block in blocks], snippets)
-    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": f"{checkout / 'kernels'}{os.pathsep}{checkout}"}
+    environment = os.environ | {"PYTHON": str(python), "PYTHONPATH": f"{checkout / 'kernels'}{os.pathsep}{checkout}"}
     output = folder / "output.txt"
     with output.open("w") as file:
         done = subprocess.run(
@@ -314,5 +314,5 @@ def test_code_of_a_page_can_be_right(page, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
-def test_code_of_a_page_runs(page, tmp_path):
-    run_page(page, tmp_path)
+def test_code_of_a_page_runs(page, tmp_path, forking_python):
+    run_page(page, tmp_path, forking_python)

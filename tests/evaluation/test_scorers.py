@@ -178,9 +178,9 @@ def test_nothing_that_stands_in_options_and_completions_makes_a_scorer_fail(seed
 
 @pytest.mark.parametrize("word", ["A ", "the answer is A or ", "new york, ", "not A "])
 def test_a_completion_that_repeats_itself_is_read_in_no_time(word):
-    started = time.monotonic()
+    started = time.process_time()
     read_completion(word * 8000, asking(("A", "B", "new", "new york"), "A"), "")
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize(

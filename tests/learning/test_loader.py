@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tars_fast.learning.loader import batch_of_step
+from tars_fast.learning.selection import batch_of_step
 
 
 @pytest.mark.parametrize(("num_questions", "batch_size"), [(7, 3), (8, 4), (3, 7), (1, 2)])

@@ -20,8 +20,9 @@ from tars_fast import train as train_command
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import TRAINING_DATA
 from tars_fast.learning import batch, loader, run
-from tars_fast.learning.loader import RolloutLoader, background_threads, batch_of_step
+from tars_fast.learning.loader import RolloutLoader, background_threads
 from tars_fast.learning.rewards.behaviour import HashedNgrams, behaviour_rewards
+from tars_fast.learning.selection import Selection, batch_of_step
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import ALONE
 from tars_fast.models.speech_model import SpeechModel
@@ -35,7 +36,7 @@ CPU = torch.device("cpu")
 
 def loader_of(model: SpeechModel, questions, config: RunConfig, *, engine=None, text_similarity=None) -> RolloutLoader:
     engine = engine or TransformersEngine(model, config.rollout_batch_size, own_modules=bool(config.rollout_ahead))
-    return RolloutLoader(model, engine, text_similarity or HashedNgrams(), questions, config, ALONE)
+    return RolloutLoader(model, engine, text_similarity or HashedNgrams(), Selection(questions, config), config, ALONE)
 
 
 @pytest.fixture
@@ -364,7 +365,7 @@ def test_leaving_does_not_wait_for_a_whole_rollout(model, questions, ahead):
     started: list[int] = []
     with loader_of(model, questions, ahead, engine=Endless(model, 8, own_modules=True)) as rollouts:
         rollouts.next_batch(0, PhaseTimer(CPU))
-        assert going.wait(30)
+        assert going.wait(120)
     assert len(tokens) <= 3
 
 

@@ -58,10 +58,20 @@ with join_workers() as workers:
 """
 
 
-@pytest.mark.parametrize("second_is_usable", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_gradient_and_metrics_of_two_processes_are_those_of_one(make_model, questions, config, tmp_path, second_is_usable):
+@pytest.mark.parametrize(
+    ("second_is_usable", "objective"),
+    [
+        (True, {}),
+        pytest.param(False, {}, marks=pytest.mark.slow),
+        pytest.param(True, {"objective": "tars+opd", "text_anchor": "kl"}, marks=pytest.mark.slow, id="distillation"),
+    ],
+)
+def test_gradient_and_metrics_of_two_processes_are_those_of_one(
+    make_model, questions, config, tmp_path, second_is_usable, objective
+):
     """Shares of different sizes, whose token counts differ, so that means of means would be wrong; or one of them empty."""
     model = make_model()
+    config = dataclasses.replace(config, **objective)
     shares = (questions[:4], questions[4:6])
     rollouts = [rollout_of(model, part, config, workers=Workers(rank, 2)) for rank, part in enumerate(shares)]
     assert rollouts[0].num_tokens != rollouts[1].num_tokens
@@ -69,6 +79,7 @@ def test_gradient_and_metrics_of_two_processes_are_those_of_one(make_model, ques
     shift = len(first.completions)
     whole = rollout_of(model, questions, config)
     whole.prompts = first.prompts + second.prompts
+    whole.written = first.written + second.written
     whole.completions = first.completions + [dataclasses.replace(one, question=one.question + 4) for one in second.completions]
     whole.references = first.references + [None if r is None else r + shift for r in second.references]
     whole.behaviour = completed(torch.cat([one.behaviour.result() for one in rollouts]))
@@ -127,8 +138,15 @@ def command(items: Path, run: Path, *flags: object) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
-def test_two_processes_make_one_run_which_resumes(items, tmp_path, engine):
+@pytest.mark.parametrize(
+    ("engine", "settings"),
+    [
+        # With --select each process must know what the other's share has shown, and have other questions in reserve.
+        ("transformers", ("--select", "gap", "--max-redraws", "1")),
+        pytest.param("vllm", (), marks=pytest.mark.vllm),
+    ],
+)
+def test_two_processes_make_one_run_which_resumes(items, tmp_path, engine, settings):
     run = tmp_path / "run"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for num_steps, more in ((4, []), (4, ["--resume"])):
@@ -139,7 +157,7 @@ def test_two_processes_make_one_run_which_resumes(items, tmp_path, engine):
                 path.unlink()
             (run / "checkpoint-4").rmdir()
             resumed_from = (run / "metrics.jsonl").read_text().splitlines()
-        flags = ("--num-steps", num_steps, "--engine", engine, *more)
+        flags = ("--num-steps", num_steps, "--engine", engine, *settings, *more)
         done = subprocess.run([*TORCHRUN, *command(items, run, *flags)], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("in 2 processes") == 1, "one of them speaks"
@@ -150,6 +168,9 @@ def test_two_processes_make_one_run_which_resumes(items, tmp_path, engine):
         same = [name for name in one if not name.startswith("seconds/")]
         assert {name: one[name] for name in same} == {name: two[name] for name in same}
     assert max(step["logprob_diff_max"] for step in steps) < 1e-3
+    if settings:
+        drawn = [json.loads(line)["num_drawn"] for line in (run / "selection.jsonl").read_text().splitlines()]
+        assert sum(drawn) == sum(step["sampled/questions"] for step in steps) > 16
     predictions = [json.loads(line)["id"] for line in (run / "predictions_after.jsonl").read_text().splitlines()]
     assert predictions == [json.loads(line)["id"] for line in (items / "evaluation" / "items.jsonl").read_text().splitlines()]
     assert len(load_file(run / "checkpoint-4" / "model.safetensors")) > 10
@@ -180,7 +201,7 @@ def test_sigterm_saves_and_ends_every_process(items, tmp_path, launcher):
         assert started.poll() is None, started.communicate()
         time.sleep(0.1)
     started.send_signal(signal.SIGTERM)
-    _, stderr = started.communicate(timeout=60)
+    _, stderr = started.communicate(timeout=120)
     assert started.returncode == 130 if launcher == [sys.executable] else started.returncode != 0
     assert stderr.count("--resume") == 1
     assert list(run.glob("checkpoint-*"))

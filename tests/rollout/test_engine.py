@@ -89,7 +89,7 @@ def test_a_recording_that_grew_too_long_costs_that_item_only(model, own_data, mo
     assert "1000 new ones are more than the engine's 1024" in TransformersEngine(model, 8).refusal(longer, 1000)
 
 
-def test_a_tower_that_makes_nan_of_a_recording_costs_that_item_only(model, own_data, monkeypatch):
+def test_a_tower_that_makes_nan_of_a_recording_costs_that_item_only(model, own_data, config, monkeypatch):
     questions = load_questions(own_data)[:3]
     encode = model.encode_clips
 
@@ -106,7 +106,7 @@ def test_a_tower_that_makes_nan_of_a_recording_costs_that_item_only(model, own_d
     ruin(lambda clips: True)
     model.set_audio_cache(0, None, 0)
     with pytest.raises(TrainingError, match=r"no recording of this step could be used.*NaN or infinity"):
-        encode_batch(model, engine, prepare_batch(model, questions), 40)
+        rollout_of(model, questions, config, engine=engine)
 
 
 def test_a_run_goes_on_without_the_bad_item(own_data, tmp_path, monkeypatch, capsys):

@@ -145,6 +145,6 @@ def test_a_path_that_the_terminal_has_no_characters_for_ends_no_command(encoding
         [sys.executable, "-c", SAYS_A_PATH, "--output-dir", b"a\xff\xe7\xb1\xbb"],
         env={"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1", "PYTHONPATH": str(PACKAGE.parent)},
         capture_output=True,
-        timeout=60,
+        timeout=120,
     )
     assert (done.returncode, done.stdout.strip()) == (0, b"written to " + shown), done.stderr

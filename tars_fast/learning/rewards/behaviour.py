@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,10 @@ class TextSimilarity(Protocol):
 
     def similarity(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
         """[P] fp32 cosine of each pair's embeddings; every distinct text is embedded once."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> Any:
+        """[texts, E] array, dense or sparse, of unit length by row."""
         ...
 
 
@@ -42,9 +46,12 @@ class HashedNgrams:
             ngram_range=(1, 3), n_features=2**12, alternate_sign=False, lowercase=False, token_pattern=r"\w+|[^\w\s]"
         )
 
+    def embed(self, texts: Sequence[str]) -> Any:
+        return self._vectorizer.transform(texts)
+
     def similarity(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
         texts, left_indices, right_indices = _numbered(left, right)
-        vectors = self._vectorizer.transform(texts)
+        vectors = self.embed(texts)
         cosines = np.asarray(vectors[left_indices].multiply(vectors[right_indices]).sum(axis=1)).ravel()
         return torch.from_numpy(cosines).float()
 
@@ -59,6 +66,9 @@ class SentenceEmbedder:
         # The embedder works beside the trainer and must not wait for it.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def embed(self, texts: Sequence[str]) -> Any:
+        return self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+
     def similarity(self, left: Sequence[str], right: Sequence[str]) -> Tensor:
         texts, left_indices, right_indices = _numbered(left, right)
         with torch.cuda.stream(self._stream):
@@ -69,18 +79,18 @@ class SentenceEmbedder:
 HASHED_NGRAMS = "hashed-ngrams"
 
 
-def _check_modules(name: str) -> None:
+def _check_modules(name: str, flag: str) -> None:
     """Raises UserError where a folder asks for classes of its own, which some releases of sentence-transformers run unasked."""
     path = Path(name) / "modules.json"
     for module in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ():
         if not module["type"].startswith("sentence_transformers."):
             raise UserError(
-                f"--behaviour-model {name}: asks for code of its own ({module['type']!s:.80}), which is never run; name another"
+                f"{flag} {name}: asks for code of its own ({module['type']!s:.80}), which is never run; name another"
             )
 
 
-def load_text_similarity(name: str, device: torch.device) -> TextSimilarity:
-    """`hashed-ngrams`, or a sentence-transformers model by name or path.
+def load_text_similarity(name: str, device: torch.device, flag: str = "--behaviour-model") -> TextSimilarity:
+    """`hashed-ngrams`, or a sentence-transformers model by name or path; `flag` is what named it.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -88,11 +98,11 @@ def load_text_similarity(name: str, device: torch.device) -> TextSimilarity:
     if name == HASHED_NGRAMS:
         return HashedNgrams()
     try:
-        _check_modules(name)
+        _check_modules(name, flag)
         return SentenceEmbedder(name, device)
     except (ImportError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = first_line(error)
-        raise UserError(f"--behaviour-model {name}: cannot be loaded ({reason}); check the name, or the network") from error
+        raise UserError(f"{flag} {name}: cannot be loaded ({reason}); check the name, or the network") from error
 
 
 def behaviour_rewards(

@@ -29,13 +29,13 @@ COMPLETION_REWARDS = {
     "format": CompletionReward(answer_format, 0.5),
     "unparsed": CompletionReward(unparsed, 0.0),
 }
-"""`R_base = R_acc + 0.5 R_fmt`, and whatever is added here."""
+"""`R_base = R_acc + 0.5 R_fmt`, and whatever is added here; of questions with an answer only."""
 ALIGNMENT_REWARDS = ("representation", "behaviour")
 """R_rep and R_beh, of speech completions that have a reference; 0 for all others."""
 
 
 def completion_rewards(completions: Sequence[Completion], questions: Sequence[Question]) -> dict[str, Tensor]:
-    """[N] fp32 by name in `COMPLETION_REWARDS`.
+    """[N] fp32 by name in `COMPLETION_REWARDS`; NaN where the question has no answer.
 
     Args:
         questions: `completion.question` is an index into them.
@@ -49,6 +49,9 @@ def completion_rewards(completions: Sequence[Completion], questions: Sequence[Qu
         values = []
         for completion in completions:
             question = questions[completion.question]
+            if not question.has_answer:
+                values.append(math.nan)
+                continue
             try:
                 value = float(reward.function(completion, question))
             # `sys.exit` too, which would end the run without a word.

@@ -1,0 +1,150 @@
+"""Which objective closes the gap, on both embedded tasks: `python bench/evidence.py rates TASK`, then `arms TASK`.
+
+`rates` trains every arm at every rate of `RATES` and evaluates on validation items. Of each arm that rate is taken at which
+sampled spoken accuracy is highest, among those at which sampled written accuracy is at most a point below the start's, in every
+seed. `arms` trains every arm at its rate with five seeds and compares them on the held-out items. The primary measure was named
+before any run: held-out spoken accuracy of sampled completions. `variants` does what `rates` does for variants of TARS, which
+are looked at on validation items alone.
+
+Every run is one of `tars_fast.ablate`, so the same command goes on where it was stopped. Results go to bench/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tars_fast  # noqa: F401  (before torch: threads.py)
+
+# isort: split
+from tars_fast.ablate import AblateConfig, ablate
+
+RESULTS = Path(__file__).parent / "results"
+RATES = ("1e-4", "2e-4", "4e-4")
+ARMS = {
+    "grpo": "objective=grpo",
+    "rep": "behaviour_weight=0",
+    "beh": "representation_weight=0",
+    "tars": "objective=tars",
+    "opd": "objective=opd",
+    "opd-anchored": "objective=opd,text_anchor=kl",
+    "opd-moving": "objective=opd,teacher=moving,text_anchor=kl",
+    # As many completions of a question as the arms that sample written ones too.
+    "opd-8": "objective=opd,text_anchor=kl,group_size=16",
+    "cord": "objective=cord,teacher=moving,text_anchor=kl",
+    "tars-opd": "objective=tars+opd",
+}
+VARIANTS = {
+    "tars": "objective=tars",
+    "centred": "representation_centre=true",
+    "z-score": "reward_scaling=z-score",
+    "rank": "reward_scaling=rank",
+    "centred-z-score": "representation_centre=true,reward_scaling=z-score",
+    "weights-5": "representation_weight=5,behaviour_weight=5",
+    "deep": "representation_layers=deep",
+}
+MOST_LOST = 0.01
+"""Of sampled written accuracy, in any seed."""
+
+
+def compare(task: str, what: str, arms: Mapping[str, str], arguments: argparse.Namespace, eval_data: str) -> dict[str, Any]:
+    """The content of ablation.json over these arms, by name and settings."""
+    config = AblateConfig(
+        arms=",".join(arms),
+        define=tuple(f"{name}:{settings}" for name, settings in arms.items()),
+        baseline=next(iter(arms)),
+        seeds=arguments.seeds,
+        model=task,
+        data=task,
+        eval_data=eval_data,
+        num_steps=arguments.num_steps,
+        setting=("device=cpu",),
+        output_dir=arguments.output_dir / f"{task}-{what}",
+        jobs=arguments.jobs,
+    )
+    outcome = ablate(config)
+    if not outcome.is_finished or outcome.ablation is None:
+        raise SystemExit(130)
+    return outcome.ablation
+
+
+def by_rate(arms: Mapping[str, str]) -> dict[str, str]:
+    """Every arm at every rate, as arms of their own."""
+    return {f"{name}_{rate}": f"{own},learning_rate={rate}" for name, own in arms.items() for rate in RATES}
+
+
+def choose_rate(ablation: Mapping[str, Any], arm: str) -> dict[str, object]:
+    """The rate of an arm, and what each of them gave."""
+    tried = {}
+    for rate in RATES:
+        figures = ablation["arms"].get(f"{arm}_{rate}")
+        # A run that was stopped, by the watch or because of NaN, is not compared.
+        if figures is None:
+            continue
+        lost = max(
+            start - after
+            for start, after in zip(
+                ablation["start"]["text_accuracy_sampled_by_seed"], figures["text_accuracy_sampled_by_seed"], strict=False
+            )
+        )
+        tried[rate] = {
+            "speech_accuracy_sampled": figures["speech_accuracy_sampled"],
+            "speech_accuracy": figures["speech_accuracy"],
+            "text_accuracy_sampled": figures["text_accuracy_sampled"],
+            "most_lost_in_text": lost,
+        }
+    kept = {rate: own for rate, own in tried.items() if own["most_lost_in_text"] <= MOST_LOST} or tried
+    chosen = max(kept, key=lambda rate: kept[rate]["speech_accuracy_sampled"]) if kept else None
+    return {"chosen": chosen, "keeps_text": kept is not tried, "tried": tried}
+
+
+def save(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("rates", "variants", "arms"))
+    parser.add_argument("task", choices=("pocket", "pocket-hard"))
+    parser.add_argument("--arms", help="of the table in this file, with commas between them; all")
+    parser.add_argument("--seeds", type=int, help="1 for rates and variants, 5 for arms")
+    parser.add_argument("--num-steps", type=int, help="the preset's")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/evidence"))
+    arguments = parser.parse_args()
+    task, what = arguments.task, arguments.what
+    arguments.seeds = arguments.seeds or (5 if what == "arms" else 1)
+    table = VARIANTS if what == "variants" else ARMS
+    arms = {name: table[name] for name in (arguments.arms or ",".join(table)).split(",")}
+    rates_file = RESULTS / f"evidence_{task}_rates.json"
+    if what == "arms":
+        rates = json.loads(rates_file.read_text())["arms"]
+        arms = {name: f"{own},learning_rate={rates[name]['chosen']}" for name, own in arms.items()}
+        compare(task, what, arms, arguments, task)
+        folder = arguments.output_dir / f"{task}-{what}"
+        target = RESULTS / f"evidence_{task}"
+        target.mkdir(exist_ok=True)
+        for name in ("ablation.json", "ablation.md", "learning_curves.png", "drift.png"):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, target / name)
+        print(f"written to {target}")
+        return
+    ablation = compare(task, what, by_rate(arms), arguments, f"{task}@validation")
+    result = {
+        "command": f"python bench/evidence.py {what} {task}",
+        "seeds": arguments.seeds,
+        "num_steps": arguments.num_steps,
+        "provenance": ablation["provenance"],
+        "start": {name: value for name, value in ablation["start"].items() if name.endswith("accuracy_sampled")},
+        "arms": {name: choose_rate(ablation, name) for name in arms},
+    }
+    save(RESULTS / f"evidence_{task}_{what}.json", result)
+
+
+if __name__ == "__main__":
+    main()

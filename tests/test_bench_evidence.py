@@ -1,0 +1,62 @@
+"""The scripts of the evidence: which rate an arm gets, and that every objective can be timed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tars_fast.ablate import parse_settings
+from tars_fast.config import TrainConfig
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    before = set(sys.modules)
+    yield
+    # Their names are too common to be left importable for other tests.
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == BENCH:
+            del sys.modules[name]
+
+
+def test_the_rate_that_keeps_text_wins(bench):
+    from evidence import choose_rate
+
+    def figures(speech: float, text: list[float]) -> dict[str, object]:
+        mean = {"speech_accuracy_sampled": speech, "speech_accuracy": speech, "text_accuracy_sampled": sum(text) / len(text)}
+        return {**mean, "text_accuracy_sampled_by_seed": text}
+
+    start = {"text_accuracy_sampled_by_seed": [0.98, 0.99]}
+    arms = {"tars_1e-4": figures(0.5, [0.98, 0.985]), "tars_2e-4": figures(0.6, [0.975, 0.985])}
+    arms |= {"tars_4e-4": figures(0.9, [0.99, 0.97])}
+    found = choose_rate({"start": start, "arms": arms}, "tars")
+    assert (found["chosen"], found["keeps_text"]) == ("2e-4", True)
+    assert found["tried"]["4e-4"]["most_lost_in_text"] == pytest.approx(0.02)
+    only = {name: own for name, own in arms.items() if name == "tars_4e-4"}
+    found = choose_rate({"start": start, "arms": only}, "tars")
+    assert (found["chosen"], found["keeps_text"]) == ("4e-4", False)
+
+
+def test_arms_and_variants_are_settings(bench):
+    from evidence import ARMS, VARIANTS, by_rate
+
+    for table in (ARMS, VARIANTS):
+        for name, settings in by_rate(table).items():
+            values = parse_settings(f"--define {name}:", settings.split(","), set())
+            assert not values.keys() - {field for field in TrainConfig.__dataclass_fields__}, name
+
+
+def test_every_objective_is_timed(bench, capsys):
+    import objectives
+    from train_step import cases_of
+
+    found = objectives.measure(cases_of("tiny")["lora"], 1)
+    assert found.keys() == objectives.ARMS.keys()
+    assert all(seconds["seconds/update"] > 0 for seconds in found.values())
+    assert "seconds/teacher" in found["opd"]
+    assert "seconds/teacher" not in found["tars"]
