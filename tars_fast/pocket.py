@@ -341,6 +341,8 @@ class ThinkingStage:
     speech_per_step: int
     """Sets the size of the modality gap."""
     seed: int
+    matrix_rate: float = 0.02
+    """Muon's peak learning rate; AdamW's is a tenth of it."""
 
 
 def train_thinking(module: Any, processor: Any, speech: Speech, stage: ThinkingStage) -> None:
@@ -353,7 +355,7 @@ def train_thinking(module: Any, processor: Any, speech: Speech, stage: ThinkingS
     module.model.language_model.requires_grad_(True)
     module.lm_head.requires_grad_(True)
     module.get_input_embeddings().requires_grad_(False)
-    optimizers = _optimizers(module, matrix_rate=0.02, other_rate=2e-3)
+    optimizers = _optimizers(module, stage.matrix_rate, stage.matrix_rate / 10)
     module.train()
     started = time.monotonic()
     for step in range(stage.num_steps):
