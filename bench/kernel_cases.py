@@ -65,6 +65,11 @@ class Inputs:
         return self._normal(self.shape.num_tokens, self.shape.width).requires_grad_()
 
     @cached_property
+    def teacher_hidden(self) -> Tensor:
+        """As far from the student's as an answer under another prompt may be."""
+        return self.hidden.detach() + self._normal(self.shape.num_tokens, self.shape.width) / 2
+
+    @cached_property
     def weight(self) -> Tensor:
         return self._normal(self.shape.vocabulary, self.shape.width) / self.shape.width**0.5
 
@@ -129,6 +134,14 @@ def eager_linear_policy_loss(hidden: Tensor, inputs: Inputs) -> Tensor:
     return eager_policy_loss(hidden @ inputs.weight.T, inputs)
 
 
+def eager_distillation_loss(hidden: Tensor, inputs: Inputs) -> Tensor:
+    """Reverse KL over the whole vocabulary, mean over tokens."""
+    with torch.no_grad():
+        teacher = (inputs.teacher_hidden @ inputs.weight.T).float().log_softmax(-1)
+    student = (hidden @ inputs.weight.T).float().log_softmax(-1)
+    return torch.nn.functional.kl_div(teacher, student, reduction="batchmean", log_target=True)
+
+
 def released_loop(inputs: Inputs) -> Tensor:
     """R_rep as the released TARS code computes it: pair by pair, layer by layer, a number to the host each time."""
     length = inputs.shape.completion_length
@@ -160,6 +173,15 @@ def liger_linear_policy_loss(inputs: Inputs) -> Tensor:
         hidden, inputs.weight, inputs.padded["targets"], inputs.padded["mask"], inputs.advantages,
         old_per_token_logps=inputs.padded["old"],
     )[0]  # fmt: skip
+
+
+def liger_distillation_loss(inputs: Inputs) -> Tensor:
+    from liger_kernel.ops import LigerFusedLinearJSDFunction
+
+    reverse_kl, ignore_index, temperature = 1.0, -100, 1.0
+    return LigerFusedLinearJSDFunction.apply(
+        inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.weight, None, reverse_kl, ignore_index, temperature
+    )
 
 
 def trl_policy_loss(inputs: Inputs) -> Tensor:
@@ -199,6 +221,10 @@ def our_linear_policy_loss(inputs: Inputs) -> Tensor:
     ).loss  # fmt: skip
 
 
+def our_distillation_loss(inputs: Inputs) -> Tensor:
+    return tars_kernels.linear_distillation_loss(inputs.hidden, inputs.teacher_hidden, inputs.weight).loss
+
+
 def _compiled(function: Callable[[Tensor, Inputs], Tensor]) -> Callable[[Tensor, Inputs], Tensor]:
     return torch.compile(function, dynamic=False)
 
@@ -221,6 +247,7 @@ class Operation:
 def operations() -> list[Operation]:
     """All operations with the contenders that are installed."""
     compiled_logits, compiled_hidden = _compiled(eager_policy_loss), _compiled(eager_linear_policy_loss)
+    compiled_distillation = _compiled(eager_distillation_loss)
     compiled_similarity = torch.compile(reference.layer_similarity, dynamic=False)
     from_logits = {
         OURS: our_policy_loss,
@@ -232,6 +259,11 @@ def operations() -> list[Operation]:
         "eager": lambda inputs: eager_linear_policy_loss(inputs.hidden, inputs),
         "torch.compile": lambda inputs: compiled_hidden(inputs.hidden, inputs),
     }
+    distillation = {
+        OURS: our_distillation_loss,
+        "eager": lambda inputs: eager_distillation_loss(inputs.hidden, inputs),
+        "torch.compile": lambda inputs: compiled_distillation(inputs.hidden, inputs),
+    }
     similarity = {
         OURS: lambda inputs: tars_kernels.layer_similarity(inputs.layers, inputs.cu_seqlens, inputs.pairs).sum(),
         "eager": lambda inputs: reference.layer_similarity(inputs.layers, inputs.cu_seqlens, inputs.pairs).sum(),
@@ -240,6 +272,7 @@ def operations() -> list[Operation]:
     if torch.cuda.is_available() and find_spec("liger_kernel"):
         from_logits["liger-kernel"] = liger_policy_loss
         from_hidden["liger-kernel"] = liger_linear_policy_loss
+        distillation["liger-kernel"] = liger_distillation_loss
     if torch.cuda.is_available() and find_spec("cut_cross_entropy"):
         from_hidden["cut-cross-entropy"] = cce_linear_policy_loss
     if torch.cuda.is_available() and find_spec("trl"):
@@ -261,9 +294,18 @@ def operations() -> list[Operation]:
     def head_flops(shape: Shape, gradient: bool) -> float:
         return (2 + 2 * gradient) * shape.num_tokens * shape.vocabulary * shape.width
 
+    def two_heads_bytes(shape: Shape, size: int, gradient: bool) -> float:
+        return head_bytes(shape, size, gradient) + shape.num_tokens * shape.width * size
+
+    def two_heads_flops(shape: Shape, gradient: bool) -> float:
+        return (4 + 2 * gradient) * shape.num_tokens * shape.vocabulary * shape.width
+
     return [
         Operation("policy_loss", from_logits, logits_leaves, logits_bytes),
         Operation("linear_policy_loss", from_hidden, lambda inputs, _: [inputs.hidden], head_bytes, head_flops),
+        Operation(
+            "linear_distillation_loss", distillation, lambda inputs, _: [inputs.hidden], two_heads_bytes, two_heads_flops
+        ),
         Operation("layer_similarity", similarity, lambda inputs, _: inputs.layers, layer_bytes),
         Operation(
             "layer_similarity",

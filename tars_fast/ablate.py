@@ -91,9 +91,10 @@ class AblateConfig:
     model: str = "pocket"
     """The model that all arms start from: a preset, or a folder or a name on the hub with a checkpoint."""
     data: str | None = None
-    """Training items. None, or pocket: bundled spoken arithmetic."""
+    """Training items; pocket, pocket-hard: bundled spoken arithmetic. None: that of the model's own task."""
     eval_data: str | None = None
-    """Evaluation items; pocket: the bundled held-out ones. None: these too, or with --data of one's own a tenth of it."""
+    """Evaluation items, from the same places; bundled data give their held-out items, pocket@validation others. None: the
+    held-out items of bundled --data, or with --data of one's own a tenth of it."""
     num_steps: int | None = None
     """Rollout batches that every run trains on. None: the preset's."""
     setting: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

@@ -26,7 +26,7 @@ import torch
 from tars_fast.analysis.drift import CORRELATED, SCALARS, Analysis, AnalysisSettings, change_since, over_models
 from tars_fast.analysis.paths import PathIntervention
 from tars_fast.analysis.probes import Calibration, repeated
-from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, load_questions, or_bundled
+from tars_fast.data.items import load_questions, or_bundled
 from tars_fast.data.splits import choose_by_id, data_fingerprint
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator, slice_data
 from tars_fast.evaluation.figures import change_since as accuracy_change_since
@@ -79,8 +79,8 @@ class AnalyseConfig:
 
     model: str = "pocket"
     """A preset, or a checkpoint folder."""
-    data: str = BUNDLED
-    """Items with a recording and a text. pocket: the bundled held-out items."""
+    data: str | None = None
+    """Items with a recording and a text; pocket, pocket-hard: bundled held-out ones. None: those of the model's own task."""
     items: int | None = None
     """At most so many of the items, chosen by a hash of their ids. None: all."""
     output_dir: Path | None = None
@@ -224,7 +224,8 @@ def plan_job(config: AnalyseConfig) -> Job:
     preset = find_preset(config.model).with_settings(config)
     output_dir = config.output_dir or new_output_folder(config.model, "analyse-")
     device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
-    source = or_bundled(config.data, HELD_OUT_DATA)
+    named = config.data or preset.bundled_data
+    source = or_bundled(named, "held_out")
     questions = choose_by_id(load_questions(source), config.items)
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     num_layers = prompts.family.architecture(prompts.config).num_layers
@@ -234,7 +235,7 @@ def plan_job(config: AnalyseConfig) -> Job:
         "model": config.model,
         "weights": weights_fingerprint(preset.source),
         "data": data_fingerprint(questions),
-        "source": config.data,
+        "source": named,
         "long_audio": config.long_audio,
         "num_layers": num_layers,
         "num_items": len(questions),
@@ -483,7 +484,7 @@ def add_items(job: Job, analysis: Analysis, console: PlainConsole) -> None:
             advance(len(part.questions))
     if not analysis.num_items:
         first, reason = next(iter(analysis.failed.items()))
-        raise UserError(f"data {job.config.data}: none of its {len(questions)} items can be analysed; item {first!r}: {reason}")
+        raise UserError(f"data {job.source}: none of its {len(questions)} items can be analysed; item {first!r}: {reason}")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -525,7 +526,7 @@ def write_results(
         draw_analysis(output_dir, figures, None if before is None else before.figures)
         write_analysis(output_dir, read_analysis(output_dir), before, Path(job.source).stem, job.questions)
         print_analysis(console, figures)
-    print_failures(console, job.config.data, figures)
+    print_failures(console, Path(job.source).stem, figures)
     say(console, f"written to {output_dir}: {listing(output_dir)}")
     if unpaired:
         flag, odd = unpaired[0].flag, unpaired[0].unpaired(analysis.failed)

@@ -75,14 +75,14 @@ class TrainConfig:
     """Close the gap between what a speech LLM can reason about in writing and in speech (TARS, arXiv 2601.05543)."""
 
     model: str = "pocket"
-    """A preset (pocket, qwen2-audio-7b, qwen2.5-omni-7b, qwen2.5-omni-3b, phi-4-multimodal), or a folder or a name on the
-    hub (owner/name, owner/name@revision) with a checkpoint of one of these architectures."""
+    """A preset (pocket, pocket-hard, qwen2-audio-7b, qwen2.5-omni-7b, qwen2.5-omni-3b, phi-4-multimodal), or a folder or a
+    name on the hub (owner/name, owner/name@revision) with a checkpoint of one of these architectures."""
     data: str | None = None
     """Training items: a jsonl file or folder with recordings, parquet, a saved dataset, or one on the hub
-    (owner/name[:configuration][@split]). None, or pocket: the bundled spoken arithmetic."""
+    (owner/name[:configuration][@split]). pocket, pocket-hard: bundled spoken arithmetic. None: that of the model's own task."""
     eval_data: str | None = None
-    """Evaluation items, from the same kinds of places; pocket: the bundled held-out ones. None: these too, or with --data of
-    one's own a tenth of its items, chosen by id hash."""
+    """Evaluation items, from the same kinds of places; bundled data give their held-out items, pocket@validation others. None:
+    the held-out items of bundled --data, or with --data of one's own a tenth of its items, chosen by id hash."""
     disjoint_from: tuple[str, ...] = ()
     """Data that must not be trained on, from the same kinds of places or mmsu, obqa: items of --data with the id of one of
     theirs, or that ask what one of them asks, are left out, and their number is said."""
@@ -95,9 +95,9 @@ class TrainConfig:
     """Where metrics, checkpoints, predictions, evaluation.json and report.html go. None: a new folder
     runs/<model>-<date>-<time>."""
     num_steps: int | None = None
-    """Rollout batches to train on. None: the preset's (pocket 160, others 1000)."""
+    """Rollout batches to train on. None: the preset's (pocket 160, pocket-hard 120, others 1000)."""
     questions_per_step: int | None = None
-    """Questions in a rollout batch. None: the preset's (pocket 32, others 8)."""
+    """Questions in a rollout batch. None: the preset's (pocket and pocket-hard 32, others 8)."""
     select: Literal["all", "gap", "disagreement", "kl"] = "all"
     """Which questions a step takes. all: shuffled epochs. The others draw more often, by what earlier rollouts showed, those
     whose accuracy from speech and text differs (gap), whose spoken completions are neither all right nor all wrong
@@ -110,7 +110,7 @@ class TrainConfig:
     group_size: int = 8
     """Completions of a question, half from the spoken and half from the written prompt."""
     learning_rate: float | None = None
-    """Peak learning rate of AdamW. None: the preset's (pocket 4e-4, others 2e-5)."""
+    """Peak learning rate of AdamW. None: the preset's (pocket 4e-4, pocket-hard 2e-4, others 2e-5)."""
     warmup_fraction: float = 0.01
     """Part of the steps over which the learning rate rises linearly; afterwards it falls linearly to 0."""
     weight_decay: float = 0.01
@@ -164,8 +164,8 @@ class TrainConfig:
     behaviour_weight: float = 1.0
     """Weight of R_beh, agreement of answers (the paper's beta)."""
     behaviour_model: str = "auto"
-    """Text embedder of R_beh: hashed-ngrams, or a sentence-transformers model. auto: hashed-ngrams for pocket, else
-    Qwen/Qwen3-Embedding-0.6B."""
+    """Text embedder of R_beh: hashed-ngrams, or a sentence-transformers model. auto: hashed-ngrams for pocket and
+    pocket-hard, else Qwen/Qwen3-Embedding-0.6B."""
     reward_scaling: Literal["none", "z-score", "rank"] = "none"
     """What becomes of each term of the reward within its group before they are added up: z-score, over its deviation; rank, its
     rank from 0 to 1. Then a term counts by its weight, however little it spreads. none: the paper's."""
@@ -191,7 +191,7 @@ class TrainConfig:
     updates_per_rollout: int = 1
     """Optimiser steps on each rollout batch; the clip matters from 2 on."""
     lora_rank: int | None = None
-    """Rank of the LoRA adapters, 0 for full fine-tuning. None: the preset's (pocket 0, others 8)."""
+    """Rank of the LoRA adapters, 0 for full fine-tuning. None: the preset's (pocket and pocket-hard 0, others 8)."""
     lora_alpha: float = 32.0
     """LoRA updates are scaled by this over the rank."""
     freeze_audio: bool = True

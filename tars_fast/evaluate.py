@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from tars_fast.data.audio import LongRecordingError
-from tars_fast.data.items import HELD_OUT_DATA, load_questions, or_bundled
+from tars_fast.data.items import load_questions, or_bundled
 from tars_fast.data.splits import data_fingerprint
 from tars_fast.data.transcription import normalised
 from tars_fast.evaluation.answering import TRANSCRIBE, DataSlice, EvaluationSettings, Evaluator, slice_data
@@ -84,8 +84,8 @@ class EvaluateConfig:
     model: str = "pocket"
     """A preset, or a checkpoint folder."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=SOURCE or SOURCE, once for each data set; the default name is that of the file or folder. pocket, or without
-    any: the bundled held-out items."""
+    """NAME=SOURCE or SOURCE, once for each data set; the default name is that of the file or folder. pocket,
+    pocket-hard: bundled held-out items, NAME@validation others. Without any: those of the model's own task."""
     output_dir: Path | None = None
     """Folder of evaluation.json, predictions.jsonl, accuracy.png and config.json; an evaluation that has begun there is
     continued. None: a new folder runs/evaluate-<model>-<date>-<time>."""
@@ -135,7 +135,7 @@ class EvaluateConfig:
     def sources(self) -> dict[str, str]:
         """Name of each data set -> its source. Raises UserError where a name is missing, reserved or used twice."""
         sources: dict[str, str] = {}
-        for given in self.data or (str(HELD_OUT_DATA),):
+        for given in self.data or (or_bundled(None, "held_out", find_preset(self.model).bundled_data),):
             name, separator, source = given.partition("=")
             # A path may hold the sign too.
             if not separator or "/" in name:
@@ -144,7 +144,7 @@ class EvaluateConfig:
                 raise UserError(f"--data {given}: give NAME=SOURCE, NAME not {OVERALL!r}")
             if name in sources:
                 raise UserError(f"--data {given}: {name!r} is there twice; tell them apart by NAME=SOURCE")
-            sources[name] = or_bundled(source, HELD_OUT_DATA)
+            sources[name] = or_bundled(source, "held_out")
         return sources
 
 

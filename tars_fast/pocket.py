@@ -1,10 +1,11 @@
-"""The bundled speech LLM and its data, made from nothing: `python -m tars_fast.pocket --output-dir DIR`.
+"""The bundled speech LLMs and their data: `python -m tars_fast.pocket --task pocket --output-dir DIR`.
 
-A genuine Qwen2-Audio architecture of 1.2 M parameters that answers spoken two-step arithmetic with a chain of thought. Three
-stages, each deterministic by seed:
+Each is a genuine Qwen2-Audio architecture of 1.2 M parameters that answers spoken arithmetic with a chain of thought; the tasks
+are in `data/arithmetic.py`. Three stages, each deterministic by seed:
 
-1. speech: utterances of the *training* operands by the *training* voices (espeak-ng, 14 per question on average);
-2. hearing: audio tower and projector learn by CTC to land on the text embeddings of what was said;
+1. speech: utterances of *training* operands by *training* voices (espeak-ng);
+2. hearing: audio tower and projector learn by CTC to land on the text embeddings of what was said, for `pocket` from nothing,
+   for `pocket-hard` from the bundled `pocket`;
 3. thinking: the language model learns the task from much text and little speech, with tower, projector and embeddings frozen.
 
 The modality gap comes from stage 3: the encoder tells all words apart, but the language model has seen few spoken questions.
@@ -15,24 +16,26 @@ The tokenizer is an asset that was trained once and is never trained again, so t
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import random
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tars_fast.data.arithmetic import TASKS, Problem, Task
 from tars_fast.data.audio import SAMPLE_RATE
+from tars_fast.data.items import BUNDLED
 from tars_fast.data.parquet import write_parquet
-from tars_fast.data.synthesis import ACCENTS, SPEAKERS, Synthesiser
+from tars_fast.data.synthesis import Synthesiser
 from tars_fast.models.families import qwen2_audio
 from tars_fast.models.families.qwen2_audio import embed_audio
 from tars_fast.models.prompts import PromptFormat
@@ -42,94 +45,46 @@ from tars_fast.support.cli import require_extra, run_command
 from tars_fast.support.files import atomic_folder
 from tars_fast.types import Modality, Prompt, Question
 
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-OPERATORS = {1: "plus", -1: "minus"}
-TRAINING_SPEAKERS = SPEAKERS
-VALIDATION_SPEAKERS = ("steph", "anika")
-HELD_OUT_SPEAKERS = ("f5", "linda", "edward", "max")
-NUM_TRAINING_UTTERANCES = 840
-NUM_VALIDATION = 100
-NUM_HELD_OUT = 400
 WINDOW_SECONDS = 4
 NUM_MELS = 64
 
 
 @dataclass(frozen=True)
-class Problem:
-    """`first op1 second op2 third`, whose intermediate and final values are within 0..12."""
+class Recipe:
+    """How the model of a task is made; `PocketConfig` may replace each part."""
 
-    first: int
-    op1: int
-    second: int
-    op2: int
-    third: int
-
-    @property
-    def middle(self) -> int:
-        return self.first + self.op1 * self.second
-
-    @property
-    def result(self) -> int:
-        return self.middle + self.op2 * self.third
-
-    @property
-    def question(self) -> str:
-        a, b, c = NUMBERS[self.first], NUMBERS[self.second], NUMBERS[self.third]
-        return f"What is {a} {OPERATORS[self.op1]} {b} {OPERATORS[self.op2]} {c}?"
-
-    @property
-    def completion(self) -> str:
-        a, b, c = NUMBERS[self.first], NUMBERS[self.second], NUMBERS[self.third]
-        m, r = NUMBERS[self.middle], NUMBERS[self.result]
-        return (
-            f"<think>{a} {OPERATORS[self.op1]} {b} is {m}, {m} {OPERATORS[self.op2]} {c} is {r}.</think>"
-            f"<answer>The answer is {r}.</answer>"
-        )
+    hearing_steps: int
+    hearing_batch_size: int
+    thinking_steps: int
+    text_per_step: int
+    speech_per_step: int
+    num_utterances: int
+    hears_as: str | None = None
+    """The bundled model whose tower, projector and embeddings stage 2 begins with; None: it begins from nothing."""
+    dtype: torch.dtype = torch.float32
+    """Type of the weights that are kept."""
 
 
-@dataclass(frozen=True)
-class Splits:
-    training: list[Problem]
-    validation: list[Problem]
-    held_out: list[Problem]
-
-
-def split_problems() -> Splits:
-    """Split all 1,163 problems, each of which is in one part; the split never depends on a seed."""
-    digits = range(1, 10)
-    limits = range(len(NUMBERS))
-    problems = [
-        problem
-        for first in digits
-        for op1 in OPERATORS
-        for second in digits
-        for op2 in OPERATORS
-        for third in digits
-        if (problem := Problem(first, op1, second, op2, third)).middle in limits and problem.result in limits
-    ]
-    random.Random(0).shuffle(problems)
-    tail = NUM_HELD_OUT + NUM_VALIDATION
-    return Splits(problems[tail:], problems[NUM_HELD_OUT:tail], problems[:NUM_HELD_OUT])
-
-
-def speak(synthesiser: Synthesiser, problem: Problem, speakers: Sequence[str], rng: random.Random) -> tuple[np.ndarray, str]:
-    """Synthesise a question without noise: ([samples] float32 at 16 kHz, voice)."""
-    import soxr
-
-    voice = f"{rng.choice(ACCENTS)}+{rng.choice(speakers)}"
-    wave, rate = synthesiser(
-        problem.question,
-        voice,
-        words_per_minute=rng.randint(210, 290),
-        pitch=rng.randint(30, 70),
-        seed=rng.randrange(2**31),
-    )
-    wave = soxr.resample(wave, rate, SAMPLE_RATE)
-    audible = np.flatnonzero(np.abs(wave) > 0.01)
-    margin = SAMPLE_RATE // 20
-    wave = wave[max(0, audible[0] - margin) : audible[-1] + margin]
-    silence = np.zeros(rng.randint(0, SAMPLE_RATE // 10), np.float32)
-    return np.concatenate([silence, wave]), voice
+RECIPES = {
+    "pocket": Recipe(
+        hearing_steps=700,
+        hearing_batch_size=32,
+        thinking_steps=300,
+        text_per_step=32,
+        speech_per_step=5,
+        num_utterances=5000,
+    ),
+    "pocket-hard": Recipe(
+        hearing_steps=250,
+        hearing_batch_size=24,
+        thinking_steps=500,
+        text_per_step=32,
+        speech_per_step=3,
+        num_utterances=3000,
+        hears_as="pocket",
+        dtype=torch.float16,
+    ),
+}
 
 
 def build(seed: int) -> tuple[Any, Any]:
@@ -206,7 +161,9 @@ def _initialise(module: Any) -> None:
 
 @dataclass(frozen=True)
 class Speech:
-    """Utterances of training problems by training voices."""
+    """Utterances of a task's training problems by training voices."""
+
+    task: Task
 
     features: Tensor
     """[N, M, F] float16 log-mel spectrogram."""
@@ -215,13 +172,10 @@ class Speech:
     problems: list[Problem]
 
 
-def synthesise_warm_up(processor: Any, num_utterances: int, seed: int) -> Speech:
-    rng = random.Random(seed)
-    problems = [rng.choice(split_problems().training) for _ in range(num_utterances)]
-    with Synthesiser() as synthesiser:
-        waves = [speak(synthesiser, problem, TRAINING_SPEAKERS, rng)[0] for problem in problems]
+def extract_features(processor: Any, task: Task, problems: list[Problem], waves: list[np.ndarray]) -> Speech:
+    """Spectrograms of recordings, [samples] at 16 kHz each, of problems."""
     features, masks = [], []
-    for start in range(0, num_utterances, 100):
+    for start in range(0, len(waves), 100):
         batch = processor.feature_extractor(
             waves[start : start + 100],
             sampling_rate=SAMPLE_RATE,
@@ -231,7 +185,16 @@ def synthesise_warm_up(processor: Any, num_utterances: int, seed: int) -> Speech
         )
         features.append(batch.input_features.half())
         masks.append(batch.attention_mask)
-    return Speech(torch.cat(features), torch.cat(masks), problems)
+    return Speech(task, torch.cat(features), torch.cat(masks), problems)
+
+
+def synthesise_warm_up(processor: Any, task: Task, num_utterances: int, seed: int) -> Speech:
+    rng = random.Random(seed)
+    training = task.split_problems().training
+    problems = [rng.choice(training) for _ in range(num_utterances)]
+    with Synthesiser() as synthesiser:
+        waves = [task.speak(synthesiser, problem, task.training_speakers, rng)[0] for problem in problems]
+    return extract_features(processor, task, problems, waves)
 
 
 def _optimizers(module: nn.Module, matrix_rate: float, other_rate: float) -> list[torch.optim.Optimizer]:
@@ -303,6 +266,16 @@ def train_hearing(module: Any, processor: Any, speech: Speech, *, num_steps: int
     module.eval()
 
 
+def hear_as(module: Any, bundled: str) -> None:
+    """Give a model the tower, projector and embeddings of a bundled one."""
+    from transformers import Qwen2AudioForConditionalGeneration
+
+    other = Qwen2AudioForConditionalGeneration.from_pretrained(ASSETS / bundled)
+    module.model.audio_tower.load_state_dict(other.model.audio_tower.state_dict())
+    module.model.multi_modal_projector.load_state_dict(other.model.multi_modal_projector.state_dict())
+    module.get_input_embeddings().load_state_dict(other.get_input_embeddings().state_dict())
+
+
 @torch.no_grad()
 def encode_audio(module: Any, speech: Speech) -> list[Tensor]:
     """Audio embeddings of every utterance, [A, D] each."""
@@ -346,7 +319,7 @@ class SupervisedRows:
         self.model = SpeechModel(module, prompts)
 
     def _row(self, problem: Problem, modality: Modality, *clips: Tensor) -> tuple[Tensor, Tensor]:
-        question = Question(id="", text=problem.question, answer=NUMBERS[problem.result], choices=tuple(NUMBERS))
+        question = Question(id="", text=problem.question, answer=problem.answer, choices=())
         token_ids = self.model.prompts.token_ids(question, modality, [len(clip) for clip in clips])
         prompt = self.model.embed_tokens(torch.tensor([token_ids]), [Prompt(modality, token_ids, clips)], [0])[0]
         tokenizer = self.model.prompts.tokenizer
@@ -375,7 +348,7 @@ def train_thinking(module: Any, processor: Any, speech: Speech, stage: ThinkingS
     rng = random.Random(stage.seed)
     audio = encode_audio(module, speech)
     rows = SupervisedRows(module, processor)
-    training = split_problems().training
+    training = speech.task.split_problems().training
     module.requires_grad_(False)
     module.model.language_model.requires_grad_(True)
     module.lm_head.requires_grad_(True)
@@ -396,17 +369,16 @@ def train_thinking(module: Any, processor: Any, speech: Speech, stage: ThinkingS
     module.eval()
 
 
-def write_recordings(folder: Path, seed: int) -> None:
-    """Write the bundled data: a file each of training, validation and held-out items, disjoint by operands and voices."""
+def write_recordings(folder: Path, task: Task, seed: int) -> None:
+    """Write a task's data: a file each of training, validation and held-out items, disjoint by operands and voices."""
     import soundfile
 
     rng = random.Random(seed)
-    splits = split_problems()
-    spoken_twice = splits.training[: NUM_TRAINING_UTTERANCES - len(splits.training)]
+    splits = task.split_problems()
     parts = {
-        "training": (splits.training + spoken_twice, TRAINING_SPEAKERS),
-        "validation": (splits.validation, VALIDATION_SPEAKERS),
-        "held_out": (splits.held_out, HELD_OUT_SPEAKERS),
+        "training": ((splits.training * 2)[: task.num_training], task.training_speakers),
+        "validation": (splits.validation, task.validation_speakers),
+        "held_out": (splits.held_out, task.held_out_speakers),
     }
     folder.mkdir(parents=True, exist_ok=True)
     with Synthesiser() as synthesiser:
@@ -414,16 +386,17 @@ def write_recordings(folder: Path, seed: int) -> None:
             items = []
             recordings: dict[str, bytes] = {}
             for number, problem in enumerate(problems):
-                wave, voice = speak(synthesiser, problem, speakers, rng)
+                wave, voice = task.speak(synthesiser, problem, speakers, rng)
                 audio = f"{number:04}.ogg"
                 buffer = io.BytesIO()
-                soundfile.write(buffer, wave, SAMPLE_RATE, format="OGG", subtype="OPUS")
+                format = {"format": "OGG", "subtype": "OPUS", "compression_level": task.compression}
+                soundfile.write(buffer, wave, SAMPLE_RATE, **format)
                 recordings[audio] = buffer.getvalue()
                 item = {
                     "id": f"{name}-{number:04}",
                     "question": problem.question,
-                    "answer": NUMBERS[problem.result],
-                    "answer_set": NUMBERS,
+                    "answer": problem.answer,
+                    "answer_set": task.choices,
                     "audio": audio,
                     "voice": voice,
                 }
@@ -433,24 +406,32 @@ def write_recordings(folder: Path, seed: int) -> None:
 
 @dataclass(frozen=True)
 class PocketConfig:
-    """Make the bundled speech LLM and its data from nothing."""
+    """Make a bundled speech LLM and its data."""
 
     output_dir: Path
-    """Receives pocket/ (the model) and spoken-arithmetic/ (the data)."""
+    """Receives the model and the data, in folders of the names they are bundled by."""
+    task: Literal["pocket", "pocket-hard"] = "pocket"
+    """pocket: three operands, made from nothing. pocket-hard: five operands, which hears as the bundled pocket does."""
     seed: int = 0
     """The same seed gives the same model and data on the same machine."""
-    hearing_steps: int = 700
-    """Optimiser steps of stage 2 (audio tower and projector, by CTC)."""
-    thinking_steps: int = 300
+    hearing_steps: int | None = None
+    """Optimiser steps of stage 2 (audio tower and projector, by CTC). None: the task's, as for the next four."""
+    thinking_steps: int | None = None
     """Optimiser steps of stage 3 (language model)."""
-    text_per_step: int = 32
+    text_per_step: int | None = None
     """Written items in a step of stage 3."""
-    speech_per_step: int = 5
+    speech_per_step: int | None = None
     """Spoken items in a step of stage 3: the fewer, the wider the modality gap."""
-    num_utterances: int = 5000
+    num_utterances: int | None = None
     """Utterances synthesised for stages 2 and 3; they are not kept."""
     write_data: bool = True
-    """Write spoken-arithmetic/ too; encoding its recordings takes a minute."""
+    """Write the data too; encoding the recordings takes a minute."""
+
+    def recipe(self) -> Recipe:
+        """The task's, with the settings that were given."""
+        given = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(Recipe)}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(RECIPES[self.task], **changes)
 
 
 def make_pocket(config: PocketConfig) -> int:
@@ -458,18 +439,22 @@ def make_pocket(config: PocketConfig) -> int:
     started = time.monotonic()
     # Two threads are no faster at this width, and one makes the result independent of how many cores there are.
     torch.set_num_threads(1)
+    task, recipe = TASKS[config.task], config.recipe()
     module, processor = build(config.seed)
     if config.write_data:
-        write_recordings(config.output_dir / "spoken-arithmetic", config.seed)
-    speech = synthesise_warm_up(processor, config.num_utterances, config.seed)
+        write_recordings(config.output_dir / BUNDLED[config.task].name, task, config.seed)
+    speech = synthesise_warm_up(processor, task, recipe.num_utterances, config.seed)
     print(f"speech synthesised, {time.monotonic() - started:.0f} s", flush=True)
-    train_hearing(module, processor, speech, num_steps=config.hearing_steps, batch_size=32, seed=config.seed)
-    stage = ThinkingStage(config.thinking_steps, config.text_per_step, config.speech_per_step, config.seed)
+    if recipe.hears_as is not None:
+        hear_as(module, recipe.hears_as)
+    batch_size = recipe.hearing_batch_size
+    train_hearing(module, processor, speech, num_steps=recipe.hearing_steps, batch_size=batch_size, seed=config.seed)
+    stage = ThinkingStage(recipe.thinking_steps, recipe.text_per_step, recipe.speech_per_step, config.seed)
     train_thinking(module, processor, speech, stage)
-    with atomic_folder(config.output_dir / "pocket") as folder:
-        module.save_pretrained(folder)
+    with atomic_folder(config.output_dir / config.task) as folder:
+        module.to(recipe.dtype).save_pretrained(folder)
         processor.save_pretrained(folder)
-        PRESETS["pocket"].save(folder)
+        PRESETS[config.task].save(folder)
     print(f"written to {config.output_dir}, {time.monotonic() - started:.0f} s")
     return 0
 

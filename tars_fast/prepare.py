@@ -366,10 +366,13 @@ def run_workers(transcripts: Mapping[str, str], recipe: Recipe, folder: Path, jo
 
 
 def read_texts(data: str) -> tuple[list[UsableItem], str | None]:
-    """`read_usable` of what is to be spoken: items without an answer too, but of published data only where none has one."""
+    """`read_usable` of what is to be spoken, with or without an answer.
+
+    A published question with possible answers and no right one is no item, where others have one.
+    """
     items, left_out = read_usable(data, spoken=False, answered=False)
-    unanswered = [item for item in items if not item.question.has_answer]
-    if len(unanswered) < len(items) and any(item.published for item in unanswered):
+    has_answers = any(item.question.has_answer for item in items)
+    if has_answers and any(item.published and item.question.choices and not item.question.has_answer for item in items):
         return read_usable(data, spoken=False)
     return items, left_out
 

@@ -36,14 +36,13 @@ from typing import Any
 
 from tars_kernels import use_reference
 
-from tars_fast.data.items import HELD_OUT_DATA, or_bundled
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
 from tars_fast.evaluation.figures import change_since, report, text_reference
 from tars_fast.evaluation.results import PREDICTIONS, ItemResult, read_own
 from tars_fast.learning.loader import LoadedRollout, RolloutLoader
 from tars_fast.learning.metrics import LOOKED_BACK, BackwardPass, check_progress, completion_columns, completion_metrics
 from tars_fast.learning.optimizer import learning_rate_at
-from tars_fast.learning.run import Interrupt, Run, open_run, plan_run, profiled
+from tars_fast.learning.run import Interrupt, Run, evaluation_source, open_run, plan_run, profiled
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.selection import outcomes_of
 from tars_fast.learning.update import Learner
@@ -215,7 +214,7 @@ def evaluate_now(run: Run, log: RunLog, when: str) -> list[ItemResult]:
 def read_before(run: Run) -> list[ItemResult]:
     """What the evaluation before training gave, of all items. Raises UserError, with the command that makes it again."""
     config, path = run.config, run.config.output_dir / "predictions_before.jsonl"
-    source = or_bundled(config.eval_data or config.data, HELD_OUT_DATA)
+    source = evaluation_source(config)
     remedy = (
         f"python -m tars_fast.evaluate --model {config.model} --data {run.evaluation_name}={source} --samples "
         f"{config.eval_samples} --output-dir DIR, and copy DIR/{PREDICTIONS} to it"

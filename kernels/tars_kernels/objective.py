@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, Self, TypedDict, TypeVar, get_args, get_type_hints
+from difflib import get_close_matches
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypedDict, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -93,6 +94,9 @@ class ObjectiveSettings(TypedDict, total=False):
 class FromKeywords:
     """A dataclass of settings that a loss takes as keywords."""
 
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Arguments that a loss has beside its settings."""
+
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> Self:
         """The settings that a loss was called with.
@@ -104,7 +108,9 @@ class FromKeywords:
         known: tuple[str, ...] = cls.__match_args__  # type: ignore[attr-defined]
         for name in keywords:
             if name not in known:
-                raise TypeError(f"unexpected keyword {name!r}; the settings of the loss are {', '.join(known)}")
+                similar = "".join(f", is {near!r} meant?" for near in get_close_matches(name, (*known, *cls.beside), 1))
+                names = f"the settings of the loss are {', '.join(known)}; its other arguments {', '.join(cls.beside)}"
+                raise TypeError(f"unexpected keyword {name!r}{similar or ';'} {names}")
         return cls(**keywords)
 
 
@@ -466,6 +472,8 @@ def shows_settings(loss: Loss, kind: type[Any] = Objective) -> Loss:
     """Let `help` and `inspect.signature` list the settings that `loss` takes as `**`: the fields of `kind`, with defaults."""
     shown = inspect.signature(loss, eval_str=True)
     named = [parameter for parameter in shown.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    # Of all losses, for the message about a keyword that none of them has.
+    kind.beside = tuple(dict.fromkeys((*kind.beside, *(parameter.name for parameter in named))))
     kinds = get_type_hints(kind)
     settings = [
         inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name])

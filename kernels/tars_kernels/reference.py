@@ -348,8 +348,10 @@ def _all_logprobs(
     """[T, V], all of them finite; of this process's part of the vocabulary."""
     logits = F.linear(_accumulated(hidden.to(weight.dtype)), _accumulated(weight))
     if bias is not None:
-        logits = logits + bias
-    logits = logits.clamp(min=LOWEST_LOGIT) / temperature
+        # It alone suppresses tokens.
+        logits = (logits + bias).clamp(min=LOWEST_LOGIT)
+    if temperature != 1:
+        logits = logits / temperature
     if group is None:
         return logits.log_softmax(-1)
     return logits - logsumexp_of_parts(logits.logsumexp(-1), group)[:, None]

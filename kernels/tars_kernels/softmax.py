@@ -15,8 +15,6 @@ from torch.autograd.function import once_differentiable
 _BLOCK, _SHARED_BLOCK = 2**16, 2**22
 """Logits that are gone through at once: their intermediate results stay in the cache. More where threads share the work, who
 wait for each other after every step."""
-_LOWEST = -1.0e30
-"""In place of the log-probability -inf of suppressed tokens, whose share of the entropy is 0."""
 
 
 class SoftmaxTerms(torch.autograd.Function):
@@ -41,7 +39,10 @@ class SoftmaxTerms(torch.autograd.Function):
                 written = scratch[block] if needs_gradient else scratch[: len(scaled)]
                 torch.exp(all_logprobs, out=written)
                 if wants_entropy:
-                    entropies[block] = -all_logprobs.clamp_(min=_LOWEST).mul_(written).sum(-1)
+                    # Suppressed tokens, whose 0 * -inf is NaN, have no share in it.
+                    entropies[block] = -all_logprobs.mul_(written).nansum(-1)
+        if wants_entropy:
+            entropies.masked_fill_(logprobs.isnan(), torch.nan)
         ctx.save_for_backward(targets, probabilities)
         ctx.temperature, ctx.bias_type = temperature, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(entropies)

@@ -318,8 +318,13 @@ def test_settings_that_do_not_exist_are_named(device):
     for name in LOSSES:
         with pytest.raises(TypeError, match=r"unexpected keyword 'beta'.*kl_coef"):
             call(name, values, beta=0.1)
+        with pytest.raises(TypeError, match="unexpected keyword 'clip_lo', is 'clip_low' meant"):
+            call(name, values, clip_lo=0.1)
     with pytest.raises(TypeError, match=r"unexpected keyword 'kl_coef'.*divergence"):
         call(DISTILLATION, values, kl_coef=0.1)
+    for name in (*HEAD_LOSSES, DISTILLATION):
+        with pytest.raises(TypeError, match="unexpected keyword 'temprature', is 'temperature' meant"):
+            call(name, values, temprature=0.7)
 
 
 @pytest.mark.parametrize("outside", [-1, 100])
@@ -389,6 +394,7 @@ def test_editors_and_help_know_the_settings_of_the_losses():
         (Distillation, DistillationSettings, (DISTILLATION,)),
     ):
         kinds = get_type_hints(settings)
+        kinds.pop("beside")
         assert get_type_hints(keywords) == kinds
         assert keywords.__optional_keys__ == kinds.keys()
         for loss in (getattr(package, name) for package in (tars_kernels, reference) for name in names):

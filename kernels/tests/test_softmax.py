@@ -34,3 +34,15 @@ def test_fast_softmax_is_the_specified_one(bias, temperature, shift, dtype, tole
     # 110 more on every logit leaves fp32 fewer bits for their differences.
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * (1 + 3 * (shift != 0)))
+
+
+def test_what_is_not_finite_shows():
+    """A suppressed token has no share in the entropy, a NaN has all of it; also where the target itself is suppressed."""
+    logits = torch.zeros(4, 5)
+    logits[1, 2], logits[2, :4], logits[3, 1] = torch.nan, -torch.inf, -torch.inf
+    for requires_grad in (False, True):
+        logprobs, entropies = SoftmaxTerms.apply(
+            logits.clone().requires_grad_(requires_grad), torch.tensor([0, 0, 4, 1]), None, 1.0, True
+        )
+        assert logprobs.isnan().tolist() == entropies.isnan().tolist() == [False, True, False, False]
+        torch.testing.assert_close(entropies[[0, 2, 3]], torch.tensor([5.0, 1.0, 4.0]).log())

@@ -42,6 +42,9 @@ METRICS = (
 )
 """Figures of an item by layer. `same_path`: share of words that have the same audio token on both paths."""
 
+_DOUBLES = 2**23
+"""Numbers in double precision that states are compared in at a time, 64 MB."""
+
 
 def compare_tokens(speech: Tensor, text: Tensor) -> dict[str, np.ndarray]:
     """`METRICS` of one item, each [L]; a monotonicity is NaN where all words have the same audio token.
@@ -51,18 +54,19 @@ def compare_tokens(speech: Tensor, text: Tensor) -> dict[str, np.ndarray]:
         text: [L, W, D]
     """
     figures, paths = [], []
-    # A layer at a time, because the states of all of them in double precision would be several times those of the pass.
-    for x, y in zip(speech, text, strict=True):
-        x, y = x.double(), y.double()
-        products, x_norms, y_norms = x @ y.T, x.norm(dim=-1, keepdim=True), y.norm(dim=-1)
-        similar = (products / (x_norms * y_norms).clamp(min=1e-30)).max(0)
-        near = (x_norms.square() + y_norms.square() - 2 * products).min(0)
-        means = x.mean(0), y.mean(0)
-        sequences = cosine_similarity(*means, dim=0), (means[0] - means[1]).norm()
-        figures.append(torch.stack([*sequences, similar.values.mean(), near.values.clamp(min=0).sqrt().mean()]))
+    # As many layers at a time as fit: all of them in double precision could be several times the states of the pass.
+    step = max(1, _DOUBLES // (len(speech[0]) + len(text[0])) // speech.shape[-1])
+    for part, other in zip(speech.split(step), text.split(step), strict=True):
+        x, y = part.double(), other.double()
+        products, x_norms, y_norms = x @ y.mT, x.norm(dim=-1)[:, :, None], y.norm(dim=-1)[:, None]
+        similar = (products / (x_norms * y_norms).clamp(min=1e-30)).max(1)
+        near = (x_norms.square() + y_norms.square() - 2 * products).min(1)
+        means = x.mean(1), y.mean(1)
+        distances = (means[0] - means[1]).norm(dim=-1), near.values.clamp(min=0).sqrt().mean(-1)
+        figures.append(torch.stack([cosine_similarity(*means), distances[0], similar.values.mean(-1), distances[1]]))
         paths.append(torch.stack([similar.indices, near.indices]))
-    columns, found = torch.stack(figures).T.cpu().numpy(), torch.stack(paths).cpu().numpy()
-    values = [*columns, *monotonicity(found).T, (found[:, 0] == found[:, 1]).mean(-1)]
+    columns, found = torch.cat(figures, dim=1).cpu().numpy(), torch.cat(paths, dim=1).cpu().numpy()
+    values = [*columns, *monotonicity(found), (found[0] == found[1]).mean(-1)]
     return dict(zip(METRICS, values, strict=True))
 
 

@@ -188,16 +188,18 @@ _OF_ALL = OWN.columns.keys() | {"id", "audio"}
 
 
 def unanswered_format(row: Mapping[str, object]) -> Format | None:
-    """The format of a row that may lack an answer; None where it is none, or the columns of an answer are there."""
+    """The format of a row without an answer; None where it has one, or neither a question nor a transcript."""
     columns = {column for column, value in row.items() if not is_nothing(value) and value != ""}
-    if any(format.identifying_columns <= columns for format in FORMATS):
+    if not columns.isdisjoint(format.columns["answer"] for format in FORMATS):
         return None
     for format in FORMATS:
         needed = format.identifying_columns - {format.columns["answer"]}
         has_question = "question" not in columns or format.columns["question"] == "question"
         if needed <= columns and needed - _OF_ALL and has_question:
             return format
-    return TRANSCRIBED_SPEECH if "question" not in columns and columns.intersection(TRANSCRIPT_COLUMNS) else None
+    if "question" in columns:
+        return OWN
+    return None if columns.isdisjoint(TRANSCRIPT_COLUMNS) else TRANSCRIBED_SPEECH
 
 
 def nearest_format(columns: Mapping[str, object]) -> tuple[Format, list[str]]:

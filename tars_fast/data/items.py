@@ -12,24 +12,45 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
+from typing import Literal
 
 from tars_fast.data.formats import Format, is_nothing, nearest_format, unanswered_format
 from tars_fast.data.sources import NO_TEXT, Row, read_rows
 from tars_fast.support.text import fold_answer
 from tars_fast.types import Question, Recording, UserError
 
-ASSETS = Path(__file__).parents[1] / "assets" / "spoken-arithmetic"
-TRAINING_DATA = ASSETS / "training.parquet"
-VALIDATION_DATA = ASSETS / "validation.parquet"
-HELD_OUT_DATA = ASSETS / "held_out.parquet"
-BUNDLED = "pocket"
-"""Name of the bundled data on the command line, as of the model. `train --data` takes the training items, `--eval-data`,
-`evaluate` and `analyse` take the held-out ones."""
+ASSETS = Path(__file__).parents[1] / "assets"
+BUNDLED = {"pocket": ASSETS / "spoken-arithmetic", "pocket-hard": ASSETS / "spoken-arithmetic-hard"}
+"""Folders of the bundled data by their name on the command line, which is that of the model that learns them. `train --data`
+takes the training items, `--eval-data`, `evaluate` and `analyse` take the held-out ones, all take `NAME@validation`."""
+_PARTS = ("training", "validation", "held_out")
+TRAINING_DATA, VALIDATION_DATA, HELD_OUT_DATA = (BUNDLED["pocket"] / f"{part}.parquet" for part in _PARTS)
 
 
-def or_bundled(source: str | None, bundled: Path) -> str:
-    """`source`, or `bundled` where `source` is None or `BUNDLED`."""
-    return str(bundled) if source in (None, BUNDLED) else source
+def bundled_name(source: str | None) -> str | None:
+    """The name of the bundled data that `source` names, None where it names other data or none."""
+    name = (source or "").partition("@")[0]
+    return name if name in BUNDLED else None
+
+
+def or_bundled(source: str | None, part: Literal["training", "held_out"], default: str = "pocket") -> str:
+    """`source`, or the file of the bundled data that it names.
+
+    Args:
+        part: of bundled data that are named without one.
+        default: name of the bundled data that are meant where `source` is None.
+
+    Raises:
+        UserError: the bundled data have no such part.
+    """
+    source = source or default
+    name = bundled_name(source)
+    if name is None:
+        return source
+    split = source.partition("@")[2] or part
+    if split not in _PARTS:
+        raise UserError(f"data {source}: has no split {split!r}; it has {', '.join(_PARTS)}")
+    return str(BUNDLED[name] / f"{split}.parquet")
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,8 @@ class UsableItem(Item):
     question: Question
 
 
+_MOST_ANSWERS = 1000
+"""Of an `answer_set`: all of them stand in one pattern that completions are searched with. Options end with the letters."""
 _INSTRUCTION = re.compile(r"\s*What is the answer to the above multiple choice question\?.*", re.DOTALL)
 """What VoiceBench writes behind the options of every item."""
 _OPTION = re.compile(r"\s*(?:option\s+)?\(?([A-Za-z])[.:)]+(?:\s+|$)", re.IGNORECASE)
@@ -252,8 +275,8 @@ def _lists_answers(columns: _Columns) -> bool:
     """Whether an item that needs no answer has possible ones; an open question, which may have an answer, has none."""
     if columns.format.lettered:
         return bool(split_options(columns.texts["question"])[1])
-    given = (columns.texts.get("answer"), columns.values.get("options"), columns.values.get("answer_set"))
-    return any(value is not None for value in given)
+    listed = (columns.values.get("options"), columns.values.get("answer_set"))
+    return bool(columns.texts.get("answer")) or any(value is not None for value in listed)
 
 
 def _possible_answers(columns: _Columns) -> _Answers:
@@ -278,17 +301,18 @@ def _possible_answers(columns: _Columns) -> _Answers:
         listed = _written_list(listed)
     if format.published and isinstance(listed, list):
         listed = [option if (text := _as_text(option)) is None else text for option in listed]
+    most = len(ascii_uppercase) if answer_set is None else _MOST_ANSWERS
     if (
         not isinstance(listed, list)
-        or not 2 <= len(listed) <= 26
+        or not 2 <= len(listed) <= most
         or not all(isinstance(option, str) and (option.strip() or format.published) for option in listed)
     ):
         column = format.columns["options"] if answer_set is None else "answer_set"
-        raise UserError(f"{columns.row}: {column!r} must list 2 to 26 non-empty texts, not {listed!r:.80}")
+        raise UserError(f"{columns.row}: {column!r} must list 2 to {most} non-empty texts, not {listed!r:.80}")
     listed = [option.strip() for option in listed]
     # Words said in answer are compared without regard to case, so "Yes" and "yes" would be one.
     folded = [option if answer_set is None else fold_answer(option) for option in listed]
-    twice = sorted({option for option in folded if folded.count(option) > 1})
+    twice = sorted(option for option, times in Counter(folded).items() if times > 1)
     if twice and not format.published:
         raise UserError(f"{columns.row}: {twice[0]!r:.80} is listed twice among the possible answers; remove one")
     return _Answers(listed, are_options=answer_set is None)

@@ -20,16 +20,7 @@ from typing import Any
 import torch
 
 from tars_fast.config import RunConfig, TrainConfig
-from tars_fast.data.items import (
-    BUNDLED,
-    HELD_OUT_DATA,
-    TRAINING_DATA,
-    UsableItem,
-    load_questions,
-    or_bundled,
-    read_items,
-    read_usable,
-)
+from tars_fast.data.items import UsableItem, bundled_name, load_questions, or_bundled, read_items, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
 from tars_fast.learning.metrics import check_rewards
 from tars_fast.learning.objectives.references import References
@@ -115,7 +106,7 @@ class Run:
     @property
     def evaluation_name(self) -> str:
         """What the evaluation items are called in predictions and reports."""
-        return Path(or_bundled(self.config.eval_data or self.config.data, HELD_OUT_DATA)).stem
+        return Path(evaluation_source(self.config)).stem
 
     def describe(self) -> str:
         """One line for the terminal."""
@@ -326,7 +317,7 @@ def read_training(config: TrainConfig) -> tuple[list[UsableItem], str | None]:
         UserError: there is no good item, the first bad row of the user's own data, or the first item without an answer, or
             without possible answers, that the objective needs.
     """
-    source = or_bundled(config.data, TRAINING_DATA)
+    source = or_bundled(config.data, "training", find_preset(config.model).bundled_data)
     if config.needs_answers:
         try:
             return read_usable(source)
@@ -344,6 +335,13 @@ def read_training(config: TrainConfig) -> tuple[list[UsableItem], str | None]:
                 "compares; give 'options' or 'answer_set', or train with --objective opd"
             )
     return items, unusable
+
+
+def evaluation_source(config: TrainConfig | RunConfig) -> str:
+    """Where the evaluation items are: in `--eval-data`, in bundled data, or in `--data`, a part of which is kept for them."""
+    own = config.data if bundled_name(config.data) is None else None
+    default = bundled_name(config.data) or find_preset(config.model).bundled_data
+    return or_bundled(config.eval_data or own, "held_out", default)
 
 
 def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list[str]]:
@@ -364,14 +362,14 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
             raise UserError(f"--disjoint-from {listed}: has all {len(questions)} items of --data; name other data to train on")
         notes.append(f"{len(questions) - len(training)} of {len(questions)} items left out, which are in {listed} too")
         questions = training
-    if config.data not in (None, BUNDLED) and config.eval_data is None:
+    if config.data is not None and bundled_name(config.data) is None and config.eval_data is None:
         graded = [question for question in questions if question.has_answer]
         if not graded:
             raise UserError(f"--data {config.data}: none of its items has an answer to evaluate by; give --eval-data")
         held_out = split_by_id(graded, held_out_fraction=0.1)[1]
         training = without_leaks(questions, held_out)
     else:
-        training, held_out = questions, load_questions(or_bundled(config.eval_data, HELD_OUT_DATA))
+        training, held_out = questions, load_questions(evaluation_source(config))
     check_leaks(training, held_out)
     num_unanswered = sum(not question.has_answer for question in training)
     if num_unanswered:

@@ -37,6 +37,8 @@ class Preset:
     gradient_checkpointing: bool
     rollout_batch_size: int
     """Completions in flight: bounded by the memory of their KV cache."""
+    bundled_data: str = "pocket"
+    """Name of the bundled data that are taken where none are given."""
     family: Family | None = None
     """None: the one that `model_type` in config.json names."""
     architecture: Architecture | None = None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from tars_fast.analysis import paths
 from tars_fast.analysis.drift import CORRELATED, over_models
 from tars_fast.analysis.paths import METRICS, PathIntervention, compare_tokens, critical_tokens, monotonicity
 
@@ -45,8 +46,10 @@ def test_most_similar_and_nearest_are_two_paths():
     assert found["monotonicity_distance"] == pytest.approx([-1])
 
 
-def test_figures_are_the_papers_formulas_in_float64():
-    """States in bfloat16 with a large common part, as hidden states have one."""
+@pytest.mark.parametrize("doubles", [paths._DOUBLES, 2000, 1])
+def test_figures_are_the_papers_formulas_in_float64(doubles, monkeypatch):
+    """States in bfloat16 with a large common part, as hidden states have one; all layers at once, two, one at a time."""
+    monkeypatch.setattr(paths, "_DOUBLES", doubles)
     speech, text = (
         (noise(3, count, 32, seed=count) + 20 * noise(32, seed=9)).bfloat16().double().numpy() for count in (19, 11)
     )
@@ -71,9 +74,9 @@ def test_figures_are_the_papers_formulas_in_float64():
 
 
 def test_words_that_share_a_token_have_ties_and_one_token_for_all_no_order():
-    paths = np.array([[4, 4, 7, 9, 9, 9], [3, 3, 3, 3, 3, 3]])
-    found = monotonicity(paths)
-    assert found[0] == pytest.approx(spearmanr(np.arange(6), paths[0]).statistic)
+    places = np.array([[4, 4, 7, 9, 9, 9], [3, 3, 3, 3, 3, 3]])
+    found = monotonicity(places)
+    assert found[0] == pytest.approx(spearmanr(np.arange(6), places[0]).statistic)
     assert np.isnan(found[1])
 
 

@@ -418,9 +418,13 @@ def test_long_recordings_are_for_the_user_to_decide(items, tmp_path, capsys):
 
 
 def test_without_arguments_it_evaluates_the_bundled_held_out_items():
-    from tars_fast.data.items import HELD_OUT_DATA
+    from tars_fast.data.items import BUNDLED, HELD_OUT_DATA
 
     assert EvaluateConfig().sources() == {"held_out": str(HELD_OUT_DATA)}
     assert EvaluateConfig(data=("pocket",)).sources() == {"pocket": str(HELD_OUT_DATA)}
+    assert EvaluateConfig(data=("hard=pocket-hard@validation",)).sources() == {
+        "hard": str(BUNDLED["pocket-hard"] / "validation.parquet")
+    }
+    assert EvaluateConfig(model="pocket-hard").sources() == {"held_out": str(BUNDLED["pocket-hard"] / "held_out.parquet")}
     assert len(load_questions(HELD_OUT_DATA)) == 400
     assert EvaluateConfig(data=("a=x", "b=y/c=d", "/e=f/g.jsonl")).sources() == {"a": "x", "b": "y/c=d", "g": "/e=f/g.jsonl"}

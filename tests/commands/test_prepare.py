@@ -23,7 +23,7 @@ from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.data.items import load_questions, read_items
 from tars_fast.data.recognition import load_recogniser
 from tars_fast.data.transcription import word_error_rate
-from tars_fast.prepare import recording_name, spoken_form
+from tars_fast.prepare import read_texts, recording_name, spoken_form
 
 SYNTHESISER = '''
 import numpy as np
@@ -192,6 +192,29 @@ def test_published_rows_that_are_no_items_are_left_out_and_counted(run, folder):
     assert status == 0
     assert "data mmlu.jsonl: 2 of 3 rows left out, the first: mmlu.jsonl, line 2: 'answer' is 7, not 0 to 1" in stdout
     assert [question.text for question in load_questions("out")] == ["Who?\nA. y\nB. z"]
+
+
+def test_texts_without_an_answer_are_spoken(run, folder):
+    write_jsonl(
+        folder / "written.jsonl", [WRITTEN[0], {"text": "Good morning."}, {"question": "Who?", "answer_set": ["I", "you"]}]
+    )
+    status, stdout, _ = run("--data", "written.jsonl", *TONES[2:], "--output-dir", "out")
+    assert status == 0
+    assert "3 items, " in stdout
+    assert "2 items have no answer; --objective opd trains on them" in stdout
+    questions = load_questions("out", answered=False)
+    assert [(q.text, q.choices, q.answer) for q in questions[1:]] == [("Good morning.", (), ""), ("Who?", ("I", "you"), "")]
+    assert questions[1].transcript == "Good morning."
+    status, stdout, _ = run("--check", "out", "--output", "report.json")
+    assert status == 0
+    assert "no answer (a note)" in stdout
+    findings = json.loads(Path("report.json").read_text())["findings"]
+    objectives = ["--objective opd trains on it", "--objective opd and cord train on it"]
+    assert [(f["problem"], f["detail"].split(",")[0]) for f in findings] == [("no answer", said) for said in objectives]
+    # A published set without answers is spoken too; one that lacks some has rows that are no items.
+    rows = [{"question": "Who?", "choices": ["y", "z"], "answer": answer} for answer in (0, None)]
+    assert [item.question.answer for item in read_texts(write_jsonl(folder / "some.jsonl", rows))[0]] == ["A"]
+    assert len(read_texts(write_jsonl(folder / "none.jsonl", rows[1:] * 2))[0]) == 2
 
 
 def test_odd_options_of_published_data_survive(run, folder):

@@ -20,11 +20,11 @@ from items import first_items
 from tars_fast import evaluate
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.audio import SAMPLE_RATE, decode
-from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA, load_questions
-from tars_fast.data.splits import data_fingerprint
+from tars_fast.data.items import BUNDLED, TRAINING_DATA, VALIDATION_DATA, load_questions
+from tars_fast.data.splits import data_fingerprint, split_by_id
 from tars_fast.evaluation.results import read_predictions
 from tars_fast.learning.metrics import check_progress
-from tars_fast.learning.run import load_data
+from tars_fast.learning.run import evaluation_source, load_data
 from tars_fast.models.registry import PRESETS, find_preset, list_checkpoints
 from tars_fast.reports.log import RunLog
 from tars_fast.reports.tables import print_summary
@@ -130,6 +130,22 @@ def test_pocket_names_the_embedded_data():
     assert [question.id for question in training] == [question.id for question in load_questions(TRAINING_DATA)]
 
 
+def test_a_bundled_model_takes_the_data_of_its_task():
+    def texts(**settings):
+        return [{question.text for question in part} for part in load_data(TrainConfig(**settings))[:2]]
+
+    hard = texts(model="pocket-hard")
+    assert [len(part) for part in hard] == [800, 400]
+    assert hard == texts(data="pocket-hard") == texts(data="pocket-hard@training")
+    training, validation = texts(model="pocket-hard", eval_data="pocket-hard@validation")
+    assert training == hard[0]
+    assert len(validation) == 200
+    assert not validation & (hard[0] | hard[1])
+    assert evaluation_source(TrainConfig(data="pocket-hard@training")) == str(BUNDLED["pocket-hard"] / "held_out.parquet")
+    with pytest.raises(UserError, match="is in both training and evaluation data"):
+        load_data(TrainConfig(data="pocket-hard", eval_data="pocket-hard@training"))
+
+
 def test_checkpoint_loads_in_plain_transformers_and_has_learned(finished, model):
     from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
@@ -152,19 +168,24 @@ def test_same_seed_same_metrics_and_another_seed_others(finished, small_eval, tm
     assert read_metrics(tmp_path / "other")[0] != read_metrics(finished)[0]
 
 
+REMEMBERS = {"objective": "tars+opd", "teacher": "ema", "text_anchor": "kl", "watch_every": 1, "representation_centre": True}
+"""An objective that needs all that a checkpoint can hold beside weights and optimiser, and the model before training."""
+
+
 @pytest.mark.parametrize(
-    ("lora_rank", "dtype"),
+    ("lora_rank", "dtype", "objective"),
     [
-        (0, "float32"),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((0, "bfloat16"), (4, "float32"), (4, "bfloat16"))),
+        (0, "float32", {}),
+        *(pytest.param(*one, {}, marks=pytest.mark.slow) for one in ((0, "bfloat16"), (4, "float32"), (4, "bfloat16"))),
+        *(pytest.param(rank, "float32", REMEMBERS, marks=pytest.mark.slow, id=f"objective-{rank}") for rank in (0, 4)),
     ],
 )
-def test_resumed_run_equals_unbroken_one(lora_rank, dtype, finished, small_eval, tmp_path):
+def test_resumed_run_equals_unbroken_one(lora_rank, dtype, objective, finished, small_eval, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    config = small_config(unbroken, small_eval, lora_rank=lora_rank, dtype=dtype)
-    if (lora_rank, dtype) == (0, "float32"):
+    config = small_config(unbroken, small_eval, lora_rank=lora_rank, dtype=dtype, **objective)
+    if (lora_rank, dtype, objective) == (0, "float32", {}):
         # The bundled model's own settings.
         unbroken = finished
     else:
@@ -441,6 +462,22 @@ def test_own_data_is_read_through_the_same_path(small_eval, tmp_path):
     # The embedded model was never taught letters: every answer must show as unparsed, none as a guess.
     assert evaluation["before"]["unparsed"] == 2 * evaluation["before"]["num_items"]
     assert evaluation["before"]["mrr"] is None
+
+
+def test_items_with_an_answer_are_evaluated_on(small_eval, tmp_path):
+    """The others are trained on, unless they ask what an evaluation item asks."""
+    lines = [json.loads(line) for line in (small_eval.with_name("training") / "items.jsonl").read_text().splitlines()]
+    audio = small_eval.with_name("training").resolve()
+    labelled = [line | {"id": f"item-{number}", "audio": str(audio / line["audio"])} for number, line in enumerate(lines)]
+    plain = [
+        {"id": f"plain-{number}", "audio": line["audio"], "sentence": line["question"]} for number, line in enumerate(labelled)
+    ]
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labelled + plain))
+    config = small_config(tmp_path / "run", small_eval, data=tmp_path / "both.jsonl", eval_data=None, objective="opd")
+    training, held_out, notes = load_data(config)
+    assert held_out == split_by_id(load_questions(tmp_path / "both.jsonl", answered=False)[: len(labelled)], 0.1)[1]
+    assert len(training) == 2 * (len(labelled) - len(held_out))
+    assert notes == [f"{len(training) // 2} of {len(training)} training items have no answer, and no rewards"]
 
 
 def test_summary_without_an_interval(finished, tmp_path, capsys):

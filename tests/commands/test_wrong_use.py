@@ -88,7 +88,7 @@ def test_the_same_run_unspoiled_trains_and_is_not_overwritten(folder, run):
 SETTINGS = [
     (
         ["--model", "qwen9"],
-        ["--model qwen9", "neither a preset (pocket, qwen2-audio-7b", "nor a name on the hub"],
+        ["--model qwen9", "neither a preset (pocket, pocket-hard, qwen2-audio-7b", "nor a name on the hub"],
     ),
     (["--model", "./qwen9"], ["--model ./qwen9", "neither a preset", "nor a folder"]),
     (["--model", "a" * 256], ["--model aaa", "a name of more than 255 bytes"]),
@@ -174,6 +174,66 @@ def test_item(folder, run, part, change, fragments):
     first, second, *others = json.loads(f"[{','.join((folder / part / 'items.jsonl').read_text().splitlines())}]")
     write_items(folder / part, [first, second | change, *others])
     assert_refused(run(), folder, f"item {second['id']!r}: ", *fragments)
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "fragments"),
+    [
+        pytest.param(
+            {"answer": ""}, [], ["'answer' missing or empty; an item is", "; --objective opd needs no answers"], id="tars"
+        ),
+        pytest.param(
+            {"answer": None}, ["--objective", "grpo+opd"], ["'answer' missing", "; --objective opd needs no answers"], id="grpo"
+        ),
+        pytest.param(
+            {"answer": None},
+            ["--objective", "opd", "--text-anchor", "rollouts"],
+            ["'answer' missing", "; --text-anchor kl needs no answers"],
+            id="anchor",
+        ),
+        pytest.param(
+            {"answer": None, "answer_set": None},
+            ["--objective", "cord"],
+            ["no possible answers, which --objective cord compares", "'answer_set', or train with --objective opd"],
+            id="cord",
+        ),
+        pytest.param(
+            {"answer": None, "answer_set": None, "question": None},
+            ["--objective", "opd"],
+            ["neither a question nor a transcript", "give 'question', or what the recording says as 'transcript'"],
+            id="opd without a written prompt",
+        ),
+    ],
+)
+def test_items_without_what_the_objective_needs(folder, run, change, flags, fragments):
+    items = [question("t1"), question("t2") | change, question("t3")]
+    write_items(folder / "training", items)
+    assert_refused(run(*flags), folder, "line 2: item 't2'", *fragments)
+
+
+def test_evaluation_needs_answers(folder, run):
+    unanswered = [question(name) | {"answer": None} for name in ("t1", "t2")]
+    write_items(folder / "training", unanswered)
+    flags = ("--objective", "opd", "--eval-data")
+    source = folder / "training"
+    assert_refused(
+        run(*flags, "None"), folder, f"--data {source}: none of its items has an answer to evaluate by; give --eval-data"
+    )
+    write_items(folder / "evaluation", [question("e1"), question("e2") | {"answer": None}])
+    assert_refused(run(*flags, folder / "evaluation"), folder, "line 2: item 'e2': 'answer' missing or empty; an item is id,")
+
+
+def test_transcribed_speech_trains_without_answers(folder, run):
+    """The smallest such run, in which every completion is cut off."""
+    plain = [{"id": name, "audio": f"{name}.wav", "text": f"What is {name}?"} for name in ("t1", "t2", "t3")]
+    write_items(folder / "training", plain)
+    status, stderr = run("--objective", "opd", "--distil-truncated", "--watch-every", 1)
+    assert (status, stderr) == (0, "")
+    (metrics,) = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics["divergence/speech"] > 0
+    assert metrics["written_kl"] >= 0
+    assert not [name for name in metrics if name.startswith(("accuracy/", "reward/", "disagreeing/"))]
+    assert (folder / "run" / "report.html").is_file()
 
 
 def test_question_longer_than_the_model_s_context(folder, run):

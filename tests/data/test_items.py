@@ -92,6 +92,11 @@ def test_text_is_read_as_utf_8_and_numbers_as_text(tmp_path):
         ),
         pytest.param(LETTERED | {"id": "q9", "options": ["x"] * 27}, ["item 'q9'", "2 to 26"], id="more options than letters"),
         pytest.param(
+            NAMED | {"id": "q9", "answer_set": [f"answer {number}" for number in range(1001)]},
+            ["item 'q9'", "'answer_set' must list 2 to 1000"],
+            id="more answers than one pattern should hold",
+        ),
+        pytest.param(
             NAMED | {"id": "q9", "answer_set": ["two"] * 2}, ["item 'q9'", "'two' is listed twice", "remove one"], id="twice"
         ),
         pytest.param(LETTERED, ["id 'q1'", "already stands in line 1", "must be unique"], id="duplicate id"),
@@ -302,3 +307,69 @@ def test_values_that_are_no_recordings_are_named(tmp_path, audio, said):
     place = "'audio'" if said.startswith("missing") else "the recording in 'audio'"
     assert str(caught.value) == f"{tmp_path / 'items.jsonl'}, line 1: item 'q1': {place} {said}"
     assert load_questions(write(tmp_path / "items.jsonl", LETTERED | {"audio": audio}), spoken=False)[0].audio is None
+
+
+TRANSCRIPT = "Good morning."
+OPTIONS = {"options": ["grass", "blood"]}
+UNANSWERED = {
+    "a question": ({"question": "Who?"}, "Who?", ()),
+    "another format's column": ({"question": "Who?", "prompt": "Say it."}, "Who?", ()),
+    "an empty answer": ({"question": "Who?", "answer": "", "options": None}, "Who?", ()),
+    "options": ({"question": "Which?", "answer": None} | OPTIONS, "Which?\nA. grass\nB. blood", ("A", "B")),
+    "an answer set": ({"question": "Who?", "answer_set": ["I", "you"]}, "Who?", ("I", "you")),
+    "transcript": ({"transcript": TRANSCRIPT}, TRANSCRIPT, ()),
+    "LibriSpeech": ({"text": TRANSCRIPT, "speaker_id": 5, "chapter_id": 7}, TRANSCRIPT, ()),
+    "Common Voice": ({"sentence": TRANSCRIPT, "client_id": "x", "locale": "en", "up_votes": 2}, TRANSCRIPT, ()),
+    "NeMo": ({"audio": None, "audio_filepath": "q.wav", "duration": 1.5, "text": TRANSCRIPT}, TRANSCRIPT, ()),
+    "columns of questions": ({"question": None, "answer": math.nan, "transcription": TRANSCRIPT}, TRANSCRIPT, ()),
+    "VoiceBench": ({"prompt": "Why?\nSay it."}, "Why?\nSay it.", ()),
+    "VoiceBench, open": ({"prompt": "Why?", "reference": "Because."}, "Why?", ()),
+    "MMLU": ({"question": "Which?", "choices": ["grass", "blood"]}, "Which?\nA. grass\nB. blood", ("A", "B")),
+    "chat": ({"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}, "Why?", ()),
+    "query": ({"query": "<audio>Which?\nA. grass\nB. blood"}, "Which?\nA. grass\nB. blood", ("A", "B")),
+}
+
+
+@pytest.mark.parametrize("kind", UNANSWERED)
+def test_items_without_an_answer_are_read_where_none_is_needed(tmp_path, kind):
+    row, text, choices = UNANSWERED[kind]
+    path = write(tmp_path / "items.jsonl", {"id": "q", "audio": "q.wav"} | row)
+    (question,) = load_questions(path, answered=False)
+    assert (question.text, question.choices, question.answer, question.has_answer) == (text, choices, "", False)
+    assert question.audio == tmp_path / "q.wav"
+    assert question.transcript == (text if text == TRANSCRIPT or kind.startswith("VoiceBench") else None)
+    with pytest.raises(UserError, match=r"missing or empty|fits no format|holds no options"):
+        load_questions(path)
+    # What `prepare` writes of it says the same.
+    ((item,), _) = read_usable(path, answered=False)
+    (again,) = load_questions(write(tmp_path / "again.jsonl", {**item.fields, "audio": "q.wav"}), answered=False)
+    assert (again.id, again.text, again.choices, again.answer) == (question.id, text, choices, "")
+
+
+def test_items_with_and_without_an_answer_may_stand_in_one_file(tmp_path):
+    spoken_twice = {"audio": "x.wav", "sentence": TRANSCRIPT}
+    path = write(tmp_path / "items.jsonl", LETTERED, spoken_twice, spoken_twice | {"audio": "y.wav"})
+    labelled, *others = load_questions(path, answered=False)
+    assert [labelled] == load_questions(write(tmp_path / "labelled.jsonl", LETTERED))
+    assert len({question.id for question in others}) == 2, "the same sentence by two speakers"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"audio": "q.wav"}, "item 'q': has neither a question nor a transcript to be its written prompt; give 'question'"),
+        ({"audio": "q.wav", "text": " "}, "item 'q': has neither a question nor a transcript"),
+        ({"text": TRANSCRIPT}, "item 'q': 'audio' missing or empty"),
+        ({"question": "Who?"}, "item 'q': 'audio' missing or empty"),
+        ({"audio": "q.wav", "text": ["x"]}, "item 'q': 'transcript' must be a text, not ['x'] (list)"),
+        ({"audio": "q.wav", "question": "Who?", "answer": "I"}, "item 'q': give 'options' (lettered"),
+        ({"audio": "q.wav", "question": "Who?", "answer": True}, "item 'q': 'answer' must be a text, not True"),
+        (LETTERED | {"answer": "D"}, "answer 'D' is none of A, B, C"),
+        (LETTERED | {"answer": None, "answer_set": ["x", "y"]}, "give 'options' (lettered"),
+        (LETTERED | {"answer": None, "options": ["x"]}, "'options' must list 2 to 26"),
+        (LETTERED | {"question": ""}, "'question' missing or empty; an item is id, question, answer"),
+    ],
+)
+def test_what_an_item_lacks_beside_an_answer_is_named(tmp_path, row, said):
+    (item,) = read_items(write(tmp_path / "items.jsonl", {"id": "q"} | row), answered=False)
+    assert said in str(item.error)

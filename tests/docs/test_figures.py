@@ -94,6 +94,41 @@ def test_the_training_step():
         assert f"{contenders[name]['median_seconds']:.2f} s" in readme
 
 
+def test_the_alignment_path():
+    made = read("alignment_path_pocket.json")
+    page = words_of("docs/inside-a-model.md")
+    models, own = made["checkpoints"]["models"], made["paths"]
+    first, last = own["pocket"], own["checkpoint-60"]
+    gaps = [100 * models[name]["accuracy_gap"] for name in ("pocket", "checkpoint-60")]
+    assert f"the gap falls from {gaps[0]:.1f} to {gaps[1]:.1f} points" in page
+    assert (
+        f"the cosine is {first['own']['path_cosine']:.3f}, with another item's text {first['mismatched']['path_cosine']:.3f}"
+        in page
+    )
+    order = [first[kind]["monotonicity_cosine"] for kind in ("own", "mismatched")]
+    assert f"(rank correlation {order[0]:.3f} and {order[1]:.3f})" in page
+    found = {name: own["mean"] for name, own in made["checkpoints"]["correlation"].items()}
+    ends = made["checkpoints"]["correlation"]["path_cosine"]["mean_ci95"]
+    distances, cosines, others = (
+        f"{first[kind][name]:{spec}} to {last[kind][name]:{spec}}"
+        for kind, name, spec in (
+            ("own", "path_distance", ".1f"),
+            ("own", "sequence_cosine", ".3f"),
+            ("mismatched", "sequence_cosine", ".3f"),
+        )
+    )
+    assert f"({distances}, r = {found['path_distance']:+.2f} over the seven models)" in page
+    assert f"(r = {found['path_cosine']:+.2f} [{ends[0]:.2f}, {ends[1]:+.2f}])" in page
+    assert f"({cosines}, r = {found['sequence_cosine']:+.2f})" in page
+    assert f"({others})" in page
+    assert f"(own, pooled: r = {found['own_pooled']:.2f})" in page
+    assert len(models) == 7
+    lost = {name: -100 * own["change"]["speech_accuracy"] for name, own in made["interventions"].items() if "change" in own}
+    early = [value for name, value in lost.items() if name.startswith(("angle_0", "angle_1"))]
+    assert f"costs {min(early):.0f} to {max(early):.0f} points" in page
+    assert f"their length {lost['length_0_lowest_3']:.0f} and {lost['length_0_all']:.0f}" in page
+
+
 def test_kernels_on_a_gpu():
     columns = ["eager", "torch.compile", "liger-kernel", "trl", "cut-cross-entropy"]
     rows = {}

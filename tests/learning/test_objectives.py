@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from tars_kernels.reference import linear_distillation_loss
 
 from tars_fast.config import TrainConfig, parse_objective
 from tars_fast.learning.advantages import scaled_in_groups
+from tars_fast.learning.metrics import check_progress, completion_columns, completion_metrics
 from tars_fast.learning.objectives.distillation import CORD_WEIGHTS
 from tars_fast.learning.objectives.references import References
 from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.rewards.agreement import agreement_rewards
+from tars_fast.learning.rewards.total import COMPLETION_REWARDS, CompletionReward, completion_rewards
 from tars_fast.learning.update import Learner
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.train import update_policy
@@ -388,3 +391,59 @@ def test_objectives_add_up():
 def test_objectives_that_contradict_themselves(settings, message):
     with pytest.raises(UserError, match=message):
         TrainConfig(**settings)
+
+
+def without_answers(questions, **changes):
+    return [dataclasses.replace(question, answer="", same_as_answer=(), **changes) for question in questions]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"distil_as": "advantage"}, {"objective": "cord"}],
+    ids=["opd", "as an advantage", "cord"],
+)
+def test_a_missing_answer_changes_no_gradient(model, questions, opd, settings):
+    """Where no reward that is trained on needs it; the figures of rewards are those of the questions that have one."""
+    opd = dataclasses.replace(opd, **settings)
+    asked = questions[:2]
+    scored, metrics = update(model, rollout_of(model, asked, opd), opd)
+    expected = gradients(model)
+    assert expected.any()
+    of_first = [
+        completion.question == 0 and completion.modality is Modality.SPEECH for completion in scored.rollout.completions
+    ]
+    accuracy = scored.terms["accuracy"][of_first].mean().item()
+    scored, mixed = update(model, rollout_of(model, [asked[0], *without_answers(asked[1:])], opd), opd)
+    assert torch.equal(gradients(model), expected)
+    assert mixed == metrics
+    assert completion_metrics([completion_columns(scored)])["accuracy/speech"] == accuracy
+    scored, _ = update(model, rollout_of(model, without_answers(asked), opd), opd)
+    assert torch.equal(gradients(model), expected)
+    counted = completion_metrics([completion_columns(scored)])
+    assert all(math.isfinite(value) for value in counted.values())
+    assert not {name.split("/")[0] for name in counted} & {"accuracy", "format", "unparsed"}
+    assert not counted.keys() & {"disagreeing/speech", "reward/representation", "reward/without_reference"}
+    assert ("reward/speech" in counted) == ("disagreeing/any" in counted) == opd.parts.uses_agreement
+    check_progress([{"step": 1} | counted | metrics], pytest.fail)
+
+
+def test_a_transcript_is_a_written_prompt_to_distil_from(model, questions, opd):
+    """Answers, their set and even the question's form do not matter: what is written is all there is."""
+    (plain,) = without_answers([dataclasses.replace(questions[0], text="good morning to you")], choices=())
+    rollout = rollout_of(model, [plain], opd)
+    scored, metrics = update(model, rollout, opd)
+    assert gradients(model).any()
+    assert metrics["divergence/speech"] > 0
+    assert scored.rewards_N.isnan().all()
+    assert not scored.advantages_N.any()
+
+
+def test_rewards_are_not_asked_about_questions_without_an_answer(questions, monkeypatch):
+    asked = []
+    reward = CompletionReward(lambda completion, question: asked.append(question) or 1.0, 1.0)
+    monkeypatch.setitem(COMPLETION_REWARDS, "own", reward)
+    both = [questions[0], *without_answers(questions[:1])]
+    completions = [Completion(number, Modality.SPEECH, (1,), (0.0,), "", truncated=False) for number in (0, 1)]
+    rewards = completion_rewards(completions, both)
+    assert asked == both[:1]
+    assert rewards["own"].isnan().tolist() == rewards["accuracy"].isnan().tolist() == [False, True]

@@ -58,10 +58,20 @@ with join_workers() as workers:
 """
 
 
-@pytest.mark.parametrize("second_is_usable", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_gradient_and_metrics_of_two_processes_are_those_of_one(make_model, questions, config, tmp_path, second_is_usable):
+@pytest.mark.parametrize(
+    ("second_is_usable", "objective"),
+    [
+        (True, {}),
+        pytest.param(False, {}, marks=pytest.mark.slow),
+        pytest.param(True, {"objective": "tars+opd", "text_anchor": "kl"}, marks=pytest.mark.slow, id="distillation"),
+    ],
+)
+def test_gradient_and_metrics_of_two_processes_are_those_of_one(
+    make_model, questions, config, tmp_path, second_is_usable, objective
+):
     """Shares of different sizes, whose token counts differ, so that means of means would be wrong; or one of them empty."""
     model = make_model()
+    config = dataclasses.replace(config, **objective)
     shares = (questions[:4], questions[4:6])
     rollouts = [rollout_of(model, part, config, workers=Workers(rank, 2)) for rank, part in enumerate(shares)]
     assert rollouts[0].num_tokens != rollouts[1].num_tokens
@@ -69,6 +79,7 @@ def test_gradient_and_metrics_of_two_processes_are_those_of_one(make_model, ques
     shift = len(first.completions)
     whole = rollout_of(model, questions, config)
     whole.prompts = first.prompts + second.prompts
+    whole.written = first.written + second.written
     whole.completions = first.completions + [dataclasses.replace(one, question=one.question + 4) for one in second.completions]
     whole.references = first.references + [None if r is None else r + shift for r in second.references]
     whole.behaviour = completed(torch.cat([one.behaviour.result() for one in rollouts]))

@@ -42,9 +42,14 @@ def _statement(choices: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"\b(?i:the (?:correct |final )?answer is):?\s*[(\[*\"']*(?P<name>{names}){end}")
 
 
+@lru_cache(maxsize=1024)
+def _by_name(choices: tuple[str, ...]) -> dict[str, str]:
+    return {fold_answer(choice): choice for choice in choices}
+
+
 def _stated(text: str, choices: Sequence[str]) -> set[str]:
     """The choices that `text` states as the answer."""
-    by_name = {fold_answer(choice): choice for choice in choices}
+    by_name = _by_name(tuple(choices))
     # The pattern takes letters for one that are not, as "İ" and "i": such a word is no choice.
     names = (fold_answer(match["name"]) for match in _statement(tuple(choices)).finditer(unicodedata.normalize("NFC", text)))
     return {by_name[name] for name in names if name in by_name}
