@@ -38,7 +38,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tars_fast.data.audio import MIN_SECONDS, SAMPLE_RATE, on_integer_scale, resample
-from tars_fast.data.items import UsableItem, read_items, read_usable, shown_options
+from tars_fast.data.items import UsableItem, or_bundled, read_items, read_usable, shown_options
 from tars_fast.data.parquet import write_parquet
 from tars_fast.data.quality import NOTES, UNUSABLE, Finding, Inspection, inspect_items
 from tars_fast.data.recognition import load_recogniser
@@ -101,7 +101,7 @@ class PrepareConfig:
     """Text embedder that the items are clustered by: hashed-ngrams, or a sentence-transformers model. None: that of R_beh for
     the model, hashed-ngrams for pocket, else Qwen/Qwen3-Embedding-0.6B."""
     check: str | None = None
-    """Spoken items to be checked; nothing is made."""
+    """Spoken items to be checked, bundled ones by name too (pocket-hard@validation); nothing is made."""
     output: Path | None = None
     """JSON file for what --check finds. None: shown only."""
 
@@ -560,7 +560,7 @@ def show(inspections: Sequence[Inspection], findings: Sequence[Finding]) -> None
 
 def run(config: PrepareConfig) -> int:
     if config.check is not None:
-        return check(config, config.check)
+        return check(config, or_bundled(config.check, "training"))
     assert config.data is not None, "PrepareConfig asks for it"
     assert config.output_dir is not None, "PrepareConfig asks for it"
     return prepare(config, config.data, config.output_dir)

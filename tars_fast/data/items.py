@@ -27,13 +27,13 @@ _PARTS = ("training", "validation", "held_out")
 TRAINING_DATA, VALIDATION_DATA, HELD_OUT_DATA = (BUNDLED["pocket"] / f"{part}.parquet" for part in _PARTS)
 
 
-def bundled_name(source: str | None) -> str | None:
+def bundled_name(source: str | Path | None) -> str | None:
     """The name of the bundled data that `source` names, None where it names other data or none."""
-    name = (source or "").partition("@")[0]
+    name = str(source or "").partition("@")[0]
     return name if name in BUNDLED else None
 
 
-def or_bundled(source: str | None, part: Literal["training", "held_out"], default: str = "pocket") -> str:
+def or_bundled(source: str | Path | None, part: Literal["training", "held_out"], default: str = "pocket") -> str:
     """`source`, or the file of the bundled data that it names.
 
     Args:
@@ -43,7 +43,7 @@ def or_bundled(source: str | None, part: Literal["training", "held_out"], defaul
     Raises:
         UserError: the bundled data have no such part.
     """
-    source = source or default
+    source = str(source or default)
     name = bundled_name(source)
     if name is None:
         return source

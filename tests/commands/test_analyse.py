@@ -32,7 +32,7 @@ from tars_fast.analysis.paths import METRICS, PathIntervention, Target, compare_
 from tars_fast.analysis.probes import Calibration, Moments, repeated
 from tars_fast.analysis.row import KINDS
 from tars_fast.data.audio import SAMPLE_RATE
-from tars_fast.data.items import HELD_OUT_DATA, VALIDATION_DATA, load_questions
+from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.splits import choose_by_id
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
 from tars_fast.evaluation.scorers import read_strictly
@@ -542,6 +542,12 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
             patch.setattr(sys, "argv", ["analyse", "--device", "cpu", *map(str, (*FLAGS, *flags))])
             assert (analyse.main(), said.getvalue()) == (0, "")
     return first, second
+
+
+def test_a_bundled_model_is_analysed_on_items_of_its_own_task():
+    job = analyse.plan_job(analyse.AnalyseConfig(model="pocket-hard", items=2))
+    assert job.source == str(BUNDLED["pocket-hard"] / "held_out.parquet")
+    assert job.settings_written["source"] == "pocket-hard"
 
 
 def test_the_command_before_and_after(folders, tmp_path, monkeypatch, capsys):

@@ -243,5 +243,6 @@ def test_bundled_data_have_three_parts():
     assert Path(or_bundled(None, "held_out", "pocket-hard")) == BUNDLED["pocket-hard"] / "held_out.parquet"
     assert Path(or_bundled("pocket@validation", "training")) == BUNDLED["pocket"] / "validation.parquet"
     assert or_bundled("owner/name@validation", "training") == "owner/name@validation"
+    assert or_bundled(Path("own/items.jsonl"), "training") == "own/items.jsonl"
     with pytest.raises(UserError, match="data pocket@test: has no split 'test'; it has training, validation, held_out"):
         or_bundled("pocket@test", "training")

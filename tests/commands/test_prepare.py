@@ -467,6 +467,7 @@ def test_settings_of_a_folder_stay(run, folder):
         ((*TONES, "--output-dir", "out", "--budget", 3, "--select-for", "none/there", "--probes", 1), ["--model none/there"]),
         (("--check", "items.jsonl", "--budget", 3), ["--budget 3", "--check makes no items"]),
         (("--check", "none.jsonl"), ["data none.jsonl", "cannot be read"]),
+        (("--check", "pocket-hard@test"), ["data pocket-hard@test", "has no split 'test'; it has training, validation"]),
         (("--check", "items.jsonl", "--output-format", "parquet"), ["--output-format parquet", "--check makes no items"]),
         (("--check", "items.jsonl", "--output", "none/report.json"), ["--output none/report.json", "no folder none"]),
     ],

@@ -130,7 +130,7 @@ def test_pocket_names_the_embedded_data():
     assert [question.id for question in training] == [question.id for question in load_questions(TRAINING_DATA)]
 
 
-def test_a_bundled_model_takes_the_data_of_its_task():
+def test_a_bundled_model_takes_the_data_of_its_task(tmp_path):
     def texts(**settings):
         return [{question.text for question in part} for part in load_data(TrainConfig(**settings))[:2]]
 
@@ -141,6 +141,8 @@ def test_a_bundled_model_takes_the_data_of_its_task():
     assert training == hard[0]
     assert len(validation) == 200
     assert not validation & (hard[0] | hard[1])
+    PRESETS["pocket-hard"].save(tmp_path)
+    assert evaluation_source(TrainConfig(model=str(tmp_path))) == str(BUNDLED["pocket-hard"] / "held_out.parquet")
     assert evaluation_source(TrainConfig(data="pocket-hard@training")) == str(BUNDLED["pocket-hard"] / "held_out.parquet")
     with pytest.raises(UserError, match="is in both training and evaluation data"):
         load_data(TrainConfig(data="pocket-hard", eval_data="pocket-hard@training"))
