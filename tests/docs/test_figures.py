@@ -93,7 +93,7 @@ def test_the_start_of_pocket_hard():
         assert 5 <= start["speech_greedy"] <= 30
         assert start["groups_all_wrong"] >= 60
         assert start["all_wrong_groups_that_differ_in_right_steps"] >= 60
-    assert abs(columns[0]["speech_greedy"] - columns[1]["speech_greedy"]) <= 3, "validation and held-out voices are equally hard"
+    assert abs(columns[0]["speech_greedy"] - columns[1]["speech_greedy"]) <= 3, "voices equally hard"
 
 
 def test_the_training_step():
