@@ -341,6 +341,8 @@ def walk_step(folder: Path, *, num_layers: int | None, audio_seconds: float) -> 
     bench.config = dataclasses.replace(bench.config, max_logprob_diff=1e9)
     rewards_N, advantages_N = bench.step("ours", workload.group_size)
     assert len(rewards_N) == len(advantages_N) == workload.num_questions * workload.group_size
+    bench.config = dataclasses.replace(bench.config, objective="tars+opd", text_anchor="kl")
+    bench.step("ours", workload.group_size)
     assert all(parameter.grad is not None for parameter in model.trainable_parameters())
     return {
         "parameters": sum(parameter.numel() for parameter in module.parameters()),

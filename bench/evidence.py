@@ -24,7 +24,7 @@ import tars_fast  # noqa: F401  (before torch: threads.py)
 from tars_fast.ablate import AblateConfig, ablate
 
 RESULTS = Path(__file__).parent / "results"
-RATES = ("1e-4", "2e-4", "4e-4")
+RATES = ("1e-4", "2e-4", "4e-4", "8e-4")
 ARMS = {
     "grpo": "objective=grpo",
     "rep": "behaviour_weight=0",

@@ -64,6 +64,7 @@ class FakeGpu(FakeTensorMode):
 
     def _note_read(self) -> None:
         stack = traceback.extract_stack(sys._getframe(2))
+        stack = [frame for frame in stack if frame.filename != __file__]
         ours = [frame for frame in stack if Path(frame.filename).is_relative_to(_ROOT)] or stack
         self.host_reads.append(f"{os.path.relpath(ours[-1].filename, _ROOT)}:{ours[-1].name}")
 
@@ -109,6 +110,8 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeGpu]:
         (torch.Tensor, "_make_subclass", staticmethod(meta_to_cpp)),
         (FakeTensor, "is_cuda", property(lambda tensor: tensor.fake_device.type == "cuda")),
         (FakeTensor, "data_ptr", _address),
+        # As on a GPU, one copy: of fake tensors PyTorch asks for one number after the other.
+        (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),
         (torch, "tensor", unpinned),
         (nn.Module, "_apply", _apply),
         (torch.Tensor, "pin_memory", lambda tensor: tensor),

@@ -1,13 +1,15 @@
 """Accuracy over a budget of spoken items, chosen for the model and uniformly: `python bench/selection.py --output FILE`.
 
-The written corpus is the bundled training questions without their recordings. For each seed and budget `prepare --budget`
-speaks a part of it, once with `--select-for` and once without; the embedded model is trained on each for the same steps and
-evaluated on the bundled held-out items. Runs that are there already in --folder are not repeated.
+The written corpus is the bundled training questions, and the synthesiser of `prepare` hands out their recordings, so that
+voices are those of the held-out items. For each seed and budget `prepare --budget` takes a part of it, once with `--select-for`
+and once without; the embedded model is trained on each for the same steps and evaluated on the bundled held-out items. Runs
+that are there already in --folder are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import statistics
@@ -15,8 +17,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.data.items import TRAINING_DATA, read_items
 from tars_fast.support.provenance import provenance
+from tars_fast.types import Recording
 
 CHOICES = {"uniform": (), "selected": ("--select-for", "pocket")}
 FIGURES = ("speech_accuracy", "speech_accuracy_sampled", "text_accuracy")
@@ -24,7 +30,19 @@ _FIELDS = ("id", "question", "options", "answer_set", "answer", "category")
 
 
 def run(command: str, *flags: object) -> None:
-    subprocess.run([sys.executable, "-m", f"tars_fast.{command}", *map(str, flags)], check=True)
+    # From here, so that `prepare` finds this file's synthesiser.
+    subprocess.run([sys.executable, "-m", f"tars_fast.{command}", *map(str, flags)], check=True, cwd=Path(__file__).parent)
+
+
+@functools.cache
+def recordings() -> dict[str, Recording]:
+    """The bundled recording of each training question, by its text."""
+    return {item.question.text: item.audio for item in read_items(TRAINING_DATA)}
+
+
+def bundled(text: str, voice: str, seed: int) -> tuple[np.ndarray, int]:
+    """A synthesiser for `prepare`: the bundled recording of a question."""
+    return decode(recordings()[text]), SAMPLE_RATE
 
 
 def write_corpus(path: Path) -> None:
@@ -41,6 +59,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--train", default="", help="further flags of tars_fast.train, in one string")
     arguments = parser.parse_args()
+    arguments.folder = arguments.folder.resolve()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     corpus = arguments.folder / "corpus.jsonl"
     write_corpus(corpus)
@@ -51,7 +70,22 @@ def main() -> None:
                 folder = arguments.folder / f"{choice}-{budget}-{seed}"
                 spoken = folder / "spoken"
                 if not (folder / "run" / "evaluation.json").is_file():
-                    run("prepare", "--data", corpus, "--output-dir", spoken, "--budget", budget, "--seed", seed, *flags)
+                    run(
+                        "prepare",
+                        "--data",
+                        corpus,
+                        "--output-dir",
+                        spoken,
+                        "--budget",
+                        budget,
+                        "--seed",
+                        seed,
+                        "--jobs",
+                        1,
+                        "--synthesiser",
+                        "selection:bundled",
+                        *flags,
+                    )
                     trained = ("--data", spoken, "--eval-data", "pocket", "--output-dir", folder / "run", "--seed", seed)
                     run("train", *trained, *shlex.split(arguments.train))
                 evaluation = json.loads((folder / "run" / "evaluation.json").read_text(encoding="utf-8"))

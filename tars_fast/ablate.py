@@ -472,9 +472,10 @@ def plan_job(config: AblateConfig) -> Job:
     baseline = choose_baseline(config, arms)
     shared = parse_settings("--setting", config.setting, _OF_THE_COMMAND)
     runs = plan_runs(config, arms, shared)
-    training = parse_training("--setting", runs[0].command[3:])
-    num_steps = training.as_preset(find_preset(config.model)).num_steps
-    _, held_out, _ = load_data(training)
+    settings = [parse_training("--setting", run.command[3:]) for run in runs[: len(arms)]]
+    num_steps = settings[0].as_preset(find_preset(config.model)).num_steps
+    # All arms train on the same items: what the one that needs most of them takes is good for the others.
+    _, held_out, _ = load_data(max(settings, key=lambda training: (training.needs_answers, training.parts.uses_agreement)))
     return Job(config, arms, shared, baseline, runs, num_steps, held_out)
 
 

@@ -144,6 +144,10 @@ def test_correlation_over_models_is_with_the_gap():
     assert low < 0 < high
 
 
-def test_no_correlation_where_the_gap_is_the_same():
+def test_no_correlation_where_the_gap_or_a_figure_is_the_same():
+    """Three times 0.1 has a mean that is not 0.1, by rounding, which must not be correlated."""
     made = over_models(dict(zip("abc", models_rows(np.full((3, 1021), 0.1)), strict=True)))
     assert np.isnan(made["correlation"]["own_pooled"]["mean"])
+    varied = models_rows(np.random.default_rng(0).uniform(0.1, 0.6, (3, 1021)))
+    made = over_models(dict(zip("abc", varied, strict=True)))
+    assert np.isnan(made["correlation"]["same_path"]["layers"]).all()

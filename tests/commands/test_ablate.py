@@ -201,6 +201,15 @@ def test_wrong_use_is_refused_before_anything_runs(changes, message, small, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_answers_that_one_arm_needs_are_missed_before_any_trains(small, tmp_path):
+    item = json.dumps({"audio": "x.wav", "text": "Good morning."})
+    (tmp_path / "plain.jsonl").write_text(item + "\n")
+    config = config_of(tmp_path / "out", small, data=str(tmp_path / "plain.jsonl"), arms="opd,grpo", baseline="opd")
+    with pytest.raises(UserError, match=r"line 1: 'question', 'answer' missing .*; --objective opd needs no answers"):
+        command(config)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory, small) -> Path:
     """Two arms that train, and one that cannot; `failed` beside it holds what was written and said of that one.

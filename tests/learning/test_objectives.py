@@ -11,7 +11,9 @@ from steps import gradients, rollout_of, update
 from tars_kernels import LayerPooler
 from tars_kernels.reference import linear_distillation_loss
 
+from tars_fast import train as train_command
 from tars_fast.config import TrainConfig, parse_objective
+from tars_fast.learning import run
 from tars_fast.learning.advantages import scaled_in_groups
 from tars_fast.learning.metrics import check_progress, completion_columns, completion_metrics
 from tars_fast.learning.objectives.distillation import CORD_WEIGHTS
@@ -20,6 +22,8 @@ from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.rewards.agreement import agreement_rewards
 from tars_fast.learning.rewards.total import COMPLETION_REWARDS, CompletionReward, completion_rewards
 from tars_fast.learning.update import Learner
+from tars_fast.models.memory import describe, plan_memory
+from tars_fast.models.registry import PRESETS, architecture_of
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.train import update_policy
 from tars_fast.types import Completion, Modality, Question, TrainingError, UserError
@@ -447,3 +451,36 @@ def test_rewards_are_not_asked_about_questions_without_an_answer(questions, monk
     rewards = completion_rewards(completions, both)
     assert asked == both[:1]
     assert rewards["own"].isnan().tolist() == rewards["accuracy"].isnan().tolist() == [False, True]
+
+
+def test_the_plan_counts_copies_of_weights():
+    architecture = PRESETS["qwen2-audio-7b"].architecture
+
+    def planned(**settings) -> tuple[int, int]:
+        config = TrainConfig(model="qwen2-audio-7b", **settings)
+        workload = config.workload(config.as_preset(PRESETS["qwen2-audio-7b"]), architecture, "transformers", 2)
+        return workload.resident["reference weights"], workload.num_trained
+
+    for settings, bytes_each in (
+        ({"lora_rank": 0}, 0),
+        ({"lora_rank": 0, "objective": "opd"}, 2),
+        ({"lora_rank": 0, "objective": "opd", "teacher": "moving"}, 0),
+        ({"lora_rank": 0, "objective": "opd", "teacher": "moving", "text_anchor": "kl"}, 2),
+        ({"lora_rank": 0, "objective": "opd", "teacher": "ema", "text_anchor": "kl"}, 6),
+        ({"objective": "opd"}, 0),
+        ({"objective": "opd", "teacher": "ema"}, 4),
+    ):
+        found, num_trained = planned(**settings)
+        assert found == bytes_each * num_trained, settings
+    pocket = PRESETS["pocket"]
+    workload = TrainConfig(objective="opd").workload(pocket, architecture_of(pocket), "transformers", 4)
+    assert "reference weights" in describe(plan_memory(workload, 10**9))
+
+
+def test_a_teacher_without_room_is_refused_with_a_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "available_bytes", lambda _device: 10**8)
+    config = TrainConfig(objective="opd", output_dir=tmp_path / "run", eval_items=2)
+    with pytest.raises(
+        UserError, match=r"--teacher frozen: .+ for another copy of what is trained do not fit beside the rest"
+    ):
+        train_command.command(config)

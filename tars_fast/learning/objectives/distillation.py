@@ -121,8 +121,10 @@ class Distillation:
         hidden_TD = states.hidden_TD
         if taught != set(states.rows):
             lengths = zip(states.rows, states.packed.completion_lengths, strict=True)
-            kept = torch.tensor([row in taught for row, length in lengths for _ in range(length)])
-            hidden_TD = hidden_TD[kept.to(hidden_TD.device)]
+            kept = [row in taught for row, length in lengths for _ in range(length)]
+            # By number: where a mask on the device is true, the host would have to ask it.
+            places = torch.tensor([place for place, is_kept in enumerate(kept) if is_kept])
+            hidden_TD = hidden_TD[places.to(hidden_TD.device)]
         settings: DistillationSettings = {"divergence": self.config.distil_divergence, "beta": self.config.distil_beta}
         if self.config.parts.weighs_tokens:
             settings |= CORD_WEIGHTS | {"cu_seqlens": lesson.packed.cu_seqlens}
