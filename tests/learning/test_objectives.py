@@ -480,7 +480,5 @@ def test_the_plan_counts_copies_of_weights():
 def test_a_teacher_without_room_is_refused_with_a_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "available_bytes", lambda _device: 10**8)
     config = TrainConfig(objective="opd", output_dir=tmp_path / "run", eval_items=2)
-    with pytest.raises(
-        UserError, match=r"--teacher frozen: .+ for another copy of what is trained do not fit beside the rest"
-    ):
+    with pytest.raises(UserError, match=r"--teacher frozen: .+ for another copy of what is trained do not fit beside the rest"):
         train_command.command(config)
