@@ -10,6 +10,7 @@ One step of `run_steps`:
 4. Forward pass (`learning/update.py`): one packed pass over every token. The last hidden states give the log-probabilities;
    those of all layers, pooled while the layers run, give R_rep. So rewards and advantages are complete after this pass only.
 5. Update: clipped asymmetric policy loss (DAPO), normalised by the unmasked tokens of the whole batch; backward pass; AdamW.
+   Other objectives have other terms (`learning/objectives/`).
 
 Left out on purpose: a second model as the reference of KL (`--kl-coef` takes this one with its adapter off), a value model,
 division by the rewards' standard deviation, a separate forward pass for the old log-probabilities (the first update's own pass
