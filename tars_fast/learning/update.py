@@ -129,12 +129,6 @@ class Learner:
         return {"written_kl": divergence}
 
     @property
-    def has_policy_loss(self) -> bool:
-        """Whether tokens have advantages, of rewards or of a teacher's feedback."""
-        config = self.config
-        return config.samples_text or (self.distillation is not None and config.distil_as != "loss")
-
-    @property
     def has_divergence_loss(self) -> bool:
         """Whether a teacher's distributions are compared whole."""
         return self.distillation is not None and self.config.distil_as == "loss"
@@ -148,9 +142,10 @@ class Learner:
             step: steps that were completed before.
         """
         config = self.config
-        distilled = [] if rollout is None else [self.distillation is not None] * len(rollout.completions)
+        distilled: list[bool] = []
         own = (0, 0, 0)
         if rollout is not None:
+            distilled = [False] * len(rollout.completions)
             if self.distillation is not None:
                 distilled = distilled_rows(rollout, truncated=config.distil_truncated)
             chosen = zip(rollout.completions, distilled, strict=True)
@@ -251,7 +246,7 @@ class Learner:
             trained = None
         if scored.is_first_update:
             for states in batch.passes:
-                if states is not trained or not self.has_policy_loss:
+                if states is not trained or not self.config.has_policy_loss:
                     self._record_logprobs(scored, states)
         return [] if trained is None else [self._backward(scored, trained, lesson)]
 
@@ -265,7 +260,7 @@ class Learner:
         policy: PolicyLoss | None = None
         terms: list[Tensor] = []
         with self.timer.phase("forward"):
-            if self.has_policy_loss:
+            if self.config.has_policy_loss:
                 advantages_T = None
                 if self.distillation is not None and not self.has_divergence_loss:
                     advantages_T = self.distillation.advantages(scored, states, lesson)

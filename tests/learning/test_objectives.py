@@ -292,7 +292,7 @@ def test_the_watch_sees_written_answers_move(model, questions, opd):
         learner.look(5)
     learner.config = opd
     assert learner.look(5) == {"written_kl": moved}
-    assert dataclasses.replace(opd, objective="grpo").steps_between_looks == 0
+    assert dataclasses.replace(opd, objective="grpo", teacher="frozen").steps_between_looks == 0
 
 
 def test_scaled_rewards():
@@ -383,12 +383,27 @@ def test_objectives_add_up():
         ),
         ({"objective": "opd", "teacher_decay": 1.0}, r"--teacher-decay 1.0: must lie between 0 and 1"),
         ({"objective": "opd", "distil_beta": 0.0}, r"--distil-beta 0.0: must lie between 0 and 1"),
-        ({"objective": "opd", "kl_coef": 0.1}, "--kl-coef: --objective opd has no policy gradient"),
-        ({"objective": "opd", "entropy_coef": 0.1}, "--entropy-coef: --objective opd has no policy gradient"),
+        ({"objective": "cord", "distil_as": "sequence"}, "--distil-as sequence: --objective cord weighs tokens"),
+        ({"teacher": "moving"}, "--teacher moving: has no effect without opd or cord in --objective; leave it out"),
+        ({"objective": "grpo", "max_written_kl": 0.5}, "--max-written-kl 0.5: has no effect without opd or cord"),
+        ({"objective": "opd", "teacher_decay": 0.9}, "--teacher-decay 0.9: has no effect without --teacher ema"),
         (
-            {"objective": "opd", "distil_truncated": True, "distil_as": "advantage"},
-            "--distil-truncated: with --distil-as advantage",
+            {"objective": "opd", "distil_as": "advantage", "distil_divergence": "jsd"},
+            "--distil-divergence jsd: has no effect without --distil-as loss",
         ),
+        (
+            {"objective": "opd", "distil_as": "advantage", "distil_truncated": True},
+            "--distil-truncated True: has no effect without --distil-as loss",
+        ),
+        ({"objective": "opd", "distil_beta": 0.3}, "--distil-beta 0.3: has no effect without --distil-divergence jsd"),
+        ({"objective": "opd", "text_anchor_weight": 2.0}, "--text-anchor-weight 2.0: has no effect without --text-anchor kl"),
+        ({"objective": "grpo", "behaviour_weight": 2.0}, "--behaviour-weight 2.0: has no effect without tars"),
+        ({"objective": "opd", "representation_centre": True}, "--representation-centre True: has no effect without written"),
+        ({"objective": "opd", "reward_scaling": "rank"}, "--reward-scaling rank: has no effect without a reward"),
+        ({"objective": "opd", "loss_type": "gspo"}, "--loss-type gspo: has no effect without a policy loss"),
+        ({"objective": "opd", "kl_coef": 0.1}, "--kl-coef 0.1: has no effect without a policy loss"),
+        ({"objective": "opd", "entropy_coef": 0.1}, "--entropy-coef 0.1: has no effect without a policy loss"),
+        ({"select_floor": 0.5}, "--select-floor 0.5: has no effect without --select gap, disagreement or kl"),
         ({"objective": "opd", "distil_weight": float("nan")}, "--distil-weight nan"),
     ],
 )
