@@ -145,6 +145,24 @@ def test_weights_are_back_after_a_teacher_that_failed(model, config):
     assert [parameter.data_ptr() for parameter in model.trainable_parameters()] == pointers
 
 
+@pytest.mark.parametrize("teacher", ["frozen", "ema"])
+def test_a_tower_in_training_is_never_exchanged(make_model, config, teacher):
+    """The sampler may encode recordings of the next batch while the teacher reads."""
+    model = make_model(freeze_audio=False)
+    references = References(model, dataclasses.replace(config, objective="opd", teacher=teacher, freeze_audio=False))
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter += 1
+    tower = [parameter for part in model.audio_parts for parameter in part.parameters() if parameter.requires_grad]
+    assert tower
+    before = [parameter.clone() for parameter in tower]
+    layer = model.language_model.layers[0].mlp.up_proj.weight
+    own = layer.detach().clone()
+    with references.using(teacher):
+        assert all(map(torch.equal, tower, before))
+        assert not torch.equal(layer, own)
+
+
 @pytest.mark.parametrize("settings", [{"distil_divergence": "forward_kl"}, {"distil_divergence": "jsd", "distil_beta": 0.3}])
 def test_other_divergences(model, questions, opd, settings):
     rollout = rollout_of(model, questions[:2], opd)
