@@ -312,8 +312,8 @@ class TrainConfig:
         parts = self.parts
         has_whole_divergence = parts.distils and self.distil_as == "loss"
         distilling = ("teacher", "distil_weight", "distil_schedule", "distil_as", "watch_every", "max_written_kl")
-        policy = ("loss_type", "clip_low", "clip_high", "importance_cap", "importance_mode", "importance_level")
-        policy += ("kl_coef", "entropy_coef")
+        clipped = ("loss_type", "clip_low", "clip_high", "importance_cap", "importance_mode", "importance_level")
+        policy = (*clipped, "kl_coef", "entropy_coef")
         return [
             (distilling, parts.distils, "opd or cord in --objective"),
             (("teacher_decay",), self.keeps_average, "--teacher ema"),

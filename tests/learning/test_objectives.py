@@ -320,6 +320,11 @@ def test_scaled_rewards():
     torch.testing.assert_close(scaled, torch.tensor([-(2**0.5), 0, 0, 2**0.5, 0, 0, 0]))
     assert scaled_in_groups(values, groups, "rank").tolist() == [0, 0.5, 0.5, 1, 0, 0, 0]
     assert scaled_in_groups(values, groups, "none") is values
+    # As R_rep of one completion that was sampled three times differs, and of one that is another.
+    values = torch.tensor([0.9311683, 0.9311684, 0.9311683, 0.9311684, 0.5, 0.5000001, 0.7])
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    assert scaled_in_groups(values, groups, "rank").tolist() == [0, 0, 0, 0, 0.25, 0.25, 1]
+    assert not scaled_in_groups(values, groups, "z-score")[:4].any()
 
 
 def test_scaled_terms_count_by_their_weights(model, questions, config):
