@@ -15,7 +15,7 @@ from tars_fast import train as train_command
 from tars_fast.config import TrainConfig, parse_objective
 from tars_fast.learning import run
 from tars_fast.learning.advantages import scaled_in_groups
-from tars_fast.learning.metrics import check_progress, completion_columns, completion_metrics
+from tars_fast.learning.metrics import MAX_EMPTY_STEPS, check_progress, check_written, completion_columns, completion_metrics
 from tars_fast.learning.objectives.distillation import CORD_WEIGHTS
 from tars_fast.learning.objectives.references import References
 from tars_fast.learning.objectives.watch import WrittenWatch
@@ -245,8 +245,13 @@ def test_completions_cut_off_are_distilled_where_asked(model, questions, opd):
     assert not gradients(model).any()
     scored, metrics = update(model, rollout, dataclasses.replace(opd, distil_truncated=True))
     assert metrics["loss"] > 0
+    assert not metrics.keys() & {"clip/low", "clip/high"}
     assert gradients(model).any()
     assert scored.trained_N.all()
+    step = {"step": 1} | metrics | completion_metrics([completion_columns(scored)])
+    assert step["truncated/speech"] == 1
+    # They are no reason to stop.
+    check_progress([step] * MAX_EMPTY_STEPS, pytest.fail)
 
 
 def test_the_anchor_holds_written_answers_alone(model, questions, opd):
@@ -303,13 +308,15 @@ def test_the_watch_sees_written_answers_move(model, questions, opd):
     moved = watch.divergence(model, 1.0)
     assert moved > 1e-4
     assert restored.divergence(model, 1.0) == moved
-    learner = Learner(model, torch.optim.SGD(model.trainable_parameters()), dataclasses.replace(opd, max_written_kl=moved / 2))
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters()), opd)
     learner.watch = watch
     assert learner.look(4) == {}
-    with pytest.raises(TrainingError, match=r"step 5: written answers have moved by .* more than --max-written-kl"):
-        learner.look(5)
-    learner.config = opd
     assert learner.look(5) == {"written_kl": moved}
+    check_written({"step": 5, "written_kl": moved}, opd)
+    check_written({"step": 4}, opd)
+    for found in (moved, math.nan):
+        with pytest.raises(TrainingError, match=r"step 5: written answers have moved by .* more than --max-written-kl"):
+            check_written({"step": 5, "written_kl": found}, dataclasses.replace(opd, max_written_kl=moved / 2))
     assert dataclasses.replace(opd, objective="grpo", teacher="frozen").steps_between_looks == 0
 
 
