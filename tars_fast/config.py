@@ -435,12 +435,17 @@ class TrainConfig:
             given_micro_batch=self.tokens_per_micro_batch,
             rollout_ahead=bool(self.rollout_ahead),
             gradient_checkpointing=preset.gradient_checkpointing,
-            # An average is in float32; with LoRA the model before training takes no copy.
-            reference_bytes=dtype_bytes * (self.needs_start and not preset.lora_rank) + 4 * self.keeps_average,
+            reference_bytes=self._reference_bytes(preset, dtype_bytes),
             embedder_bytes=0 if preset.behaviour_model == "hashed-ngrams" else _EMBEDDER_BYTES,
             on_gpu=on_gpu,
             given_kv_cache=None if self.kv_cache_gb is None else int(self.kv_cache_gb * GB),
         )
+
+    def _reference_bytes(self, preset: Preset, dtype_bytes: int) -> int:
+        """Of each trained weight; with LoRA, whose own are in float32, the model before training takes no copy."""
+        # An average is in float32, and computes rounded to the weights' dtype.
+        rounded = dtype_bytes if dtype_bytes < 4 and not preset.lora_rank else 0
+        return dtype_bytes * (self.needs_start and not preset.lora_rank) + (4 + rounded) * self.keeps_average
 
     def to_json(self) -> dict[str, object]:
         values = dataclasses.asdict(self)

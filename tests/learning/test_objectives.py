@@ -22,6 +22,7 @@ from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.rewards.agreement import agreement_rewards
 from tars_fast.learning.rewards.total import COMPLETION_REWARDS, CompletionReward, completion_rewards
 from tars_fast.learning.update import Learner
+from tars_fast.models.checkpoint import checkpoint_bytes, save_checkpoint
 from tars_fast.models.memory import describe, plan_memory
 from tars_fast.models.registry import PRESETS, architecture_of
 from tars_fast.rollout.transformers_engine import TransformersEngine
@@ -511,7 +512,7 @@ def test_the_plan_counts_copies_of_weights():
         ({"lora_rank": 0, "objective": "opd"}, 2),
         ({"lora_rank": 0, "objective": "opd", "teacher": "moving"}, 0),
         ({"lora_rank": 0, "objective": "opd", "teacher": "moving", "text_anchor": "kl"}, 2),
-        ({"lora_rank": 0, "objective": "opd", "teacher": "ema", "text_anchor": "kl"}, 6),
+        ({"lora_rank": 0, "objective": "opd", "teacher": "ema", "text_anchor": "kl"}, 8),
         ({"objective": "opd"}, 0),
         ({"objective": "opd", "teacher": "ema"}, 4),
     ):
@@ -522,8 +523,26 @@ def test_the_plan_counts_copies_of_weights():
     assert "reference weights" in describe(plan_memory(workload, 10**9))
 
 
-def test_a_teacher_without_room_is_refused_with_a_remedy(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({}, "--teacher frozen"), ({"teacher": "moving", "text_anchor": "kl"}, "--text-anchor kl")],
+    ids=["frozen", "anchor"],
+)
+def test_a_teacher_without_room_is_refused_with_a_remedy(monkeypatch, tmp_path, settings, named):
     monkeypatch.setattr(run, "available_bytes", lambda _device: 10**8)
-    config = TrainConfig(objective="opd", output_dir=tmp_path / "run", eval_items=2)
-    with pytest.raises(UserError, match=r"--teacher frozen: .+ for another copy of what is trained do not fit beside the rest"):
+    config = TrainConfig(objective="opd", output_dir=tmp_path / "run", eval_items=2, **settings)
+    with pytest.raises(UserError, match=rf"{named}: .+ for another copy of what is trained do not fit beside the rest"):
         train_command.command(config)
+
+
+def test_a_checkpoint_is_as_large_as_planned_with_an_average_too(model, config, tmp_path):
+    references = References(model, dataclasses.replace(config, objective="opd", teacher="ema"))
+    planned = checkpoint_bytes(model, references.state())
+    assert planned == checkpoint_bytes(model) + 4 * sum(parameter.numel() for parameter in model.trainable_parameters())
+    optimizer = torch.optim.AdamW(model.trainable_parameters())
+    for parameter in model.trainable_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    folder = save_checkpoint(tmp_path, 1, model, optimizer, extra=references.state())
+    written = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".pt", ".safetensors"))
+    assert written == pytest.approx(planned, rel=0.02)
