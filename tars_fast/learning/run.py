@@ -184,11 +184,14 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     # Not from the checkpoint it resumes from, which later ones outlive: processor and configuration are read at each save.
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
-    if config.rollout_ahead and engine_name == "transformers" and (config.kl_coef or config.exchanges_weights):
-        flag = f"--kl-coef {config.kl_coef}" if config.kl_coef else f"--objective {config.objective}"
+    # Before it samples, vLLM compares where its weights are with the trainer's; an adapter's lie in buffers of its own.
+    is_exchanged = config.exchanges_weights and (engine_name == "transformers" or preset.lora_rank == 0)
+    if config.rollout_ahead and (is_exchanged or (config.kl_coef and engine_name == "transformers")):
+        flag = f"--objective {config.objective}" if is_exchanged else f"--kl-coef {config.kl_coef}"
+        remedy = "--engine vllm or --rollout-ahead 0" if preset.lora_rank else "--rollout-ahead 0"
         raise UserError(
-            f"{flag}: with --rollout-ahead 1 this engine would sample while the module computes with other weights; use "
-            "--engine vllm or --rollout-ahead 0"
+            f"{flag}: with --rollout-ahead 1 this engine would sample while the module computes with other weights; "
+            f"use {remedy}"
         )
     data = keep_usable(config, prompts, RunData(training, held_out, notes, 0), workers)
     workload = config.workload(

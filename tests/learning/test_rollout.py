@@ -313,6 +313,24 @@ def test_sampling_ahead_where_memory_does_not_allow(settings, monkeypatch):
         command(settings)
 
 
+@pytest.mark.parametrize(
+    ("engine", "changes", "message"),
+    [
+        ("vllm", {"objective": "opd"}, "--objective opd: .* use --rollout-ahead 0$"),
+        ("vllm", {"objective": "opd", "teacher": "ema"}, "--objective opd: .* use --rollout-ahead 0$"),
+        ("transformers", {"objective": "opd", "lora_rank": 4}, "--objective opd: .* use --engine vllm or --rollout-ahead 0"),
+        ("vllm", {"objective": "opd", "lora_rank": 4}, None),
+        ("vllm", {"objective": "opd", "teacher": "moving"}, None),
+    ],
+)
+def test_sampling_ahead_of_weights_that_a_teacher_takes_the_place_of(settings, monkeypatch, engine, changes, message):
+    monkeypatch.setattr(run, "choose_engine", lambda *_: engine)
+    # What comes next.
+    monkeypatch.setattr(run, "keep_usable", lambda *_: (_ for _ in ()).throw(UserError("accepted")))
+    with pytest.raises(UserError, match=message or "^accepted$"):
+        command(dataclasses.replace(settings, **changes))
+
+
 def test_a_run_with_several_updates_a_rollout(settings, tmp_path, monkeypatch):
     """As many optimiser steps a rollout as asked for, and as many of staleness ahead."""
     stepped = []
