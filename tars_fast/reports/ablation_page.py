@@ -38,7 +38,7 @@ def figure_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def difference_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row for each arm minus the baseline, with p-values of greedy accuracies."""
+    """A row for each arm minus the baseline, with p-values of the accuracies that arms are tested on."""
     names = [name for name in FIGURES if name in report[START]]
     header = [f"minus {report['baseline']}", "seeds"]
     for name in names:
@@ -52,6 +52,17 @@ def difference_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
                 row.append(shown(change.get(f"{name}_p_holm"), None, ".2g"))
         rows.append(row)
     return Table(header, rows)
+
+
+def seed_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each run, with the figures that arms are tested on."""
+    names = [name for name in _TESTED if name in report[START]]
+    rows = [
+        [arm, str(seed), *(shown(figures[f"{name}_by_seed"][place], None, ".1f", scale=100) for name in names)]
+        for arm, figures in report["arms"].items()
+        for place, seed in enumerate(figures["seeds"])
+    ]
+    return Table(["arm", "seed", *(FIGURES[name].title for name in names)], rows)
 
 
 def headline_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -138,7 +149,6 @@ def write_ablation_page(
         training.append(curves_picture(lines, "step", label, alt, ends_table(lines), order))
     alt = f"Cosine of completion states, speech to text: {', '.join(states)}"
     drift = curves_picture(states, "layer", "cosine", alt, order=order)
-    by_seed = Table(("arm", "seed", *(FIGURES[name].title for name in _TESTED)), _rows_by_seed(report))
     differences = difference_table(report)
     sections = [
         Section("Arms", describe(report), [headline_table(report)]),
@@ -148,7 +158,7 @@ def write_ablation_page(
         Section("Training", [f"Means over {SMOOTHED} steps and over seeds, with 95 % intervals over seeds."], (), training),
         Section("All figures", tables=[figure_table(report)]),
         *([Section(f"Minus {report['baseline']}", tables=[differences])] if differences.rows else []),
-        Section("Every run", ["After training."], [by_seed]),
+        Section("Every run", ["After training."], [seed_table(report)]),
         settings_section(report["settings"]),
     ]
     # Of other seeds there would be as many completions again, and little new in them.
@@ -156,11 +166,3 @@ def write_ablation_page(
     sample = sample_items(evaluations, {arms.items[0][0]: held_out})
     note = f"Each arm after the first of its seeds; tags and filters are of {arms.names[-1]}, the last one, since the start."
     write_page(output_dir / REPORT, title, sections, replace(sample, notes=[*sample.notes, note]))
-
-
-def _rows_by_seed(report: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    return [
-        (arm, str(seed), *(shown(figures[f"{name}_by_seed"][place], None, ".1f", scale=100) for name in _TESTED))
-        for arm, figures in report["arms"].items()
-        for place, seed in enumerate(figures["seeds"])
-    ]

@@ -42,7 +42,7 @@ from tars_fast.evaluation.figures import text_reference
 from tars_fast.evaluation.results import Answered, Evaluated, ItemResult
 from tars_fast.evaluation.scorers import Reading
 from tars_fast.models.architecture import find_layers
-from tars_fast.reports.ablation_page import describe, difference_table, figure_table, headline_table
+from tars_fast.reports.ablation_page import describe, difference_table, figure_table, headline_table, seed_table
 from tars_fast.support.cli import FAILED, INTERRUPTED
 from tars_fast.support.console import PlainConsole
 from tars_fast.train import train
@@ -601,6 +601,24 @@ def test_missing_runs_leave_what_can_be_compared():
     assert [row[0] for row in table.rows] == [START, "mine"]
     assert all(len(row) == len(table.header) for row in table.rows)
     assert not difference_table(without_baseline).rows
+
+
+def test_runs_without_sampled_completions_have_tables():
+    """As with --setting eval_samples=0."""
+
+    def greedy(result: ItemResult) -> ItemResult:
+        speech, text = (
+            dataclasses.replace(answer, sampled_accuracy=None) for answer in (result.evaluated.speech, result.evaluated.text)
+        )
+        return dataclasses.replace(result, evaluated=dataclasses.replace(result.evaluated, speech=speech, text=text))
+
+    runs = [finished_run(arm, 0, HALF, HALF) for arm in ("grpo", "tars")]
+    assert "sampled" in seed_table(Arms(runs, "grpo").report()).header[-1]
+    runs = [dataclasses.replace(run, before=list(map(greedy, run.before)), after=list(map(greedy, run.after))) for run in runs]
+    report = Arms(runs, "grpo").report()
+    for table in (seed_table(report), figure_table(report), difference_table(report)):
+        assert not any("sampled" in title for title in table.header)
+        assert all(len(row) == len(table.header) for row in table.rows)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tars_fast.rollout.engine import RolloutEngine, Sampling
 from tars_fast.types import Completion, Modality, Prompt, Question
 
 NUM_WATCHED = 16
-"""Written prompts looked at: some 500 tokens on the embedded model, a thousandth of a step's cost at 7B's."""
+"""Written prompts looked at, with one completion each."""
 _PASS = 4
 """Completions in one forward pass, so that memory does not grow with their number."""
 
