@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,9 @@ def main() -> None:
     rates_file = RESULTS / f"evidence_{task}_rates.json"
     if what == "arms":
         rates = json.loads(rates_file.read_text())["arms"]
+        missing = [name for name in arms if not rates.get(name, {}).get("chosen")]
+        if missing:
+            raise SystemExit(f"{rates_file} has no rate of {', '.join(missing)}: run rates, or name others by --arms")
         arms = {name: f"{own},learning_rate={rates[name]['chosen']}" for name, own in arms.items()}
         compare(task, what, arms, arguments, task)
         folder = arguments.output_dir / f"{task}-{what}"
@@ -136,7 +141,7 @@ def main() -> None:
         return
     ablation = compare(task, what, by_rate(arms), arguments, f"{task}@validation")
     result = {
-        "command": f"python bench/evidence.py {what} {task}",
+        "command": shlex.join(["python", *sys.argv]),
         "seeds": arguments.seeds,
         "num_steps": arguments.num_steps,
         "provenance": ablation["provenance"],

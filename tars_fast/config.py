@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tars_fast.models.architecture import Architecture, check_layers
 from tars_fast.models.memory import Workload, assumed_longest_prompt
-from tars_fast.support.cli import as_paths, check_choices, check_file_names, check_numbers
+from tars_fast.support.cli import as_paths, check_choices, check_file_names, check_numbers, flag_of
 from tars_fast.support.text import GB
 from tars_fast.types import LongAudio, UserError
 
@@ -297,14 +297,35 @@ class TrainConfig:
             raise UserError(
                 f"--text-anchor rollouts: --objective {self.objective} samples written completions already; leave it out"
             )
-        if self.distil_truncated and self.distil_as != "loss":
+        if objective.weighs_tokens and self.distil_as != "loss":
             raise UserError(
-                f"--distil-truncated: with --distil-as {self.distil_as} completions that were cut off are masked out of the "
-                "policy loss; leave it out"
+                f"--distil-as {self.distil_as}: --objective {self.objective} weighs tokens by the divergence of whole "
+                "distributions; take opd, or --distil-as loss"
             )
-        if not objective.has_policy_gradient and (self.kl_coef or self.entropy_coef):
-            flag = "--kl-coef" if self.kl_coef else "--entropy-coef"
-            raise UserError(f"{flag}: --objective {self.objective} has no policy gradient that it could be part of; add +grpo")
+        for names, takes_effect, needed in self._conditions():
+            for name in names:
+                if not takes_effect and getattr(self, name) != getattr(TrainConfig, name):
+                    raise UserError(f"{flag_of(name)} {getattr(self, name)}: has no effect without {needed}; leave it out")
+
+    def _conditions(self) -> list[tuple[tuple[str, ...], bool, str]]:
+        """(settings, whether they take effect, what they need)."""
+        parts = self.parts
+        has_whole_divergence = parts.distils and self.distil_as == "loss"
+        distilling = ("teacher", "distil_weight", "distil_schedule", "distil_as", "watch_every", "max_written_kl")
+        clipped = ("loss_type", "clip_low", "clip_high", "importance_cap", "importance_mode", "importance_level")
+        policy = (*clipped, "kl_coef", "entropy_coef")
+        return [
+            (distilling, parts.distils, "opd or cord in --objective"),
+            (("teacher_decay",), self.keeps_average, "--teacher ema"),
+            (("distil_divergence", "distil_truncated"), has_whole_divergence, "--distil-as loss of opd or cord"),
+            (("distil_beta",), has_whole_divergence and self.distil_divergence == "jsd", "--distil-divergence jsd"),
+            (("text_anchor_weight",), self.text_anchor == "kl", "--text-anchor kl"),
+            (("representation_weight", "behaviour_weight"), parts.uses_alignment, "tars in --objective"),
+            (("representation_layers", "representation_centre"), self.samples_text, "written completions, as of tars or grpo"),
+            (("reward_scaling",), self.samples_text, "a reward, as of tars, grpo or cord"),
+            (policy, self.has_policy_loss, "a policy loss, as of tars, grpo or --distil-as advantage"),
+            (("select_floor",), self.select != "all", "--select gap, disagreement or kl"),
+        ]
 
     @property
     def parts(self) -> Objective:
@@ -315,6 +336,11 @@ class TrainConfig:
     def samples_text(self) -> bool:
         """Whether half of the completions are sampled from written prompts."""
         return self.parts.has_policy_gradient or self.text_anchor == "rollouts"
+
+    @property
+    def has_policy_loss(self) -> bool:
+        """Whether tokens have advantages, of rewards or of a teacher's feedback."""
+        return self.samples_text or (self.parts.distils and self.distil_as != "loss")
 
     @property
     def needs_answers(self) -> bool:
@@ -409,12 +435,17 @@ class TrainConfig:
             given_micro_batch=self.tokens_per_micro_batch,
             rollout_ahead=bool(self.rollout_ahead),
             gradient_checkpointing=preset.gradient_checkpointing,
-            # An average is in float32; with LoRA the model before training takes no copy.
-            reference_bytes=dtype_bytes * (self.needs_start and not preset.lora_rank) + 4 * self.keeps_average,
+            reference_bytes=self._reference_bytes(preset, dtype_bytes),
             embedder_bytes=0 if preset.behaviour_model == "hashed-ngrams" else _EMBEDDER_BYTES,
             on_gpu=on_gpu,
             given_kv_cache=None if self.kv_cache_gb is None else int(self.kv_cache_gb * GB),
         )
+
+    def _reference_bytes(self, preset: Preset, dtype_bytes: int) -> int:
+        """Of each trained weight; with LoRA, whose own are in float32, the model before training takes no copy."""
+        # An average is in float32, and computes rounded to the weights' dtype.
+        rounded = dtype_bytes if dtype_bytes < 4 and not preset.lora_rank else 0
+        return dtype_bytes * (self.needs_start and not preset.lora_rank) + (4 + rounded) * self.keeps_average
 
     def to_json(self) -> dict[str, object]:
         values = dataclasses.asdict(self)

@@ -41,7 +41,14 @@ from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
 from tars_fast.evaluation.figures import change_since, report, text_reference
 from tars_fast.evaluation.results import PREDICTIONS, ItemResult, read_own
 from tars_fast.learning.loader import LoadedRollout, RolloutLoader
-from tars_fast.learning.metrics import LOOKED_BACK, BackwardPass, check_progress, completion_columns, completion_metrics
+from tars_fast.learning.metrics import (
+    LOOKED_BACK,
+    BackwardPass,
+    check_progress,
+    check_written,
+    completion_columns,
+    completion_metrics,
+)
 from tars_fast.learning.optimizer import learning_rate_at
 from tars_fast.learning.run import Interrupt, Run, evaluation_source, open_run, plan_run, profiled
 from tars_fast.learning.scored import ScoredRollout
@@ -132,6 +139,7 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
             metrics |= learner.look(step + 1)
             history.append(metrics)
             log.step(metrics)
+            check_written(metrics, config)
             check_progress(history, log.warn)
             step_done()
             stopping = any(workers.gather(interrupt.requested))

@@ -6,11 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+
+from tars_fast.learning.batch import Outcome
+from tars_fast.learning.selection import outcomes_of
+from tars_fast.types import Completion, Modality
 
 BENCH = Path(__file__).parents[1] / "bench"
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
@@ -119,3 +124,14 @@ def test_a_fake_gpu_is_a_gpu_to_python_and_the_host_has_its_data(dry_walk):
         assert [read.partition(":")[0] for read in gpu.host_reads] == 2 * ["tests/test_dry_walk.py"]
         assert torch.cuda.get_device_capability() == (8, 0)
     assert not hasattr(torch.Tensor.is_cuda, "fget")
+
+
+def test_what_a_rollout_showed_is_read_at_once(dry_walk):
+    completions = [Completion(number // 2, Modality.SPEECH, (5, 6), (0.0, 0.0), "", truncated=False) for number in range(8)]
+    rollout = SimpleNamespace(completions=completions, outcomes=[Outcome(str(number), 2, 4) for number in range(4)])
+    with dry_walk.fake_gpu((8, 0)) as gpu:
+        divergences = [torch.empty(0) if number == 6 else torch.full((2,), float(number), device="cuda") for number in range(8)]
+        outcomes = outcomes_of(SimpleNamespace(rollout=rollout, divergences=divergences))
+        assert len(gpu.host_reads) == 1
+    # What is read is made up.
+    assert all(outcome.divergence is not None for outcome in outcomes)

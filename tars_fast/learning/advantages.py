@@ -12,6 +12,9 @@ from torch import Tensor
 
 from tars_fast.types import Modality
 
+_ROUNDING = 1e-5
+"""Differences that are none where values are scaled: R_rep of the same completion, sampled twice, differs by some 1e-7."""
+
 
 def group_indices(questions: Sequence[int], modalities: Sequence[Modality]) -> Tensor:
     """[N] int64: completions of the same question and modality share a number, counted from 0 in order of appearance."""
@@ -40,7 +43,8 @@ def centred_advantages(rewards_N: Tensor, groups_N: Tensor) -> Tensor:
 def scaled_in_groups(values_N: Tensor, groups_N: Tensor, scaling: str) -> Tensor:
     """[N] values as they count within their group: how many deviations from its mean, or which rank from 0 to 1.
 
-    A group whose values agree gets zeros; equal values share a rank.
+    A group whose values agree gets zeros; equal values share a rank. Values that differ by rounding alone are equal here, or
+    a group of the same completions would learn from it.
 
     Args:
         scaling: z-score, rank, or none for the values themselves.
@@ -50,12 +54,14 @@ def scaled_in_groups(values_N: Tensor, groups_N: Tensor, scaling: str) -> Tensor
     centred = centred_advantages(values_N, groups_N).double()
     if scaling == "z-score":
         deviations = group_means(centred.square(), groups_N).sqrt()[groups_N]
-        return (centred / deviations.where(deviations > 0, 1.0)).to(values_N.dtype)
+        return (centred / deviations).where(deviations > _ROUNDING, 0.0).to(values_N.dtype)
     same = groups_N[:, None] == groups_N
-    below = ((values_N > values_N[:, None]).float() - (values_N < values_N[:, None]).float()) * same
+    more = values_N - values_N[:, None]
+    above = ((more > _ROUNDING).float() - (more < -_ROUNDING).float()) * same
     others = (same.sum(1) - 1).clamp(min=1)
     # From -others to others: how many have less, minus how many have more.
-    return ((others - below.sum(1)) / (2 * others)).where(disagreeing_groups(values_N, groups_N)[groups_N], 0.0)
+    ranks = (others - above.sum(1)) / (2 * others)
+    return ranks.where(group_means(above.abs().sum(1), groups_N)[groups_N] > 0, 0.0)
 
 
 def disagreeing_groups(values_N: Tensor, groups_N: Tensor) -> Tensor:

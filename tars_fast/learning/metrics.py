@@ -115,6 +115,18 @@ def check_agreement(metrics: Mapping[str, float], config: RunConfig, dtype: torc
         )
 
 
+def check_written(metrics: Mapping[str, float], config: RunConfig) -> None:
+    """Raises TrainingError where written answers have moved further than `--max-written-kl`."""
+    moved = metrics.get("written_kl", 0.0)
+    # By a comparison that stops for NaN.
+    if not moved <= config.max_written_kl:
+        raise TrainingError(
+            f"step {metrics['step']}: written answers have moved by {moved:.3g} nats a token from the model before training, "
+            f"more than --max-written-kl {config.max_written_kl}; use --teacher frozen, --text-anchor kl or a lower "
+            "--learning-rate"
+        )
+
+
 def completion_columns(scored: ScoredRollout) -> dict[str, Tensor]:
     """[N] by name: what `completion_metrics` needs of a rollout, small enough to be sent to every process."""
     rollout = scored.rollout
@@ -199,7 +211,9 @@ def check_progress(history: Sequence[Mapping[str, float]], warn: Callable[[str],
     """
 
     def is_empty(metrics: Mapping[str, float]) -> bool:
-        return all(metrics.get(f"truncated/{modality}", 1) == 1 for modality in Modality)
+        # Distillation may train on completions that were cut off.
+        names = [f"{name}/{modality}" for name in ("truncated", "without_backward") for modality in Modality]
+        return all(metrics.get(name, 1) == 1 for name in names)
 
     if is_empty(history[-1]):
         warn(f"step {history[-1]['step']}: every completion was cut off; raise --max-new-tokens")

@@ -203,8 +203,9 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     earlier = read_settings(output_dir) if config.resume else {}
     plan = plan_memory(workload, available_bytes(device))
     if workload.reference_bytes and not plan.fits:
+        setting = "--text-anchor kl" if config.teacher == "moving" else f"--teacher {config.teacher}"
         raise UserError(
-            f"--teacher {config.teacher}: {size(workload.resident['reference weights'])} for another copy of what is trained "
+            f"{setting}: {size(workload.resident['reference weights'])} for another copy of what is trained "
             f"do not fit beside the rest into {size(plan.device_bytes)}; {remedies(plan)[0]}"
         )
     tokens = choose_micro_batch(config, earlier, plan, workers)
@@ -234,7 +235,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
             prepare_output(run_config, settings)
             num_steps_left = run_config.num_steps - num_completed
             num_saves = math.ceil(num_steps_left / run_config.save_every)
-            check_room(output_dir, model, num_saves, run_config.keep_checkpoints)
+            check_room(output_dir, model, num_saves, run_config.keep_checkpoints, learner.extra())
         workers.gather(None)
         yield Run(run_config, data, learner, engine, text_similarity, selection, num_completed)
 

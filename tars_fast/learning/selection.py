@@ -106,7 +106,9 @@ def outcomes_of(scored: ScoredRollout) -> list[Outcome]:
     for completion, divergence_T in zip(rollout.completions, scored.divergences, strict=True):
         if len(divergence_T):
             divergences.setdefault(completion.question, []).append(divergence_T)
-    means = {question: torch.cat(parts).float().mean().item() for question, parts in divergences.items()}
+    means_N = [torch.cat(parts).float().mean() for parts in divergences.values()]
+    # One wait for the device instead of one a question.
+    means = dict(zip(divergences, torch.stack(means_N).tolist() if means_N else (), strict=True))
     return [replace(outcome, divergence=means.get(number)) for number, outcome in enumerate(rollout.outcomes)]
 
 

@@ -110,29 +110,12 @@ class Learner:
             self.watch = WrittenWatch.from_state(extra["watch"])
 
     def look(self, step: int) -> dict[str, float]:
-        """How far written answers have moved, where it is time to look; no figure where it is not.
-
-        Raises:
-            TrainingError: further than `--max-written-kl`.
-        """
+        """How far written answers have moved, where it is time to look; no figure where it is not."""
         config = self.config
         if self.watch is None or step % config.steps_between_looks:
             return {}
         # Of the first process, whose completions are those of the checkpoint.
-        divergence = self.workers.gather(self.watch.divergence(self.model, config.temperature))[0]
-        if not divergence <= config.max_written_kl:
-            raise TrainingError(
-                f"step {step}: written answers have moved by {divergence:.3g} nats a token from the model before training, "
-                f"more than --max-written-kl {config.max_written_kl}; use --teacher frozen, --text-anchor kl or a lower "
-                "--learning-rate"
-            )
-        return {"written_kl": divergence}
-
-    @property
-    def has_policy_loss(self) -> bool:
-        """Whether tokens have advantages, of rewards or of a teacher's feedback."""
-        config = self.config
-        return config.samples_text or (self.distillation is not None and config.distil_as != "loss")
+        return {"written_kl": self.workers.gather(self.watch.divergence(self.model, config.temperature))[0]}
 
     @property
     def has_divergence_loss(self) -> bool:
@@ -148,9 +131,10 @@ class Learner:
             step: steps that were completed before.
         """
         config = self.config
-        distilled = [] if rollout is None else [self.distillation is not None] * len(rollout.completions)
+        distilled: list[bool] = []
         own = (0, 0, 0)
         if rollout is not None:
+            distilled = [False] * len(rollout.completions)
             if self.distillation is not None:
                 distilled = distilled_rows(rollout, truncated=config.distil_truncated)
             chosen = zip(rollout.completions, distilled, strict=True)
@@ -251,7 +235,7 @@ class Learner:
             trained = None
         if scored.is_first_update:
             for states in batch.passes:
-                if states is not trained or not self.has_policy_loss:
+                if states is not trained or not self.config.has_policy_loss:
                     self._record_logprobs(scored, states)
         return [] if trained is None else [self._backward(scored, trained, lesson)]
 
@@ -265,7 +249,7 @@ class Learner:
         policy: PolicyLoss | None = None
         terms: list[Tensor] = []
         with self.timer.phase("forward"):
-            if self.has_policy_loss:
+            if self.config.has_policy_loss:
                 advantages_T = None
                 if self.distillation is not None and not self.has_divergence_loss:
                     advantages_T = self.distillation.advantages(scored, states, lesson)
@@ -332,6 +316,8 @@ class Learner:
         sums = self.workers.gather(None if scored is None else token_sums(losses, scored))
         metrics = token_metrics([part for part in sums if part is not None])
         unknown = {"kl"} if self.config.kl_coef == 0 else set()
+        if not self.config.has_policy_loss:
+            unknown |= {"clip/low", "clip/high"}
         if self.distillation is None:
             unknown.add("divergence/speech")
         if self.config.text_anchor != "kl":

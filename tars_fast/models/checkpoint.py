@@ -60,21 +60,30 @@ def _save_weights(module: PolicyModule, prompts: PromptFormat, folder: Path) -> 
         (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def checkpoint_bytes(model: SpeechModel) -> int:
-    """Size of a checkpoint: weights, or those of the adapter, and AdamW's two moments in float32. Small files are left out."""
+def checkpoint_bytes(model: SpeechModel, extra: Mapping[str, object] | None = None) -> int:
+    """Size of a checkpoint: weights, or those of the adapter, AdamW's two moments in float32, and lists of tensors in `extra`,
+    see `save_checkpoint`. Small files are left out."""
+    lists = [values for values in (extra or {}).values() if isinstance(values, list)]
     trainable = 8 * sum(parameter.numel() for parameter in model.trainable_parameters())
+    trainable += sum(value.nbytes for values in lists for value in values if isinstance(value, Tensor))
     tensors = {value.data_ptr(): value.nbytes for name, value in model.module.state_dict().items() if ".lora_" in name}
     if not has_adapter(model.module):
         tensors = {value.data_ptr(): value.nbytes for value in model.module.state_dict().values()}
     return trainable + sum(tensors.values())
 
 
-def check_room(output_dir: Path, model: SpeechModel, num_saves: int, num_kept: int) -> None:
-    """Raises CannotWriteError where a disk has no room for the checkpoints of a run that saves so many more of them."""
+def check_room(
+    output_dir: Path, model: SpeechModel, num_saves: int, num_kept: int, extra: Mapping[str, object] | None = None
+) -> None:
+    """Raises CannotWriteError where a disk has no room for the checkpoints of a run that saves so many more of them.
+
+    Args:
+        extra: what each of them will hold beside weights and optimiser.
+    """
     # The next one is written before the oldest is deleted.
     num_there = min(num_kept, len(list_checkpoints(output_dir)))
     num_missing = min(num_saves, num_kept + 1 - num_there)
-    needed, free = num_missing * checkpoint_bytes(model), free_bytes(output_dir)
+    needed, free = num_missing * checkpoint_bytes(model, extra), free_bytes(output_dir)
     if needed > free:
         raise CannotWriteError(
             f"{output_dir}: {num_missing} checkpoints more need {size(needed)}, {size(free)} are free; make room, or name "
@@ -100,7 +109,7 @@ def save_checkpoint(
         CannotWriteError: the disk is full, or the folder cannot be written to.
     """
     target = output_dir / f"checkpoint-{num_completed}"
-    with atomic_folder(target, checkpoint_bytes(model)) as folder:
+    with atomic_folder(target, checkpoint_bytes(model, extra)) as folder:
         save_model(model, folder)
         # By a file of Python's, whose error says that the disk is full; torch's own does not.
         with (folder / _STATE).open("wb") as file:

@@ -133,6 +133,12 @@ class SpeechModel:
         """What the optimiser updates, see `make_trainable`."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
+    def trainable_for_text(self) -> dict[str, nn.Parameter]:
+        """Those of them that a written prompt goes through, by name: without audio tower and projector."""
+        heard = {id(parameter) for part in self.audio_parts for parameter in part.parameters()}
+        named = self.module.named_parameters()
+        return {name: own for name, own in named if own.requires_grad and id(own) not in heard}
+
     def encode_prompts(self, questions: Sequence[Question], modality: Modality, instruction: str | None = None) -> list[Prompt]:
         """Prompts of questions, with audio embeddings where `modality` is speech.
 

@@ -143,8 +143,10 @@ def test_arms_of_ones_own():
     runs = plan_runs(dataclasses.replace(config, seeds=2), choose_arms(config), {})
     assert [run.name for run in runs] == ["half, seed 0", "grpo, seed 0", "half, seed 1", "grpo, seed 1"], "seed by seed"
     shared = parse_settings("--setting", ("representation_weight=3", "temperature=0.7"), set())
-    half = parse_training("half", plan_runs(config, choose_arms(config), shared)[0].command[3:])
+    half = parse_training("half", plan_runs(config, {"half": choose_arms(config)["half"]}, shared)[0].command[3:])
     assert (half.representation_weight, half.temperature) == (0.5, 0.7), "the arm's own settings come first"
+    with pytest.raises(UserError, match=r"--arms grpo: --representation-weight 3.0: has no effect without tars"):
+        plan_runs(config, choose_arms(config), shared)
     assert choose_baseline(config, choose_arms(config)) == "grpo"
     assert choose_baseline(AblateConfig(), ["a", "b"]) == "a"
 

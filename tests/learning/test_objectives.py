@@ -15,13 +15,14 @@ from tars_fast import train as train_command
 from tars_fast.config import TrainConfig, parse_objective
 from tars_fast.learning import run
 from tars_fast.learning.advantages import scaled_in_groups
-from tars_fast.learning.metrics import check_progress, completion_columns, completion_metrics
+from tars_fast.learning.metrics import MAX_EMPTY_STEPS, check_progress, check_written, completion_columns, completion_metrics
 from tars_fast.learning.objectives.distillation import CORD_WEIGHTS
 from tars_fast.learning.objectives.references import References
 from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.rewards.agreement import agreement_rewards
 from tars_fast.learning.rewards.total import COMPLETION_REWARDS, CompletionReward, completion_rewards
 from tars_fast.learning.update import Learner
+from tars_fast.models.checkpoint import checkpoint_bytes, save_checkpoint
 from tars_fast.models.memory import describe, plan_memory
 from tars_fast.models.registry import PRESETS, architecture_of
 from tars_fast.rollout.transformers_engine import TransformersEngine
@@ -145,6 +146,24 @@ def test_weights_are_back_after_a_teacher_that_failed(model, config):
     assert [parameter.data_ptr() for parameter in model.trainable_parameters()] == pointers
 
 
+@pytest.mark.parametrize("teacher", ["frozen", "ema"])
+def test_a_tower_in_training_is_never_exchanged(make_model, config, teacher):
+    """The sampler may encode recordings of the next batch while the teacher reads."""
+    model = make_model(freeze_audio=False)
+    references = References(model, dataclasses.replace(config, objective="opd", teacher=teacher, freeze_audio=False))
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter += 1
+    tower = [parameter for part in model.audio_parts for parameter in part.parameters() if parameter.requires_grad]
+    assert tower
+    before = [parameter.clone() for parameter in tower]
+    layer = model.language_model.layers[0].mlp.up_proj.weight
+    own = layer.detach().clone()
+    with references.using(teacher):
+        assert all(map(torch.equal, tower, before))
+        assert not torch.equal(layer, own)
+
+
 @pytest.mark.parametrize("settings", [{"distil_divergence": "forward_kl"}, {"distil_divergence": "jsd", "distil_beta": 0.3}])
 def test_other_divergences(model, questions, opd, settings):
     rollout = rollout_of(model, questions[:2], opd)
@@ -227,8 +246,13 @@ def test_completions_cut_off_are_distilled_where_asked(model, questions, opd):
     assert not gradients(model).any()
     scored, metrics = update(model, rollout, dataclasses.replace(opd, distil_truncated=True))
     assert metrics["loss"] > 0
+    assert not metrics.keys() & {"clip/low", "clip/high"}
     assert gradients(model).any()
     assert scored.trained_N.all()
+    step = {"step": 1} | metrics | completion_metrics([completion_columns(scored)])
+    assert step["truncated/speech"] == 1
+    # They are no reason to stop.
+    check_progress([step] * MAX_EMPTY_STEPS, pytest.fail)
 
 
 def test_the_anchor_holds_written_answers_alone(model, questions, opd):
@@ -285,14 +309,16 @@ def test_the_watch_sees_written_answers_move(model, questions, opd):
     moved = watch.divergence(model, 1.0)
     assert moved > 1e-4
     assert restored.divergence(model, 1.0) == moved
-    learner = Learner(model, torch.optim.SGD(model.trainable_parameters()), dataclasses.replace(opd, max_written_kl=moved / 2))
+    learner = Learner(model, torch.optim.SGD(model.trainable_parameters()), opd)
     learner.watch = watch
     assert learner.look(4) == {}
-    with pytest.raises(TrainingError, match=r"step 5: written answers have moved by .* more than --max-written-kl"):
-        learner.look(5)
-    learner.config = opd
     assert learner.look(5) == {"written_kl": moved}
-    assert dataclasses.replace(opd, objective="grpo").steps_between_looks == 0
+    check_written({"step": 5, "written_kl": moved}, opd)
+    check_written({"step": 4}, opd)
+    for found in (moved, math.nan):
+        with pytest.raises(TrainingError, match=r"step 5: written answers have moved by .* more than --max-written-kl"):
+            check_written({"step": 5, "written_kl": found}, dataclasses.replace(opd, max_written_kl=moved / 2))
+    assert dataclasses.replace(opd, objective="grpo", teacher="frozen").steps_between_looks == 0
 
 
 def test_scaled_rewards():
@@ -302,6 +328,11 @@ def test_scaled_rewards():
     torch.testing.assert_close(scaled, torch.tensor([-(2**0.5), 0, 0, 2**0.5, 0, 0, 0]))
     assert scaled_in_groups(values, groups, "rank").tolist() == [0, 0.5, 0.5, 1, 0, 0, 0]
     assert scaled_in_groups(values, groups, "none") is values
+    # As R_rep of one completion that was sampled three times differs, and of one that is another.
+    values = torch.tensor([0.9311683, 0.9311684, 0.9311683, 0.9311684, 0.5, 0.5000001, 0.7])
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    assert scaled_in_groups(values, groups, "rank").tolist() == [0, 0, 0, 0, 0.25, 0.25, 1]
+    assert not scaled_in_groups(values, groups, "z-score")[:4].any()
 
 
 def test_scaled_terms_count_by_their_weights(model, questions, config):
@@ -383,12 +414,27 @@ def test_objectives_add_up():
         ),
         ({"objective": "opd", "teacher_decay": 1.0}, r"--teacher-decay 1.0: must lie between 0 and 1"),
         ({"objective": "opd", "distil_beta": 0.0}, r"--distil-beta 0.0: must lie between 0 and 1"),
-        ({"objective": "opd", "kl_coef": 0.1}, "--kl-coef: --objective opd has no policy gradient"),
-        ({"objective": "opd", "entropy_coef": 0.1}, "--entropy-coef: --objective opd has no policy gradient"),
+        ({"objective": "cord", "distil_as": "sequence"}, "--distil-as sequence: --objective cord weighs tokens"),
+        ({"teacher": "moving"}, "--teacher moving: has no effect without opd or cord in --objective; leave it out"),
+        ({"objective": "grpo", "max_written_kl": 0.5}, "--max-written-kl 0.5: has no effect without opd or cord"),
+        ({"objective": "opd", "teacher_decay": 0.9}, "--teacher-decay 0.9: has no effect without --teacher ema"),
         (
-            {"objective": "opd", "distil_truncated": True, "distil_as": "advantage"},
-            "--distil-truncated: with --distil-as advantage",
+            {"objective": "opd", "distil_as": "advantage", "distil_divergence": "jsd"},
+            "--distil-divergence jsd: has no effect without --distil-as loss",
         ),
+        (
+            {"objective": "opd", "distil_as": "advantage", "distil_truncated": True},
+            "--distil-truncated True: has no effect without --distil-as loss",
+        ),
+        ({"objective": "opd", "distil_beta": 0.3}, "--distil-beta 0.3: has no effect without --distil-divergence jsd"),
+        ({"objective": "opd", "text_anchor_weight": 2.0}, "--text-anchor-weight 2.0: has no effect without --text-anchor kl"),
+        ({"objective": "grpo", "behaviour_weight": 2.0}, "--behaviour-weight 2.0: has no effect without tars"),
+        ({"objective": "opd", "representation_centre": True}, "--representation-centre True: has no effect without written"),
+        ({"objective": "opd", "reward_scaling": "rank"}, "--reward-scaling rank: has no effect without a reward"),
+        ({"objective": "opd", "loss_type": "gspo"}, "--loss-type gspo: has no effect without a policy loss"),
+        ({"objective": "opd", "kl_coef": 0.1}, "--kl-coef 0.1: has no effect without a policy loss"),
+        ({"objective": "opd", "entropy_coef": 0.1}, "--entropy-coef 0.1: has no effect without a policy loss"),
+        ({"select_floor": 0.5}, "--select-floor 0.5: has no effect without --select gap, disagreement or kl"),
         ({"objective": "opd", "distil_weight": float("nan")}, "--distil-weight nan"),
     ],
 )
@@ -466,7 +512,7 @@ def test_the_plan_counts_copies_of_weights():
         ({"lora_rank": 0, "objective": "opd"}, 2),
         ({"lora_rank": 0, "objective": "opd", "teacher": "moving"}, 0),
         ({"lora_rank": 0, "objective": "opd", "teacher": "moving", "text_anchor": "kl"}, 2),
-        ({"lora_rank": 0, "objective": "opd", "teacher": "ema", "text_anchor": "kl"}, 6),
+        ({"lora_rank": 0, "objective": "opd", "teacher": "ema", "text_anchor": "kl"}, 8),
         ({"objective": "opd"}, 0),
         ({"objective": "opd", "teacher": "ema"}, 4),
     ):
@@ -477,8 +523,26 @@ def test_the_plan_counts_copies_of_weights():
     assert "reference weights" in describe(plan_memory(workload, 10**9))
 
 
-def test_a_teacher_without_room_is_refused_with_a_remedy(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({}, "--teacher frozen"), ({"teacher": "moving", "text_anchor": "kl"}, "--text-anchor kl")],
+    ids=["frozen", "anchor"],
+)
+def test_a_teacher_without_room_is_refused_with_a_remedy(monkeypatch, tmp_path, settings, named):
     monkeypatch.setattr(run, "available_bytes", lambda _device: 10**8)
-    config = TrainConfig(objective="opd", output_dir=tmp_path / "run", eval_items=2)
-    with pytest.raises(UserError, match=r"--teacher frozen: .+ for another copy of what is trained do not fit beside the rest"):
+    config = TrainConfig(objective="opd", output_dir=tmp_path / "run", eval_items=2, **settings)
+    with pytest.raises(UserError, match=rf"{named}: .+ for another copy of what is trained do not fit beside the rest"):
         train_command.command(config)
+
+
+def test_a_checkpoint_is_as_large_as_planned_with_an_average_too(model, config, tmp_path):
+    references = References(model, dataclasses.replace(config, objective="opd", teacher="ema"))
+    planned = checkpoint_bytes(model, references.state())
+    assert planned == checkpoint_bytes(model) + 4 * sum(parameter.numel() for parameter in model.trainable_parameters())
+    optimizer = torch.optim.AdamW(model.trainable_parameters())
+    for parameter in model.trainable_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    folder = save_checkpoint(tmp_path, 1, model, optimizer, extra=references.state())
+    written = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".pt", ".safetensors"))
+    assert written == pytest.approx(planned, rel=0.02)

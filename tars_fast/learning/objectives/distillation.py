@@ -90,41 +90,41 @@ class Distillation:
         A token's is its completion's plus weight x (log q - log p), p the probability that it was sampled with, q the
         teacher's; with `--distil-as sequence` the mean of these over its completion, centred within the group.
         """
-        rollout, device = scored.rollout, self.model.device
+        device, lengths = self.model.device, states.packed.completion_lengths
+        # Copied to the device once: each copy waits for it.
+        advantages_T = scored.advantages_N[states.rows].repeat_interleave(torch.tensor(lengths)).to(device)
+        if lesson is None:
+            return advantages_T
+        gaps_T = self._feedback(scored, lesson)
+        lengths = lesson.packed.completion_lengths
+        gaps = gaps_T.split(lengths)
+        for row, gap_T in zip(lesson.rows, gaps, strict=True):
+            scored.divergences[row] = -gap_T
+        if self.config.distil_as == "sequence":
+            groups_N = scored.rollout.groups_N[lesson.rows].unique(return_inverse=True)[1]
+            means_N = centred_advantages(torch.stack([gap_T.mean() for gap_T in gaps]).cpu(), groups_N)
+            gaps_T = means_N.repeat_interleave(torch.tensor(lengths)).to(device)
+        return advantages_T.index_add(0, self._places(states, lesson).to(device), self.weight_at(scored.step) * gaps_T)
+
+    @torch.no_grad()
+    def _feedback(self, scored: ScoredRollout, lesson: Lesson) -> Tensor:
+        """[T] log q - log p of the tokens of a lesson."""
+        head = self.references.head(self.config.teacher)
+        logprobs_T, _ = logprobs_of(self.model, lesson.teacher_TD, lesson.packed, self.config.temperature, head)
+        own = [logprob for row in lesson.rows for logprob in scored.rollout.completions[row].rollout_logprobs]
+        return logprobs_T - torch.tensor(own, device=logprobs_T.device)
+
+    def _places(self, states: ForwardPass, lesson: Lesson) -> Tensor:
+        """[T] where the tokens of a lesson are among those of a forward pass, on the CPU: a mask would have to be asked."""
+        taught = set(lesson.rows)
         lengths = zip(states.rows, states.packed.completion_lengths, strict=True)
-        advantages = {row: scored.advantages_N[row].to(device).expand(length) for row, length in lengths}
-        if lesson is not None:
-            with torch.no_grad():
-                head = self.references.head(self.config.teacher)
-                logprobs_T, _ = logprobs_of(self.model, lesson.teacher_TD, lesson.packed, self.config.temperature, head)
-            own = [torch.tensor(rollout.completions[row].rollout_logprobs, device=device) for row in lesson.rows]
-            gaps = [
-                teacher - student
-                for teacher, student in zip(logprobs_T.split(lesson.packed.completion_lengths), own, strict=True)
-            ]
-            feedback = gaps
-            if self.config.distil_as == "sequence":
-                groups_N = scored.rollout.groups_N[lesson.rows].unique(return_inverse=True)[1]
-                means_N = centred_advantages(torch.stack([gap.mean() for gap in gaps]).cpu(), groups_N)
-                feedback = [
-                    mean.to(device).expand(length)
-                    for mean, length in zip(means_N, lesson.packed.completion_lengths, strict=True)
-                ]
-            for row, gap, added in zip(lesson.rows, gaps, feedback, strict=True):
-                scored.divergences[row] = -gap
-                advantages[row] = advantages[row] + self.weight_at(scored.step) * added
-        return torch.cat([advantages[row] for row in states.rows])
+        return torch.tensor([row in taught for row, length in lengths for _ in range(length)]).nonzero()[:, 0]
 
     def loss(self, scored: ScoredRollout, states: ForwardPass, lesson: Lesson, counts: Counts) -> Tensor:
         """The divergence of the spoken from the written prompt's distributions, over all distilled tokens of the step."""
-        taught = set(lesson.rows)
         hidden_TD = states.hidden_TD
-        if taught != set(states.rows):
-            lengths = zip(states.rows, states.packed.completion_lengths, strict=True)
-            kept = [row in taught for row, length in lengths for _ in range(length)]
-            # By number: where a mask on the device is true, the host would have to ask it.
-            places = torch.tensor([place for place, is_kept in enumerate(kept) if is_kept])
-            hidden_TD = hidden_TD[places.to(hidden_TD.device)]
+        if lesson.rows != states.rows:
+            hidden_TD = hidden_TD[self._places(states, lesson).to(hidden_TD.device)]
         settings: DistillationSettings = {"divergence": self.config.distil_divergence, "beta": self.config.distil_beta}
         if self.config.parts.weighs_tokens:
             settings |= CORD_WEIGHTS | {"cu_seqlens": lesson.packed.cu_seqlens}

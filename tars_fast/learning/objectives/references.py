@@ -36,7 +36,8 @@ class References:
     """The weights that a policy in training is compared with.
 
     With LoRA the model before training is this one with its adapter off. Full fine-tuning keeps a copy of what it trains, and
-    an average is always a copy; both only where the objective needs them.
+    an average is always a copy; both only where the objective needs them, and without the audio tower: a teacher reads written
+    prompts, and a tower in training encodes the recordings of the next batch meanwhile.
 
     Args:
         model: made trainable, with the weights that training begins with, or that a resumed run goes on with.
@@ -49,7 +50,7 @@ class References:
     def __init__(self, model: SpeechModel, config: RunConfig, *, is_resumed: bool = False):
         self._model = model
         self._decay = config.teacher_decay
-        self._parameters = model.trainable_parameters()
+        self._parameters = list(model.trainable_for_text().values())
         self._uses_lora = config.lora_rank > 0
         self._start: list[Tensor] | None = None
         # In float32: in bfloat16 it would stand still.
@@ -63,8 +64,7 @@ class References:
         source = self._model.prompts.source
         device, dtype = self._model.device, self._model.module.dtype
         started = dict(load_module(self._model.prompts, source, torch.device("cpu"), dtype).named_parameters())
-        names = [name for name, parameter in self._model.module.named_parameters() if parameter.requires_grad]
-        return [started[name].detach().to(device) for name in names]
+        return [started[name].detach().to(device) for name in self._model.trainable_for_text()]
 
     @contextmanager
     def using(self, name: ReferenceName) -> Iterator[None]:
