@@ -270,7 +270,7 @@ def hear_as(module: Any, bundled: str) -> None:
     """Give a model the tower, projector and embeddings of a bundled one."""
     from transformers import Qwen2AudioForConditionalGeneration
 
-    other = Qwen2AudioForConditionalGeneration.from_pretrained(ASSETS / bundled)
+    other = Qwen2AudioForConditionalGeneration.from_pretrained(ASSETS / bundled, trust_remote_code=False)
     module.model.audio_tower.load_state_dict(other.model.audio_tower.state_dict())
     module.model.multi_modal_projector.load_state_dict(other.model.multi_modal_projector.state_dict())
     module.get_input_embeddings().load_state_dict(other.get_input_embeddings().state_dict())
