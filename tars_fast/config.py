@@ -436,6 +436,7 @@ class TrainConfig:
             rollout_ahead=bool(self.rollout_ahead),
             gradient_checkpointing=preset.gradient_checkpointing,
             reference_bytes=self._reference_bytes(preset, dtype_bytes),
+            distils=self.parts.distils and self.distil_as == "loss",
             embedder_bytes=0 if preset.behaviour_model == "hashed-ngrams" else _EMBEDDER_BYTES,
             on_gpu=on_gpu,
             given_kv_cache=None if self.kv_cache_gb is None else int(self.kv_cache_gb * GB),

@@ -61,6 +61,8 @@ class Workload:
     """Whether sampling and training run at the same time."""
     reference_bytes: int = 0
     """Of each trained weight, in copies that the objective compares with: those before training, their average."""
+    distils: bool = False
+    """Whether the loss compares whole distributions of two streams of states, the policy's and a teacher's."""
     trains: bool = True
     """False: evaluation only, without optimiser."""
     on_gpu: bool = True
@@ -179,14 +181,16 @@ class Workload:
         return tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size) * self.dtype_bytes
 
     def logits(self, tokens: int) -> int:
-        """Bytes of the fused loss, and of the completions' states with their gradient.
+        """Bytes of the fused loss, and of the completions' states with their gradient, and a teacher's states without.
 
         Args:
             tokens: of a micro-batch.
         """
         shape = self.architecture
-        chunk = _LOGIT_TOKENS * 4 + _PRODUCT_TOKENS * self.dtype_bytes
-        return chunk * shape.vocabulary_size + 2 * max(tokens, self.question_tokens) * shape.hidden_size * self.dtype_bytes
+        streams = 1 + self.distils
+        chunk = streams * _LOGIT_TOKENS * 4 + _PRODUCT_TOKENS * self.dtype_bytes
+        states = (1 + streams) * max(tokens, self.question_tokens) * shape.hidden_size * self.dtype_bytes
+        return chunk * shape.vocabulary_size + states
 
 
 def engine_rank(rank: int) -> int:

@@ -518,6 +518,15 @@ def test_the_plan_counts_copies_of_weights():
     ):
         found, num_trained = planned(**settings)
         assert found == bytes_each * num_trained, settings
+    plain, distilling = (
+        TrainConfig(model="qwen2-audio-7b", objective=name).workload(
+            PRESETS["qwen2-audio-7b"], architecture, "transformers", 2, longest_prompt=100
+        )
+        for name in ("grpo", "opd")
+    )
+    # The teacher's logits of 512 tokens in float32, and its states.
+    more = 512 * 4 * architecture.vocabulary_size + 2 * 16_384 * architecture.hidden_size
+    assert distilling.logits(16_384) - plain.logits(16_384) == more
     pocket = PRESETS["pocket"]
     workload = TrainConfig(objective="opd").workload(pocket, architecture_of(pocket), "transformers", 4)
     assert "reference weights" in describe(plan_memory(workload, 10**9))
