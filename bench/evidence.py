@@ -29,8 +29,8 @@ RESULTS = Path(__file__).parent / "results"
 RATES = ("1e-4", "2e-4", "4e-4", "8e-4")
 ARMS = {
     "grpo": "objective=grpo",
-    "rep": "behaviour_weight=0",
-    "beh": "representation_weight=0",
+    "rep": "objective=tars,behaviour_weight=0",
+    "beh": "objective=tars,representation_weight=0",
     "tars": "objective=tars",
     "opd": "objective=opd",
     "opd-anchored": "objective=opd,text_anchor=kl",
@@ -42,12 +42,12 @@ ARMS = {
 }
 VARIANTS = {
     "tars": "objective=tars",
-    "centred": "representation_centre=true",
-    "z-score": "reward_scaling=z-score",
-    "rank": "reward_scaling=rank",
-    "centred-z-score": "representation_centre=true,reward_scaling=z-score",
-    "weights-5": "representation_weight=5,behaviour_weight=5",
-    "deep": "representation_layers=deep",
+    "centred": "objective=tars,representation_centre=true",
+    "z-score": "objective=tars,reward_scaling=z-score",
+    "rank": "objective=tars,reward_scaling=rank",
+    "centred-z-score": "objective=tars,representation_centre=true,reward_scaling=z-score",
+    "weights-5": "objective=tars,representation_weight=5,behaviour_weight=5",
+    "deep": "objective=tars,representation_layers=deep",
 }
 MOST_LOST = 0.01
 """Of sampled written accuracy, in any seed."""
@@ -140,15 +140,18 @@ def main() -> None:
         print(f"written to {target}")
         return
     ablation = compare(task, what, by_rate(arms), arguments, f"{task}@validation")
+    results_file = RESULTS / f"evidence_{task}_{what}.json"
+    earlier = json.loads(results_file.read_text())["arms"] if results_file.is_file() else {}
     result = {
         "command": shlex.join(["python", *sys.argv]),
         "seeds": arguments.seeds,
         "num_steps": arguments.num_steps,
         "provenance": ablation["provenance"],
         "start": {name: value for name, value in ablation["start"].items() if name.endswith("accuracy_sampled")},
-        "arms": {name: choose_rate(ablation, name) for name in arms},
+        # Arms of an earlier command stay.
+        "arms": earlier | {name: choose_rate(ablation, name) for name in arms},
     }
-    save(RESULTS / f"evidence_{task}_{what}.json", result)
+    save(results_file, result)
 
 
 if __name__ == "__main__":

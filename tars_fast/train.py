@@ -136,7 +136,7 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
             # Log; save a checkpoint where it is time.
             metrics = {"step": step + 1, "learning_rate": learning_rate_at(config, step)} | metrics
             metrics |= step_metrics(run, scored, loaded, step) | {"seconds/step": time.perf_counter() - started}
-            metrics |= learner.look(step + 1)
+            metrics |= learner.written_kl(step + 1)
             history.append(metrics)
             log.step(metrics)
             check_written(metrics, config)
@@ -170,14 +170,14 @@ def update_policy(
 def train_micro_batch(learner: Learner, scored: ScoredRollout, rows: list[int]) -> list[BackwardPass]:
     """Steps 4, 2, 3 and 5 for the completions `rows` of a rollout; an empty list where none of them has a gradient."""
     # Where the objective distils: what the model makes of the same completions behind their written prompts.
-    lesson = learner.teach(scored, rows)
+    teacher = learner.teacher_states(scored, rows)
     # 4. Hidden states of every token, in a graph where a gradient is possible.
     states = learner.forward(scored, rows)
     if scored.is_first_update:
         # 2 and 3. R_rep from these states; with it R and the advantages are complete.
         learner.complete_rewards(scored, states)
     # 5. The loss and its backward pass. The first update's log-probabilities are kept as the old ones of later updates.
-    return learner.backward(scored, states, lesson)
+    return learner.backward(scored, states, teacher)
 
 
 def report_failures(run: Run, log: RunLog, loaded: LoadedRollout, step: int, loader: RolloutLoader) -> None:

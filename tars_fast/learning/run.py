@@ -454,7 +454,7 @@ def check_output(config: RunConfig, settings: Mapping[str, object], earlier: Map
     if earlier:
         # Runs of earlier versions did not write down what came later: it was then as the defaults are.
         defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-        earlier = {**defaults, "rewards": settings["rewards"], **earlier}
+        earlier = {**defaults, "objective": "tars", "rewards": settings["rewards"], **earlier}
         changed = sorted(name for name in settings if name not in MAY_CHANGE_ON_RESUME and earlier.get(name) != settings[name])
         if changed:
             # Hashes help nobody, and follow from another setting where one changed.

@@ -21,7 +21,7 @@ from torch import Tensor
 from tars_fast.config import RunConfig
 from tars_fast.learning.batch import Rollout
 from tars_fast.learning.metrics import BackwardPass, check_agreement, token_metrics, token_sums
-from tars_fast.learning.objectives.distillation import Distillation, Lesson, distilled_rows
+from tars_fast.learning.objectives.distillation import Distillation, TeacherStates, distilled_rows
 from tars_fast.learning.objectives.policy_gradient import PolicyGradient, logprobs_of
 from tars_fast.learning.objectives.references import References
 from tars_fast.learning.objectives.watch import WrittenWatch
@@ -109,7 +109,7 @@ class Learner:
         if self.config.steps_between_looks:
             self.watch = WrittenWatch.from_state(extra["watch"])
 
-    def look(self, step: int) -> dict[str, float]:
+    def written_kl(self, step: int) -> dict[str, float]:
         """How far written answers have moved, where it is time to look; no figure where it is not."""
         config = self.config
         if self.watch is None or step % config.steps_between_looks:
@@ -165,12 +165,12 @@ class Learner:
         """[N] numbers of completions, whole questions, as many as `--tokens-per-micro-batch` has room for."""
         return micro_batches(scored.rollout, self.config.tokens_per_micro_batch)
 
-    def teach(self, scored: ScoredRollout, rows: Sequence[int]) -> Lesson | None:
+    def teacher_states(self, scored: ScoredRollout, rows: Sequence[int]) -> TeacherStates | None:
         """What the teacher makes of the completions `rows`; before their own pass, which keeps more memory."""
         if self.distillation is None:
             return None
         with self.timer.phase("teacher"):
-            return self.distillation.teach(scored.rollout, rows)
+            return self.distillation.teacher_states(scored.rollout, rows)
 
     def forward(self, scored: ScoredRollout, rows: Sequence[int]) -> MicroBatch:
         """Hidden states of the completions `rows`, which are whole questions.
@@ -225,7 +225,7 @@ class Learner:
                 self.means.add(pooled_LND, torch.tensor([modality is Modality.SPEECH for modality in modalities]))
             scored.record_rewards(rows, representation_rewards(pooled_LND, references, centre).cpu())
 
-    def backward(self, scored: ScoredRollout, batch: MicroBatch, lesson: Lesson | None = None) -> list[BackwardPass]:
+    def backward(self, scored: ScoredRollout, batch: MicroBatch, teacher: TeacherStates | None = None) -> list[BackwardPass]:
         """Loss and backward pass of the completions that have a gradient; an empty list where none has one.
 
         The first update of a rollout records the log-probabilities of all its completions, the "old" ones of later ones.
@@ -237,7 +237,7 @@ class Learner:
             for states in batch.passes:
                 if states is not trained or not self.config.has_policy_loss:
                     self._record_logprobs(scored, states)
-        return [] if trained is None else [self._backward(scored, trained, lesson)]
+        return [] if trained is None else [self._backward(scored, trained, teacher)]
 
     @torch.no_grad()
     def _record_logprobs(self, scored: ScoredRollout, states: ForwardPass) -> None:
@@ -245,18 +245,18 @@ class Learner:
             logprobs_T, entropies_T = logprobs_of(self.model, states.hidden_TD, states.packed, self.config.temperature)
         _record(scored, states, logprobs_T, entropies_T)
 
-    def _backward(self, scored: ScoredRollout, states: ForwardPass, lesson: Lesson | None) -> BackwardPass:
+    def _backward(self, scored: ScoredRollout, states: ForwardPass, teacher: TeacherStates | None) -> BackwardPass:
         policy: PolicyLoss | None = None
         terms: list[Tensor] = []
         with self.timer.phase("forward"):
             if self.config.has_policy_loss:
                 advantages_T = None
                 if self.distillation is not None and not self.has_divergence_loss:
-                    advantages_T = self.distillation.advantages(scored, states, lesson)
+                    advantages_T = self.distillation.advantages(scored, states, teacher)
                 policy = self.policy_gradient.loss(scored, states, self.counts, advantages_T)
                 terms.append(policy.loss)
-            if self.distillation is not None and self.has_divergence_loss and lesson is not None:
-                terms.append(self.distillation.loss(scored, states, lesson, self.counts))
+            if self.distillation is not None and self.has_divergence_loss and teacher is not None:
+                terms.append(self.distillation.loss(scored, states, teacher, self.counts))
             loss = torch.stack(terms).sum()
         with self.timer.phase("backward"):
             loss.backward()
@@ -266,9 +266,9 @@ class Learner:
                 _record(scored, states, policy.logprobs, policy.entropy)
             policy = replace(policy, loss=policy.loss.detach())
         anchor_sum: Tensor | None = None
-        if self.distillation is not None and lesson is not None and lesson.start_TD is not None:
+        if self.distillation is not None and teacher is not None and teacher.start_TD is not None:
             with self.timer.phase("forward"):
-                anchor, anchor_sum = self.distillation.anchor_loss(lesson, self.counts)
+                anchor, anchor_sum = self.distillation.anchor_loss(teacher, self.counts)
             with self.timer.phase("backward"):
                 anchor.backward()
             loss = loss + anchor.detach()

@@ -168,10 +168,10 @@ def test_a_tower_in_training_is_never_exchanged(make_model, config, teacher):
 def test_other_divergences(model, questions, opd, settings):
     rollout = rollout_of(model, questions[:2], opd)
     _, metrics = update(model, rollout, dataclasses.replace(opd, **settings))
-    lesson = Learner(model, torch.optim.SGD(model.trainable_parameters()), opd).distillation.teach(rollout, range(8))
-    packed = model.pack([rollout.prompts[row] for row in lesson.rows], [rollout.completions[row] for row in lesson.rows])
+    teacher = Learner(model, torch.optim.SGD(model.trainable_parameters()), opd).distillation.teacher_states(rollout, range(8))
+    packed = model.pack([rollout.prompts[row] for row in teacher.rows], [rollout.completions[row] for row in teacher.rows])
     expected = linear_distillation_loss(
-        model.forward(packed), lesson.teacher_TD, model.head, bias=model.suppressed_bias,
+        model.forward(packed), teacher.hidden_TD, model.head, bias=model.suppressed_bias,
         divergence=settings["distil_divergence"], beta=settings.get("distil_beta", 0.5),
     )  # fmt: skip
     assert metrics["loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
@@ -186,10 +186,10 @@ def test_cord_weighs_tokens_and_rewards_agreement(model, questions, config):
     assert torch.equal(scored.rewards_N, rollout.completion_rewards["agreement"])
     text = torch.tensor([completion.modality is Modality.TEXT for completion in rollout.completions])
     assert not scored.advantages_N[text].any()
-    lesson = learner.distillation.teach(rollout, range(len(rollout.completions)))
-    packed = model.pack([rollout.prompts[row] for row in lesson.rows], [rollout.completions[row] for row in lesson.rows])
+    teacher = learner.distillation.teacher_states(rollout, range(len(rollout.completions)))
+    packed = model.pack([rollout.prompts[row] for row in teacher.rows], [rollout.completions[row] for row in teacher.rows])
     expected = linear_distillation_loss(
-        model.forward(packed), lesson.teacher_TD, model.head, bias=model.suppressed_bias, cu_seqlens=packed.cu_seqlens,
+        model.forward(packed), teacher.hidden_TD, model.head, bias=model.suppressed_bias, cu_seqlens=packed.cu_seqlens,
         **CORD_WEIGHTS,
     )  # fmt: skip
     # Fresh completions: the probability ratio is 1, and the policy loss minus their mean advantage.
@@ -274,10 +274,10 @@ def test_the_anchor_holds_written_answers_alone(model, questions, opd):
     scored = learner.begin_rollout(rollout)
     learner.start_update(scored)
     rows = list(range(len(rollout.completions)))
-    lesson = learner.teach(scored, rows)
+    teacher = learner.teacher_states(scored, rows)
     states = learner.forward(scored, rows)
     learner.complete_rewards(scored, states)
-    learner.backward(scored, states, lesson)
+    learner.backward(scored, states, teacher)
     found = gradients(model) - without
     model.module.zero_grad()
     now = log_distributions(model, written, completions)
@@ -311,8 +311,8 @@ def test_the_watch_sees_written_answers_move(model, questions, opd):
     assert restored.divergence(model, 1.0) == moved
     learner = Learner(model, torch.optim.SGD(model.trainable_parameters()), opd)
     learner.watch = watch
-    assert learner.look(4) == {}
-    assert learner.look(5) == {"written_kl": moved}
+    assert learner.written_kl(4) == {}
+    assert learner.written_kl(5) == {"written_kl": moved}
     check_written({"step": 5, "written_kl": moved}, opd)
     check_written({"step": 4}, opd)
     for found in (moved, math.nan):

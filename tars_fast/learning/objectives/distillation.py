@@ -39,14 +39,14 @@ def distilled_rows(rollout: Rollout, *, truncated: bool) -> list[bool]:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherStates:
     """Spoken completions behind their written prompts, as the teacher sees them."""
 
     rows: list[int]
     """[N] which completions of the rollout."""
     packed: PackedBatch
     """Written prompts, each once, and these completions."""
-    teacher_TD: Tensor
+    hidden_TD: Tensor
     """The teacher's states that predict their tokens."""
     start_TD: Tensor | None
     """Those of the model before training, where the anchor asks for them."""
@@ -66,7 +66,7 @@ class Distillation:
         remaining = 1.0 - step / config.num_steps if config.distil_schedule == "linear" else 1.0
         return config.distil_weight * remaining
 
-    def teach(self, rollout: Rollout, rows: Sequence[int]) -> Lesson | None:
+    def teacher_states(self, rollout: Rollout, rows: Sequence[int]) -> TeacherStates | None:
         """The teacher's pass over those completions among `rows` that are distilled; None where none is."""
         chosen = distilled_rows(rollout, truncated=self.config.distil_truncated)
         rows = [row for row in rows if chosen[row]]
@@ -78,13 +78,13 @@ class Distillation:
         start_TD = None
         if self.config.text_anchor == "kl":
             start_TD = teacher_TD if self.config.teacher == "frozen" else self._states("frozen", packed)
-        return Lesson(rows, packed, teacher_TD, start_TD)
+        return TeacherStates(rows, packed, teacher_TD, start_TD)
 
     def _states(self, name: ReferenceName, packed: PackedBatch) -> Tensor:
         with self.references.using(name):
             return self.model.forward(packed)
 
-    def advantages(self, scored: ScoredRollout, states: ForwardPass, lesson: Lesson | None) -> Tensor:
+    def advantages(self, scored: ScoredRollout, states: ForwardPass, teacher: TeacherStates | None) -> Tensor:
         """Advantages of all tokens of `states`, of rewards and of the teacher's feedback.
 
         A token's is its completion's plus weight x (log q - log p), p the probability that it was sampled with, q the
@@ -93,53 +93,53 @@ class Distillation:
         device, lengths = self.model.device, states.packed.completion_lengths
         # Copied to the device once: each copy waits for it.
         advantages_T = scored.advantages_N[states.rows].repeat_interleave(torch.tensor(lengths)).to(device)
-        if lesson is None:
+        if teacher is None:
             return advantages_T
-        gaps_T = self._feedback(scored, lesson)
-        lengths = lesson.packed.completion_lengths
+        gaps_T = self._feedback(scored, teacher)
+        lengths = teacher.packed.completion_lengths
         gaps = gaps_T.split(lengths)
-        for row, gap_T in zip(lesson.rows, gaps, strict=True):
+        for row, gap_T in zip(teacher.rows, gaps, strict=True):
             scored.divergences[row] = -gap_T
         if self.config.distil_as == "sequence":
-            groups_N = scored.rollout.groups_N[lesson.rows].unique(return_inverse=True)[1]
+            groups_N = scored.rollout.groups_N[teacher.rows].unique(return_inverse=True)[1]
             means_N = centred_advantages(torch.stack([gap_T.mean() for gap_T in gaps]).cpu(), groups_N)
             gaps_T = means_N.repeat_interleave(torch.tensor(lengths)).to(device)
-        return advantages_T.index_add(0, self._places(states, lesson).to(device), self.weight_at(scored.step) * gaps_T)
+        return advantages_T.index_add(0, self._places(states, teacher).to(device), self.weight_at(scored.step) * gaps_T)
 
     @torch.no_grad()
-    def _feedback(self, scored: ScoredRollout, lesson: Lesson) -> Tensor:
-        """[T] log q - log p of the tokens of a lesson."""
+    def _feedback(self, scored: ScoredRollout, teacher: TeacherStates) -> Tensor:
+        """[T] log q - log p of the distilled tokens."""
         head = self.references.head(self.config.teacher)
-        logprobs_T, _ = logprobs_of(self.model, lesson.teacher_TD, lesson.packed, self.config.temperature, head)
-        own = [logprob for row in lesson.rows for logprob in scored.rollout.completions[row].rollout_logprobs]
+        logprobs_T, _ = logprobs_of(self.model, teacher.hidden_TD, teacher.packed, self.config.temperature, head)
+        own = [logprob for row in teacher.rows for logprob in scored.rollout.completions[row].rollout_logprobs]
         return logprobs_T - torch.tensor(own, device=logprobs_T.device)
 
-    def _places(self, states: ForwardPass, lesson: Lesson) -> Tensor:
-        """[T] where the tokens of a lesson are among those of a forward pass, on the CPU: a mask would have to be asked."""
-        taught = set(lesson.rows)
+    def _places(self, states: ForwardPass, teacher: TeacherStates) -> Tensor:
+        """[T] where distilled tokens are among those of a forward pass, on the CPU: a mask would have to be asked."""
+        taught = set(teacher.rows)
         lengths = zip(states.rows, states.packed.completion_lengths, strict=True)
         return torch.tensor([row in taught for row, length in lengths for _ in range(length)]).nonzero()[:, 0]
 
-    def loss(self, scored: ScoredRollout, states: ForwardPass, lesson: Lesson, counts: Counts) -> Tensor:
+    def loss(self, scored: ScoredRollout, states: ForwardPass, teacher: TeacherStates, counts: Counts) -> Tensor:
         """The divergence of the spoken from the written prompt's distributions, over all distilled tokens of the step."""
         hidden_TD = states.hidden_TD
-        if lesson.rows != states.rows:
-            hidden_TD = hidden_TD[self._places(states, lesson).to(hidden_TD.device)]
+        if teacher.rows != states.rows:
+            hidden_TD = hidden_TD[self._places(states, teacher).to(hidden_TD.device)]
         settings: DistillationSettings = {"divergence": self.config.distil_divergence, "beta": self.config.distil_beta}
         if self.config.parts.weighs_tokens:
-            settings |= CORD_WEIGHTS | {"cu_seqlens": lesson.packed.cu_seqlens}
+            settings |= CORD_WEIGHTS | {"cu_seqlens": teacher.packed.cu_seqlens}
         result = self._compare(
-            hidden_TD, lesson.teacher_TD, self.config.teacher, settings | {"num_tokens": counts.num_distilled}
+            hidden_TD, teacher.hidden_TD, self.config.teacher, settings | {"num_tokens": counts.num_distilled}
         )
-        for row, values in zip(lesson.rows, result.divergences.detach().split(lesson.packed.completion_lengths), strict=True):
+        for row, values in zip(teacher.rows, result.divergences.detach().split(teacher.packed.completion_lengths), strict=True):
             scored.divergences[row] = values
         return self.weight_at(scored.step) * result.loss
 
-    def anchor_loss(self, lesson: Lesson, counts: Counts) -> tuple[Tensor, Tensor]:
+    def anchor_loss(self, teacher: TeacherStates, counts: Counts) -> tuple[Tensor, Tensor]:
         """(loss, sum of divergences) of the same completions behind their written prompts from the model before training."""
-        assert lesson.start_TD is not None
+        assert teacher.start_TD is not None
         settings: DistillationSettings = {"divergence": "forward_kl", "num_tokens": counts.num_distilled}
-        result = self._compare(self.model.forward(lesson.packed), lesson.start_TD, "frozen", settings)
+        result = self._compare(self.model.forward(teacher.packed), teacher.start_TD, "frozen", settings)
         return self.config.text_anchor_weight * result.loss, result.divergences.detach().sum()
 
     def _compare(
