@@ -53,6 +53,11 @@ def answer(connection: socket.socket) -> None:
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
+    # What Python knew of the files that were there before, such as whether they can be sought in, is not true of these.
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, mode, buffering=1, closefd=False)  # noqa: SIM115
+        for number, mode in enumerate("rww")
+    )
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -316,5 +316,5 @@ def test_a_damaged_analysis_is_compared_with_nothing(tmp_path_factory, tmp_path,
         folder = copy(whole, tmp_path)
         damage(folder / name)
         with pytest.raises(UserError, match=r"--compare .*: cannot be read \(.*\); name the --output-dir of an analysis"):
-            read_compared(folder)
+            read_compared(f"--compare {folder}", folder)
         shutil.rmtree(folder)
