@@ -177,3 +177,12 @@ def test_a_step_on_a_gpu():
     page = words_of("docs/how-a-step-works.md")
     assert all(f"{seconds[name]:.1f} s" in page for name in ("ours", "released", "trl"))
     assert f"{seconds['ours']:.1f}, {seconds['trl']:.1f} and {seconds['released']:.1f} s" in words_of("README.md")
+
+
+def test_an_update_by_objective():
+    seconds = {name: own["seconds/update"] for name, own in read("objectives_cpu.json")["objectives"].items()}
+    said = (
+        f"`tars` {seconds['tars']:.2f} s, `grpo` {seconds['grpo']:.2f} s, `opd` {seconds['opd']:.2f} s, anchored "
+        f"{seconds['opd, anchored']:.2f} s, `tars+opd` {seconds['tars+opd']:.2f} s"
+    )
+    assert said in words_of("docs/rewards-and-objectives.md")
