@@ -310,15 +310,14 @@ class TrainConfig:
     def _conditions(self) -> list[tuple[tuple[str, ...], bool, str]]:
         """(settings, whether they take effect, what they need)."""
         parts = self.parts
-        has_whole_divergence = parts.distils and self.distil_as == "loss"
         distilling = ("teacher", "distil_weight", "distil_schedule", "distil_as", "watch_every", "max_written_kl")
         clipped = ("loss_type", "clip_low", "clip_high", "importance_cap", "importance_mode", "importance_level")
         policy = (*clipped, "kl_coef", "entropy_coef")
         return [
             (distilling, parts.distils, "opd or cord in --objective"),
             (("teacher_decay",), self.keeps_average, "--teacher ema"),
-            (("distil_divergence", "distil_truncated"), has_whole_divergence, "--distil-as loss of opd or cord"),
-            (("distil_beta",), has_whole_divergence and self.distil_divergence == "jsd", "--distil-divergence jsd"),
+            (("distil_divergence", "distil_truncated"), self.has_divergence_loss, "--distil-as loss of opd or cord"),
+            (("distil_beta",), self.has_divergence_loss and self.distil_divergence == "jsd", "--distil-divergence jsd"),
             (("text_anchor_weight",), self.text_anchor == "kl", "--text-anchor kl"),
             (("representation_weight", "behaviour_weight"), parts.uses_alignment, "tars in --objective"),
             (("representation_layers", "representation_centre"), self.samples_text, "written completions, as of tars or grpo"),
@@ -336,6 +335,11 @@ class TrainConfig:
     def samples_text(self) -> bool:
         """Whether half of the completions are sampled from written prompts."""
         return self.parts.has_policy_gradient or self.text_anchor == "rollouts"
+
+    @property
+    def has_divergence_loss(self) -> bool:
+        """Whether a teacher's distributions are compared whole."""
+        return self.parts.distils and self.distil_as == "loss"
 
     @property
     def has_policy_loss(self) -> bool:
@@ -436,7 +440,7 @@ class TrainConfig:
             rollout_ahead=bool(self.rollout_ahead),
             gradient_checkpointing=preset.gradient_checkpointing,
             reference_bytes=self._reference_bytes(preset, dtype_bytes),
-            distils=self.parts.distils and self.distil_as == "loss",
+            distils=self.has_divergence_loss,
             embedder_bytes=0 if preset.behaviour_model == "hashed-ngrams" else _EMBEDDER_BYTES,
             on_gpu=on_gpu,
             given_kv_cache=None if self.kv_cache_gb is None else int(self.kv_cache_gb * GB),

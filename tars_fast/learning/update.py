@@ -117,11 +117,6 @@ class Learner:
         # Of the first process, whose completions are those of the checkpoint.
         return {"written_kl": self.workers.gather(self.watch.divergence(self.model, config.temperature))[0]}
 
-    @property
-    def has_divergence_loss(self) -> bool:
-        """Whether a teacher's distributions are compared whole."""
-        return self.distillation is not None and self.config.distil_as == "loss"
-
     def begin_rollout(self, rollout: Rollout | None, step: int = 0) -> ScoredRollout | None:
         """A rollout with the rewards that are known before its forward pass; None where this process has none.
 
@@ -251,11 +246,11 @@ class Learner:
         with self.timer.phase("forward"):
             if self.config.has_policy_loss:
                 advantages_T = None
-                if self.distillation is not None and not self.has_divergence_loss:
+                if self.distillation is not None and not self.config.has_divergence_loss:
                     advantages_T = self.distillation.advantages(scored, states, teacher)
                 policy = self.policy_gradient.loss(scored, states, self.counts, advantages_T)
                 terms.append(policy.loss)
-            if self.distillation is not None and self.has_divergence_loss and teacher is not None:
+            if self.distillation is not None and self.config.has_divergence_loss and teacher is not None:
                 terms.append(self.distillation.loss(scored, states, teacher, self.counts))
             loss = torch.stack(terms).sum()
         with self.timer.phase("backward"):

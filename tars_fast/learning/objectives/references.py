@@ -6,7 +6,7 @@ Shapes: V vocabulary, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -51,11 +51,10 @@ class References:
         self._model = model
         self._decay = config.teacher_decay
         self._parameters = list(model.trainable_for_text().values())
-        self._uses_lora = config.lora_rank > 0
         self._start: list[Tensor] | None = None
         # In float32: in bfloat16 it would stand still.
         self._average: list[Tensor] | None = None
-        if config.needs_start and not self._uses_lora:
+        if config.needs_start and config.lora_rank == 0:
             self._start = self._reload() if is_resumed else [parameter.detach().clone() for parameter in self._parameters]
         if config.keeps_average:
             self._average = [parameter.detach().float().clone() for parameter in self._parameters]
@@ -70,15 +69,13 @@ class References:
     def using(self, name: ReferenceName) -> Iterator[None]:
         """Inside the block the module computes with these weights; nothing else may run it, and no gradient is taken."""
         values = self._values(name)
+        other_weights: AbstractContextManager[None] = nullcontext()
         if values is not None:
-            with torch.no_grad(), exchanged(self._parameters, values):
-                yield
+            other_weights = exchanged(self._parameters, values)
         elif name == "frozen":
-            with torch.no_grad(), adapter_off(self._model.module):
-                yield
-        else:
-            with torch.no_grad():
-                yield
+            other_weights = adapter_off(self._model.module)
+        with torch.no_grad(), other_weights:
+            yield
 
     def head(self, name: ReferenceName) -> Tensor | None:
         """[V, D] its own head; None where it is the policy's."""
