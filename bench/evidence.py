@@ -1,6 +1,6 @@
 """Which objective closes the gap, on both embedded tasks: `python bench/evidence.py rates TASK`, then `arms TASK`.
 
-`rates` trains every arm at every rate of `RATES` and evaluates on validation items. Of each arm that rate is taken at which
+`rates` trains every arm at every rate of the task's `RATES` and evaluates on validation items. Of each arm that rate is taken at which
 sampled spoken accuracy is highest, among those at which sampled written accuracy is at most a point below the start's, in every
 seed. `arms` trains every arm at its rate with five seeds and compares them on the held-out items. The primary measure was named
 before any run: held-out spoken accuracy of sampled completions. `variants` does what `rates` does for variants of TARS, which
@@ -16,7 +16,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ import tars_fast  # noqa: F401  (before torch: threads.py)
 from tars_fast.ablate import AblateConfig, ablate
 
 RESULTS = Path(__file__).parent / "results"
-RATES = ("1e-4", "2e-4", "4e-4", "8e-4")
+RATES = {"pocket": ("2e-4", "4e-4", "8e-4"), "pocket-hard": ("1e-4", "2e-4", "4e-4")}
+"""The rate of the task's preset, half of it and twice it; the same for all arms."""
 ARMS = {
     "grpo": "objective=grpo",
     "rep": "objective=tars,behaviour_weight=0",
@@ -74,15 +75,15 @@ def compare(task: str, what: str, arms: Mapping[str, str], arguments: argparse.N
     return outcome.ablation
 
 
-def by_rate(arms: Mapping[str, str]) -> dict[str, str]:
+def by_rate(arms: Mapping[str, str], rates: Sequence[str]) -> dict[str, str]:
     """Every arm at every rate, as arms of their own."""
-    return {f"{name}_{rate}": f"{own},learning_rate={rate}" for name, own in arms.items() for rate in RATES}
+    return {f"{name}_{rate}": f"{own},learning_rate={rate}" for name, own in arms.items() for rate in rates}
 
 
-def choose_rate(ablation: Mapping[str, Any], arm: str) -> dict[str, object]:
-    """The rate of an arm, and what each of them gave."""
+def choose_rate(ablation: Mapping[str, Any], arm: str, rates: Sequence[str]) -> dict[str, object]:
+    """The rate of an arm among those tried, and what each of them gave."""
     tried = {}
-    for rate in RATES:
+    for rate in rates:
         figures = ablation["arms"].get(f"{arm}_{rate}")
         # A run that was stopped, by the watch or because of NaN, is not compared.
         if figures is None:
@@ -139,7 +140,7 @@ def main() -> None:
                 shutil.copy(folder / name, target / name)
         print(f"written to {target}")
         return
-    ablation = compare(task, what, by_rate(arms), arguments, f"{task}@validation")
+    ablation = compare(task, what, by_rate(arms, RATES[task]), arguments, f"{task}@validation")
     results_file = RESULTS / f"evidence_{task}_{what}.json"
     earlier = json.loads(results_file.read_text())["arms"] if results_file.is_file() else {}
     result = {
@@ -149,7 +150,7 @@ def main() -> None:
         "provenance": ablation["provenance"],
         "start": {name: value for name, value in ablation["start"].items() if name.endswith("accuracy_sampled")},
         # Arms of an earlier command stay.
-        "arms": earlier | {name: choose_rate(ablation, name) for name in arms},
+        "arms": earlier | {name: choose_rate(ablation, name, RATES[task]) for name in arms},
     }
     save(results_file, result)
 

@@ -25,7 +25,7 @@ def bench(monkeypatch):
 
 
 def test_the_rate_that_keeps_text_wins(bench):
-    from evidence import choose_rate
+    from evidence import RATES, choose_rate
 
     def figures(speech: float, text: list[float]) -> dict[str, object]:
         mean = {"speech_accuracy_sampled": speech, "speech_accuracy": speech, "text_accuracy_sampled": sum(text) / len(text)}
@@ -34,19 +34,19 @@ def test_the_rate_that_keeps_text_wins(bench):
     start = {"text_accuracy_sampled_by_seed": [0.98, 0.99]}
     arms = {"tars_1e-4": figures(0.5, [0.98, 0.985]), "tars_2e-4": figures(0.6, [0.975, 0.985])}
     arms |= {"tars_4e-4": figures(0.9, [0.99, 0.97])}
-    found = choose_rate({"start": start, "arms": arms}, "tars")
+    found = choose_rate({"start": start, "arms": arms}, "tars", RATES["pocket-hard"])
     assert (found["chosen"], found["keeps_text"]) == ("2e-4", True)
     assert found["tried"]["4e-4"]["most_lost_in_text"] == pytest.approx(0.02)
     only = {name: own for name, own in arms.items() if name == "tars_4e-4"}
-    found = choose_rate({"start": start, "arms": only}, "tars")
+    found = choose_rate({"start": start, "arms": only}, "tars", RATES["pocket-hard"])
     assert (found["chosen"], found["keeps_text"]) == ("4e-4", False)
 
 
 def test_arms_and_variants_are_settings(bench):
-    from evidence import ARMS, VARIANTS, by_rate
+    from evidence import ARMS, RATES, VARIANTS, by_rate
 
     for table in (ARMS, VARIANTS):
-        for name, settings in by_rate(table).items():
+        for name, settings in by_rate(table, RATES["pocket"]).items():
             values = parse_settings(f"--define {name}:", settings.split(","), set())
             assert not values.keys() - {field for field in TrainConfig.__dataclass_fields__}, name
 
