@@ -1,10 +1,10 @@
 """Which objective closes the gap, on both embedded tasks: `python bench/evidence.py rates TASK`, then `arms TASK`.
 
-`rates` trains every arm at every rate of the task's `RATES` and evaluates on validation items. Of each arm that rate is taken at which
-sampled spoken accuracy is highest, among those at which sampled written accuracy is at most a point below the start's, in every
-seed. `arms` trains every arm at its rate with five seeds and compares them on the held-out items. The primary measure was named
-before any run: held-out spoken accuracy of sampled completions. `variants` does what `rates` does for variants of TARS, which
-are looked at on validation items alone.
+`rates` trains every arm at every rate of the task's `RATES` and evaluates on validation items. Of each arm that rate is taken
+at which sampled spoken accuracy is highest, among those at which sampled written accuracy is at most a point below the start's,
+in every seed. `arms` trains every arm at its rate with five seeds and compares them on the held-out items. The primary measure
+was named before any run: held-out spoken accuracy of sampled completions. `variants` does what `rates` does for variants of
+TARS, which are looked at on validation items alone.
 
 Every run is one of `tars_fast.ablate`, so the same command goes on where it was stopped. Results go to bench/results.
 """
