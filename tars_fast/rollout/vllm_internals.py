@@ -43,6 +43,8 @@ class VllmSettings:
     """0: no adapter."""
     cuda_graphs: bool
     """On CUDA, where the version can give the KV cache back under them; else eager."""
+    lora_targets: tuple[str, ...] | None = None
+    """Names of the linear layers with adapters, by transformers; None: vLLM has buffers for all that it can adapt."""
     dummy_weights: bool = False
     """Random weights in the place of the checkpoint's, for benchmarks."""
 
@@ -74,6 +76,7 @@ class VllmInternals:
         if settings.lora_rank:
             rank = engine_rank(settings.lora_rank)
             adapter = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
+            adapter["lora_target_modules"] = None if settings.lora_targets is None else list(settings.lora_targets)
         with self._eager_on_cpu(), _unpacked_cpu_weights(), _thread_setting_kept(), _quiet_start(source):
             self.llm = LLM(
                 model=str(checkpoint_folder(source, weights=not settings.dummy_weights)),
@@ -198,8 +201,10 @@ class VllmInternals:
         from vllm.lora.lora_weights import LoRALayerWeights
 
         manager = self._runner.lora_manager._adapter_manager
-        # Naming one layer is enough, because vLLM fills the buffers of all other layers with zeros.
-        name, layer = next((name, layer) for name, layer in manager.modules.items() if len(layer.lora_a_stacked) == 1)
+        # Naming one layer is enough, because vLLM fills the buffers of all other layers with zeros. An adapter names the parts
+        # of a fused one.
+        place, layer = next(iter(manager.modules.items()))
+        name = manager.packed_modules.get(place, [place])[0]
         a, b = layer.lora_a_stacked[0][0, 0].clone(), layer.lora_b_stacked[0][0, 0].clone()
         weights = LoRALayerWeights(name, len(a), len(a), a.zero_(), b.zero_())
         manager.add_adapter(LoRAModel(_ADAPTER_ID, len(a), {name: weights}))
