@@ -49,7 +49,7 @@ def _save_weights(module: PolicyModule, prompts: PromptFormat, folder: Path) -> 
         if (value.data_ptr(), value.shape) not in seen:
             seen.add((value.data_ptr(), value.shape))
             weights[family.published_name(name, nested=is_nested)] = value.detach().to("cpu", copy=True)
-    unused = tuple(family.published_name(f"{part}.", nested=is_nested) for part in family.unused_parts)
+    unused = tuple(family.published_name(f"{part}.", nested=is_nested) for part in family.unused_parts) + family.other_parts
     weights |= read_weights(prompts.source, unused)
     save_torch_state_dict(weights, folder)
     module.config.architectures = [family.model_class]

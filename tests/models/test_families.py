@@ -9,6 +9,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,11 @@ def qwen2_audio_processor(prompts: PromptFormat) -> Any:
     return transformers.Qwen2AudioProcessor(prompts.feature_extractor, prompts.tokenizer)
 
 
-def qwen2_5_omni_processor(prompts: PromptFormat) -> Any:
+def omni_processor(name: str, prompts: PromptFormat) -> Any:
     """Neither images nor video are asked of it, and its video processor needs torchvision."""
     import transformers
 
-    processor = object.__new__(transformers.Qwen2_5OmniProcessor)
+    processor = object.__new__(getattr(transformers, name))
     processor.tokenizer, processor.feature_extractor = prompts.tokenizer, prompts.feature_extractor
     processor.image_processor = processor.video_processor = transformers.Qwen2VLImageProcessor()
     for token in ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos"):
@@ -172,12 +173,23 @@ EXPECTED = {
         audio_inputs=qwen_audio_inputs,
     ),
     "qwen2.5-omni": Expected(
-        processor=qwen2_5_omni_processor,
+        processor=partial(omni_processor, "Qwen2_5OmniProcessor"),
         tokens=qwen_tokens,
         speech_turn=QWEN_TURN,
         audio_tokens={0.1: 2, 1.0: 25, 7.3: 182, 30.0: 750, 61.5: 1537},
         extraction=QWEN_EXTRACTION,
         audio_inputs=qwen_audio_inputs,
+    ),
+    "qwen3-omni": Expected(
+        processor=partial(omni_processor, "Qwen3OmniMoeProcessor"),
+        tokens=qwen_tokens,
+        speech_turn=QWEN_TURN,
+        # 13 a second, as many as the last part of a second has left.
+        audio_tokens={0.1: 2, 1.0: 13, 2.0: 26, 7.3: 95, 30.0: 390, 61.5: 800},
+        extraction={"padding": True, "truncation": False, "return_attention_mask": True},
+        audio_inputs=qwen_audio_inputs,
+        # Of experts transformers makes no linear layers.
+        linear_layers=frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}),
     ),
     "phi-4-multimodal": Expected(
         processor=phi4_multimodal_processor,

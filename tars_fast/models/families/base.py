@@ -76,6 +76,9 @@ class Family:
     """(beginning of a weight's name in `model_class`, its beginning in published checkpoints), where they differ."""
     nested_prefix: str = ""
     """Put before published names in a checkpoint of the whole model."""
+    other_parts: tuple[str, ...] = ()
+    """Beginnings of weights' names in a checkpoint of the whole model that belong to none of `model_class`; a saved one gets
+    them back."""
     saved_config_entries: Mapping[str, object] = field(default_factory=dict)
     """Entries that config.json of the whole model gets when it is saved without its other parts."""
     adapter_folder: str = ""
