@@ -180,6 +180,7 @@ def make_qwen3_omni(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(nested))
     weights = load_file(folder / "model.safetensors")
     weights = {f"thinker.{name}": value for name, value in weights.items()}
+    assert "thinker.model.layers.0.mlp.experts.0.gate_proj.weight" in weights
     weights |= {"talker.codec_head.weight": torch.ones(2, 2), "code2wav.code_embedding.weight": torch.ones(2, 2)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tars_fast.models.hub import cannot_be_loaded, checkpoint_folder
 from tars_fast.models.memory import BLOCK_TOKENS, PREFILL_TOKENS, engine_rank
 from tars_fast.models.weights import SharingError
+from tars_fast.rollout.vllm_experts import check_experts, whole_experts
 from tars_fast.rollout.vllm_models import register_models
 
 _MAX_CLIPS = 64
@@ -43,6 +44,8 @@ class VllmSettings:
     """0: no adapter."""
     cuda_graphs: bool
     """On CUDA, where the version can give the KV cache back under them; else eager."""
+    has_experts: bool = False
+    """The model is a mixture of experts, whose adapters are on the attention alone."""
     dummy_weights: bool = False
     """Random weights in the place of the checkpoint's, for benchmarks."""
 
@@ -74,7 +77,11 @@ class VllmInternals:
         if settings.lora_rank:
             rank = engine_rank(settings.lora_rank)
             adapter = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
-        with self._eager_on_cpu(), _unpacked_cpu_weights(), _thread_setting_kept(), _quiet_start(source):
+            if settings.has_experts:
+                # Else vLLM allocates buffers for adapters of every expert.
+                adapter["lora_target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        experts = whole_experts(on_cpu=self._on_cpu) if settings.has_experts else nullcontext()
+        with self._eager_on_cpu(), _unpacked_cpu_weights(), _thread_setting_kept(), _quiet_start(source), experts:
             self.llm = LLM(
                 model=str(checkpoint_folder(source, weights=not settings.dummy_weights)),
                 trust_remote_code=False,
@@ -108,6 +115,7 @@ class VllmInternals:
         storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in self._runner.kv_caches}
         self._kv_storages = [(storage, storage.nbytes()) for storage in storages.values()]
         self._released = False
+        check_experts(self.module, on_cpu=self._on_cpu)
 
     @property
     def module(self) -> nn.Module:

@@ -127,6 +127,23 @@ class Family:
                 return prefix + published + name.removeprefix(own)
         return prefix + name
 
+    def published_weights(self, name: str, value: Tensor, *, nested: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """A weight as published checkpoints hold it, under one name or, of a mixture of experts, each expert under its own.
+
+        Args:
+            name: in `model_class`.
+            value: [E, *] for the weights of E experts, else of any shape.
+            nested: see `published_name`.
+        """
+        published = self.published_name(name, nested=nested)
+        layer, experts, leaf = published.rpartition(".experts.")
+        if not experts:
+            yield published, value
+            return
+        for number, expert in enumerate(value):
+            pieces = zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True) if leaf == "gate_up_proj" else [(leaf, expert)]
+            yield from ((f"{layer}.experts.{number}.{part}.weight", piece) for part, piece in pieces)
+
     def installed_name(self, name: str) -> str:
         """The name of an adapter's module or weight in the installed release of transformers."""
         for decoder in self.decoder_aliases:
