@@ -146,7 +146,8 @@ class VllmEngine(RolloutEngine):
             for completion in output.outputs:
                 tokens = list(completion.token_ids)
                 logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
-                sampled.append(SampledCompletion(tokens, logprobs, truncated=completion.finish_reason == "length"))
+                experts = completion.routed_experts
+                sampled.append(SampledCompletion(tokens, logprobs, completion.finish_reason == "length", experts))
             on_sampled(number, sampled)
 
         self._internals.generate(

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tars_fast.models.routing import NOT_KNOWN
 from tars_fast.models.weights import SharingError
 
 
@@ -76,6 +77,74 @@ def _kernel(*, on_cpu: bool) -> type:
             output.copy_(grouped_experts(hidden_states, w1, w2, routed["topk_ids"], routed["topk_weights"]))
 
     return GroupedExperts
+
+
+class RoutingBuffer:
+    """What the routers of vLLM's model chose in its last step, in a place that is the same in every step, as CUDA graphs need.
+
+    Args:
+        module: vLLM's language model.
+        max_tokens: of one step.
+    """
+
+    def __init__(self, module: nn.Module, max_tokens: int, device: torch.device):
+        runners = [layer for layer in module.modules() if hasattr(layer, "routed_experts")]
+        num_experts = runners[0].routed_experts.moe_config.experts_per_token
+        self.chosen = torch.zeros(max_tokens, len(module.model.layers), num_experts, dtype=torch.int16, device=device)
+        """[N, L, K]; NOT_KNOWN in layers that are no mixture of experts."""
+        self.chosen.fill_(NOT_KNOWN)
+        for runner in runners:
+            runner.router.set_capture_fn(partial(self._keep, runner.layer_id))
+
+    def _keep(self, layer: int, experts_NK: Tensor) -> None:
+        self.chosen[: len(experts_NK), layer] = experts_NK
+
+
+class RoutingRecorder:
+    """The experts that every completion's tokens went through, by what vLLM keeps its keys and values by: places in blocks.
+
+    A prompt that several completions share is computed once, and its blocks hold what all of them need.
+
+    Args:
+        runner: vLLM's model runner.
+        scheduler: vLLM's scheduler.
+        buffer: of the model that the runner runs.
+    """
+
+    def __init__(self, runner: Any, scheduler: Any, buffer: RoutingBuffer):
+        self._block_tokens: int = runner.vllm_config.cache_config.block_size
+        num_places = scheduler.kv_cache_config.num_blocks * self._block_tokens
+        self._by_place = buffer.chosen.new_full((num_places, *buffer.chosen.shape[1:]), NOT_KNOWN)
+        self._finished: dict[str, Tensor] = {}
+        execute, manager = runner.execute_model, scheduler.kv_cache_manager
+        free = manager.free
+
+        def observed_execute(scheduled: Any, *others: Any, **named: Any) -> Any:
+            result = execute(scheduled, *others, **named)
+            num_tokens = scheduled.total_num_scheduled_tokens
+            if num_tokens:
+                places = runner.input_batch.block_table[0].slot_mapping.gpu[:num_tokens]
+                self._by_place[places.long()] = buffer.chosen[:num_tokens]
+            return result
+
+        def observed_free(request: Any) -> None:
+            # The last token was sampled, and not computed. A request that was preempted will be here again.
+            places = torch.arange(request.num_tokens - 1)
+            blocks = torch.tensor(manager.get_block_ids(request.request_id)[0])
+            if len(blocks) * self._block_tokens >= len(places):
+                places = blocks[places // self._block_tokens] * self._block_tokens + places % self._block_tokens
+                self._finished[request.request_id] = self._by_place[places.to(self._by_place.device)].cpu()
+            free(request)
+
+        runner.execute_model, manager.free = observed_execute, observed_free
+
+    def take(self, request_id: str) -> Tensor | None:
+        """[P + T - 1, L, K] of a request that is complete, once; None where it is not known."""
+        return self._finished.pop(request_id, None)
+
+    def forget(self) -> None:
+        """Whatever requests that nobody asked for have left."""
+        self._finished.clear()
 
 
 def grouped_experts(hidden_ND: Tensor, gate_up: Tensor, down: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:

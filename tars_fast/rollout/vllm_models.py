@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tars_fast.models.families import qwen2_audio
+from tars_fast.rollout.vllm_experts import RoutingBuffer
 
 
 def register_models() -> None:
@@ -114,6 +115,11 @@ def register_models() -> None:
 
         audio_encoder: ClassVar[Any] = Qwen3OmniMoeAudioEncoder
         language_architecture = "Qwen3MoeForCausalLM"
+
+        def __init__(self, *, vllm_config: Any, prefix: str = ""):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            max_tokens, device = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.device_config.device
+            self.routing = RoutingBuffer(self.language_model, max_tokens, device)
 
     ModelRegistry.register_model("Qwen2AudioForConditionalGeneration", Qwen2AudioWithLora)
     ModelRegistry.register_model("Qwen3OmniMoeForConditionalGeneration", Omni3Thinker)
