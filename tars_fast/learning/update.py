@@ -195,7 +195,7 @@ class Learner:
             with self.timer.phase("encode"):
                 prompts = reencode_audio(model, rollout, rows)
         with self.timer.phase("forward"):
-            packed = model.pack(prompts, completions)
+            packed = model.pack(prompts, completions, routed=True)
             if pooler is None:
                 return ForwardPass(rows, packed, model.forward(packed), None)
             with pooler.pooling(packed.cu_seqlens, positions=packed.positions):

@@ -31,6 +31,7 @@ from tars_fast.models.modules import Decoder, PolicyModule
 from tars_fast.models.packed_attention import PackedGroups, use_packed_attention
 from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
+from tars_fast.models.routing import ExpertRouting, has_experts, pack_routing
 from tars_fast.support.timing import is_out_of_memory
 from tars_fast.types import Completion, Modality, Prompt, Question, Recording, UserError
 
@@ -75,6 +76,8 @@ class SpeechModel:
         self.prompts = prompts
         self.family = prompts.family
         use_packed_attention(self.language_model)
+        self.routing = ExpertRouting(self.language_model) if any(map(has_experts, self.language_model.layers)) else None
+        """None for models that are no mixture of experts."""
         self.audio_is_trained = False
         self.gradient_checkpointing = False
         self._audio_cache = AudioCache(_AUDIO_CACHE_BYTES)
@@ -245,12 +248,14 @@ class SpeechModel:
         flat = flat.index_copy(0, torch.cat(places).to(flat.device), torch.cat(audio).to(flat.dtype))
         return flat.view_as(embeddings)
 
-    def pack(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> PackedBatch:
+    def pack(self, prompts: Sequence[Prompt], completions: Sequence[Completion], *, routed: bool = False) -> PackedBatch:
         """Put prompts and completions into one row without padding: each prompt once, then all completions.
 
         Args:
             prompts: [N] the prompt of each completion; neighbours whose prompt is the same object share it.
             completions: [N]
+            routed: whether the completions were sampled from these prompts, so that the engine's choice of experts is that of
+                this row; see `ExpertRouting`.
         """
         pairs = list(zip(prompts, completions, strict=True))
         rows = [list(row) for _, row in groupby(pairs, key=lambda pair: id(pair[0]))]
@@ -275,6 +280,10 @@ class SpeechModel:
         ]
         token_ids = [token for row in rows for token in row[0][0].token_ids]
         token_ids += [token for completion in completions for token in completion.token_ids]
+        experts = None
+        if routed and self.routing is not None:
+            chosen = [[completion.routed_experts for _, completion in row] for row in rows]
+            experts = pack_routing(groups.prompt_lengths, chosen, groups.completion_lengths)
         batch = PackedBatch(
             prompts=[row[0][0] for row in rows],
             groups=groups,
@@ -282,6 +291,7 @@ class SpeechModel:
             position_ids=torch.cat(positions),
             predictors=predictors,
             cu_seqlens=ends,
+            routed_experts=experts,
         )
         return batch.to(self.device)
 
@@ -293,13 +303,20 @@ class SpeechModel:
         # mode, without dropout, and the flag is reset afterwards.
         for layer in self.language_model.layers:
             layer.training = self.gradient_checkpointing and torch.is_grad_enabled()
-        states = self.run_decoder(inputs, batch.position_ids[None], groups=batch.groups)
+        routed = {} if batch.routed_experts is None else {"routed_experts": batch.routed_experts}
+        states = self.run_decoder(inputs, batch.position_ids[None], groups=batch.groups, **routed)
         for layer in self.language_model.layers:
             layer.training = False
         return states[0, batch.predictors]
 
     def run_decoder(
-        self, inputs: Tensor, position_ids: Tensor, *, groups: PackedGroups | None = None, key_values: KeyValues | None = None
+        self,
+        inputs: Tensor,
+        position_ids: Tensor,
+        *,
+        groups: PackedGroups | None = None,
+        key_values: KeyValues | None = None,
+        **routed: Tensor,
     ) -> Tensor:
         """[N, S, D] states of the last layer, after the final norm, for `head`.
 
@@ -308,6 +325,7 @@ class SpeechModel:
             position_ids: [N, S]
             groups: what attends to what in a packed row, see `packed_attention`.
             key_values: the KV cache while completions are sampled; either this or `groups` is given.
+            routed: `routed_experts` of `ExpertRouting`, or nothing.
         """
         return self.language_model(
             inputs_embeds=inputs,
@@ -317,6 +335,7 @@ class SpeechModel:
             use_cache=False,
             groups=groups,
             key_values=key_values,
+            **routed,
         ).last_hidden_state
 
 
@@ -336,6 +355,8 @@ class PackedBatch:
     """[T] int64 places in the row of the states that predict each completion token."""
     cu_seqlens: Tensor
     """[N + 1] int64 boundaries of completions among the T tokens."""
+    routed_experts: Tensor | None = None
+    """[S, L, K] int16 experts that the engine chose, see `ExpertRouting`."""
 
     @cached_property
     def positions(self) -> Tensor:

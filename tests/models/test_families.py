@@ -9,6 +9,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,11 @@ def qwen2_audio_processor(prompts: PromptFormat) -> Any:
     return transformers.Qwen2AudioProcessor(prompts.feature_extractor, prompts.tokenizer)
 
 
-def qwen2_5_omni_processor(prompts: PromptFormat) -> Any:
+def omni_processor(name: str, prompts: PromptFormat) -> Any:
     """Neither images nor video are asked of it, and its video processor needs torchvision."""
     import transformers
 
-    processor = object.__new__(transformers.Qwen2_5OmniProcessor)
+    processor = object.__new__(getattr(transformers, name))
     processor.tokenizer, processor.feature_extractor = prompts.tokenizer, prompts.feature_extractor
     processor.image_processor = processor.video_processor = transformers.Qwen2VLImageProcessor()
     for token in ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos"):
@@ -173,12 +174,23 @@ EXPECTED = {
         audio_inputs=qwen_audio_inputs,
     ),
     "qwen2.5-omni": Expected(
-        processor=qwen2_5_omni_processor,
+        processor=partial(omni_processor, "Qwen2_5OmniProcessor"),
         tokens=qwen_tokens,
         speech_turn=QWEN_TURN,
         audio_tokens={0.1: 2, 1.0: 25, 7.3: 182, 30.0: 750, 61.5: 1537},
         extraction=QWEN_EXTRACTION,
         audio_inputs=qwen_audio_inputs,
+    ),
+    "qwen3-omni": Expected(
+        processor=partial(omni_processor, "Qwen3OmniMoeProcessor"),
+        tokens=qwen_tokens,
+        speech_turn=QWEN_TURN,
+        # 13 a second, as many as the last part of a second has left.
+        audio_tokens={0.1: 2, 1.0: 13, 2.0: 26, 7.3: 95, 30.0: 390, 61.5: 800},
+        extraction={"padding": True, "truncation": False, "return_attention_mask": True},
+        audio_inputs=qwen_audio_inputs,
+        # Of experts transformers makes no linear layers.
+        linear_layers=frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}),
     ),
     "phi-4-multimodal": Expected(
         processor=phi4_multimodal_processor,
@@ -326,15 +338,18 @@ def train_lora(model: SpeechModel, lora_targets: Collection[str] | None = None) 
         nn.init.normal_(parameter, 0, 0.05)
 
 
-@pytest.mark.parametrize("given", ["attention", "o_proj,down_proj"])
+@pytest.mark.parametrize("given", ["attention", "names"])
 def test_lora_reaches_the_layers_that_are_named_and_is_planned_for_them(expected, speech_model, given):
     """The plan counts as peft makes them."""
+    named = {name for name in expected.linear_layers if name.startswith(("q", "k", "v", "o_"))}
+    if given == "names":
+        named = {"o_proj", max(expected.linear_layers)}
+        given = ",".join(named)
     architecture = speech_model.family.architecture(speech_model.prompts.config)
     targets = architecture.find_lora_targets(given)
     train_lora(speech_model, targets)
     adapted = [path for path, layer in speech_model.module.named_modules() if hasattr(layer, "lora_A")]
-    named = {name for name in expected.linear_layers if name.startswith(("q", "k", "v", "o_"))}
-    assert {path.rpartition(".")[2] for path in adapted} == (named if given == "attention" else {"o_proj", "down_proj"})
+    assert {path.rpartition(".")[2] for path in adapted} == named
     assert len(adapted) == 3 * len(targets), "three layers"
     num_trained = sum(parameter.numel() for parameter in speech_model.trainable_parameters())
     assert num_trained == architecture.num_lora_parameters(4, targets)
@@ -343,8 +358,11 @@ def test_lora_reaches_the_layers_that_are_named_and_is_planned_for_them(expected
 def test_layers_for_lora_that_are_not_there_are_refused_by_name(expected, speech_model):
     architecture = speech_model.family.architecture(speech_model.prompts.config)
     assert {*architecture.linear_layers} == expected.linear_layers
-    with pytest.raises(UserError, match=r"--lora-targets o_proj,up: the model has no linear layer 'up'; it has .*, down_proj"):
+    with pytest.raises(UserError, match=r"--lora-targets o_proj,up: the model has no linear layer 'up'; it has .*, o_proj"):
         architecture.find_lora_targets("o_proj,up")
+    for given in ("all-linear", "q_proj,down_proj") if architecture.num_experts else ():
+        with pytest.raises(UserError, match=f"--lora-targets {given}: the experts .* take no adapter; give attention, or"):
+            architecture.find_lora_targets(given)
 
 
 def test_lora_reaches_exactly_the_linear_layers_of_the_language_model(expected, speech_model):
@@ -361,7 +379,7 @@ def test_lora_reaches_exactly_the_linear_layers_of_the_language_model(expected, 
     assert adapted == linear
     assert len(adapted) == 3 * len(last_names), "three layers"
     architecture = speech_model.family.architecture(speech_model.prompts.config)
-    for given in (None, "all-linear"):
+    for given in (None, "attention" if architecture.num_experts else "all-linear"):
         planned = architecture.num_lora_parameters(4, architecture.find_lora_targets(given))
         assert sum(p.numel() for p in speech_model.trainable_parameters()) == planned
 

@@ -745,7 +745,7 @@ def test_a_head_is_tied_only_where_the_checkpoint_says_so(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 4])
-@pytest.mark.parametrize("name", ["qwen2-audio", "qwen2.5-omni"])
+@pytest.mark.parametrize("name", ["qwen2-audio", "qwen2.5-omni", "qwen3-omni"])
 def test_families_share_weights_and_speak_alike(name, lora_rank, tmp_path):
     """Before and after training, for one clip and several, and from the checkpoint that training leaves."""
     source = str(MAKERS[name](tmp_path / name))
@@ -775,7 +775,9 @@ def test_families_share_weights_and_speak_alike(name, lora_rank, tmp_path):
     if not lora_rank:
         assert_loaded_as_by_transformers(engine, str(saved), questions)
         published, own = (set(load_file(Path(folder) / "model.safetensors")) for folder in (source, saved))
-        assert own == {name for name in published if not name.startswith("talker.")}
+        # Of Qwen2.5-Omni the talker is left out, which was made for the thinker as it was.
+        left_out = ("talker.",) if name == "qwen2.5-omni" else ()
+        assert own == {held for held in published if not held.startswith(left_out)}
         if name == "qwen2-audio":
             texts = [list(prompt.token_ids) for prompt in prompts_of(engine, questions)[3:]]
             assert plain_vllm(saved, texts) == [list(completion.token_ids) for completion in trained[3:]]

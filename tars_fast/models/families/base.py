@@ -76,6 +76,9 @@ class Family:
     """(beginning of a weight's name in `model_class`, its beginning in published checkpoints), where they differ."""
     nested_prefix: str = ""
     """Put before published names in a checkpoint of the whole model."""
+    other_parts: tuple[str, ...] = ()
+    """Beginnings of weights' names in a checkpoint of the whole model that belong to none of `model_class`; a saved one gets
+    them back."""
     saved_config_entries: Mapping[str, object] = field(default_factory=dict)
     """Entries that config.json of the whole model gets when it is saved without its other parts."""
     adapter_folder: str = ""
@@ -123,6 +126,23 @@ class Family:
             if name.startswith(own):
                 return prefix + published + name.removeprefix(own)
         return prefix + name
+
+    def published_weights(self, name: str, value: Tensor, *, nested: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """A weight as published checkpoints hold it, under one name or, of a mixture of experts, each expert under its own.
+
+        Args:
+            name: in `model_class`.
+            value: [E, *] for the weights of E experts, else of any shape.
+            nested: see `published_name`.
+        """
+        published = self.published_name(name, nested=nested)
+        layer, experts, leaf = published.rpartition(".experts.")
+        if not experts:
+            yield published, value
+            return
+        for number, expert in enumerate(value):
+            pieces = zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True) if leaf == "gate_up_proj" else [(leaf, expert)]
+            yield from ((f"{layer}.experts.{number}.{part}.weight", piece) for part, piece in pieces)
 
     def installed_name(self, name: str) -> str:
         """The name of an adapter's module or weight in the installed release of transformers."""
