@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,6 +23,7 @@ ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM allocates adapter buffers for."""
 _FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 """Linear layers that vLLM makes one of."""
+_FEED_FORWARD = frozenset({"gate_proj", "up_proj", "gate_up_proj", "down_proj"})
 _GRAPH_BYTES = int(0.6 * GB)
 """CUDA graphs and attention workspaces of vLLM; an estimate."""
 EVALUATION_TOKENS = 16_384
@@ -34,6 +36,8 @@ _MOST_TOKENS = {True: 16_384, False: 4096}
 """Most tokens of a micro-batch, by whether the device is a GPU; larger ones do not compute faster."""
 _FEWEST_TOKENS = 1024
 """Tokens of the smallest micro-batch that is planned, on any device."""
+_MOST_COMPLETIONS = 512
+"""Largest group that is looked for."""
 _ASSUMED_PROMPT_TOKENS = 900
 """Longest prompt where the data is not known: 30 s of speech at 25 tokens a second, inside the paper's instructions."""
 
@@ -151,10 +155,8 @@ class Workload:
         These are activations of a forward pass over prompts, and for one token of every completion logits, float32 logits and
         probabilities; the transformers engine also cumulates the probabilities, in float64.
         """
-        shape = self.architecture
-        tokens = max(PREFILL_TOKENS, self.longest_prompt + self.max_new_tokens)
-        prefill = tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size) * self.dtype_bytes
-        return prefill + self.rollout_batch_size * shape.vocabulary_size * (
+        prefill = self._forward(max(PREFILL_TOKENS, self.longest_prompt + self.max_new_tokens))
+        return prefill + self.rollout_batch_size * self.architecture.vocabulary_size * (
             self.dtype_bytes + (12 if self.engine == "vllm" else 24)
         )
 
@@ -173,12 +175,40 @@ class Workload:
         """
         shape = self.architecture
         tokens = max(tokens, self.question_tokens)
-        inside = tokens * (5 * shape.intermediate_size + 10 * shape.hidden_size) * self.dtype_bytes
-        if self.lora_rank:
-            # LoRA computes with its input in float32.
-            inside += tokens * sum(shape.linear_layers[name][0] for name in self.adapted_layers) * 4
         layers = 1 if self.gradient_checkpointing else shape.num_layers
-        return shape.num_layers * tokens * shape.hidden_size * self.dtype_bytes + layers * inside + self.masks(tokens)
+        inputs = shape.num_layers * tokens * shape.hidden_size * self.dtype_bytes
+        return inputs + layers * tokens * self._inside_bytes() + self.masks(tokens)
+
+    def _inside_bytes(self) -> int:
+        """Bytes of a token inside a layer at the height of its backward pass, without the layer's input.
+
+        The factors are those of measured peaks, which grow linearly with each of these sizes.
+        """
+        shape = self.architecture
+        hidden, inner = shape.hidden_size, shape.intermediate_size
+        queries, keys = shape.num_heads * shape.head_size, shape.key_value_size
+        numbers = 7 * hidden + 4 * queries + 2 * keys + 2 * (queries + keys) * shape.normed_attention
+        if shape.num_experts:
+            # A token is there once for each of its experts: what they make of it is kept, its copies for them are not.
+            numbers += 2 * hidden + shape.experts_per_token * (4 * hidden + 3 * shape.moe_intermediate_size)
+        else:
+            numbers += 6 * inner
+        if not self.lora_rank:
+            # The gradients of weights need the layers' inputs too.
+            numbers += 4 * hidden + shape.experts_per_token * (hidden + shape.moe_intermediate_size)
+            return numbers * self.dtype_bytes
+        # LoRA computes with its input in float32; in the feed-forward layer, where the height is, with gradients as well.
+        adapters = 4 * sum(shape.linear_layers[name][0] for name in self.adapted_layers)
+        if not _FEED_FORWARD.isdisjoint(self.adapted_layers):
+            adapters += 10 * hidden + 2 * inner
+        return numbers * self.dtype_bytes + adapters
+
+    def _forward(self, tokens: int) -> int:
+        """Bytes inside one layer in a forward pass without gradient."""
+        shape = self.architecture
+        # Mixtures of experts hold four copies of the token for each expert, while they add up what the experts made of it.
+        widest = 4 * shape.experts_per_token * shape.hidden_size if shape.num_experts else 3 * shape.intermediate_size
+        return tokens * (widest + 6 * shape.hidden_size) * self.dtype_bytes
 
     def masks(self, tokens: int) -> int:
         """Bytes of attention masks; 0 with FlashAttention, which is used on a GPU in half precision."""
@@ -190,10 +220,7 @@ class Workload:
     @property
     def evaluation_activations(self) -> int:
         """Bytes inside one layer in a forward pass without gradient over spoken and written completions."""
-        shape = self.architecture
-        width = self.longest_prompt + self.max_new_tokens
-        tokens = max(EVALUATION_TOKENS, 2 * width)
-        return tokens * (3 * shape.intermediate_size + 6 * shape.hidden_size) * self.dtype_bytes
+        return self._forward(max(EVALUATION_TOKENS, 2 * (self.longest_prompt + self.max_new_tokens)))
 
     def logits(self, tokens: int) -> int:
         """Bytes of the fused loss, and of the completions' states with their gradient, and a teacher's states without.
@@ -300,6 +327,29 @@ def plan_memory(workload: Workload, device_bytes: int) -> MemoryPlan:
     return MemoryPlan(workload, device_bytes, kv_cache, micro_batch, phases)
 
 
+def limits(plan: MemoryPlan) -> dict[str, int]:
+    """Largest `group_size`, `max_new_tokens` and `longest_prompt` that fit, each beside all other settings as they are.
+
+    Args:
+        plan: one that fits.
+    """
+    workload, longest = plan.workload, plan.workload.architecture.max_tokens
+    found = {}
+    for name, most, step in (
+        ("group_size", _MOST_COMPLETIONS, 2),
+        ("max_new_tokens", longest - workload.longest_prompt, 1),
+        ("longest_prompt", longest - workload.max_new_tokens, 1),
+    ):
+        values = range(getattr(workload, name), most + 1, step)
+
+        def is_too_large(value: int, name: str = name) -> bool:
+            changed: dict[str, Any] = {name: value}
+            return not plan_memory(dataclasses.replace(workload, **changed), plan.device_bytes).fits
+
+        found[name] = values[bisect_left(values, True, key=is_too_large) - 1]
+    return found
+
+
 def remedies(plan: MemoryPlan) -> list[str]:
     """Changes of settings that make the run fit, as text: single ones where any is enough, else a few together.
 
@@ -384,6 +434,12 @@ def describe(plan: MemoryPlan) -> str:
     ]
     verdict = "fits in" if plan.fits else "does not fit in"
     lines.append(f"{verdict} {size(plan.device_bytes)}, of which {_USABLE:.0%} are planned with")
-    if not plan.fits:
+    if plan.fits:
+        most = limits(plan)
+        lines.append(
+            f"each alone could grow to: a group of {most['group_size']} completions, {most['max_new_tokens']:,} new tokens, "
+            f"prompts of {most['longest_prompt']:,} tokens"
+        )
+    else:
         lines += ["", "what would help:", *(f"  {line}" for line in remedies(plan))]
     return "\n".join(lines)

@@ -25,7 +25,7 @@ from tars_fast import train
 from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.models.adapters import load_adapter_weights
 from tars_fast.models.checkpoint import save_model
-from tars_fast.models.families import phi4_multimodal, qwen2_5_omni, qwen2_audio
+from tars_fast.models.families import phi4_multimodal, qwen2_5_omni, qwen2_audio, qwen3_omni
 from tars_fast.models.preset import THINK_PROMPT
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.models.registry import FAMILIES, PRESETS, architecture_of, family_of, find_preset
@@ -500,7 +500,7 @@ def test_vllm_refuses_phi_with_the_reason():
 
 def test_presets_have_the_published_shapes():
     """Counted on the genuine classes with the published configurations, without memory."""
-    from transformers import Phi4MultimodalConfig, Qwen2_5OmniThinkerConfig
+    from transformers import Phi4MultimodalConfig, Qwen2_5OmniThinkerConfig, Qwen3OmniMoeThinkerConfig
 
     omni = {
         "qwen2.5-omni-7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
@@ -511,6 +511,16 @@ def test_presets_have_the_published_shapes():
     for name, text in omni.items():
         config = Qwen2_5OmniThinkerConfig(text_config=text, audio_config={"output_dim": text["hidden_size"]})
         assert qwen2_5_omni.FAMILY.architecture(config) == architecture_of(PRESETS[name])
+    text = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+    text |= {"vocab_size": 152064, "intermediate_size": 768, "moe_intermediate_size": 768, "num_experts": 128}
+    text |= {"num_experts_per_tok": 8, "max_position_embeddings": 65536}
+    mixture = Qwen3OmniMoeThinkerConfig(text_config=text, audio_config={"output_dim": 2048})
+    architecture = qwen3_omni.FAMILY.architecture(mixture)
+    assert architecture == architecture_of(PRESETS["qwen3-omni-30b"]) == architecture_of(PRESETS["qwen3-omni-30b-thinking"])
+    module = qwen3_omni.FAMILY.on_meta(mixture)
+    assert architecture.num_text_parameters() == sum(
+        parameter.numel() for name, parameter in module.named_parameters() if "audio_tower" not in name
+    )
     phi = Phi4MultimodalConfig(
         num_attention_heads=24, num_key_value_heads=8, vocab_size=200064, tie_word_embeddings=True
     )  # fmt: skip
