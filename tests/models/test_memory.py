@@ -145,7 +145,7 @@ def planned_activations(architecture: Architecture, targets: tuple[str, ...], nu
     return dataclasses.replace(workload, group_size=2, max_new_tokens=1, longest_prompt=1).activations(num_tokens)
 
 
-@pytest.mark.parametrize("num_tokens", [64, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_tokens", [64, pytest.param(256, marks=pytest.mark.slow)])
 def test_activations_of_a_mixture_of_experts_are_those_that_are_planned(num_tokens):
     """A layer of Qwen3-Omni-30B, as wide as it is, with fewer experts: a token is there eight times all the same."""
     whole = PRESETS["qwen3-omni-30b"].architecture
