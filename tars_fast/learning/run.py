@@ -184,6 +184,11 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     # Not from the checkpoint it resumes from, which later ones outlive: processor and configuration are read at each save.
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
+    if config.router_replay and (engine_name != "vllm" or not prompts.family.num_experts(prompts.config)):
+        reason = (
+            "the model is no mixture of experts" if engine_name == "vllm" else "its experts are chosen by --engine vllm alone"
+        )
+        raise UserError(f"--router-replay: {reason}; leave it out")
     # Before it samples, vLLM compares where its weights are with the trainer's; an adapter's lie in buffers of its own.
     is_exchanged = config.exchanges_weights and (engine_name == "transformers" or preset.lora_rank == 0)
     if config.rollout_ahead and (is_exchanged or (config.kl_coef and engine_name == "transformers")):
@@ -225,6 +230,8 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     with explain_out_of_memory("loading the model"), _explain_damage(resumed_from):
         model, engine = load_model_and_engine(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
     with closing(engine):
+        if model.routing is not None:
+            model.routing.set_replay(replays=config.router_replay)
         model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
         text_similarity = load_text_similarity(run_config.behaviour_model, device)
         selection = Selection(data.training, run_config)

@@ -1,8 +1,8 @@
 """One copy of the weights: a transformers module whose parameters are views of those an inference engine has loaded.
 
 An engine stacks the rows of weights that transformers keeps apart (query, key and value; gate and up), and pads the
-vocabulary; of a mixture of experts both stack all experts in one tensor. A slice of rows is a contiguous view, so it can be a parameter of the trainer's module: an optimiser that updates
-it in place updates the engine's weights.
+vocabulary; of a mixture of experts both stack all experts in one tensor. A slice of rows is a contiguous view, so it can be a
+parameter of the trainer's module: an optimiser that updates it in place updates the engine's weights.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def engine_views(module: nn.Module, engine_module: nn.Module, names: EngineNames
         # Leaves out the engine's padding of the vocabulary.
         view = held[start : start + len(parameter)]
         if view.shape != parameter.shape:
-            raise SharingError(f"{name}: {tuple(parameter.shape)}, but {tuple(held.shape)} in the engine's {place}.{engine_leaf}")
+            in_engine = f"{tuple(held.shape)} in the engine's {place}.{engine_leaf}"
+            raise SharingError(f"{name}: {tuple(parameter.shape)}, but {in_engine}")
         yield name, view
 
 

@@ -53,8 +53,8 @@ def check_experts(module: nn.Module, *, on_cpu: bool) -> None:
         kernel = getattr(getattr(layer.quant_method, "moe_kernel", None), "fused_experts", None)
         if type(kernel) is not _kernel(on_cpu=on_cpu):
             raise SharingError(
-                f"{name}: vLLM computes experts by {type(kernel).__name__}, which may keep their weights in an order of its own; "
-                "use --engine transformers"
+                f"{name}: vLLM computes experts by {type(kernel).__name__}, which may keep their weights in another order; use "
+                "--engine transformers"
             )
 
 

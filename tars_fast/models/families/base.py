@@ -186,6 +186,14 @@ class Family:
             max_tokens=self.max_tokens(config),
         )
 
+    def num_experts(self, config: Any) -> int:
+        """Experts of a layer; 0 where the model is no mixture of experts.
+
+        Args:
+            config: of `model_class`.
+        """
+        return getattr(config.get_text_config(), "num_experts", 0)
+
     def max_tokens(self, config: Any) -> int:
         """Longest prompt plus completion, in tokens.
 
