@@ -85,19 +85,18 @@ def engine_views(module: nn.Module, engine_module: nn.Module, names: EngineNames
         published = name.replace(".base_layer.", ".")
         owner, _, leaf = published.rpartition(".")
         stacked_before = engine_place(owner, names)[1]
-        place, _, engine_leaf = engine_parameter(published, names).rpartition(".")
+        place, _, theirs = engine_parameter(published, names).rpartition(".")
         try:
-            held = getattr(base_layer(engine_module.get_submodule(place)), engine_leaf).detach()
+            held = getattr(base_layer(engine_module.get_submodule(place)), theirs).detach()
         except AttributeError as error:
-            raise SharingError(f"{name}: the engine has no {place}.{engine_leaf}") from error
+            raise SharingError(f"{name}: the engine has no {place}.{theirs}") from error
         parent = owner.rpartition(".")[0]
         siblings = [base_layer(module.get_submodule(f"{parent}.{sibling}")) for sibling in stacked_before]
         start = sum(len(getattr(sibling, leaf)) for sibling in siblings)
         # Leaves out the engine's padding of the vocabulary.
         view = held[start : start + len(parameter)]
         if view.shape != parameter.shape:
-            in_engine = f"{tuple(held.shape)} in the engine's {place}.{engine_leaf}"
-            raise SharingError(f"{name}: {tuple(parameter.shape)}, but {in_engine}")
+            raise SharingError(f"{name}: {tuple(parameter.shape)}, but {tuple(held.shape)} in the engine's {place}.{theirs}")
         yield name, view
 
 

@@ -87,7 +87,7 @@ class RoutingBuffer:
         max_tokens: of one step.
     """
 
-    def __init__(self, module: nn.Module, max_tokens: int, device: torch.device):
+    def __init__(self, module: Any, max_tokens: int, device: torch.device):
         runners = [layer for layer in module.modules() if hasattr(layer, "routed_experts")]
         num_experts = runners[0].routed_experts.moe_config.experts_per_token
         self.chosen = torch.zeros(max_tokens, len(module.model.layers), num_experts, dtype=torch.int16, device=device)
