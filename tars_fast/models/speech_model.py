@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tars_fast.models.adapters import add_adapter, has_adapter, load_adapter, load_adapter_weights, merge_adapter
+from tars_fast.models.adapters import add_adapter, has_adapter, load_adapter, merge_adapter
 from tars_fast.models.audio_cache import AudioCache, ClipEmbeddings, fingerprint
 from tars_fast.models.families.base import Features
 from tars_fast.models.flash_attention import find_flash_attention
@@ -448,11 +448,11 @@ def make_trainable(
     *,
     lora_rank: int,
     lora_alpha: float,
+    lora_targets: Collection[str] | None = None,
     freeze_audio: bool,
     gradient_checkpointing: bool,
-    adapter: Path | None,
 ) -> None:
-    """Choose the parameters that training updates: LoRA on all linear layers of the language model, or all of it with its head.
+    """Choose the parameters that training updates: LoRA on linear layers of the language model, or all of it with its head.
 
     The module stays in eval mode, without dropout, also in LoRA's layers: with dropout, rollout, rewards and loss would each be
     computed with another policy.
@@ -460,12 +460,12 @@ def make_trainable(
     Args:
         lora_rank: 0 for full fine-tuning.
         lora_alpha: LoRA's product is scaled by `lora_alpha / lora_rank`.
+        lora_targets: last names of the layers; None: all linear ones of the decoder.
         freeze_audio: whether audio tower and projector stay as they are.
         gradient_checkpointing: whether each layer of the language model is computed again in the backward pass.
-        adapter: a checkpoint whose LoRA weights to continue from; None: new ones.
 
     Raises:
-        UserError: the model already has an adapter, or the weights of `adapter` do not fit.
+        UserError: the model already has an adapter.
     """
     module = model.module
     if has_adapter(module):
@@ -485,7 +485,8 @@ def make_trainable(
 
         # By full names, because layers of the audio tower have the same last names.
         layers = f"{model.family.language_model}.layers."
-        targets = [name for name, layer in module.named_modules() if name.startswith(layers) and isinstance(layer, nn.Linear)]
+        linear = [name for name, layer in module.named_modules() if name.startswith(layers) and isinstance(layer, nn.Linear)]
+        targets = [name for name in linear if lora_targets is None or name.rpartition(".")[2] in lora_targets]
         base, _, revision = model.prompts.source.partition("@")
         # peft's type is int, but it computes with floats too.
         alpha: Any = lora_alpha
@@ -493,8 +494,6 @@ def make_trainable(
         # peft would write the folder that was loaded, which may be a folder of this machine's hub cache.
         config.base_model_name_or_path, config.revision = base, revision or None
         add_adapter(module, config)
-        if adapter is not None:
-            load_adapter_weights(module, model.family, adapter)
     if not freeze_audio:
         model.audio_is_trained = True
         for part in model.audio_parts:

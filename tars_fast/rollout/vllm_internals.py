@@ -44,6 +44,8 @@ class VllmSettings:
     """0: no adapter."""
     cuda_graphs: bool
     """On CUDA, where the version can give the KV cache back under them; else eager."""
+    lora_targets: tuple[str, ...] | None = None
+    """Names of the linear layers with adapters, by transformers; None: vLLM has buffers for all that it can adapt."""
     has_experts: bool = False
     """The model is a mixture of experts, whose adapters are on the attention alone."""
     dummy_weights: bool = False
@@ -80,7 +82,9 @@ class VllmInternals:
         if settings.lora_rank:
             rank = engine_rank(settings.lora_rank)
             adapter = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
-            if settings.has_experts:
+            if settings.lora_targets is not None:
+                adapter["lora_target_modules"] = list(settings.lora_targets)
+            elif settings.has_experts:
                 # Else vLLM allocates buffers for adapters of every expert.
                 adapter["lora_target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
         experts = whole_experts(on_cpu=self._on_cpu) if settings.has_experts else nullcontext()
@@ -223,8 +227,10 @@ class VllmInternals:
         from vllm.lora.lora_weights import LoRALayerWeights
 
         manager = self._runner.lora_manager._adapter_manager
-        # Naming one layer is enough, because vLLM fills the buffers of all other layers with zeros.
-        name, layer = next((name, layer) for name, layer in manager.modules.items() if len(layer.lora_a_stacked) == 1)
+        # Naming one layer is enough, because vLLM fills the buffers of all other layers with zeros. An adapter names the parts
+        # of a fused one.
+        place, layer = next(iter(manager.modules.items()))
+        name = manager.packed_modules.get(place, [place])[0]
         a, b = layer.lora_a_stacked[0][0, 0].clone(), layer.lora_b_stacked[0][0, 0].clone()
         weights = LoRALayerWeights(name, len(a), len(a), a.zero_(), b.zero_())
         manager.add_adapter(LoRAModel(_ADAPTER_ID, len(a), {name: weights}))

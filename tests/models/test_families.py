@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import nn
 
 from tars_fast import train
 from tars_fast.data.audio import SAMPLE_RATE
+from tars_fast.models.adapters import load_adapter_weights
 from tars_fast.models.checkpoint import save_model
 from tars_fast.models.families import phi4_multimodal, qwen2_5_omni, qwen2_audio
 from tars_fast.models.preset import THINK_PROMPT
@@ -328,12 +329,40 @@ def test_every_stop_token_ends_a_completion(speech_model):
     assert set(without_stop_tokens.stop_token_ids) == expected
 
 
-def train_lora(model: SpeechModel) -> None:
+def train_lora(model: SpeechModel, lora_targets: Collection[str] | None = None) -> None:
     """Adapters that do something."""
-    make_trainable(model, lora_rank=4, lora_alpha=8.0, freeze_audio=True, gradient_checkpointing=False, adapter=None)
+    settings = {"lora_alpha": 8.0, "freeze_audio": True, "gradient_checkpointing": False}
+    make_trainable(model, lora_rank=4, lora_targets=lora_targets, **settings)
     torch.manual_seed(1)
     for parameter in model.trainable_parameters():
         nn.init.normal_(parameter, 0, 0.05)
+
+
+@pytest.mark.parametrize("given", ["attention", "names"])
+def test_lora_reaches_the_layers_that_are_named_and_is_planned_for_them(expected, speech_model, given):
+    """The plan counts as peft makes them."""
+    named = {name for name in expected.linear_layers if name.startswith(("q", "k", "v", "o_"))}
+    if given == "names":
+        named = {"o_proj", max(expected.linear_layers)}
+        given = ",".join(named)
+    architecture = speech_model.family.architecture(speech_model.prompts.config)
+    targets = architecture.find_lora_targets(given)
+    train_lora(speech_model, targets)
+    adapted = [path for path, layer in speech_model.module.named_modules() if hasattr(layer, "lora_A")]
+    assert {path.rpartition(".")[2] for path in adapted} == named
+    assert len(adapted) == 3 * len(targets), "three layers"
+    num_trained = sum(parameter.numel() for parameter in speech_model.trainable_parameters())
+    assert num_trained == architecture.num_lora_parameters(4, targets)
+
+
+def test_layers_for_lora_that_are_not_there_are_refused_by_name(expected, speech_model):
+    architecture = speech_model.family.architecture(speech_model.prompts.config)
+    assert {*architecture.linear_layers} == expected.linear_layers
+    with pytest.raises(UserError, match=r"--lora-targets o_proj,up: the model has no linear layer 'up'; it has .*, o_proj"):
+        architecture.find_lora_targets("o_proj,up")
+    for given in ("all-linear", "q_proj,down_proj") if architecture.num_experts else ():
+        with pytest.raises(UserError, match=f"--lora-targets {given}: the experts .* take no adapter; give attention, or"):
+            architecture.find_lora_targets(given)
 
 
 def test_lora_reaches_exactly_the_linear_layers_of_the_language_model(expected, speech_model):
@@ -349,13 +378,14 @@ def test_lora_reaches_exactly_the_linear_layers_of_the_language_model(expected, 
     assert last_names == expected.linear_layers
     assert adapted == linear
     assert len(adapted) == 3 * len(last_names), "three layers"
-    assert sum(p.numel() for p in speech_model.trainable_parameters()) == speech_model.family.architecture(
-        speech_model.prompts.config
-    ).num_lora_parameters(4)
+    architecture = speech_model.family.architecture(speech_model.prompts.config)
+    for given in (None, "attention" if architecture.num_experts else "all-linear"):
+        planned = architecture.num_lora_parameters(4, architecture.find_lora_targets(given))
+        assert sum(p.numel() for p in speech_model.trainable_parameters()) == planned
 
 
 def test_full_fine_tuning_leaves_audio_alone_unless_asked(speech_model):
-    settings = {"lora_rank": 0, "lora_alpha": 1.0, "gradient_checkpointing": False, "adapter": None}
+    settings = {"lora_rank": 0, "lora_alpha": 1.0, "gradient_checkpointing": False}
     make_trainable(speech_model, freeze_audio=True, **settings)
     audio = {id(p) for part in speech_model.audio_parts for p in part.parameters()}
     trained = {id(p) for p in speech_model.trainable_parameters()}
@@ -370,9 +400,7 @@ def test_gradient_checkpointing_changes_nothing(folder, items):
     gradients = []
     for checkpointing in (False, True):
         model = load(folder)
-        make_trainable(
-            model, lora_rank=0, lora_alpha=1.0, freeze_audio=True, gradient_checkpointing=checkpointing, adapter=None
-        )
+        make_trainable(model, lora_rank=0, lora_alpha=1.0, freeze_audio=True, gradient_checkpointing=checkpointing)
         prompts = encode(model, items)
         completions = [Completion(0, prompt.modality, (5, 6, 7, 8), (), "", False) for prompt in prompts]
         model.forward(model.pack(prompts, completions)).pow(2).sum().backward()
@@ -559,7 +587,8 @@ def test_adapters_of_other_releases_of_transformers_load(name, folder, items, tm
         assert greedy(load(there), items) == expected
         resumed = load(folder)
         settings = {"lora_rank": 4, "lora_alpha": 8.0, "freeze_audio": True, "gradient_checkpointing": False}
-        make_trainable(resumed, **settings, adapter=there)
+        make_trainable(resumed, **settings)
+        load_adapter_weights(resumed.module, resumed.family, there)
         assert greedy(resumed, items) == expected
     assert expected != greedy(load(folder), items)
 

@@ -168,8 +168,9 @@ class Family:
         module.tie_weights()
         decoder = self.decoder_of(module)
         tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
-        attention = decoder.layers[0].get_submodule("self_attn")
-        heads = text.num_attention_heads
+        attention: Any = decoder.layers[0].get_submodule("self_attn")
+        heads, head_dim = text.num_attention_heads, attention.head_dim
+        num_experts = self.num_experts(config)
         written = [*decoder.embed_tokens.parameters(), *decoder.layers.parameters(), *decoder.norm.parameters()]
         written += [] if tied else [*module.get_output_embeddings().parameters()]
         return Architecture(
@@ -184,6 +185,11 @@ class Family:
             fused_layers=hasattr(attention, "qkv_proj"),
             num_other_parameters=_count(module.parameters()) - _count(written),
             max_tokens=self.max_tokens(config),
+            head_dim=None if heads * head_dim == text.hidden_size else head_dim,
+            normed_attention=hasattr(attention, "q_norm"),
+            num_experts=num_experts,
+            experts_per_token=text.num_experts_per_tok if num_experts else 0,
+            moe_intermediate_size=text.moe_intermediate_size if num_experts else 0,
         )
 
     def num_experts(self, config: Any) -> int:
