@@ -218,6 +218,9 @@ class TrainConfig:
     is free; another size may draw other completions."""
     cuda_graphs: bool = True
     """vLLM replays captured graphs on CUDA, from 0.32 on; older versions could not give the KV cache back under them."""
+    router_replay: bool = False
+    """Of a mixture of experts: the trainer sends each token through the experts that vLLM chose when it sampled, where rounding
+    would send some through others. Weights and gradients of the router stay the trainer's own."""
     max_logprob_diff: float | None = None
     """Mean |trainer - rollout| log-probability, in nats a token, beyond which training stops; not checked for batches that
     --rollout-ahead sampled with older weights. None: 0.01, in bfloat16 0.1."""

@@ -96,5 +96,5 @@ class Completion:
     truncated: bool
     """No stop token within the length limit."""
     routed_experts: Tensor | None = field(default=None, compare=False)
-    """[P + T - 1, L, K] int16 experts that the engine chose for the tokens of prompt and completion, but the last, in each layer;
-    None where it says none."""
+    """[P + T - 1, L, K] int16 experts that the engine chose, in each layer, for the tokens of prompt and completion but the
+    last; None where it says none."""

@@ -3,8 +3,8 @@
 Transformers holds none of the templates; they are written out as published: Qwen2-Audio's by the class itself
 (`Qwen2AudioProcessor.default_chat_template`), Qwen2.5-Omni's in chat_template.json of Qwen/Qwen2.5-Omni-7B (the same text
 stands in transformers' test_processing_qwen2_5_omni.py), Phi-4-multimodal's in tokenizer_config.json of
-microsoft/Phi-4-multimodal-instruct; of Qwen3-Omni's, in chat_template.json of Qwen/Qwen3-Omni-30B-A3B-Instruct, the part without
-tools.
+microsoft/Phi-4-multimodal-instruct; of Qwen3-Omni's, in chat_template.json of Qwen/Qwen3-Omni-30B-A3B-Instruct, the part
+without tools.
 """
 
 from __future__ import annotations

@@ -187,6 +187,9 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     # Not from the checkpoint it resumes from, which later ones outlive: processor and configuration are read at each save.
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
+    if config.router_replay and (engine_name != "vllm" or not architecture.num_experts):
+        reason = "the model is no mixture of experts" if engine_name == "vllm" else "it is for rollouts by vLLM"
+        raise UserError(f"--router-replay: {reason}; leave it out")
     # Before it samples, vLLM compares where its weights are with the trainer's; an adapter's lie in buffers of its own.
     is_exchanged = config.exchanges_weights and (engine_name == "transformers" or preset.lora_rank == 0)
     if config.rollout_ahead and (is_exchanged or (config.kl_coef and engine_name == "transformers")):
@@ -208,6 +211,12 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     check_selection(config, preset.questions_per_step, data.training)
     earlier = read_settings(output_dir) if config.resume else {}
     plan = plan_memory(workload, available_bytes(device))
+    resident = sum(workload.resident.values())
+    if resident > plan.device_bytes:
+        raise UserError(
+            f"--model {config.model}: {size(resident)}, of them {size(workload.weights)} weights, do not fit into "
+            f"{size(plan.device_bytes)}; {remedies(plan)[0]}"
+        )
     if workload.reference_bytes and not plan.fits:
         setting = "--text-anchor kl" if config.teacher == "moving" else f"--teacher {config.teacher}"
         raise UserError(
@@ -228,6 +237,8 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     with explain_out_of_memory("loading the model"), _explain_damage(resumed_from):
         model, engine = load_model_and_engine(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
     with closing(engine):
+        if model.routing is not None:
+            model.routing.set_replay(replays=config.router_replay)
         model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
         text_similarity = load_text_similarity(run_config.behaviour_model, device)
         selection = Selection(data.training, run_config)

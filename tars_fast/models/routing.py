@@ -42,8 +42,10 @@ class ExpertRouting:
             # run in another thread.
             if not hasattr(router, "counts"):
                 router.given_experts, router.replays, router.counts = None, False, []
-                # Hooks, because a layer that is computed again in the backward pass runs them again, with the same arguments.
-                layer.register_forward_pre_hook(_take_given, with_kwargs=True)
+                # In a tuple, so that it is no submodule.
+                layer.self_attn.routers = (router,)
+                # Inside of the layer, because one that is computed again in the backward pass runs these hooks again.
+                layer.self_attn.register_forward_pre_hook(_take_given, with_kwargs=True)
                 router.register_forward_hook(_route)
 
     def set_replay(self, *, replays: bool) -> None:
@@ -60,10 +62,11 @@ class ExpertRouting:
         return [(differ, known) for differ, known in counts]
 
 
-def _take_given(layer: Any, inputs: Any, named: dict[str, Any]) -> Any:
-    """Before a layer: its part of `routed_experts` goes to its router."""
+def _take_given(attention: Any, inputs: Any, named: dict[str, Any]) -> Any:
+    """Before a layer's attention, which gets all arguments of the decoder: its router takes its part of `routed_experts`."""
     experts_SLK = named.pop("routed_experts", None)
-    layer.mlp.gate.given_experts = None if experts_SLK is None else experts_SLK[:, layer.self_attn.layer_idx].long()
+    (router,) = attention.routers
+    router.given_experts = None if experts_SLK is None else experts_SLK[:, attention.layer_idx].long()
     return inputs, named
 
 

@@ -303,8 +303,7 @@ class SpeechModel:
         # mode, without dropout, and the flag is reset afterwards.
         for layer in self.language_model.layers:
             layer.training = self.gradient_checkpointing and torch.is_grad_enabled()
-        routed = {} if batch.routed_experts is None else {"routed_experts": batch.routed_experts}
-        states = self.run_decoder(inputs, batch.position_ids[None], groups=batch.groups, **routed)
+        states = self.run_decoder(inputs, batch.position_ids[None], groups=batch.groups, routed_experts=batch.routed_experts)
         for layer in self.language_model.layers:
             layer.training = False
         return states[0, batch.predictors]
@@ -316,7 +315,7 @@ class SpeechModel:
         *,
         groups: PackedGroups | None = None,
         key_values: KeyValues | None = None,
-        **routed: Tensor,
+        routed_experts: Tensor | None = None,
     ) -> Tensor:
         """[N, S, D] states of the last layer, after the final norm, for `head`.
 
@@ -325,8 +324,9 @@ class SpeechModel:
             position_ids: [N, S]
             groups: what attends to what in a packed row, see `packed_attention`.
             key_values: the KV cache while completions are sampled; either this or `groups` is given.
-            routed: `routed_experts` of `ExpertRouting`, or nothing.
+            routed_experts: [S, L, K] for N = 1, see `ExpertRouting`.
         """
+        routed = {} if routed_experts is None else {"routed_experts": routed_experts}
         return self.language_model(
             inputs_embeds=inputs,
             # A mask of four dimensions keeps transformers from making one; packed attention reads none.

@@ -1,8 +1,8 @@
 """One copy of the weights: a transformers module whose parameters are views of those an inference engine has loaded.
 
 An engine stacks the rows of weights that transformers keeps apart (query, key and value; gate and up), and pads the
-vocabulary; of a mixture of experts both stack all experts in one tensor. A slice of rows is a contiguous view, so it can be a parameter of the trainer's module: an optimiser that updates
-it in place updates the engine's weights.
+vocabulary; of a mixture of experts both stack all experts in one tensor. A slice of rows is a contiguous view, so it can be a
+parameter of the trainer's module: an optimiser that updates it in place updates the engine's weights.
 """
 
 from __future__ import annotations
@@ -85,20 +85,18 @@ def engine_views(module: nn.Module, engine_module: nn.Module, names: EngineNames
         published = name.replace(".base_layer.", ".")
         owner, _, leaf = published.rpartition(".")
         stacked_before = engine_place(owner, names)[1]
-        place, _, engine_leaf = engine_parameter(published, names).rpartition(".")
+        place, _, theirs = engine_parameter(published, names).rpartition(".")
         try:
-            held = getattr(base_layer(engine_module.get_submodule(place)), engine_leaf).detach()
+            held = getattr(base_layer(engine_module.get_submodule(place)), theirs).detach()
         except AttributeError as error:
-            raise SharingError(f"{name}: the engine has no {place}.{engine_leaf}") from error
+            raise SharingError(f"{name}: the engine has no {place}.{theirs}") from error
         parent = owner.rpartition(".")[0]
         siblings = [base_layer(module.get_submodule(f"{parent}.{sibling}")) for sibling in stacked_before]
         start = sum(len(getattr(sibling, leaf)) for sibling in siblings)
         # Leaves out the engine's padding of the vocabulary.
         view = held[start : start + len(parameter)]
         if view.shape != parameter.shape:
-            raise SharingError(
-                f"{name}: {tuple(parameter.shape)}, but {tuple(held.shape)} in the engine's {place}.{engine_leaf}"
-            )
+            raise SharingError(f"{name}: {tuple(parameter.shape)}, but {tuple(held.shape)} in the engine's {place}.{theirs}")
         yield name, view
 
 

@@ -91,8 +91,8 @@ class VllmEngine(RolloutEngine):
         # Never None here: without the names vLLM is refused above.
         self._engine_names = prompts.family.engine_names or ()
         self._has_current_weights = False
-        has_experts = bool(getattr(prompts.config.get_text_config(), "num_experts", 0))
-        self._internals = VllmInternals(base_of(source), device, dtype, dataclasses.replace(settings, has_experts=has_experts))
+        settings = dataclasses.replace(settings, has_experts=prompts.family.num_experts(prompts.config) > 0)
+        self._internals = VllmInternals(base_of(source), device, dtype, settings)
         module = prompts.family.on_meta(prompts.config, dtype)
         module.generation_config = prompts.generation_config
         module.tie_weights()

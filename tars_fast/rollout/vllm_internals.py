@@ -126,7 +126,8 @@ class VllmInternals:
         if settings.has_experts:
             check_experts(self.module, on_cpu=self._on_cpu)
             scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
-            self._routing = RoutingRecorder(self._runner, scheduler, self.module.routing)
+            model: Any = self.module
+            self._routing = RoutingRecorder(self._runner, scheduler, model.routing)
 
     @property
     def module(self) -> nn.Module:

@@ -34,6 +34,7 @@ from tars_fast.models.weights import SharingError
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.rollout.vllm_engine import VllmEngine
+from tars_fast.rollout.vllm_experts import check_experts
 from tars_fast.rollout.vllm_internals import VllmSettings
 from tars_fast.types import Modality, Prompt, TrainingError, UserError
 
@@ -783,3 +784,67 @@ def test_families_share_weights_and_speak_alike(name, lora_rank, tmp_path):
             assert plain_vllm(saved, texts) == [list(completion.token_ids) for completion in trained[3:]]
     again = start(str(saved), lora_rank=lora_rank, max_tokens=600, max_sequences=16, kv_cache_bytes=2**26, adapted=True)
     assert again.generate(prompts_of(again, questions), range(6), GREEDY) == trained
+
+
+def logprob_difference(engine: VllmEngine, prompts: list[Prompt], *, replays: bool) -> tuple[float, list[tuple[int, int]]]:
+    """Largest difference of trainer's and engine's log-probabilities, and `take_counts`."""
+    completions = engine.generate(prompts, range(len(prompts)), dataclasses.replace(SAMPLED, num_completions=4))
+    model = engine.model
+    model.routing.set_replay(replays=replays)
+    repeated = [prompt for prompt in prompts for _ in range(4)]
+    packed = model.pack(repeated, completions, routed=True)
+    assert (packed.routed_experts[:, :, 0] >= 0).all(-1).sum() == len(packed.token_ids) - len(completions)
+    with torch.no_grad():
+        logprobs = (model.head(model.forward(packed)) + model.suppressed_bias).log_softmax(-1, dtype=torch.float32)
+    own = logprobs.gather(-1, packed.targets[:, None])[:, 0]
+    sampled = torch.tensor([value for completion in completions for value in completion.rollout_logprobs])
+    return (own - sampled).abs().max().item(), model.routing.take_counts()
+
+
+@pytest.mark.slow
+def test_experts_are_those_of_the_engine(tmp_path):
+    """In float32 both choose alike; in bfloat16 rounding sends tokens through others, and replay brings them back."""
+    source = str(MAKERS["qwen3-omni"](tmp_path / "model"))
+    questions = load_questions(HELD_OUT_DATA)[:3]
+    settings = {"lora_rank": 4, "max_tokens": 600, "max_sequences": 16, "kv_cache_bytes": 2**26}
+    exact = start(source, **settings)
+    difference, counts = logprob_difference(exact, prompts_of(exact, questions), replays=False)
+    assert difference < 1e-4
+    assert [differ for differ, _ in counts] == [0, 0, 0]
+    assert all(known > 0 for _, known in counts)
+    assert logprob_difference(exact, prompts_of(exact, questions), replays=True)[0] < 1e-4
+    with pytest.raises(SharingError, match=r"experts: vLLM computes experts by GroupedExperts, .*use --engine transformers"):
+        check_experts(exact._internals.module, on_cpu=False)
+    exact.close()
+    rounded = start(source, dtype=torch.bfloat16, **settings)
+    prompts = prompts_of(rounded, questions)
+    apart, counts = logprob_difference(rounded, prompts, replays=False)
+    assert sum(differ for differ, _ in counts) > 0
+    replayed, _ = logprob_difference(rounded, prompts, replays=True)
+    assert replayed < 0.5 < apart
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_trains_with_replay(tmp_path):
+    source = MAKERS["qwen3-omni"](tmp_path / "model")
+    common = ("--model", source, "--data", "pocket", "--lora-rank", 4, "--learning-rate", "1e-2", "--objective", "opd")
+    common += (
+        "--engine",
+        "vllm",
+        "--behaviour-model",
+        "hashed-ngrams",
+        "--eval-items",
+        2,
+        "--questions-per-step",
+        2,
+        "--max-new-tokens",
+        8,
+        "--num-steps",
+        2,
+    )
+    replayed, plain = (run_training(tmp_path / str(len(more)), *common, *more) for more in (("--router-replay",), ()))
+    for metrics in (*replayed, *plain):
+        assert metrics["other_experts"] == 0
+        assert metrics["logprob_diff_max"] < 1e-4
+        assert [name for name in metrics if name.startswith("other_experts/")] == [f"other_experts/layer_{n}" for n in range(3)]
+    assert replayed[0]["grad_norm"] > 0

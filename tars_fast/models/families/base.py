@@ -170,7 +170,7 @@ class Family:
         tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
         attention: Any = decoder.layers[0].get_submodule("self_attn")
         heads, head_dim = text.num_attention_heads, attention.head_dim
-        is_mixture = hasattr(decoder.layers[0].get_submodule("mlp"), "experts")
+        num_experts = self.num_experts(config)
         written = [*decoder.embed_tokens.parameters(), *decoder.layers.parameters(), *decoder.norm.parameters()]
         written += [] if tied else [*module.get_output_embeddings().parameters()]
         return Architecture(
@@ -187,10 +187,18 @@ class Family:
             max_tokens=self.max_tokens(config),
             head_dim=None if heads * head_dim == text.hidden_size else head_dim,
             normed_attention=hasattr(attention, "q_norm"),
-            num_experts=text.num_experts if is_mixture else 0,
-            experts_per_token=text.num_experts_per_tok if is_mixture else 0,
-            moe_intermediate_size=text.moe_intermediate_size if is_mixture else 0,
+            num_experts=num_experts,
+            experts_per_token=text.num_experts_per_tok if num_experts else 0,
+            moe_intermediate_size=text.moe_intermediate_size if num_experts else 0,
         )
+
+    def num_experts(self, config: Any) -> int:
+        """Experts of a layer; 0 where the model is no mixture of experts.
+
+        Args:
+            config: of `model_class`.
+        """
+        return getattr(config.get_text_config(), "num_experts", 0)
 
     def max_tokens(self, config: Any) -> int:
         """Longest prompt plus completion, in tokens.
