@@ -84,6 +84,8 @@ def test_loading_a_mixture_of_experts_holds_no_second_copy(engine, tmp_path):
     folders = [str(MAKERS["qwen3-omni"](tmp_path / "small")), str(make_large_mixture(tmp_path / "large"))]
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    # Else glibc keeps freed blocks of up to 32 MB for later, by chance more than a layer's experts.
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", LOADING, engine, *folders]
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=root)
     found = json.loads(output.stdout.strip().splitlines()[-1])
