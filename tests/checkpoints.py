@@ -8,6 +8,7 @@ microsoft/Phi-4-multimodal-instruct.
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -45,6 +46,11 @@ PHI_TEMPLATE = (
 QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
 OMNI_TOKENS = (*QWEN_TOKENS, "<|vision_bos|>", "<|vision_eos|>", "<|IMAGE|>", "<|VIDEO|>")
 PHI_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>", "<|audio|>")
+_MISTRAL_TOKENS = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]")
+_MISTRAL_TOKENS += ("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]")
+_MISTRAL_TOKENS += ("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
+VOXTRAL_TOKENS = dict(enumerate(_MISTRAL_TOKENS)) | {24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]"}
+"""By their places in Mistral's tokenizer file, tekken.json."""
 ADAPTER_RANK = 4
 """Of the speech adapter that a Phi checkpoint brings."""
 
@@ -95,11 +101,15 @@ def make_qwen2_audio(folder: Path) -> Path:
     module.generation_config.eos_token_id = [token("<|endoftext|>"), token("<|im_end|>")]
     extractor = WhisperFeatureExtractor(feature_size=128)
     _save(folder, module, tokenizer, extractor, {"processor_class": "Qwen2AudioProcessor"})
-    # As published; transformers 5.19 writes one "model" too many.
+    _name_as_published(folder)
+    return folder
+
+
+def _name_as_published(folder: Path) -> None:
+    """transformers 5.19 writes one "model" too many."""
     weights = load_file(folder / "model.safetensors")
     weights = {name.replace("language_model.model.model.", "language_model.model."): value for name, value in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def make_qwen2_5_omni(folder: Path) -> Path:
@@ -186,4 +196,36 @@ def make_phi4_multimodal(folder: Path) -> Path:
     return folder
 
 
+def make_voxtral(folder: Path) -> Path:
+    """As published: no tokenizer's file but Mistral's own, and no chat template."""
+    from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+    text = {"hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 320, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 8192}
+    audio = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    module = VoxtralForConditionalGeneration(VoxtralConfig(text_config=text, audio_config=audio, audio_token_id=24))
+    module.generation_config.eos_token_id, module.generation_config.pad_token_id = 2, 11
+    _randomise(module)
+    module.save_pretrained(folder)
+    _name_as_published(folder)
+    described = WhisperFeatureExtractor(feature_size=128).to_dict() | {"processor_class": "VoxtralProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(described))
+    ranks = [*(bytes([byte]) for byte in range(256)), b"th", b"the", b" the", b"an", b"swer", b"er"]
+    special = [VOXTRAL_TOKENS.get(rank, f"<SPECIAL_{rank}>") for rank in range(40)]
+    tekken = {
+        "config": {"pattern": r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+", "version": "v7"}
+        | {"num_vocab_tokens": len(ranks), "default_num_special_tokens": 40, "default_vocab_size": 40 + len(ranks)},
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+            for rank, token in enumerate(ranks)
+        ],
+        "special_tokens": [{"rank": rank, "token_str": token, "is_control": True} for rank, token in enumerate(special)],
+        "audio": {"sampling_rate": 16000, "frame_rate": 12.5, "chunk_length_s": 30.0}
+        | {"audio_encoding_config": {"num_mel_bins": 128, "hop_length": 160, "window_size": 400}},
+    }
+    (folder / "tekken.json").write_text(json.dumps(tekken))
+    return folder
+
+
 MAKERS = {"qwen2-audio": make_qwen2_audio, "qwen2.5-omni": make_qwen2_5_omni, "phi-4-multimodal": make_phi4_multimodal}
+MAKERS |= {"voxtral": make_voxtral}

@@ -30,11 +30,18 @@ class Architecture:
     """Parameters outside decoder, embeddings and head: those of audio tower and projector."""
     max_tokens: int
     """Longest prompt plus completion."""
+    head_dim: int | None = None
+    """Width of one head; None: the hidden size shared out among the heads."""
+
+    @property
+    def query_size(self) -> int:
+        """Numbers in the queries of one token in one layer."""
+        return self.hidden_size if self.head_dim is None else self.num_heads * self.head_dim
 
     @property
     def key_value_size(self) -> int:
         """Numbers in the keys of one token in one layer."""
-        return self.num_key_value_heads * self.hidden_size // self.num_heads
+        return self.num_key_value_heads * self.query_size // self.num_heads
 
     @property
     def padded_vocabulary_size(self) -> int:
@@ -46,20 +53,20 @@ class Architecture:
         Args:
             padded: whether the vocabulary is padded, as engines do.
         """
-        hidden, keys = self.hidden_size, self.key_value_size
-        attention = 2 * hidden * hidden + 2 * hidden * keys + (hidden + 2 * keys if self.biased_attention else 0)
+        hidden, queries, keys = self.hidden_size, self.query_size, self.key_value_size
+        attention = 2 * hidden * queries + 2 * hidden * keys + (queries + 2 * keys if self.biased_attention else 0)
         layer = attention + 3 * hidden * self.intermediate_size + 2 * hidden
         rows = self.padded_vocabulary_size if padded else self.vocabulary_size
         return self.num_layers * layer + hidden + rows * hidden * (1 if self.tied_head else 2)
 
     def num_lora_parameters(self, rank: int) -> int:
         """Parameters of LoRA on every linear layer of the decoder."""
-        hidden, keys, inner = self.hidden_size, self.key_value_size, self.intermediate_size
-        ends = 2 * hidden + inner + hidden
+        hidden, queries, keys, inner = self.hidden_size, self.query_size, self.key_value_size, self.intermediate_size
+        ends = queries + hidden + inner + hidden
         if self.fused_layers:
-            ends += 2 * hidden + 2 * keys + hidden + 2 * inner
+            ends += hidden + queries + 2 * keys + hidden + 2 * inner
         else:
-            ends += 2 * hidden + 2 * (hidden + keys) + 2 * (hidden + inner)
+            ends += hidden + queries + 2 * (hidden + keys) + 2 * (hidden + inner)
         return self.num_layers * rank * ends
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:

@@ -64,6 +64,8 @@ class Family:
     """From (number of clips, instruction behind them, which may be empty) to the content of the user's chat message."""
     default_template: Callable[[], str | None] = lambda: None
     """The chat template of checkpoints without one."""
+    tokenizer_settings: Mapping[str, object] = field(default_factory=dict)
+    """What transformers' `AutoTokenizer` is given beside the folder."""
     max_audio_seconds: float | None = None
     """Longest clip that the tower takes; None: the feature extractor's window."""
     frozen_parts: tuple[str, ...] = ()
@@ -150,6 +152,7 @@ class Family:
         tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
         attention = decoder.layers[0].get_submodule("self_attn")
         heads = text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         written = [*decoder.embed_tokens.parameters(), *decoder.layers.parameters(), *decoder.norm.parameters()]
         written += [] if tied else [*module.get_output_embeddings().parameters()]
         return Architecture(
@@ -164,6 +167,7 @@ class Family:
             fused_layers=hasattr(attention, "qkv_proj"),
             num_other_parameters=_count(module.parameters()) - _count(written),
             max_tokens=self.max_tokens(config),
+            head_dim=head_dim if heads * head_dim != text.hidden_size else None,
         )
 
     def max_tokens(self, config: Any) -> int:
