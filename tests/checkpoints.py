@@ -3,7 +3,7 @@
 Transformers holds none of the templates; they are written out as published: Qwen2-Audio's by the class itself
 (`Qwen2AudioProcessor.default_chat_template`), Qwen2.5-Omni's in chat_template.json of Qwen/Qwen2.5-Omni-7B (the same text
 stands in transformers' test_processing_qwen2_5_omni.py), Phi-4-multimodal's in tokenizer_config.json of
-microsoft/Phi-4-multimodal-instruct.
+microsoft/Phi-4-multimodal-instruct, Audio Flamingo 3's in transformers' script that converted nvidia/audio-flamingo-3-hf.
 """
 
 from __future__ import annotations
@@ -42,6 +42,16 @@ PHI_TEMPLATE = (
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' + '<|end|>' }}"
     "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+FLAMINGO_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for m in messages if m['content'] is not none %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% set audio = namespace(found=False) %}"
+    "{% set text_buf = namespace(v='') %}{% for c in m['content'] %}{% if c.get('type') == 'audio' or 'audio' in c %}"
+    "{% set audio.found = True %}{% elif c.get('type') == 'text' or 'text' in c %}"
+    "{% set text_buf.v = text_buf.v + c['text'] %}{% endif %}{% endfor %}"
+    "{% if audio.found %}{{ '<sound>' }}{% endif %}{{ text_buf.v }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
 OMNI_TOKENS = (*QWEN_TOKENS, "<|vision_bos|>", "<|vision_eos|>", "<|IMAGE|>", "<|VIDEO|>")
@@ -227,5 +237,26 @@ def make_voxtral(folder: Path) -> Path:
     return folder
 
 
+def make_audio_flamingo_3(folder: Path) -> Path:
+    """As published: the feature extractor's settings in those of the processor, its template in a file."""
+    from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, AudioFlamingo3Processor
+
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<sound>", "[BOS]", "[PAD]")
+    tokenizer = _tokenizer(special, eos_token="<|im_end|>", bos_token="[BOS]", pad_token="[PAD]")
+    token = tokenizer.convert_tokens_to_ids
+    text = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 320}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    audio = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AudioFlamingo3Config(text_config=text, audio_config=audio, audio_token_id=token("<sound>"))
+    module = AudioFlamingo3ForConditionalGeneration(config)
+    module.generation_config.eos_token_id = token("<|im_end|>")
+    _randomise(module)
+    module.save_pretrained(folder)
+    _name_as_published(folder)
+    extractor = WhisperFeatureExtractor(feature_size=128, return_attention_mask=True)
+    AudioFlamingo3Processor(extractor, tokenizer, chat_template=FLAMINGO_TEMPLATE).save_pretrained(folder)
+    return folder
+
+
 MAKERS = {"qwen2-audio": make_qwen2_audio, "qwen2.5-omni": make_qwen2_5_omni, "phi-4-multimodal": make_phi4_multimodal}
-MAKERS |= {"voxtral": make_voxtral}
+MAKERS |= {"voxtral": make_voxtral, "audio-flamingo-3": make_audio_flamingo_3}

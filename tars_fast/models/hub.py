@@ -40,7 +40,7 @@ _LORA_SETTINGS += ("layers_pattern", "rank_pattern", "alpha_pattern", "trainable
 _LORA_SETTINGS += ("use_dora", "lora_bias", "target_parameters", "ensure_weight_tying", "runtime_config")
 """Settings of peft's LoRA that are read as peft reads them; another one may compute something else (aLoRA, Arrow)."""
 # consolidated.safetensors holds Mistral's weights once more, under names of its own.
-_NEVER = ("vision-lora/*", "original/*", "examples/*", "figures/*", "consolidated*")
+_NEVER = ("vision-lora/*", "original/*", "examples/*", "figures/*", "think/*", "consolidated*")
 
 
 def checkpoint_folder(source: str, *, weights: bool) -> Path:

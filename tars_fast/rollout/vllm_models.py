@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tars_fast.models.families import qwen2_audio, voxtral
+from tars_fast.models.families import audio_flamingo_3, qwen2_audio, voxtral
 from tars_fast.models.families.base import Family
 
 
 def register_models() -> None:
     """Register the classes with vLLM's `ModelRegistry`, under the names of `architectures` in config.json."""
     from transformers import AutoFeatureExtractor, Qwen2AudioProcessor
+    from transformers.models.audioflamingo3 import modeling_audioflamingo3
     from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
     from transformers.models.voxtral import modeling_voxtral
     from vllm import ModelRegistry
@@ -157,6 +158,13 @@ def register_models() -> None:
     # vLLM's own takes no audio embeddings, and reads Mistral's names alone.
     register_like_qwen2_audio(
         voxtral.FAMILY, "LlamaForCausalLM", modeling_voxtral.VoxtralEncoder, modeling_voxtral.VoxtralMultiModalProjector
+    )
+    # vLLM's own takes one recording a prompt.
+    register_like_qwen2_audio(
+        audio_flamingo_3.FAMILY,
+        "Qwen2ForCausalLM",
+        modeling_audioflamingo3.AudioFlamingo3Encoder,
+        modeling_audioflamingo3.AudioFlamingo3MultiModalProjector,
     )
     ModelRegistry.register_model("Qwen2AudioForConditionalGeneration", Qwen2AudioWithLora)
     for name in ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"):

@@ -24,7 +24,7 @@ from torch import nn
 from tars_fast import train
 from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.models.checkpoint import save_model
-from tars_fast.models.families import phi4_multimodal, qwen2_5_omni, qwen2_audio, voxtral
+from tars_fast.models.families import audio_flamingo_3, phi4_multimodal, qwen2_5_omni, qwen2_audio, voxtral
 from tars_fast.models.preset import THINK_PROMPT
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.models.registry import FAMILIES, PRESETS, architecture_of, family_of, find_preset
@@ -131,6 +131,14 @@ def voxtral_processor(prompts: PromptFormat) -> Any:
     return processor
 
 
+def audio_flamingo_3_processor(prompts: PromptFormat) -> Any:
+    import transformers
+
+    return transformers.AudioFlamingo3Processor(
+        prompts.feature_extractor, prompts.tokenizer, chat_template=prompts.chat_template
+    )
+
+
 def rendered_by_template(processor: Any, system: str, turn: object) -> str:
     messages = [{"role": "system", "content": system}, {"role": "user", "content": turn}]
     return processor.tokenizer.apply_chat_template(
@@ -157,6 +165,10 @@ def voxtral_tokens(processor: Any, rendered: str, recording: np.ndarray) -> list
     return processor.tokenizer(rendered.replace("[AUDIO]", "[AUDIO]" * size))["input_ids"]
 
 
+def flamingo_tokens(processor: Any, rendered: str, recording: np.ndarray) -> list[int]:
+    return processor(text=rendered, audio=recording)["input_ids"][0].tolist()
+
+
 def qwen_audio_inputs(processor: Any, recording: np.ndarray) -> dict[str, torch.Tensor]:
     features = processor.feature_extractor(
         [recording], sampling_rate=SAMPLE_RATE, padding="max_length", return_attention_mask=True, return_tensors="pt"
@@ -173,6 +185,11 @@ def voxtral_audio_inputs(processor: Any, recording: np.ndarray) -> dict[str, tor
     """Settings as the processor's own `apply_chat_template` passes them."""
     settings = {"sampling_rate": SAMPLE_RATE, "padding": True, "truncation": False, "pad_to_multiple_of": 480_000}
     return {"input_features": processor._retrieve_input_features([recording], 3000, return_tensors="pt", **settings)}
+
+
+def flamingo_audio_inputs(processor: Any, recording: np.ndarray) -> dict[str, torch.Tensor]:
+    made = processor(text="<sound>", audio=recording)
+    return {name: made[name] for name in ("input_features", "input_features_mask")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +247,13 @@ EXPECTED = {
         audio_tokens={0.1: 375, 7.3: 375, 30.0: 375, 61.5: 1125},
         audio_inputs=voxtral_audio_inputs,
         rendered=rendered_by_mistral,
+    ),
+    "audio-flamingo-3": Expected(
+        processor=audio_flamingo_3_processor,
+        tokens=flamingo_tokens,
+        speech_turn=[{"type": "audio", "path": "speech.wav"}],
+        audio_tokens={0.1: 2, 1.0: 25, 7.3: 182, 30.0: 750, 61.5: 1537},
+        audio_inputs=flamingo_audio_inputs,
     ),
 }
 """By name in `MAKERS`."""
@@ -496,7 +520,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(checkpoints, tmp_path):
 
 def test_other_architectures_are_refused(tmp_path):
     for model_type, message in (
-        ("llama", "supported are qwen2_audio, qwen2_5_omni, phi4_multimodal, voxtral"),
+        ("llama", "supported are qwen2_audio, qwen2_5_omni, phi4_multimodal, voxtral, audioflamingo3"),
         ("phi4mm", "refs/pr/70"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -513,7 +537,7 @@ def test_vllm_refuses_phi_with_the_reason():
 
 def test_presets_have_the_published_shapes():
     """Counted on the genuine classes with the published configurations, without memory."""
-    from transformers import Phi4MultimodalConfig, Qwen2_5OmniThinkerConfig, VoxtralConfig
+    from transformers import AudioFlamingo3Config, Phi4MultimodalConfig, Qwen2_5OmniThinkerConfig, VoxtralConfig
 
     omni = {
         "qwen2.5-omni-7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
@@ -532,6 +556,9 @@ def test_presets_have_the_published_shapes():
     for name, text in (("voxtral-mini-3b", {}), ("voxtral-small-24b", small)):
         config = VoxtralConfig(text_config=text, audio_config={}, audio_token_id=24)
         assert voxtral.FAMILY.architecture(config) == architecture_of(PRESETS[name])
+    text = omni["qwen2.5-omni-7b"] | {"vocab_size": 151672}
+    flamingo = AudioFlamingo3Config(text_config=text, audio_config={})
+    assert audio_flamingo_3.FAMILY.architecture(flamingo) == architecture_of(PRESETS["audio-flamingo-3"])
     assert family_of(PRESETS["qwen2-audio-7b"]) is qwen2_audio.FAMILY
 
 

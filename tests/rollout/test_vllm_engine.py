@@ -715,7 +715,7 @@ def test_a_head_is_tied_only_where_the_checkpoint_says_so(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 4])
-@pytest.mark.parametrize("name", ["qwen2-audio", "qwen2.5-omni", "voxtral"])
+@pytest.mark.parametrize("name", ["qwen2-audio", "qwen2.5-omni", "voxtral", "audio-flamingo-3"])
 def test_families_share_weights_and_speak_alike(name, lora_rank, tmp_path):
     """Before and after training, for one clip and several, and from the checkpoint that training leaves."""
     source = str(MAKERS[name](tmp_path / name))
