@@ -12,6 +12,7 @@ import base64
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -260,3 +261,5 @@ def make_audio_flamingo_3(folder: Path) -> Path:
 
 MAKERS = {"qwen2-audio": make_qwen2_audio, "qwen2.5-omni": make_qwen2_5_omni, "phi-4-multimodal": make_phi4_multimodal}
 MAKERS |= {"voxtral": make_voxtral, "audio-flamingo-3": make_audio_flamingo_3}
+BY_DECODER = [pytest.param(name, marks=pytest.mark.slow) if name == "audio-flamingo-3" else name for name in MAKERS]
+"""For tests of decoders alone: a family whose decoder is another one's is slow."""

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from checkpoints import ADAPTER_RANK, MAKERS
+from checkpoints import ADAPTER_RANK, BY_DECODER, MAKERS
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -431,6 +431,7 @@ def test_full_fine_tuning_leaves_audio_alone_unless_asked(speech_model):
     assert {id(p) for p in speech_model.trainable_parameters()} & audio == audio - constants
 
 
+@pytest.mark.parametrize("name", BY_DECODER)
 def test_gradient_checkpointing_changes_nothing(folder, items):
     gradients = []
     for checkpointing in (False, True):
@@ -562,6 +563,7 @@ def test_presets_have_the_published_shapes():
     assert family_of(PRESETS["qwen2-audio-7b"]) is qwen2_audio.FAMILY
 
 
+@pytest.mark.parametrize("name", BY_DECODER)
 def test_training_runs_on_every_family(folder, tmp_path, monkeypatch, capsys):
     """The command itself, two steps of LoRA from a checkpoint folder."""
     items = tmp_path / "items"
@@ -609,6 +611,7 @@ def test_adapters_are_those_of_peft(expected, folder, items, tmp_path):
     assert (ours - before).abs().max() > 0.01, "the adapter does something"
 
 
+@pytest.mark.parametrize("name", BY_DECODER)
 def test_adapters_of_other_releases_of_transformers_load(name, folder, items, tmp_path):
     """Releases differ in where the decoder stands; an adapter names the layers as the release did that trained it."""
     model = load(folder)
