@@ -329,9 +329,7 @@ def walk_step(folder: Path, *, num_layers: int | None, audio_seconds: float) -> 
         )
     randomise(module)
     model = SpeechModel(module.requires_grad_(False).eval(), prompts)
-    make_trainable(
-        model, lora_rank=workload.lora_rank, lora_alpha=32.0, freeze_audio=True, gradient_checkpointing=True, adapter=None
-    )
+    make_trainable(model, lora_rank=workload.lora_rank, lora_alpha=32.0, freeze_audio=True, gradient_checkpointing=True)
     assert model.attention == flash_attention.OF_TORCH.name
     make_prompts(model, audio_seconds)
     # The baseline's padded forward pass, which chooses rows by a mask, is not walked.

@@ -216,9 +216,7 @@ def run_shared(
     model = engine.model
     randomise(model.module)
     if lora_rank:
-        make_trainable(
-            model, lora_rank=lora_rank, lora_alpha=32.0, freeze_audio=True, gradient_checkpointing=True, adapter=None
-        )
+        make_trainable(model, lora_rank=lora_rank, lora_alpha=32.0, freeze_audio=True, gradient_checkpointing=True)
         optimizer = make_optimizer(model.trainable_parameters(), 0.0, 0)
     tokens_per_second: list[float] = []
     agreement: list[dict[str, float]] = []

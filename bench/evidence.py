@@ -130,7 +130,9 @@ def main() -> None:
         missing = [name for name in arms if not rates.get(name, {}).get("chosen")]
         if missing:
             raise SystemExit(f"{rates_file} has no rate of {', '.join(missing)}: run rates, or name others by --arms")
-        arms = {name: f"{own},learning_rate={rates[name]['chosen']}" for name, own in arms.items()}
+        # `ablate` has arms of some of these names, at the preset's rate.
+        chosen = {name: rates[name]["chosen"] for name in arms}
+        arms = {f"{name}_{chosen[name]}": f"{own},learning_rate={chosen[name]}" for name, own in arms.items()}
         compare(task, what, arms, arguments, task)
         folder = arguments.output_dir / f"{task}-{what}"
         target = RESULTS / f"evidence_{task}"

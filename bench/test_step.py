@@ -27,7 +27,7 @@ def model() -> SpeechModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     preset = PRESETS["pocket"]
     model = load_model(preset, preset.source, device, torch.float32)
-    make_trainable(model, lora_rank=0, lora_alpha=32.0, freeze_audio=True, gradient_checkpointing=False, adapter=None)
+    make_trainable(model, lora_rank=0, lora_alpha=32.0, freeze_audio=True, gradient_checkpointing=False)
     return model
 
 

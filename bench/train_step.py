@@ -174,7 +174,6 @@ def make_model(workload: Workload) -> SpeechModel:
         lora_alpha=32.0,
         freeze_audio=True,
         gradient_checkpointing=workload.gradient_checkpointing,
-        adapter=None,
     )
     for name, parameter in model.module.named_parameters():
         # As after some steps: with B = 0 half of the adapter would have no gradient.

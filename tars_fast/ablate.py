@@ -240,7 +240,9 @@ def plan_runs(config: AblateConfig, arms: Mapping[str, Mapping[str, str]], share
         parsed = parse_training(f"--arms {arm}", commands[arm])
         try:
             parsed.as_preset(preset)
-            find_layers(parsed.representation_layers, architecture_of(preset).num_layers)
+            architecture = architecture_of(preset)
+            find_layers(parsed.representation_layers, architecture.num_layers)
+            architecture.find_lora_targets(parsed.lora_targets)
         except UserError as error:
             raise UserError(f"--arms {arm}: {error}") from error
     runs = []

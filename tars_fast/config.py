@@ -195,6 +195,9 @@ class TrainConfig:
     """Rank of the LoRA adapters, 0 for full fine-tuning. None: the preset's (pocket and pocket-hard 0, others 8)."""
     lora_alpha: float = 32.0
     """LoRA updates are scaled by this over the rank."""
+    lora_targets: str | None = None
+    """Linear layers of the decoder that get LoRA: attention, all-linear, or names of them with commas between (q_proj,v_proj).
+    None: all, of a mixture of experts attention's."""
     freeze_audio: bool = True
     """Keep audio tower and projector as they are; the paper trains the language model only."""
     tokens_per_micro_batch: int | None = None
@@ -215,6 +218,9 @@ class TrainConfig:
     is free; another size may draw other completions."""
     cuda_graphs: bool = True
     """vLLM replays captured graphs on CUDA, from 0.32 on; older versions could not give the KV cache back under them."""
+    router_replay: bool = False
+    """Of a mixture of experts: the trainer sends each token through the experts that vLLM chose when it sampled, where rounding
+    would send some through others. Weights and gradients of the router stay the trainer's own."""
     max_logprob_diff: float | None = None
     """Mean |trainer - rollout| log-probability, in nats a token, beyond which training stops; not checked for batches that
     --rollout-ahead sampled with older weights. None: 0.01, in bfloat16 0.1."""
@@ -381,6 +387,10 @@ class TrainConfig:
         preset = preset.with_settings(self)
         if preset.lora_rank and not self.freeze_audio:
             raise UserError("--no-freeze-audio: a LoRA checkpoint holds adapters only; add --lora-rank 0")
+        if self.lora_targets is not None and not preset.lora_rank:
+            raise UserError(
+                f"--lora-targets {self.lora_targets}: has no effect without LoRA; leave it out, or add --lora-rank 8"
+            )
         if self.kl_coef and not preset.lora_rank:
             raise UserError(
                 f"--kl-coef {self.kl_coef}: its reference is the model with the adapter off, and full fine-tuning has none; "
@@ -420,7 +430,7 @@ class TrainConfig:
             longest_prompt: tokens, from the data where that is at hand.
 
         Raises:
-            UserError: prompt and completion are longer than the model takes.
+            UserError: prompt and completion are longer than the model takes, or it has no such layers for LoRA.
         """
         longest_prompt = longest_prompt or assumed_longest_prompt(architecture)
         if longest_prompt + preset.max_new_tokens > architecture.max_tokens:
@@ -433,6 +443,7 @@ class TrainConfig:
             engine=engine,
             dtype_bytes=dtype_bytes,
             lora_rank=preset.lora_rank,
+            lora_targets=architecture.find_lora_targets(self.lora_targets),
             group_size=self.group_size,
             max_new_tokens=preset.max_new_tokens,
             longest_prompt=longest_prompt,

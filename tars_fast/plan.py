@@ -35,6 +35,8 @@ class PlanConfig:
     """KV cache in GB. None: what the completions in flight need, at most what is free."""
     lora_rank: int | None = None
     """0 for full fine-tuning. None here and below: the preset's."""
+    lora_targets: str | None = None
+    """Linear layers that get LoRA: attention, all-linear, or names with commas between. None: see train."""
     group_size: int = 8
     """Completions of a question."""
     max_new_tokens: int | None = None
@@ -54,7 +56,7 @@ class PlanConfig:
         check_numbers(self, positive=("gpu_memory", "longest_prompt", "kv_cache_gb", "tokens_per_micro_batch"))
 
 
-_SHARED = ["lora_rank", "group_size", "max_new_tokens", "rollout_batch_size", "tokens_per_micro_batch"]
+_SHARED = ["lora_rank", "lora_targets", "group_size", "max_new_tokens", "rollout_batch_size", "tokens_per_micro_batch"]
 _SHARED += ("rollout_ahead", "gradient_checkpointing", "behaviour_model", "model", "dtype", "engine", "kv_cache_gb")
 
 

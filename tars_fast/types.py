@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -95,3 +95,6 @@ class Completion:
     """Decoded without the stop token."""
     truncated: bool
     """No stop token within the length limit."""
+    routed_experts: Tensor | None = field(default=None, compare=False)
+    """[P + T - 1, L, K] int16 experts that the engine chose, in each layer, for the tokens of prompt and completion but the
+    last; None where it says none."""

@@ -3,7 +3,8 @@
 Transformers holds none of the templates; they are written out as published: Qwen2-Audio's by the class itself
 (`Qwen2AudioProcessor.default_chat_template`), Qwen2.5-Omni's in chat_template.json of Qwen/Qwen2.5-Omni-7B (the same text
 stands in transformers' test_processing_qwen2_5_omni.py), Phi-4-multimodal's in tokenizer_config.json of
-microsoft/Phi-4-multimodal-instruct, Audio Flamingo 3's in transformers' script that converted nvidia/audio-flamingo-3-hf.
+microsoft/Phi-4-multimodal-instruct; of Qwen3-Omni's, in chat_template.json of Qwen/Qwen3-Omni-30B-A3B-Instruct, the part
+without tools; Audio Flamingo 3's in transformers' script that converted nvidia/audio-flamingo-3-hf.
 """
 
 from __future__ import annotations
@@ -54,8 +55,21 @@ FLAMINGO_TEMPLATE = (
     "{% if audio.found %}{{ '<sound>' }}{% endif %}{{ text_buf.v }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+QWEN3_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for content in message.content %}"
+    "{%- if content.type == 'image' or 'image' in content or 'image_url' in content %}"
+    "{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{%- elif content.type == 'audio' or 'audio' in content or 'audio_url' in content %}"
+    "{{- '<|audio_start|><|audio_pad|><|audio_end|>' }}"
+    "{%- elif content.type == 'video' or 'video' in content %}{{- '<|vision_start|><|video_pad|><|vision_end|>' }}"
+    "{%- elif content.type == 'text' %}{{- content.text }}{%- endif %}{%- endfor %}{%- endif %}"
+    "{{- '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
 QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
 OMNI_TOKENS = (*QWEN_TOKENS, "<|vision_bos|>", "<|vision_eos|>", "<|IMAGE|>", "<|VIDEO|>")
+QWEN3_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>")
+QWEN3_TOKENS = (*QWEN3_TOKENS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 PHI_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>", "<|audio|>")
 _MISTRAL_TOKENS = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]")
 _MISTRAL_TOKENS += ("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]")
@@ -83,7 +97,8 @@ def _randomise(module: nn.Module) -> None:
     torch.manual_seed(0)
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
-            parameter.normal_(0, 2 / parameter[0].numel() ** 0.5)
+            inputs = parameter.shape[-1] if ".experts." in name else parameter[0].numel()
+            parameter.normal_(0, 2 / inputs**0.5)
         else:
             parameter.normal_(0 if name.endswith("bias") else 1, 0.05)
 
@@ -152,6 +167,42 @@ def make_qwen2_5_omni(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(nested))
     weights = load_file(folder / "model.safetensors")
     weights = {f"thinker.{name}": value for name, value in weights.items()} | {"talker.codec_head.weight": torch.zeros(2, 2)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def make_qwen3_omni(folder: Path) -> Path:
+    """As published: a mixture of experts, each a weight of its own, inside the whole, with a talker that nobody needs."""
+    from transformers import Qwen3OmniMoeConfig, Qwen3OmniMoeThinkerConfig, Qwen3OmniMoeThinkerForConditionalGeneration
+
+    named = {"audio_token": "<|audio_pad|>", "audio_bos_token": "<|audio_start|>", "audio_eos_token": "<|audio_end|>"}
+    named |= {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_bos_token": "<|vision_start|>"}
+    named |= {"vision_eos_token": "<|vision_end|>"}
+    tokenizer = _tokenizer(QWEN3_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=named)
+    token = tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+    text |= {"num_hidden_layers": 3, "vocab_size": 320, "rope_parameters": rope, "max_position_embeddings": 4096}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    audio = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "output_dim": 64}
+    audio |= {"n_window_infer": 200, "downsample_hidden_size": 16}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+    vision |= {"deepstack_visual_indexes": [0, 1]}
+    ids = {name: token(text) for name, text in (("audio_token_id", "<|audio_pad|>"), ("image_token_id", "<|image_pad|>"))}
+    ids |= {"video_token_id": token("<|video_pad|>"), "audio_start_token_id": token("<|audio_start|>")}
+    ids |= {"vision_start_token_id": token("<|vision_start|>"), "audio_end_token_id": token("<|audio_end|>")}
+    thinker = Qwen3OmniMoeThinkerConfig(text_config=text, audio_config=audio, vision_config=vision, **ids)
+    module = Qwen3OmniMoeThinkerForConditionalGeneration(thinker)
+    described = {"processor_class": "Qwen3OmniMoeProcessor", "image_processor_type": "Qwen2VLImageProcessor"}
+    _save(folder, module, tokenizer, WhisperFeatureExtractor(feature_size=128), described)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": QWEN3_TEMPLATE}))
+    nested = Qwen3OmniMoeConfig(thinker_config=thinker.to_dict(), enable_audio_output=False).to_dict()
+    nested |= {"architectures": ["Qwen3OmniMoeForConditionalGeneration"]}
+    (folder / "config.json").write_text(json.dumps(nested))
+    weights = load_file(folder / "model.safetensors")
+    weights = {f"thinker.{name}": value for name, value in weights.items()}
+    assert "thinker.model.layers.0.mlp.experts.0.gate_proj.weight" in weights
+    weights |= {"talker.codec_head.weight": torch.ones(2, 2), "code2wav.code_embedding.weight": torch.ones(2, 2)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -259,7 +310,13 @@ def make_audio_flamingo_3(folder: Path) -> Path:
     return folder
 
 
-MAKERS = {"qwen2-audio": make_qwen2_audio, "qwen2.5-omni": make_qwen2_5_omni, "phi-4-multimodal": make_phi4_multimodal}
-MAKERS |= {"voxtral": make_voxtral, "audio-flamingo-3": make_audio_flamingo_3}
+MAKERS = {
+    "qwen2-audio": make_qwen2_audio,
+    "qwen2.5-omni": make_qwen2_5_omni,
+    "qwen3-omni": make_qwen3_omni,
+    "phi-4-multimodal": make_phi4_multimodal,
+    "voxtral": make_voxtral,
+    "audio-flamingo-3": make_audio_flamingo_3,
+}
 BY_DECODER = [pytest.param(name, marks=pytest.mark.slow) if name == "audio-flamingo-3" else name for name in MAKERS]
 """For tests of decoders alone: a family whose decoder is another one's is slow."""

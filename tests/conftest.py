@@ -72,7 +72,7 @@ def new_model(**changes) -> SpeechModel:
     """The embedded model as the loop prepares it, fully trainable unless `changes` say otherwise."""
     preset = PRESETS["pocket"]
     model = load_model(preset, preset.source, torch.device("cpu"), torch.float32)
-    settings = {"lora_rank": 0, "lora_alpha": 32.0, "freeze_audio": True, "gradient_checkpointing": False, "adapter": None}
+    settings = {"lora_rank": 0, "lora_alpha": 32.0, "freeze_audio": True, "gradient_checkpointing": False}
     make_trainable(model, **(settings | changes))
     return model
 

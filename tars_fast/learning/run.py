@@ -31,6 +31,7 @@ from tars_fast.learning.rewards.total import reward_weights
 from tars_fast.learning.selection import Selection, check_selection
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import Workers, locked_by_first
+from tars_fast.models.adapters import load_adapter_weights
 from tars_fast.models.architecture import find_layers
 from tars_fast.models.audio_cache import make_cache_folder
 from tars_fast.models.checkpoint import (
@@ -177,13 +178,18 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
 @contextmanager
 def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Workers) -> Iterator[Run]:
     device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
-    find_layers(config.representation_layers, architecture_of(preset).num_layers)
+    architecture = architecture_of(preset)
+    find_layers(config.representation_layers, architecture.num_layers)
+    architecture.find_lora_targets(config.lora_targets)
     training, held_out, notes = load_data(config)
     resumed_from = latest_checkpoint(output_dir) if config.resume else None
     source = str(resumed_from) if resumed_from is not None and preset.lora_rank == 0 else preset.source
     # Not from the checkpoint it resumes from, which later ones outlive: processor and configuration are read at each save.
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
+    if config.router_replay and (engine_name != "vllm" or not architecture.num_experts):
+        reason = "the model is no mixture of experts" if engine_name == "vllm" else "it is for rollouts by vLLM"
+        raise UserError(f"--router-replay: {reason}; leave it out")
     # Before it samples, vLLM compares where its weights are with the trainer's; an adapter's lie in buffers of its own.
     is_exchanged = config.exchanges_weights and (engine_name == "transformers" or preset.lora_rank == 0)
     if config.rollout_ahead and (is_exchanged or (config.kl_coef and engine_name == "transformers")):
@@ -225,6 +231,8 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     with explain_out_of_memory("loading the model"), _explain_damage(resumed_from):
         model, engine = load_model_and_engine(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
     with closing(engine):
+        if model.routing is not None:
+            model.routing.set_replay(replays=config.router_replay)
         model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
         text_similarity = load_text_similarity(run_config.behaviour_model, device)
         selection = Selection(data.training, run_config)
@@ -296,10 +304,12 @@ def make_learner(
         model,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
+        lora_targets=model.family.architecture(model.prompts.config).find_lora_targets(config.lora_targets),
         freeze_audio=config.freeze_audio,
         gradient_checkpointing=config.gradient_checkpointing,
-        adapter=resumed_from,
     )
+    if resumed_from is not None and config.lora_rank:
+        load_adapter_weights(model.module, model.family, resumed_from)
     optimizer = make_optimizer(model.trainable_parameters(), config.weight_decay, config.seed)
     references = References(model, config, is_resumed=resumed_from is not None)
     learner = Learner(model, optimizer, config, workers, references)

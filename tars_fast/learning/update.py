@@ -195,7 +195,7 @@ class Learner:
             with self.timer.phase("encode"):
                 prompts = reencode_audio(model, rollout, rows)
         with self.timer.phase("forward"):
-            packed = model.pack(prompts, completions)
+            packed = model.pack(prompts, completions, routed=True)
             if pooler is None:
                 return ForwardPass(rows, packed, model.forward(packed), None)
             with pooler.pooling(packed.cu_seqlens, positions=packed.positions):
@@ -294,7 +294,7 @@ class Learner:
                     parameter.grad = torch.zeros_like(parameter)
             self.workers.sum_gradients(parameters)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-            metrics = self._token_metrics(scored, losses) | {"grad_norm": grad_norm.item()}
+            metrics = self._token_metrics(scored, losses) | self._routing_metrics() | {"grad_norm": grad_norm.item()}
             self._check(metrics, scored)
             if self.counts.num_tokens or self.counts.num_distilled:
                 self.optimizer.step()
@@ -320,6 +320,20 @@ class Learner:
         if not self.config.samples_text:
             unknown.add("entropy/text")
         return {name: value for name, value in metrics.items() if name not in unknown}
+
+    def _routing_metrics(self) -> dict[str, float]:
+        """Share of tokens that would go through other experts than the engine sent them through, in all layers and in each; of
+        all processes. Nothing where the engine says none."""
+        routing = self.model.routing
+        if routing is None:
+            return {}
+        counts = torch.tensor(self.workers.gather(routing.take_counts())).sum(0)
+        if not counts[:, 1].sum():
+            return {}
+        differ, known = counts.sum(0).tolist()
+        shares = (counts[:, 0] / counts[:, 1]).tolist()
+        by_layer = {f"other_experts/layer_{layer}": share for layer, share in zip(routing.layers, shares, strict=True)}
+        return {"other_experts": differ / known} | by_layer
 
     def _check(self, metrics: Mapping[str, float], scored: ScoredRollout | None) -> None:
         """Raises TrainingError where a figure is not finite, or trainer and engine disagree on a rollout of these weights."""

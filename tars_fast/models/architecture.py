@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tars_fast.types import UserError
@@ -11,9 +12,14 @@ VOCABULARY_MULTIPLE = 64
 """Engines pad the vocabulary to a multiple of this."""
 
 
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+_EXPERTS = ("experts", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+"""What the layers of experts are called, here and elsewhere."""
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a decoder with gated feed-forward layers, and the number of all other parameters."""
+    """Sizes of a decoder with gated feed-forward layers, or with mixtures of them, and the number of all other parameters."""
 
     hidden_size: int
     num_layers: int
@@ -31,21 +37,46 @@ class Architecture:
     max_tokens: int
     """Longest prompt plus completion."""
     head_dim: int | None = None
-    """Width of one head; None: the hidden size shared out among the heads."""
+    """Numbers in the query of one head; None: `hidden_size / num_heads`."""
+    normed_attention: bool = False
+    """Queries and keys have a norm over the numbers of a head."""
+    num_experts: int = 0
+    """Feed-forward layers that a router chooses from, in each layer; 0: there is one, and no router."""
+    experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    """`intermediate_size` of one expert."""
 
     @property
-    def query_size(self) -> int:
-        """Numbers in the queries of one token in one layer."""
-        return self.hidden_size if self.head_dim is None else self.num_heads * self.head_dim
+    def head_size(self) -> int:
+        """Numbers in the query, key or value of one head."""
+        return self.head_dim or self.hidden_size // self.num_heads
 
     @property
     def key_value_size(self) -> int:
         """Numbers in the keys of one token in one layer."""
-        return self.num_key_value_heads * self.query_size // self.num_heads
+        return self.num_key_value_heads * self.head_size
 
     @property
     def padded_vocabulary_size(self) -> int:
         return -(-self.vocabulary_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    @property
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the linear layers of one decoder layer, by name. A parameter that holds all experts is none."""
+        hidden, queries, keys, inner = (
+            self.hidden_size,
+            self.num_heads * self.head_size,
+            self.key_value_size,
+            self.intermediate_size,
+        )
+        if self.fused_layers:
+            attention = {"qkv_proj": (hidden, queries + 2 * keys)}
+            feed_forward = {"gate_up_proj": (hidden, 2 * inner)}
+        else:
+            attention = {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
+            feed_forward = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner)}
+        attention["o_proj"], feed_forward["down_proj"] = (queries, hidden), (inner, hidden)
+        return attention if self.num_experts else attention | feed_forward
 
     def num_text_parameters(self, *, padded: bool = False) -> int:
         """Parameters of decoder, embeddings and head.
@@ -53,21 +84,40 @@ class Architecture:
         Args:
             padded: whether the vocabulary is padded, as engines do.
         """
-        hidden, queries, keys = self.hidden_size, self.query_size, self.key_value_size
-        attention = 2 * hidden * queries + 2 * hidden * keys + (queries + 2 * keys if self.biased_attention else 0)
-        layer = attention + 3 * hidden * self.intermediate_size + 2 * hidden
+        hidden = self.hidden_size
+        layer = sum(inputs * outputs for inputs, outputs in self.linear_layers.values()) + 2 * hidden
+        layer += (self.num_heads * self.head_size + 2 * self.key_value_size) * self.biased_attention
+        layer += 2 * self.head_size * self.normed_attention
+        # Experts, and the router's row for each.
+        layer += self.num_experts * (3 * hidden * self.moe_intermediate_size + hidden)
         rows = self.padded_vocabulary_size if padded else self.vocabulary_size
         return self.num_layers * layer + hidden + rows * hidden * (1 if self.tied_head else 2)
 
-    def num_lora_parameters(self, rank: int) -> int:
-        """Parameters of LoRA on every linear layer of the decoder."""
-        hidden, queries, keys, inner = self.hidden_size, self.query_size, self.key_value_size, self.intermediate_size
-        ends = queries + hidden + inner + hidden
-        if self.fused_layers:
-            ends += hidden + queries + 2 * keys + hidden + 2 * inner
-        else:
-            ends += hidden + queries + 2 * (hidden + keys) + 2 * (hidden + inner)
-        return self.num_layers * rank * ends
+    def find_lora_targets(self, given: str | None) -> tuple[str, ...]:
+        """Names of the `linear_layers` that `--lora-targets` asks for; None: all, of a mixture of experts attention's.
+
+        Raises:
+            UserError: there is no such layer, or it is one of experts.
+        """
+        found = tuple(self.linear_layers)
+        if given is None:
+            return found
+        if given == "attention":
+            return tuple(name for name in found if name in _ATTENTION)
+        names = (_EXPERTS if self.num_experts else found) if given == "all-linear" else tuple(given.split(","))
+        if self.num_experts and not {*_EXPERTS}.isdisjoint(names):
+            raise UserError(
+                f"--lora-targets {given}: the experts of this model are one parameter together, not linear layers, and take no "
+                f"adapter; give attention, or some of {', '.join(found)}"
+            )
+        unknown = [name for name in names if name not in found]
+        if unknown:
+            raise UserError(f"--lora-targets {given}: the model has no linear layer {unknown[0]!r}; it has {', '.join(found)}")
+        return tuple(name for name in found if name in names)
+
+    def num_lora_parameters(self, rank: int, targets: Iterable[str]) -> int:
+        """Parameters of LoRA on some of the `linear_layers`, in all decoder layers."""
+        return self.num_layers * rank * sum(sum(self.linear_layers[name]) for name in targets)
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of one token's keys and values in all layers."""

@@ -48,8 +48,9 @@ def _save_weights(module: PolicyModule, prompts: PromptFormat, folder: Path) -> 
         # Tied weights are written once. Views of an engine's fused weights are copied, so that each is a tensor of its own.
         if (value.data_ptr(), value.shape) not in seen:
             seen.add((value.data_ptr(), value.shape))
-            weights[family.published_name(name, nested=is_nested)] = value.detach().to("cpu", copy=True)
-    unused = tuple(family.published_name(f"{part}.", nested=is_nested) for part in family.unused_parts)
+            published = family.published_weights(name, value.detach(), nested=is_nested)
+            weights |= {own: piece.to("cpu", copy=True) for own, piece in published}
+    unused = tuple(family.published_name(f"{part}.", nested=is_nested) for part in family.unused_parts) + family.other_parts
     weights |= read_weights(prompts.source, unused)
     save_torch_state_dict(weights, folder)
     module.config.architectures = [family.model_class]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from tars_fast.models.architecture import Architecture
@@ -19,6 +20,8 @@ BLOCK_TOKENS = 32
 """Tokens in a block of vLLM's KV cache; its CPU build takes multiples of 32 only."""
 ENGINE_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM allocates adapter buffers for."""
+_FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
+"""Linear layers that vLLM makes one of."""
 _GRAPH_BYTES = int(0.6 * GB)
 """CUDA graphs and attention workspaces of vLLM; an estimate."""
 EVALUATION_TOKENS = 16_384
@@ -50,6 +53,8 @@ class Workload:
     """Tokens."""
     rollout_batch_size: int
     """Completions in flight."""
+    lora_targets: tuple[str, ...] | None = None
+    """Names of the linear layers with adapters; None: all."""
     given_micro_batch: int | None = None
     """Tokens of a micro-batch; None: as many as fit into free memory, at most `_MOST_TOKENS`."""
     gradient_checkpointing: bool = False
@@ -74,10 +79,15 @@ class Workload:
         return (text + self.architecture.num_other_parameters) * self.dtype_bytes
 
     @property
+    def adapted_layers(self) -> tuple[str, ...]:
+        """Names of the decoder's linear layers with adapters, or in an evaluation of all that may have one."""
+        return tuple(self.architecture.linear_layers) if self.lora_targets is None else self.lora_targets
+
+    @property
     def num_trained(self) -> int:
         """Parameters that the optimiser updates."""
         if self.lora_rank:
-            return self.architecture.num_lora_parameters(self.lora_rank)
+            return self.architecture.num_lora_parameters(self.lora_rank, self.adapted_layers)
         return self.architecture.num_text_parameters()
 
     @property
@@ -85,8 +95,13 @@ class Workload:
         """Bytes of LoRA weights in float32, and of vLLM's buffers for them, in the weights' dtype and the next of its ranks."""
         if not self.lora_rank:
             return 0
-        buffers = self.architecture.num_lora_parameters(engine_rank(self.lora_rank)) * self.dtype_bytes
-        return 4 * self.num_trained + (buffers if self.engine == "vllm" else 0)
+        if self.engine != "vllm":
+            return 4 * self.num_trained
+        # vLLM has buffers for all layers that it fuses with one that is adapted.
+        fused = [group for group in _FUSED if not group.isdisjoint(self.adapted_layers)]
+        buffered = {*self.adapted_layers, *chain.from_iterable(fused)}
+        buffers = self.architecture.num_lora_parameters(engine_rank(self.lora_rank), buffered)
+        return 4 * self.num_trained + buffers * self.dtype_bytes
 
     @property
     def optimiser(self) -> int:
@@ -161,7 +176,7 @@ class Workload:
         inside = tokens * (5 * shape.intermediate_size + 10 * shape.hidden_size) * self.dtype_bytes
         if self.lora_rank:
             # LoRA computes with its input in float32.
-            inside += tokens * (6 * shape.hidden_size + shape.intermediate_size) * 4
+            inside += tokens * sum(shape.linear_layers[name][0] for name in self.adapted_layers) * 4
         layers = 1 if self.gradient_checkpointing else shape.num_layers
         return shape.num_layers * tokens * shape.hidden_size * self.dtype_bytes + layers * inside + self.masks(tokens)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tars_fast.models.adapters import add_adapter, has_adapter, load_adapter, load_adapter_weights, merge_adapter
+from tars_fast.models.adapters import add_adapter, has_adapter, load_adapter, merge_adapter
 from tars_fast.models.audio_cache import AudioCache, ClipEmbeddings, fingerprint
 from tars_fast.models.families.base import Features
 from tars_fast.models.flash_attention import find_flash_attention
@@ -31,6 +31,7 @@ from tars_fast.models.modules import Decoder, PolicyModule
 from tars_fast.models.packed_attention import PackedGroups, use_packed_attention
 from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
+from tars_fast.models.routing import ExpertRouting, has_experts, pack_routing
 from tars_fast.support.timing import is_out_of_memory
 from tars_fast.types import Completion, Modality, Prompt, Question, Recording, UserError
 
@@ -75,6 +76,8 @@ class SpeechModel:
         self.prompts = prompts
         self.family = prompts.family
         use_packed_attention(self.language_model)
+        self.routing = ExpertRouting(self.language_model) if any(map(has_experts, self.language_model.layers)) else None
+        """None for models that are no mixture of experts."""
         self.audio_is_trained = False
         self.gradient_checkpointing = False
         self._audio_cache = AudioCache(_AUDIO_CACHE_BYTES)
@@ -245,12 +248,14 @@ class SpeechModel:
         flat = flat.index_copy(0, torch.cat(places).to(flat.device), torch.cat(audio).to(flat.dtype))
         return flat.view_as(embeddings)
 
-    def pack(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> PackedBatch:
+    def pack(self, prompts: Sequence[Prompt], completions: Sequence[Completion], *, routed: bool = False) -> PackedBatch:
         """Put prompts and completions into one row without padding: each prompt once, then all completions.
 
         Args:
             prompts: [N] the prompt of each completion; neighbours whose prompt is the same object share it.
             completions: [N]
+            routed: whether the completions were sampled from these prompts, so that the engine's choice of experts is that of
+                this row; see `ExpertRouting`.
         """
         pairs = list(zip(prompts, completions, strict=True))
         rows = [list(row) for _, row in groupby(pairs, key=lambda pair: id(pair[0]))]
@@ -275,6 +280,10 @@ class SpeechModel:
         ]
         token_ids = [token for row in rows for token in row[0][0].token_ids]
         token_ids += [token for completion in completions for token in completion.token_ids]
+        experts = None
+        if routed and self.routing is not None:
+            chosen = [[completion.routed_experts for _, completion in row] for row in rows]
+            experts = pack_routing(groups.prompt_lengths, chosen, groups.completion_lengths)
         batch = PackedBatch(
             prompts=[row[0][0] for row in rows],
             groups=groups,
@@ -282,6 +291,7 @@ class SpeechModel:
             position_ids=torch.cat(positions),
             predictors=predictors,
             cu_seqlens=ends,
+            routed_experts=experts,
         )
         return batch.to(self.device)
 
@@ -293,13 +303,19 @@ class SpeechModel:
         # mode, without dropout, and the flag is reset afterwards.
         for layer in self.language_model.layers:
             layer.training = self.gradient_checkpointing and torch.is_grad_enabled()
-        states = self.run_decoder(inputs, batch.position_ids[None], groups=batch.groups)
+        states = self.run_decoder(inputs, batch.position_ids[None], groups=batch.groups, routed_experts=batch.routed_experts)
         for layer in self.language_model.layers:
             layer.training = False
         return states[0, batch.predictors]
 
     def run_decoder(
-        self, inputs: Tensor, position_ids: Tensor, *, groups: PackedGroups | None = None, key_values: KeyValues | None = None
+        self,
+        inputs: Tensor,
+        position_ids: Tensor,
+        *,
+        groups: PackedGroups | None = None,
+        key_values: KeyValues | None = None,
+        routed_experts: Tensor | None = None,
     ) -> Tensor:
         """[N, S, D] states of the last layer, after the final norm, for `head`.
 
@@ -308,7 +324,9 @@ class SpeechModel:
             position_ids: [N, S]
             groups: what attends to what in a packed row, see `packed_attention`.
             key_values: the KV cache while completions are sampled; either this or `groups` is given.
+            routed_experts: [S, L, K] for N = 1, see `ExpertRouting`.
         """
+        routed = {} if routed_experts is None else {"routed_experts": routed_experts}
         return self.language_model(
             inputs_embeds=inputs,
             # A mask of four dimensions keeps transformers from making one; packed attention reads none.
@@ -317,6 +335,7 @@ class SpeechModel:
             use_cache=False,
             groups=groups,
             key_values=key_values,
+            **routed,
         ).last_hidden_state
 
 
@@ -336,6 +355,8 @@ class PackedBatch:
     """[T] int64 places in the row of the states that predict each completion token."""
     cu_seqlens: Tensor
     """[N + 1] int64 boundaries of completions among the T tokens."""
+    routed_experts: Tensor | None = None
+    """[S, L, K] int16 experts that the engine chose, see `ExpertRouting`."""
 
     @cached_property
     def positions(self) -> Tensor:
@@ -427,11 +448,11 @@ def make_trainable(
     *,
     lora_rank: int,
     lora_alpha: float,
+    lora_targets: Collection[str] | None = None,
     freeze_audio: bool,
     gradient_checkpointing: bool,
-    adapter: Path | None,
 ) -> None:
-    """Choose the parameters that training updates: LoRA on all linear layers of the language model, or all of it with its head.
+    """Choose the parameters that training updates: LoRA on linear layers of the language model, or all of it with its head.
 
     The module stays in eval mode, without dropout, also in LoRA's layers: with dropout, rollout, rewards and loss would each be
     computed with another policy.
@@ -439,12 +460,12 @@ def make_trainable(
     Args:
         lora_rank: 0 for full fine-tuning.
         lora_alpha: LoRA's product is scaled by `lora_alpha / lora_rank`.
+        lora_targets: last names of the layers; None: all linear ones of the decoder.
         freeze_audio: whether audio tower and projector stay as they are.
         gradient_checkpointing: whether each layer of the language model is computed again in the backward pass.
-        adapter: a checkpoint whose LoRA weights to continue from; None: new ones.
 
     Raises:
-        UserError: the model already has an adapter, or the weights of `adapter` do not fit.
+        UserError: the model already has an adapter.
     """
     module = model.module
     if has_adapter(module):
@@ -464,7 +485,8 @@ def make_trainable(
 
         # By full names, because layers of the audio tower have the same last names.
         layers = f"{model.family.language_model}.layers."
-        targets = [name for name, layer in module.named_modules() if name.startswith(layers) and isinstance(layer, nn.Linear)]
+        linear = [name for name, layer in module.named_modules() if name.startswith(layers) and isinstance(layer, nn.Linear)]
+        targets = [name for name in linear if lora_targets is None or name.rpartition(".")[2] in lora_targets]
         base, _, revision = model.prompts.source.partition("@")
         # peft's type is int, but it computes with floats too.
         alpha: Any = lora_alpha
@@ -472,8 +494,6 @@ def make_trainable(
         # peft would write the folder that was loaded, which may be a folder of this machine's hub cache.
         config.base_model_name_or_path, config.revision = base, revision or None
         add_adapter(module, config)
-        if adapter is not None:
-            load_adapter_weights(module, model.family, adapter)
     if not freeze_audio:
         model.audio_is_trained = True
         for part in model.audio_parts:

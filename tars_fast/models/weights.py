@@ -1,8 +1,8 @@
 """One copy of the weights: a transformers module whose parameters are views of those an inference engine has loaded.
 
 An engine stacks the rows of weights that transformers keeps apart (query, key and value; gate and up), and pads the
-vocabulary. A slice of rows is a contiguous view, so it can be a parameter of the trainer's module: an optimiser that updates
-it in place updates the engine's weights.
+vocabulary; of a mixture of experts both stack all experts in one tensor. A slice of rows is a contiguous view, so it can be a
+parameter of the trainer's module: an optimiser that updates it in place updates the engine's weights.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class WeightMapping:
     """What the engine has in its place."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Engine's fused module (`qkv_proj`) to the transformers modules whose rows it stacks, in order (`q_proj`, ...)."""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """Transformers' name of a parameter inside its module to the engine's, seen from the engine's module, where they differ."""
 
 
 EngineNames = tuple[WeightMapping, ...]
@@ -55,6 +57,13 @@ def engine_place(name: str, names: EngineNames) -> tuple[str, tuple[str, ...]]:
     raise KeyError(f"{name}: nothing is known of where the engine keeps it")
 
 
+def engine_parameter(name: str, names: EngineNames) -> str:
+    """The engine's name of a transformers parameter, which may be a part of it, as `engine_place` has it for modules."""
+    owner, _, leaf = name.rpartition(".")
+    renamed = next((mapping.parameters for mapping in names if name.startswith(mapping.prefix)), {})
+    return f"{engine_place(owner, names)[0]}.{renamed.get(leaf, leaf)}"
+
+
 def base_layer(module: nn.Module) -> nn.Module:
     """The layer inside a LoRA wrapper, of peft or of vLLM, or the layer itself."""
     return getattr(module, "base_layer", module)
@@ -73,19 +82,21 @@ def engine_views(module: nn.Module, engine_module: nn.Module, names: EngineNames
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if ".lora_" in name:
             continue
-        owner, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
-        place, stacked_before = engine_place(owner, names)
+        published = name.replace(".base_layer.", ".")
+        owner, _, leaf = published.rpartition(".")
+        stacked_before = engine_place(owner, names)[1]
+        place, _, theirs = engine_parameter(published, names).rpartition(".")
         try:
-            held = getattr(base_layer(engine_module.get_submodule(place)), leaf).detach()
+            held = getattr(base_layer(engine_module.get_submodule(place)), theirs).detach()
         except AttributeError as error:
-            raise SharingError(f"{name}: the engine has no {place}.{leaf}") from error
+            raise SharingError(f"{name}: the engine has no {place}.{theirs}") from error
         parent = owner.rpartition(".")[0]
         siblings = [base_layer(module.get_submodule(f"{parent}.{sibling}")) for sibling in stacked_before]
         start = sum(len(getattr(sibling, leaf)) for sibling in siblings)
         # Leaves out the engine's padding of the vocabulary.
         view = held[start : start + len(parameter)]
         if view.shape != parameter.shape:
-            raise SharingError(f"{name}: {tuple(parameter.shape)}, but {tuple(held.shape)} in the engine's {place}.{leaf}")
+            raise SharingError(f"{name}: {tuple(parameter.shape)}, but {tuple(held.shape)} in the engine's {place}.{theirs}")
         yield name, view
 
 

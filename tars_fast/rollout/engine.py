@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tars_fast.models.families.base import Family
 from tars_fast.models.memory import ENGINE_LORA_RANKS
 from tars_fast.models.prompts import PromptFormat
@@ -35,6 +37,8 @@ class SampledCompletion:
     """Of each token, in nats, under the distribution it was sampled from."""
     truncated: bool
     """No stop token within `max_new_tokens`."""
+    routed_experts: Tensor | None = None
+    """See `Completion.routed_experts`."""
 
 
 class RolloutEngine(ABC):
@@ -140,6 +144,7 @@ def decode_completions(
             rollout_logprobs=tuple(completion.logprobs),
             text=text,
             truncated=completion.truncated,
+            routed_experts=completion.routed_experts,
         )
         for completion, text in zip(sampled, texts, strict=True)
     ]

@@ -93,6 +93,7 @@ def load_model_and_engine(
             max_tokens=workload.longest_prompt + workload.max_new_tokens,
             kv_cache_bytes=plan.kv_cache,
             lora_rank=workload.lora_rank,
+            lora_targets=workload.adapted_layers,
             cuda_graphs=cuda_graphs,
         ),
     )

@@ -4,14 +4,16 @@ vLLM loads the weights; a transformers module built on the meta device gets view
 there is one copy. LoRA weights stay in the trainer, in float32, and are written into vLLM's adapter buffers before each
 rollout: they are never merged, and no files are written. Prompts bring audio embeddings, which the trainer has computed.
 
-Only the three `vllm_*` modules of this folder import vLLM: this one is the engine as the loop uses it, `vllm_internals.py`
-starts and drives vLLM beyond its documented interface, `vllm_models.py` holds the model classes that are registered with it.
+Only the four `vllm_*` modules of this folder import vLLM: this one is the engine as the loop uses it, `vllm_internals.py`
+starts and drives vLLM beyond its documented interface, `vllm_models.py` holds the model classes that are registered with it,
+`vllm_experts.py` the kernels of mixtures of experts.
 Sharing the weights needs what vLLM does not promise, so versions outside the range that pyproject.toml gives the extra `vllm`
 are refused.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -89,6 +91,7 @@ class VllmEngine(RolloutEngine):
         # Never None here: without the names vLLM is refused above.
         self._engine_names = prompts.family.engine_names or ()
         self._has_current_weights = False
+        settings = dataclasses.replace(settings, has_experts=prompts.family.num_experts(prompts.config) > 0)
         self._internals = VllmInternals(base_of(source), device, dtype, settings)
         module = prompts.family.on_meta(prompts.config, dtype)
         module.generation_config = prompts.generation_config
@@ -143,7 +146,8 @@ class VllmEngine(RolloutEngine):
             for completion in output.outputs:
                 tokens = list(completion.token_ids)
                 logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
-                sampled.append(SampledCompletion(tokens, logprobs, truncated=completion.finish_reason == "length"))
+                experts = completion.routed_experts
+                sampled.append(SampledCompletion(tokens, logprobs, completion.finish_reason == "length", experts))
             on_sampled(number, sampled)
 
         self._internals.generate(

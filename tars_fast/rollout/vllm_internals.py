@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tars_fast.models.hub import cannot_be_loaded, checkpoint_folder
 from tars_fast.models.memory import BLOCK_TOKENS, PREFILL_TOKENS, engine_rank
 from tars_fast.models.weights import SharingError
+from tars_fast.rollout.vllm_experts import RoutingRecorder, check_experts, whole_experts
 from tars_fast.rollout.vllm_models import register_models
 
 _MAX_CLIPS = 64
@@ -43,6 +44,10 @@ class VllmSettings:
     """0: no adapter."""
     cuda_graphs: bool
     """On CUDA, where the version can give the KV cache back under them; else eager."""
+    lora_targets: tuple[str, ...] | None = None
+    """Names of the linear layers with adapters, by transformers; None: vLLM has buffers for all that it can adapt."""
+    has_experts: bool = False
+    """The model is a mixture of experts, whose adapters are on the attention alone."""
     dummy_weights: bool = False
     """Random weights in the place of the checkpoint's, for benchmarks."""
 
@@ -59,6 +64,9 @@ class VllmInternals:
 
     def __init__(self, source: str, device: torch.device, dtype: torch.dtype, settings: VllmSettings):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if settings.has_experts:
+            # `RoutingRecorder` reads what only this one of vLLM's model runners has.
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if device.type == "cpu":
@@ -74,7 +82,13 @@ class VllmInternals:
         if settings.lora_rank:
             rank = engine_rank(settings.lora_rank)
             adapter = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
-        with self._eager_on_cpu(), _unpacked_cpu_weights(), _thread_setting_kept(), _quiet_start(source):
+            if settings.lora_targets is not None:
+                adapter["lora_target_modules"] = list(settings.lora_targets)
+            elif settings.has_experts:
+                # Else vLLM allocates buffers for adapters of every expert.
+                adapter["lora_target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        experts = whole_experts(on_cpu=self._on_cpu) if settings.has_experts else nullcontext()
+        with self._eager_on_cpu(), _unpacked_cpu_weights(), _thread_setting_kept(), _quiet_start(source), experts:
             self.llm = LLM(
                 model=str(checkpoint_folder(source, weights=not settings.dummy_weights)),
                 trust_remote_code=False,
@@ -111,6 +125,12 @@ class VllmInternals:
         storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in self._runner.kv_caches}
         self._kv_storages = [(storage, storage.nbytes()) for storage in storages.values()]
         self._released = False
+        self._routing: RoutingRecorder | None = None
+        if settings.has_experts:
+            check_experts(self.module, on_cpu=self._on_cpu)
+            scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+            model: Any = self.module
+            self._routing = RoutingRecorder(self._runner, scheduler, model.routing)
 
     @property
     def module(self) -> nn.Module:
@@ -137,7 +157,8 @@ class VllmInternals:
 
         Args:
             params: `SamplingParams` of each request.
-            on_finished: called with a request's number and its `RequestOutput` as soon as all its continuations are complete.
+            on_finished: called with a request's number and its `RequestOutput` as soon as all its continuations are complete;
+                of a mixture of experts each has `routed_experts`, see `Completion`.
             before_token: called before every step of the engine; what it raises ends the call.
         """
         from vllm.lora.request import LoRARequest
@@ -157,11 +178,19 @@ class VllmInternals:
         # engine object (not on its class) until the call ends.
         step, replaced = engine.step, vars(engine).get("step")
 
+        names: dict[tuple[str, int], str] = {}
+
         def observed_step() -> list[Any]:
             before_token()
+            if self._routing is not None:
+                states = engine.output_processor.request_states.items()
+                names.update({((own.parent_req or own).external_req_id, own.request_index): name for name, own in states})
             outputs = step()
             for output in outputs:
                 if output.finished:
+                    if self._routing is not None:
+                        for completion in output.outputs:
+                            completion.routed_experts = self._routing.take(names[output.request_id, completion.index])
                     on_finished(int(output.request_id) - first, output)
             return outputs
 
@@ -201,8 +230,10 @@ class VllmInternals:
         from vllm.lora.lora_weights import LoRALayerWeights
 
         manager = self._runner.lora_manager._adapter_manager
-        # Naming one layer is enough, because vLLM fills the buffers of all other layers with zeros.
-        name, layer = next((name, layer) for name, layer in manager.modules.items() if len(layer.lora_a_stacked) == 1)
+        # Naming one layer is enough, because vLLM fills the buffers of all other layers with zeros. An adapter names the parts
+        # of a fused one.
+        place, layer = next(iter(manager.modules.items()))
+        name = manager.packed_modules.get(place, [place])[0]
         a, b = layer.lora_a_stacked[0][0, 0].clone(), layer.lora_b_stacked[0][0, 0].clone()
         weights = LoRALayerWeights(name, len(a), len(a), a.zero_(), b.zero_())
         manager.add_adapter(LoRAModel(_ADAPTER_ID, len(a), {name: weights}))

@@ -8,7 +8,6 @@ A family of models needs a class here only where vLLM's own lacks one of these:
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from tars_fast.models.families import audio_flamingo_3, qwen2_audio, voxtral
 from tars_fast.models.families.base import Family
+from tars_fast.rollout.vllm_experts import RoutingBuffer
 
 
 def register_models() -> None:
@@ -23,6 +23,7 @@ def register_models() -> None:
     from transformers import AutoFeatureExtractor, Qwen2AudioProcessor
     from transformers.models.audioflamingo3 import modeling_audioflamingo3
     from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
+    from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeAudioEncoder
     from transformers.models.voxtral import modeling_voxtral
     from vllm import ModelRegistry
     from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMRoPE
@@ -60,14 +61,15 @@ def register_models() -> None:
             return AutoWeightsLoader(self).load_weights(weights, mapper=mapper)
 
     class OmniInfo(Qwen2AudioProcessingInfo):  # type: ignore[misc]  # vLLM's types are not read
-        """Qwen2-Audio's processor, because both write audio into prompts alike and Omni's own needs torchvision."""
+        """Qwen2-Audio's processor, because all write audio into prompts alike and Omni's own needs torchvision."""
 
         def get_hf_config(self) -> Any:
             return self.ctx.get_hf_config().thinker_config
 
         def get_hf_processor(self, **_kwargs: object) -> Qwen2AudioProcessor:
             extractor = AutoFeatureExtractor.from_pretrained(self.ctx.model_config.model, trust_remote_code=False)
-            return Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=self.get_tokenizer())
+            tokenizer = self.get_tokenizer()
+            return Qwen2AudioProcessor(extractor, tokenizer, audio_token=tokenizer.audio_token)
 
     @MULTIMODAL_REGISTRY.register_processor(
         Qwen2AudioMultiModalProcessor, info=OmniInfo, dummy_inputs=Qwen2AudioDummyInputsBuilder
@@ -82,7 +84,10 @@ def register_models() -> None:
             "thinker.": "",
             "talker.": None,
             "token2wav.": None,
+            "code2wav.": None,
         }
+        audio_encoder: ClassVar[Any] = Qwen2_5OmniAudioEncoder
+        language_architecture = "Qwen2ForCausalLM"
 
         def __init__(self, *, vllm_config: Any, prefix: str = ""):
             nn.Module.__init__(self)
@@ -90,22 +95,34 @@ def register_models() -> None:
             self.multimodal_config = vllm_config.model_config.multimodal_config
             self.quant_config = vllm_config.quant_config
             with self._mark_tower_model(vllm_config, "audio"):
-                self.audio_tower = Qwen2_5OmniAudioEncoder(self.config.audio_config)
-            text_config = copy.deepcopy(self.config.text_config)
-            # transformers reads this setting from the thinker's configuration; that of its language model defaults to True.
+                self.audio_tower = self.audio_encoder(self.config.audio_config)
+            text_config = self.config.text_config
+            # transformers reads this setting from the thinker's configuration; that of its language model defaults to True, or
+            # has none. vLLM's language models read it here or in the model's own configuration, which is the same object.
             text_config.tie_word_embeddings = self.config.tie_word_embeddings
             with self._mark_language_model(vllm_config):
                 self.language_model = init_vllm_registered_model(
                     vllm_config=vllm_config,
                     hf_config=text_config,
                     prefix=maybe_prefix(prefix, "language_model"),
-                    architectures=["Qwen2ForCausalLM"],
+                    architectures=[self.language_architecture],
                 )
             self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
         def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
             # Without images and video the positions in time, height and width are equal, for text and audio alike.
             return torch.arange(len(input_tokens)).expand(3, -1), 0
+
+    class Omni3Thinker(OmniThinker):
+        """A mixture of experts, whose adapters are on the attention alone."""
+
+        audio_encoder: ClassVar[Any] = Qwen3OmniMoeAudioEncoder
+        language_architecture = "Qwen3MoeForCausalLM"
+
+        def __init__(self, *, vllm_config: Any, prefix: str = ""):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            max_tokens, device = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.device_config.device
+            self.routing = RoutingBuffer(self.language_model, max_tokens, device)
 
     def register_like_qwen2_audio(family: Family, language_model: str, encoder: type, projector: type) -> None:
         """Register the class of a family whose parts are called as Qwen2-Audio's; transformers' own encode its audio.
@@ -167,5 +184,6 @@ def register_models() -> None:
         modeling_audioflamingo3.AudioFlamingo3MultiModalProjector,
     )
     ModelRegistry.register_model("Qwen2AudioForConditionalGeneration", Qwen2AudioWithLora)
+    ModelRegistry.register_model("Qwen3OmniMoeForConditionalGeneration", Omni3Thinker)
     for name in ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"):
         ModelRegistry.register_model(name, OmniThinker)

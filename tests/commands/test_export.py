@@ -90,7 +90,7 @@ def test_merged_adapter_is_base_plus_adapter(adapter, questions, tmp_path):
 
 
 def test_training_on_an_adapter_is_refused_with_the_command_that_makes_it_possible(adapter, tmp_path):
-    settings = {"lora_rank": 4, "lora_alpha": 8.0, "freeze_audio": True, "gradient_checkpointing": False, "adapter": None}
+    settings = {"lora_rank": 4, "lora_alpha": 8.0, "freeze_audio": True, "gradient_checkpointing": False}
     with pytest.raises(UserError) as refused:
         make_trainable(loaded(adapter), **settings)
     command = f"python -m tars_fast.export --model {adapter} --output-dir MERGED, then train --model MERGED"
@@ -105,7 +105,7 @@ def test_adapters_of_every_family(family, questions, tmp_path):
     model = load_model(find_preset(source), source, torch.device("cpu"), torch.float32)
     family = model.prompts.family
     base = logits(model, questions)
-    settings = {"lora_alpha": 32.0, "freeze_audio": True, "gradient_checkpointing": False, "adapter": None}
+    settings = {"lora_alpha": 32.0, "freeze_audio": True, "gradient_checkpointing": False}
     make_trainable(model, lora_rank=4, **settings)
     adapter = save_run(tmp_path / "run", model)
     expected = logits(loaded(adapter), questions)
@@ -150,7 +150,7 @@ def test_dtype_is_that_of_the_stored_weights(tmp_path, stored):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(without_dtype(config)))
     model = loaded(source)
-    settings = {"lora_alpha": 32.0, "freeze_audio": True, "gradient_checkpointing": False, "adapter": None}
+    settings = {"lora_alpha": 32.0, "freeze_audio": True, "gradient_checkpointing": False}
     make_trainable(model, lora_rank=4, **settings)
     folder = exported(save_run(tmp_path / "run", model), tmp_path / "merged")
     assert {str(value.dtype) for value in load_file(folder / "model.safetensors").values()} == {f"torch.{stored}"}

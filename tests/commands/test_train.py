@@ -428,7 +428,9 @@ def test_settings_of_a_run_leave_nothing_open(tmp_path):
     assert (run.num_steps, run.lora_rank, run.seed, run.tokens_per_micro_batch) == (3, 4, 7, 100)
     assert (run.learning_rate, run.behaviour_model) == (2e-5, "Qwen/Qwen3-Embedding-0.6B")
     open_fields = {name for name, kind in get_type_hints(RunConfig).items() if type(None) in get_args(kind)}
-    assert open_fields == {"data", "eval_data", "kv_cache_gb", "max_logprob_diff", "audio_cache_dir", "eval_items"}
+    assert open_fields == {
+        "data", "eval_data", "kv_cache_gb", "lora_targets", "max_logprob_diff", "audio_cache_dir", "eval_items",
+    }  # fmt: skip
     assert {name for name, value in vars(run).items() if value is None} <= open_fields
     with pytest.raises(TypeError, match="output_dir"):
         RunConfig()

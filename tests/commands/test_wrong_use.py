@@ -108,6 +108,8 @@ SETTINGS = [
     (["--num-steps", "0"], ["--num-steps 0", "must be greater than 0"]),
     (["--warmup-fraction", "1.1"], ["--warmup-fraction 1.1", "must lie between 0 and 1"]),
     (["--lora-rank", "-8"], ["--lora-rank -8", "must be 0 or greater"]),
+    (["--lora-targets", "attention"], ["--lora-targets attention", "no effect without LoRA", "add --lora-rank 8"]),
+    (["--lora-rank", "4", "--lora-targets", "v_proj,fc1"], ["--lora-targets v_proj,fc1", "no linear layer 'fc1'", "v_proj"]),
     # The embedded model takes 1,024 tokens, prompt included.
     (["--max-new-tokens", "1020"], ["item 't1'", "1020 new ones", "model's 1024", "lower --max-new-tokens"]),
 ]

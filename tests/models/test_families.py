@@ -9,7 +9,8 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import nn
 
 from tars_fast import train
 from tars_fast.data.audio import SAMPLE_RATE
+from tars_fast.models.adapters import load_adapter_weights
 from tars_fast.models.checkpoint import save_model
 from tars_fast.models.families import audio_flamingo_3, phi4_multimodal, qwen2_5_omni, qwen2_audio, voxtral
 from tars_fast.models.preset import THINK_PROMPT
@@ -99,11 +101,11 @@ def qwen2_audio_processor(prompts: PromptFormat) -> Any:
     return transformers.Qwen2AudioProcessor(prompts.feature_extractor, prompts.tokenizer)
 
 
-def qwen2_5_omni_processor(prompts: PromptFormat) -> Any:
+def omni_processor(name: str, prompts: PromptFormat) -> Any:
     """Neither images nor video are asked of it, and its video processor needs torchvision."""
     import transformers
 
-    processor = object.__new__(transformers.Qwen2_5OmniProcessor)
+    processor = object.__new__(getattr(transformers, name))
     processor.tokenizer, processor.feature_extractor = prompts.tokenizer, prompts.feature_extractor
     processor.image_processor = processor.video_processor = transformers.Qwen2VLImageProcessor()
     for token in ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos"):
@@ -169,10 +171,11 @@ def flamingo_tokens(processor: Any, rendered: str, recording: np.ndarray) -> lis
     return processor(text=rendered, audio=recording)["input_ids"][0].tolist()
 
 
-def qwen_audio_inputs(processor: Any, recording: np.ndarray) -> dict[str, torch.Tensor]:
-    features = processor.feature_extractor(
-        [recording], sampling_rate=SAMPLE_RATE, padding="max_length", return_attention_mask=True, return_tensors="pt"
-    )
+def qwen_audio_inputs(
+    processor: Any, recording: np.ndarray, *, padding: str | bool = "max_length", truncation: bool = True
+) -> dict[str, torch.Tensor]:
+    settings = {"padding": padding, "truncation": truncation, "return_attention_mask": True, "return_tensors": "pt"}
+    features = processor.feature_extractor([recording], sampling_rate=SAMPLE_RATE, **settings)
     return {"input_features": features.input_features, "feature_attention_mask": features.attention_mask}
 
 
@@ -224,11 +227,21 @@ EXPECTED = {
         audio_inputs=qwen_audio_inputs,
     ),
     "qwen2.5-omni": Expected(
-        processor=qwen2_5_omni_processor,
+        processor=partial(omni_processor, "Qwen2_5OmniProcessor"),
         tokens=qwen_tokens,
         speech_turn=QWEN_TURN,
         audio_tokens={0.1: 2, 1.0: 25, 7.3: 182, 30.0: 750, 61.5: 1537},
         audio_inputs=qwen_audio_inputs,
+    ),
+    "qwen3-omni": Expected(
+        processor=partial(omni_processor, "Qwen3OmniMoeProcessor"),
+        tokens=qwen_tokens,
+        speech_turn=QWEN_TURN,
+        # 13 a second, as many as the last part of a second has left.
+        audio_tokens={0.1: 2, 1.0: 13, 2.0: 26, 7.3: 95, 30.0: 390, 61.5: 800},
+        audio_inputs=partial(qwen_audio_inputs, padding=True, truncation=False),
+        # Of experts transformers makes no linear layers.
+        linear_layers=frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}),
     ),
     "phi-4-multimodal": Expected(
         processor=phi4_multimodal_processor,
@@ -393,12 +406,40 @@ def test_every_stop_token_ends_a_completion(speech_model):
     assert set(without_stop_tokens.stop_token_ids) == expected
 
 
-def train_lora(model: SpeechModel) -> None:
+def train_lora(model: SpeechModel, lora_targets: Collection[str] | None = None) -> None:
     """Adapters that do something."""
-    make_trainable(model, lora_rank=4, lora_alpha=8.0, freeze_audio=True, gradient_checkpointing=False, adapter=None)
+    settings = {"lora_alpha": 8.0, "freeze_audio": True, "gradient_checkpointing": False}
+    make_trainable(model, lora_rank=4, lora_targets=lora_targets, **settings)
     torch.manual_seed(1)
     for parameter in model.trainable_parameters():
         nn.init.normal_(parameter, 0, 0.05)
+
+
+@pytest.mark.parametrize("given", ["attention", "names"])
+def test_lora_reaches_the_layers_that_are_named_and_is_planned_for_them(expected, speech_model, given):
+    """The plan counts as peft makes them."""
+    named = {name for name in expected.linear_layers if name.startswith(("q", "k", "v", "o_"))}
+    if given == "names":
+        named = {"o_proj", max(expected.linear_layers)}
+        given = ",".join(named)
+    architecture = speech_model.family.architecture(speech_model.prompts.config)
+    targets = architecture.find_lora_targets(given)
+    train_lora(speech_model, targets)
+    adapted = [path for path, layer in speech_model.module.named_modules() if hasattr(layer, "lora_A")]
+    assert {path.rpartition(".")[2] for path in adapted} == named
+    assert len(adapted) == 3 * len(targets), "three layers"
+    num_trained = sum(parameter.numel() for parameter in speech_model.trainable_parameters())
+    assert num_trained == architecture.num_lora_parameters(4, targets)
+
+
+def test_layers_for_lora_that_are_not_there_are_refused_by_name(expected, speech_model):
+    architecture = speech_model.family.architecture(speech_model.prompts.config)
+    assert {*architecture.linear_layers} == expected.linear_layers
+    with pytest.raises(UserError, match=r"--lora-targets o_proj,up: the model has no linear layer 'up'; it has .*, o_proj"):
+        architecture.find_lora_targets("o_proj,up")
+    for given in ("all-linear", "q_proj,down_proj") if architecture.num_experts else ():
+        with pytest.raises(UserError, match=f"--lora-targets {given}: the experts .* take no adapter; give attention, or"):
+            architecture.find_lora_targets(given)
 
 
 def test_lora_reaches_exactly_the_linear_layers_of_the_language_model(expected, speech_model):
@@ -414,13 +455,14 @@ def test_lora_reaches_exactly_the_linear_layers_of_the_language_model(expected, 
     assert last_names == expected.linear_layers
     assert adapted == linear
     assert len(adapted) == 3 * len(last_names), "three layers"
-    assert sum(p.numel() for p in speech_model.trainable_parameters()) == speech_model.family.architecture(
-        speech_model.prompts.config
-    ).num_lora_parameters(4)
+    architecture = speech_model.family.architecture(speech_model.prompts.config)
+    for given in (None, "attention" if architecture.num_experts else "all-linear"):
+        planned = architecture.num_lora_parameters(4, architecture.find_lora_targets(given))
+        assert sum(p.numel() for p in speech_model.trainable_parameters()) == planned
 
 
 def test_full_fine_tuning_leaves_audio_alone_unless_asked(speech_model):
-    settings = {"lora_rank": 0, "lora_alpha": 1.0, "gradient_checkpointing": False, "adapter": None}
+    settings = {"lora_rank": 0, "lora_alpha": 1.0, "gradient_checkpointing": False}
     make_trainable(speech_model, freeze_audio=True, **settings)
     audio = {id(p) for part in speech_model.audio_parts for p in part.parameters()}
     trained = {id(p) for p in speech_model.trainable_parameters()}
@@ -436,9 +478,7 @@ def test_gradient_checkpointing_changes_nothing(folder, items):
     gradients = []
     for checkpointing in (False, True):
         model = load(folder)
-        make_trainable(
-            model, lora_rank=0, lora_alpha=1.0, freeze_audio=True, gradient_checkpointing=checkpointing, adapter=None
-        )
+        make_trainable(model, lora_rank=0, lora_alpha=1.0, freeze_audio=True, gradient_checkpointing=checkpointing)
         prompts = encode(model, items)
         completions = [Completion(0, prompt.modality, (5, 6, 7, 8), (), "", False) for prompt in prompts]
         model.forward(model.pack(prompts, completions)).pow(2).sum().backward()
@@ -521,7 +561,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(checkpoints, tmp_path):
 
 def test_other_architectures_are_refused(tmp_path):
     for model_type, message in (
-        ("llama", "supported are qwen2_audio, qwen2_5_omni, phi4_multimodal, voxtral, audioflamingo3"),
+        ("llama", "supported are qwen2_audio, qwen2_5_omni, qwen3_omni_moe, phi4_multimodal, voxtral, audioflamingo3"),
         ("phi4mm", "refs/pr/70"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -634,7 +674,8 @@ def test_adapters_of_other_releases_of_transformers_load(name, folder, items, tm
         assert greedy(load(there), items) == expected
         resumed = load(folder)
         settings = {"lora_rank": 4, "lora_alpha": 8.0, "freeze_audio": True, "gradient_checkpointing": False}
-        make_trainable(resumed, **settings, adapter=there)
+        make_trainable(resumed, **settings)
+        load_adapter_weights(resumed.module, resumed.family, there)
         assert greedy(resumed, items) == expected
     assert expected != greedy(load(folder), items)
 

@@ -59,7 +59,6 @@ def prepared(folder: Path, *, lora_rank: int, gradient_checkpointing: bool) -> S
         lora_alpha=32.0,
         freeze_audio=True,
         gradient_checkpointing=gradient_checkpointing,
-        adapter=None,
     )
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.module.named_parameters():

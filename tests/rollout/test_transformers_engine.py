@@ -29,7 +29,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 def prepared(folder: Path, lora_rank: int, dtype: torch.dtype) -> SpeechModel:
     preset = find_preset(str(folder))
     model = load_model(preset, preset.source, torch.device("cpu"), dtype)
-    settings = {"lora_alpha": 32.0, "freeze_audio": True, "gradient_checkpointing": True, "adapter": None}
+    settings = {"lora_alpha": 32.0, "freeze_audio": True, "gradient_checkpointing": True}
     make_trainable(model, lora_rank=lora_rank, **settings)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.module.named_parameters():

@@ -78,6 +78,9 @@ class Family:
     """(beginning of a weight's name in `model_class`, its beginning in published checkpoints), where they differ."""
     nested_prefix: str = ""
     """Put before published names in a checkpoint of the whole model."""
+    other_parts: tuple[str, ...] = ()
+    """Beginnings of weights' names in a checkpoint of the whole model that belong to none of `model_class`; a saved one gets
+    them back."""
     saved_config_entries: Mapping[str, object] = field(default_factory=dict)
     """Entries that config.json of the whole model gets when it is saved without its other parts."""
     adapter_folder: str = ""
@@ -126,6 +129,23 @@ class Family:
                 return prefix + published + name.removeprefix(own)
         return prefix + name
 
+    def published_weights(self, name: str, value: Tensor, *, nested: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """A weight as published checkpoints hold it, under one name or, of a mixture of experts, each expert under its own.
+
+        Args:
+            name: in `model_class`.
+            value: [E, *] for the weights of E experts, else of any shape.
+            nested: see `published_name`.
+        """
+        published = self.published_name(name, nested=nested)
+        layer, experts, leaf = published.rpartition(".experts.")
+        if not experts:
+            yield published, value
+            return
+        for number, expert in enumerate(value):
+            pieces = zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True) if leaf == "gate_up_proj" else [(leaf, expert)]
+            yield from ((f"{layer}.experts.{number}.{part}.weight", piece) for part, piece in pieces)
+
     def installed_name(self, name: str) -> str:
         """The name of an adapter's module or weight in the installed release of transformers."""
         for decoder in self.decoder_aliases:
@@ -150,9 +170,9 @@ class Family:
         module.tie_weights()
         decoder = self.decoder_of(module)
         tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
-        attention = decoder.layers[0].get_submodule("self_attn")
-        heads = text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        attention: Any = decoder.layers[0].get_submodule("self_attn")
+        heads, head_dim = text.num_attention_heads, attention.head_dim
+        num_experts = self.num_experts(config)
         written = [*decoder.embed_tokens.parameters(), *decoder.layers.parameters(), *decoder.norm.parameters()]
         written += [] if tied else [*module.get_output_embeddings().parameters()]
         return Architecture(
@@ -167,8 +187,20 @@ class Family:
             fused_layers=hasattr(attention, "qkv_proj"),
             num_other_parameters=_count(module.parameters()) - _count(written),
             max_tokens=self.max_tokens(config),
-            head_dim=head_dim if heads * head_dim != text.hidden_size else None,
+            head_dim=None if heads * head_dim == text.hidden_size else head_dim,
+            normed_attention=hasattr(attention, "q_norm"),
+            num_experts=num_experts,
+            experts_per_token=text.num_experts_per_tok if num_experts else 0,
+            moe_intermediate_size=text.moe_intermediate_size if num_experts else 0,
         )
+
+    def num_experts(self, config: Any) -> int:
+        """Experts of a layer; 0 where the model is no mixture of experts.
+
+        Args:
+            config: of `model_class`.
+        """
+        return getattr(config.get_text_config(), "num_experts", 0)
 
     def max_tokens(self, config: Any) -> int:
         """Longest prompt plus completion, in tokens.

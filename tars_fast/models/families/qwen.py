@@ -14,6 +14,8 @@ from tars_fast.models.families.base import Features
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """vLLM's fused module, and the modules of transformers whose rows it stacks, in order."""
+EXPERTS = {"gate_up_proj": "routed_experts.w13_weight", "down_proj": "routed_experts.w2_weight"}
+"""transformers' weights of all experts, [E, 2I, D] and [E, D, I], and vLLM's, in the same order."""
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
