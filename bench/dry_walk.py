@@ -320,7 +320,7 @@ def walk_step(folder: Path, *, num_layers: int | None, audio_seconds: float) -> 
     )
     if num_layers is not None:
         workload = dataclasses.replace(workload, architecture=dataclasses.replace(workload.architecture, num_layers=num_layers))
-    write_checkpoint(folder, "qwen2-audio-7b")
+    write_checkpoint(folder, PRESETS["qwen2-audio-7b"].architecture)
     prompts = load_prompt_format(PRESETS["pocket"], str(folder))
     prompts.config.text_config.num_hidden_layers = workload.architecture.num_layers
     with torch.device("cuda"):

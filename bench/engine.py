@@ -1,10 +1,13 @@
 """One copy of the weights against two: memory by phase, seconds, parity. `python bench/engine.py --shape qwen2-audio-7b`.
 
+`--shape qwen3-omni-30b` has one copy only: two do not fit on a card. `--layers 2` cuts the depth, for a machine without one.
+
 A LoRA step of eight completions (one question: four spoken, four written) at a model's real shape with random weights, so that
 nothing has to be downloaded. Each arm runs in a process of its own, whose memory is watched from start to end:
 
 - `shared`: vLLM and trainer on one copy, CUDA graphs where the version allows;
 - `shared_eager`: the same without graphs;
+- `shared_replay`: of a mixture of experts, the same with the engine's choice of experts replayed;
 - `shared_no_adapter`: rollouts of the shared engine without LoRA, to be compared with
 - `two_copies`: plain vLLM, whose Qwen2-Audio knows no LoRA, beside a transformers model of its own; the usual arrangement.
 
@@ -17,6 +20,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -27,6 +31,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tars_fast  # noqa: F401  (before torch: threads.py)
 from tars_fast.models.registry import architecture_of
@@ -41,7 +46,7 @@ from tars_fast.learning.batch import Rollout, completed
 from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.update import Learner
 from tars_fast.models.architecture import Architecture
-from tars_fast.models.families import qwen2_audio
+from tars_fast.models.families import qwen2_audio, qwen3_omni
 from tars_fast.models.memory import plan_memory
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.models.registry import PRESETS
@@ -62,14 +67,19 @@ class SharedArm:
     cuda_graphs: bool = True
     lora_rank: int = 8
     """0: no adapter, and no training."""
+    replays: bool = False
+    """The trainer sends tokens through the experts that vLLM chose."""
 
 
 SHARED_ARMS = {
     "shared": SharedArm(),
     "shared_eager": SharedArm(cuda_graphs=False),
     "shared_no_adapter": SharedArm(lora_rank=0),
+    "shared_replay": SharedArm(replays=True),
 }
-ARMS = (*SHARED_ARMS, "two_copies")
+ARMS = ("shared", "shared_eager", "shared_no_adapter", "two_copies")
+ARMS_OF_EXPERTS = ("shared", "shared_replay", "shared_eager")
+"""Of a mixture of experts, two copies of which fit on no card."""
 QUESTION = Question(id="q", text="What is two plus three?", answer="five", choices=("four", "five"))
 
 
@@ -86,7 +96,15 @@ class Shape:
 SHAPES = {
     "pocket": Shape(architecture_of(PRESETS["pocket"]), audio_seconds=3.0, max_new_tokens=32, max_tokens=256),
     "qwen2-audio-7b": Shape(PRESETS["qwen2-audio-7b"].architecture, audio_seconds=10.0, max_new_tokens=512, max_tokens=1024),
+    "qwen3-omni-30b": Shape(PRESETS["qwen3-omni-30b"].architecture, audio_seconds=10.0, max_new_tokens=512, max_tokens=1024),
 }
+
+
+def choose_shape(name: str, num_layers: int | None, max_new_tokens: int | None) -> Shape:
+    """The shape of this name, with fewer layers or new tokens where they are given."""
+    shape = SHAPES[name]
+    architecture = dataclasses.replace(shape.architecture, num_layers=num_layers or shape.architecture.num_layers)
+    return dataclasses.replace(shape, architecture=architecture, max_new_tokens=max_new_tokens or shape.max_new_tokens)
 
 
 @dataclass
@@ -152,14 +170,37 @@ def resize_text(text_config, sizes: Architecture) -> None:
         setattr(text_config, name, value)
 
 
-def write_checkpoint(folder: Path, shape: str) -> None:
+def mixture_config(sizes: Architecture, audio_token_id: int) -> Any:
+    """The configuration of a Qwen3-Omni of this shape; what does not change a shape is as published."""
+    from transformers import Qwen3OmniMoeConfig
+
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    text = {"hidden_size": sizes.hidden_size, "num_hidden_layers": sizes.num_layers, "vocab_size": sizes.vocabulary_size}
+    text |= {"num_attention_heads": sizes.num_heads, "num_key_value_heads": sizes.num_key_value_heads}
+    text |= {"head_dim": sizes.head_size, "num_experts": sizes.num_experts, "num_experts_per_tok": sizes.experts_per_token}
+    text |= {"moe_intermediate_size": sizes.moe_intermediate_size, "intermediate_size": sizes.intermediate_size}
+    text |= {"max_position_embeddings": sizes.max_tokens, "rope_parameters": rope}
+    thinker = {"text_config": text, "audio_config": {"output_dim": sizes.hidden_size}, "audio_token_id": audio_token_id}
+    thinker["vision_config"] = {"out_hidden_size": sizes.hidden_size}
+    return Qwen3OmniMoeConfig(thinker_config=thinker, architectures=["Qwen3OmniMoeForConditionalGeneration"])
+
+
+def write_checkpoint(folder: Path, sizes: Architecture) -> None:
     """Write configuration and processor of a shape, with the bundled model's tokenizer, without weights."""
     from transformers import AutoConfig, AutoProcessor, WhisperFeatureExtractor
 
     pocket = PRESETS["pocket"].source
     config, processor = AutoConfig.from_pretrained(pocket), AutoProcessor.from_pretrained(pocket)
-    if shape != "pocket":
-        resize_text(config.text_config, SHAPES[shape].architecture)
+    if sizes.num_experts:
+        processor.feature_extractor = WhisperFeatureExtractor(feature_size=128)
+        processor.save_pretrained(folder)
+        # The bundled tokenizer calls its audio token as Qwen2-Audio does.
+        for path in (path for path in folder.iterdir() if path.suffix in (".json", ".jinja")):
+            path.write_text(path.read_text("utf-8").replace("<|AUDIO|>", qwen3_omni.FAMILY.audio_token), encoding="utf-8")
+        mixture_config(sizes, config.audio_token_id).save_pretrained(folder)
+        return
+    if sizes != SHAPES["pocket"].architecture:
+        resize_text(config.text_config, sizes)
         audio = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
         audio |= {"num_mel_bins": 128, "max_source_positions": 1500}
         for name, value in audio.items():
@@ -214,6 +255,8 @@ def run_shared(
         settings = VllmSettings(8, shape.max_tokens, plan.kv_cache, lora_rank, cuda_graphs=arm.cuda_graphs, dummy_weights=True)
         engine = VllmEngine(prompts, source, device, dtype, settings)
     model = engine.model
+    if model.routing is not None:
+        model.routing.set_replay(replays=arm.replays)
     randomise(model.module)
     if lora_rank:
         make_trainable(model, lora_rank=lora_rank, lora_alpha=32.0, freeze_audio=True, gradient_checkpointing=True)
@@ -246,6 +289,7 @@ def run_shared(
     if lora_rank:
         result["logprob_diff_mean"] = max(metrics["logprob_diff_mean"] for metrics in agreement)
         result["logprob_diff_max"] = max(metrics["logprob_diff_max"] for metrics in agreement)
+        result["other_experts"] = max(metrics.get("other_experts", 0.0) for metrics in agreement)
         result["entropy_nats"] = statistics.median(metrics["entropy/speech"] for metrics in agreement)
     return result
 
@@ -319,7 +363,8 @@ def run_two_copies(shape: Shape, source: str, device: torch.device, dtype: torch
 
 def run_arm(arm: str, shape: Shape, source: str, num_steps: int) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # A mixture of experts in the dtype in which rounding decides between experts.
+    dtype = torch.bfloat16 if device.type == "cuda" or shape.architecture.num_experts else torch.float32
     if arm == "two_copies":
         return run_two_copies(shape, source, device, dtype, num_steps)
     return run_shared(SHARED_ARMS[arm], shape, source, device, dtype, num_steps)
@@ -330,11 +375,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="pocket")
     parser.add_argument("--num-steps", type=int, default=4, help="steps of each arm; the first is not counted")
     parser.add_argument("--output", type=Path, help="JSON file, written after each arm")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--arm", choices=(*SHARED_ARMS, "two_copies"), help=argparse.SUPPRESS)
     parser.add_argument("--source", help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, help="of the decoder; the shape's")
+    parser.add_argument("--max-new-tokens", type=int, help="the shape's")
     options = parser.parse_args()
+    shape = choose_shape(options.shape, options.layers, options.max_new_tokens)
     if options.arm:
-        print(json.dumps(run_arm(options.arm, SHAPES[options.shape], options.source, options.num_steps)), flush=True)
+        print(json.dumps(run_arm(options.arm, shape, options.source, options.num_steps)), flush=True)
         return
     reason = vllm_refusal(
         qwen2_audio.FAMILY, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16, lora_rank=8
@@ -344,13 +392,13 @@ def main() -> None:
         sys.exit(2)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), options.shape)
-        for arm in ARMS:
+        write_checkpoint(Path(folder), shape.architecture)
+        for arm in ARMS_OF_EXPERTS if shape.architecture.num_experts else ARMS:
             if arm == "shared_eager" and not results["shared"].get("cuda_graphs", True):
                 # This vLLM cannot keep graphs, so that `shared` was eager already.
                 continue
-            command = [sys.executable, __file__, "--shape", options.shape, "--num-steps", str(options.num_steps)]
-            run = subprocess.run([*command, "--arm", arm, "--source", folder], capture_output=True, text=True, check=False)
+            command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm, "--source", folder]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
             last = (run.stdout.strip().splitlines() or [""])[-1]
             if run.returncode:
                 print(run.stderr[-4000:], file=sys.stderr)
@@ -362,7 +410,8 @@ def main() -> None:
                 results[arm] = {"failed": run.stderr.strip().splitlines()[-1]}
             print(f"{arm}: {json.dumps(results[arm])}", flush=True)
             if options.output is not None:
-                report = provenance() | {"shape": options.shape, "arms": results}
+                sizes = {"shape": options.shape, "layers": shape.architecture.num_layers, "new_tokens": shape.max_new_tokens}
+                report = provenance() | {"command": shlex.join(["python", *sys.argv])} | sizes | {"arms": results}
                 options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     sys.exit(any("failed" in result for result in results.values()))
 

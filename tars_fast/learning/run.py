@@ -211,6 +211,12 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     check_selection(config, preset.questions_per_step, data.training)
     earlier = read_settings(output_dir) if config.resume else {}
     plan = plan_memory(workload, available_bytes(device))
+    resident = sum(workload.resident.values())
+    if resident > plan.device_bytes:
+        raise UserError(
+            f"--model {config.model}: {size(resident)}, of them {size(workload.weights)} weights, do not fit into "
+            f"{size(plan.device_bytes)}; {remedies(plan)[0]}"
+        )
     if workload.reference_bytes and not plan.fits:
         setting = "--text-anchor kl" if config.teacher == "moving" else f"--teacher {config.teacher}"
         raise UserError(

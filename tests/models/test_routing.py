@@ -173,8 +173,7 @@ def test_a_layer_computed_again_in_the_backward_pass_takes_the_same_experts(fold
     for checkpointing in (False, True):
         prompts = load_prompt_format(find_preset(folder), folder)
         model = SpeechModel(load_module(prompts, folder, CPU, torch.float32), prompts)
-        settings = {"lora_alpha": 1.0, "freeze_audio": True, "gradient_checkpointing": checkpointing, "adapter": None}
-        make_trainable(model, lora_rank=0, **settings)
+        make_trainable(model, lora_rank=0, lora_alpha=1.0, freeze_audio=True, gradient_checkpointing=checkpointing)
         model.routing.set_replay(replays=True)
         hidden_TD = model.forward(make_row(model))
         # Another pass before the backward pass of the first, as of completions without a gradient.

@@ -91,4 +91,30 @@ FAMILY = Family(
     ),
 )
 
-PRESETS: dict[str, Preset] = {}
+_INSTRUCT = dataclasses.replace(
+    PAPER,
+    source="Qwen/Qwen3-Omni-30B-A3B-Instruct",
+    family=FAMILY,
+    architecture=Architecture(
+        hidden_size=2048,
+        num_layers=48,
+        num_heads=32,
+        num_key_value_heads=4,
+        intermediate_size=768,
+        vocabulary_size=152064,
+        tied_head=False,
+        biased_attention=False,
+        fused_layers=False,
+        num_other_parameters=647_927_168,
+        max_tokens=65536,
+        head_dim=128,
+        normed_attention=True,
+        num_experts=128,
+        experts_per_token=8,
+        moe_intermediate_size=768,
+    ),
+)
+PRESETS: dict[str, Preset] = {
+    "qwen3-omni-30b": _INSTRUCT,
+    "qwen3-omni-30b-thinking": dataclasses.replace(_INSTRUCT, source="Qwen/Qwen3-Omni-30B-A3B-Thinking"),
+}
