@@ -76,8 +76,8 @@ class TrainConfig:
 
     model: str = "pocket"
     """A preset (pocket, pocket-hard, qwen2-audio-7b, qwen2.5-omni-7b, qwen2.5-omni-3b, qwen3-omni-30b, qwen3-omni-30b-thinking,
-    phi-4-multimodal), or a folder or a name on the hub (owner/name, owner/name@revision) with a checkpoint of one of these
-    architectures."""
+    phi-4-multimodal, voxtral-mini-3b, voxtral-small-24b, audio-flamingo-3), or a folder or a name on the hub (owner/name,
+    owner/name@revision) with a checkpoint of one of these architectures."""
     data: str | None = None
     """Training items: a jsonl file or folder with recordings, parquet, a saved dataset, or one on the hub
     (owner/name[:configuration][@split]). pocket, pocket-hard: bundled spoken arithmetic. None: that of the model's own task."""

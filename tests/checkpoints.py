@@ -4,14 +4,16 @@ Transformers holds none of the templates; they are written out as published: Qwe
 (`Qwen2AudioProcessor.default_chat_template`), Qwen2.5-Omni's in chat_template.json of Qwen/Qwen2.5-Omni-7B (the same text
 stands in transformers' test_processing_qwen2_5_omni.py), Phi-4-multimodal's in tokenizer_config.json of
 microsoft/Phi-4-multimodal-instruct; of Qwen3-Omni's, in chat_template.json of Qwen/Qwen3-Omni-30B-A3B-Instruct, the part
-without tools.
+without tools; Audio Flamingo 3's in transformers' script that converted nvidia/audio-flamingo-3-hf.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -43,6 +45,16 @@ PHI_TEMPLATE = (
     "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
 )
+FLAMINGO_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for m in messages if m['content'] is not none %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% set audio = namespace(found=False) %}"
+    "{% set text_buf = namespace(v='') %}{% for c in m['content'] %}{% if c.get('type') == 'audio' or 'audio' in c %}"
+    "{% set audio.found = True %}{% elif c.get('type') == 'text' or 'text' in c %}"
+    "{% set text_buf.v = text_buf.v + c['text'] %}{% endif %}{% endfor %}"
+    "{% if audio.found %}{{ '<sound>' }}{% endif %}{{ text_buf.v }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 QWEN3_TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' }}"
     "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for content in message.content %}"
@@ -59,6 +71,11 @@ OMNI_TOKENS = (*QWEN_TOKENS, "<|vision_bos|>", "<|vision_eos|>", "<|IMAGE|>", "<
 QWEN3_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>")
 QWEN3_TOKENS = (*QWEN3_TOKENS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 PHI_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>", "<|audio|>")
+_MISTRAL_TOKENS = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]")
+_MISTRAL_TOKENS += ("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]")
+_MISTRAL_TOKENS += ("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
+VOXTRAL_TOKENS = dict(enumerate(_MISTRAL_TOKENS)) | {24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]"}
+"""By their places in Mistral's tokenizer file, tekken.json."""
 ADAPTER_RANK = 4
 """Of the speech adapter that a Phi checkpoint brings."""
 
@@ -110,11 +127,15 @@ def make_qwen2_audio(folder: Path) -> Path:
     module.generation_config.eos_token_id = [token("<|endoftext|>"), token("<|im_end|>")]
     extractor = WhisperFeatureExtractor(feature_size=128)
     _save(folder, module, tokenizer, extractor, {"processor_class": "Qwen2AudioProcessor"})
-    # As published; transformers 5.19 writes one "model" too many.
+    _name_as_published(folder)
+    return folder
+
+
+def _name_as_published(folder: Path) -> None:
+    """transformers 5.19 writes one "model" too many."""
     weights = load_file(folder / "model.safetensors")
     weights = {name.replace("language_model.model.model.", "language_model.model."): value for name, value in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def make_qwen2_5_omni(folder: Path) -> Path:
@@ -237,9 +258,65 @@ def make_phi4_multimodal(folder: Path) -> Path:
     return folder
 
 
+def make_voxtral(folder: Path) -> Path:
+    """As published: no tokenizer's file but Mistral's own, and no chat template."""
+    from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+    text = {"hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 320, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 8192}
+    audio = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    module = VoxtralForConditionalGeneration(VoxtralConfig(text_config=text, audio_config=audio, audio_token_id=24))
+    module.generation_config.eos_token_id, module.generation_config.pad_token_id = 2, 11
+    _randomise(module)
+    module.save_pretrained(folder)
+    _name_as_published(folder)
+    described = WhisperFeatureExtractor(feature_size=128).to_dict() | {"processor_class": "VoxtralProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(described))
+    ranks = [*(bytes([byte]) for byte in range(256)), b"th", b"the", b" the", b"an", b"swer", b"er"]
+    special = [VOXTRAL_TOKENS.get(rank, f"<SPECIAL_{rank}>") for rank in range(40)]
+    tekken = {
+        "config": {"pattern": r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+", "version": "v7"}
+        | {"num_vocab_tokens": len(ranks), "default_num_special_tokens": 40, "default_vocab_size": 40 + len(ranks)},
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+            for rank, token in enumerate(ranks)
+        ],
+        "special_tokens": [{"rank": rank, "token_str": token, "is_control": True} for rank, token in enumerate(special)],
+        "audio": {"sampling_rate": 16000, "frame_rate": 12.5, "chunk_length_s": 30.0}
+        | {"audio_encoding_config": {"num_mel_bins": 128, "hop_length": 160, "window_size": 400}},
+    }
+    (folder / "tekken.json").write_text(json.dumps(tekken))
+    return folder
+
+
+def make_audio_flamingo_3(folder: Path) -> Path:
+    """As published: the feature extractor's settings in those of the processor, its template in a file."""
+    from transformers import AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration, AudioFlamingo3Processor
+
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<sound>", "[BOS]", "[PAD]")
+    tokenizer = _tokenizer(special, eos_token="<|im_end|>", bos_token="[BOS]", pad_token="[PAD]")
+    token = tokenizer.convert_tokens_to_ids
+    text = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 320}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    audio = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AudioFlamingo3Config(text_config=text, audio_config=audio, audio_token_id=token("<sound>"))
+    module = AudioFlamingo3ForConditionalGeneration(config)
+    module.generation_config.eos_token_id = token("<|im_end|>")
+    _randomise(module)
+    module.save_pretrained(folder)
+    _name_as_published(folder)
+    extractor = WhisperFeatureExtractor(feature_size=128, return_attention_mask=True)
+    AudioFlamingo3Processor(extractor, tokenizer, chat_template=FLAMINGO_TEMPLATE).save_pretrained(folder)
+    return folder
+
+
 MAKERS = {
     "qwen2-audio": make_qwen2_audio,
     "qwen2.5-omni": make_qwen2_5_omni,
     "qwen3-omni": make_qwen3_omni,
     "phi-4-multimodal": make_phi4_multimodal,
+    "voxtral": make_voxtral,
+    "audio-flamingo-3": make_audio_flamingo_3,
 }
+BY_DECODER = [pytest.param(name, marks=pytest.mark.slow) if name == "audio-flamingo-3" else name for name in MAKERS]
+"""For tests of decoders alone: a family whose decoder is another one's is slow."""

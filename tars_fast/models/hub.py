@@ -23,7 +23,7 @@ _WEIGHTS = ("*.safetensors",)
 _REST = ("*.json", "*.jinja", "*.txt", "*.model")
 _PROCESSOR_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
 _PROCESSOR_FILES += ("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "processor_config.json")
-_PROCESSOR_FILES += ("preprocessor_config.json", "video_preprocessor_config.json")
+_PROCESSOR_FILES += ("preprocessor_config.json", "video_preprocessor_config.json", "tekken.json")
 _LORA_SETTINGS = [
     "task_type",
     "peft_type",
@@ -39,7 +39,8 @@ _LORA_SETTINGS += ("eva_config", "corda_config", "lora_ga_config", "layers_to_tr
 _LORA_SETTINGS += ("layers_pattern", "rank_pattern", "alpha_pattern", "trainable_token_indices")
 _LORA_SETTINGS += ("use_dora", "lora_bias", "target_parameters", "ensure_weight_tying", "runtime_config")
 """Settings of peft's LoRA that are read as peft reads them; another one may compute something else (aLoRA, Arrow)."""
-_NEVER = ("vision-lora/*", "original/*", "examples/*", "figures/*")
+# consolidated.safetensors holds Mistral's weights once more, under names of its own.
+_NEVER = ("vision-lora/*", "original/*", "examples/*", "figures/*", "think/*", "consolidated*")
 
 
 def checkpoint_folder(source: str, *, weights: bool) -> Path:

@@ -253,7 +253,7 @@ def load_prompt_format(preset: Preset, source: str, long_audio: LongAudio = "ref
     folder = checkpoint_folder(base, weights=False)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **family.tokenizer_settings)
         feature_extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
         described, _ = ProcessorMixin.get_processor_dict(folder)
         if (folder / "generation_config.json").is_file():

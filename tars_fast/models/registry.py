@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from tars_fast.models.architecture import Architecture
-from tars_fast.models.families import phi4_multimodal, qwen2_5_omni, qwen2_audio, qwen3_omni
+from tars_fast.models.families import audio_flamingo_3, phi4_multimodal, qwen2_5_omni, qwen2_audio, qwen3_omni, voxtral
 from tars_fast.models.families.base import Family
 from tars_fast.models.hub import base_of, checkpoint_folder, model_type
 from tars_fast.models.preset import PAPER, PRESET_FILE, Preset
@@ -18,7 +18,14 @@ from tars_fast.support.text import visible
 from tars_fast.types import UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"
-FAMILIES = (qwen2_audio.FAMILY, qwen2_5_omni.FAMILY, qwen3_omni.FAMILY, phi4_multimodal.FAMILY)
+FAMILIES = (
+    qwen2_audio.FAMILY,
+    qwen2_5_omni.FAMILY,
+    qwen3_omni.FAMILY,
+    phi4_multimodal.FAMILY,
+    voxtral.FAMILY,
+    audio_flamingo_3.FAMILY,
+)
 _POCKET = Preset(
     source=str(ASSETS / "pocket"),
     system_prompt="Think, then answer.",
@@ -46,6 +53,8 @@ PRESETS: dict[str, Preset] = {
     **qwen2_5_omni.PRESETS,
     **qwen3_omni.PRESETS,
     **phi4_multimodal.PRESETS,
+    **voxtral.PRESETS,
+    **audio_flamingo_3.PRESETS,
 }
 
 

@@ -176,9 +176,9 @@ class VllmEngine(RolloutEngine):
         if reason is not None:
             return reason
         token = self.model.prompts.audio_token_id
-        runs = [len(list(run)) for held, run in groupby(prompt.token_ids) if held == token]
-        if runs != [len(clip) for clip in prompt.audio_clips]:
-            return f"{sum(runs)} audio tokens do not match its audio embeddings"
+        num_places, lengths = prompt.token_ids.count(token), [len(clip) for clip in prompt.audio_clips]
+        if num_places != sum(lengths) or not all(lengths):
+            return f"{num_places} audio tokens do not match its audio embeddings"
         if not all(clip.isfinite().all() for clip in prompt.audio_clips):
             return "its audio embeddings are not finite"
         return None
@@ -215,13 +215,15 @@ def as_request(number: int, prompt: Prompt, audio_token_id: int) -> dict[str, ob
     """
     if not prompt.audio_clips:
         return {"prompt_token_ids": list(prompt.token_ids)}
-    # vLLM repeats the placeholder itself, so each run of placeholders is shortened to one.
-    token_ids = [token for token, run in groupby(prompt.token_ids) for token in ([token] if token == audio_token_id else run)]
+    # vLLM repeats the placeholder itself, so each run of placeholders is shortened to one; clips without a token between them
+    # are one run.
+    runs = [(token, len(list(run))) for token, run in groupby(prompt.token_ids)]
+    lengths = [length for token, length in runs if token == audio_token_id]
     return {
-        "prompt_token_ids": token_ids,
-        "multi_modal_data": {"audio": [clip.cpu() for clip in prompt.audio_clips]},
+        "prompt_token_ids": [token for token, length in runs for _ in range(1 if token == audio_token_id else length)],
+        "multi_modal_data": {"audio": list(torch.cat(prompt.audio_clips).cpu().split(lengths))},
         # Saves hashing the embeddings. The name only has to be unique within a call, since caches are reset before each.
-        "multi_modal_uuids": {"audio": [f"prompt-{number}-{clip}" for clip in range(len(prompt.audio_clips))]},
+        "multi_modal_uuids": {"audio": [f"prompt-{number}-{clip}" for clip in range(len(lengths))]},
     }
 
 

@@ -92,6 +92,9 @@ class VllmInternals:
             self.llm = LLM(
                 model=str(checkpoint_folder(source, weights=not settings.dummy_weights)),
                 trust_remote_code=False,
+                # "auto" takes Mistral's files where it finds some.
+                config_format="hf",
+                tokenizer_mode="hf",
                 dtype=str(dtype).removeprefix("torch."),
                 # No pickle, which "auto" would read where there is nothing else.
                 load_format="dummy" if settings.dummy_weights else "safetensors",

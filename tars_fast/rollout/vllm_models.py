@@ -13,15 +13,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tars_fast.models.families import qwen2_audio
+from tars_fast.models.families import audio_flamingo_3, qwen2_audio, voxtral
+from tars_fast.models.families.base import Family
 from tars_fast.rollout.vllm_experts import RoutingBuffer
 
 
 def register_models() -> None:
     """Register the classes with vLLM's `ModelRegistry`, under the names of `architectures` in config.json."""
     from transformers import AutoFeatureExtractor, Qwen2AudioProcessor
+    from transformers.models.audioflamingo3 import modeling_audioflamingo3
     from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
     from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeAudioEncoder
+    from transformers.models.voxtral import modeling_voxtral
     from vllm import ModelRegistry
     from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMRoPE
     from vllm.model_executor.models.module_mapping import MultiModelKeys
@@ -122,6 +125,65 @@ def register_models() -> None:
             max_tokens, device = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.device_config.device
             self.routing = RoutingBuffer(self.language_model, max_tokens, device)
 
+    def register_like_qwen2_audio(family: Family, language_model: str, encoder: type, projector: type) -> None:
+        """Register the class of a family whose parts are called as Qwen2-Audio's; transformers' own encode its audio.
+
+        Args:
+            language_model: name of vLLM's class.
+            encoder: made from the configuration of the tower.
+            projector: made from that of the whole model.
+        """
+
+        class Info(Qwen2AudioProcessingInfo):  # type: ignore[misc]  # vLLM's types are not read
+            """Qwen2-Audio's processor with the family's placeholder, which is all that prompts with embeddings need."""
+
+            def get_hf_config(self) -> Any:
+                return self.ctx.get_hf_config()
+
+            def get_hf_processor(self, **_kwargs: object) -> Qwen2AudioProcessor:
+                extractor = AutoFeatureExtractor.from_pretrained(self.ctx.model_config.model, trust_remote_code=False)
+                return Qwen2AudioProcessor(
+                    feature_extractor=extractor, tokenizer=self.get_tokenizer(), audio_token=family.audio_token
+                )
+
+        @MULTIMODAL_REGISTRY.register_processor(
+            Qwen2AudioMultiModalProcessor, info=Info, dummy_inputs=Qwen2AudioDummyInputsBuilder
+        )
+        class Model(Qwen2AudioWithLora):
+            def __init__(self, *, vllm_config: Any, prefix: str = ""):
+                nn.Module.__init__(self)
+                self.config = vllm_config.model_config.hf_config
+                self.multimodal_config = vllm_config.model_config.multimodal_config
+                self.quant_config = vllm_config.quant_config
+                with self._mark_tower_model(vllm_config, "audio"):
+                    self.audio_tower = encoder(self.config.audio_config)
+                    self.multi_modal_projector = projector(self.config)
+                    for name in family.transformers_class()._keep_in_fp32_modules_strict or ():
+                        self.audio_tower.get_submodule(name).float()
+                with self._mark_language_model(vllm_config):
+                    self.language_model = init_vllm_registered_model(
+                        vllm_config=vllm_config,
+                        hf_config=self.config.text_config,
+                        prefix=maybe_prefix(prefix, "language_model"),
+                        architectures=[language_model],
+                    )
+                # Else vLLM allocates adapters for embedding and head too, and computes with them.
+                self.language_model.embedding_modules = {}
+                self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+        ModelRegistry.register_model(family.model_class, Model)
+
+    # vLLM's own takes no audio embeddings, and reads Mistral's names alone.
+    register_like_qwen2_audio(
+        voxtral.FAMILY, "LlamaForCausalLM", modeling_voxtral.VoxtralEncoder, modeling_voxtral.VoxtralMultiModalProjector
+    )
+    # vLLM's own takes one recording a prompt.
+    register_like_qwen2_audio(
+        audio_flamingo_3.FAMILY,
+        "Qwen2ForCausalLM",
+        modeling_audioflamingo3.AudioFlamingo3Encoder,
+        modeling_audioflamingo3.AudioFlamingo3MultiModalProjector,
+    )
     ModelRegistry.register_model("Qwen2AudioForConditionalGeneration", Qwen2AudioWithLora)
     ModelRegistry.register_model("Qwen3OmniMoeForConditionalGeneration", Omni3Thinker)
     for name in ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"):

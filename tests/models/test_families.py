@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import re
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from checkpoints import ADAPTER_RANK, MAKERS
+from checkpoints import ADAPTER_RANK, BY_DECODER, MAKERS
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -25,7 +26,7 @@ from tars_fast import train
 from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.models.adapters import load_adapter_weights
 from tars_fast.models.checkpoint import save_model
-from tars_fast.models.families import phi4_multimodal, qwen2_5_omni, qwen2_audio, qwen3_omni
+from tars_fast.models.families import audio_flamingo_3, phi4_multimodal, qwen2_5_omni, qwen2_audio, qwen3_omni, voxtral
 from tars_fast.models.preset import THINK_PROMPT
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.models.registry import FAMILIES, PRESETS, architecture_of, family_of, find_preset
@@ -123,21 +124,75 @@ def phi4_multimodal_processor(prompts: PromptFormat) -> Any:
     return processor
 
 
+def voxtral_processor(prompts: PromptFormat) -> Any:
+    """Its own tokenizer would be mistral-common's."""
+    import transformers
+
+    processor = object.__new__(transformers.VoxtralProcessor)
+    processor.tokenizer, processor.feature_extractor = prompts.tokenizer, prompts.feature_extractor
+    return processor
+
+
+def audio_flamingo_3_processor(prompts: PromptFormat) -> Any:
+    import transformers
+
+    return transformers.AudioFlamingo3Processor(
+        prompts.feature_extractor, prompts.tokenizer, chat_template=prompts.chat_template
+    )
+
+
+def rendered_by_template(processor: Any, system: str, turn: object) -> str:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": turn}]
+    return processor.tokenizer.apply_chat_template(
+        messages, chat_template=processor.chat_template, add_generation_prompt=True, tokenize=False
+    )
+
+
+def rendered_by_mistral(_processor: Any, system: str, turn: object) -> str:
+    """What mistral-common's tokens spell, see `test_voxtral_prompts_are_those_of_mistral_common`."""
+    return f"<s>[INST]{system}\n\n{turn}[/INST]"
+
+
 def qwen_tokens(processor: Any, rendered: str, recording: np.ndarray) -> list[int]:
     return processor(text=[rendered], audio=[recording], sampling_rate=SAMPLE_RATE)["input_ids"][0]
 
 
 def phi_tokens(processor: Any, rendered: str, recording: np.ndarray) -> list[int]:
-    size = int(processor.audio_processor([recording], sampling_rate=SAMPLE_RATE)["audio_embed_sizes"][0])
+    size = int(phi_audio_inputs(processor, recording)["audio_embed_sizes"][0])
     return processor.tokenizer(rendered.replace("<|audio|>", "<|audio|>" * size))["input_ids"]
 
 
-def qwen_audio_inputs(features: Any) -> dict[str, torch.Tensor]:
+def voxtral_tokens(processor: Any, rendered: str, recording: np.ndarray) -> list[int]:
+    size = 375 * len(voxtral_audio_inputs(processor, recording)["input_features"])
+    return processor.tokenizer(rendered.replace("[AUDIO]", "[AUDIO]" * size))["input_ids"]
+
+
+def flamingo_tokens(processor: Any, rendered: str, recording: np.ndarray) -> list[int]:
+    return processor(text=rendered, audio=recording)["input_ids"][0].tolist()
+
+
+def qwen_audio_inputs(
+    processor: Any, recording: np.ndarray, *, padding: str | bool = "max_length", truncation: bool = True
+) -> dict[str, torch.Tensor]:
+    settings = {"padding": padding, "truncation": truncation, "return_attention_mask": True, "return_tensors": "pt"}
+    features = processor.feature_extractor([recording], sampling_rate=SAMPLE_RATE, **settings)
     return {"input_features": features.input_features, "feature_attention_mask": features.attention_mask}
 
 
-def phi_audio_inputs(features: Any) -> dict[str, torch.Tensor]:
+def phi_audio_inputs(processor: Any, recording: np.ndarray) -> dict[str, torch.Tensor]:
+    features = processor.audio_processor([recording], sampling_rate=SAMPLE_RATE, return_tensors="pt")
     return {"audio_input_features": features.audio_input_features, "audio_embed_sizes": features.audio_embed_sizes}
+
+
+def voxtral_audio_inputs(processor: Any, recording: np.ndarray) -> dict[str, torch.Tensor]:
+    """Settings as the processor's own `apply_chat_template` passes them."""
+    settings = {"sampling_rate": SAMPLE_RATE, "padding": True, "truncation": False, "pad_to_multiple_of": 480_000}
+    return {"input_features": processor._retrieve_input_features([recording], 3000, return_tensors="pt", **settings)}
+
+
+def flamingo_audio_inputs(processor: Any, recording: np.ndarray) -> dict[str, torch.Tensor]:
+    made = processor(text="<sound>", audio=recording)
+    return {name: made[name] for name in ("input_features", "input_features_mask")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +207,10 @@ class Expected:
     """The user's turn of a spoken prompt, as the model's card has it."""
     audio_tokens: Mapping[float, int]
     """Seconds of a recording -> tokens."""
-    extraction: Mapping[str, object]
-    """Settings that its processor gives the feature extractor."""
-    audio_inputs: Callable[[Any], dict[str, torch.Tensor]]
-    """Extracted features -> arguments of the model's own forward pass."""
+    audio_inputs: Callable[[Any, np.ndarray], dict[str, torch.Tensor]]
+    """(its processor, a recording) -> arguments of the model's own forward pass."""
+    rendered: Callable[[Any, str, object], str] = rendered_by_template
+    """(its processor, system prompt, user's turn) -> the prompt as text."""
     linear_layers: frozenset[str] = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
     """Last names of the decoder's linear layers."""
     merges_adapter: bool = False
@@ -163,14 +218,12 @@ class Expected:
 
 
 QWEN_TURN = [{"type": "audio", "audio_url": "speech.wav"}]
-QWEN_EXTRACTION = {"padding": "max_length", "return_attention_mask": True}
 EXPECTED = {
     "qwen2-audio": Expected(
         processor=qwen2_audio_processor,
         tokens=qwen_tokens,
         speech_turn=QWEN_TURN,
         audio_tokens={0.1: 2, 1.0: 25, 7.3: 182, 30.0: 750},
-        extraction=QWEN_EXTRACTION,
         audio_inputs=qwen_audio_inputs,
     ),
     "qwen2.5-omni": Expected(
@@ -178,7 +231,6 @@ EXPECTED = {
         tokens=qwen_tokens,
         speech_turn=QWEN_TURN,
         audio_tokens={0.1: 2, 1.0: 25, 7.3: 182, 30.0: 750, 61.5: 1537},
-        extraction=QWEN_EXTRACTION,
         audio_inputs=qwen_audio_inputs,
     ),
     "qwen3-omni": Expected(
@@ -187,8 +239,7 @@ EXPECTED = {
         speech_turn=QWEN_TURN,
         # 13 a second, as many as the last part of a second has left.
         audio_tokens={0.1: 2, 1.0: 13, 2.0: 26, 7.3: 95, 30.0: 390, 61.5: 800},
-        extraction={"padding": True, "truncation": False, "return_attention_mask": True},
-        audio_inputs=qwen_audio_inputs,
+        audio_inputs=partial(qwen_audio_inputs, padding=True, truncation=False),
         # Of experts transformers makes no linear layers.
         linear_layers=frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}),
     ),
@@ -197,10 +248,25 @@ EXPECTED = {
         tokens=phi_tokens,
         speech_turn="<|audio|>",
         audio_tokens={0.1: 1, 1.0: 13, 7.3: 91, 30.0: 375, 73.0: 913},
-        extraction={},
         audio_inputs=phi_audio_inputs,
         linear_layers=frozenset({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
         merges_adapter=True,
+    ),
+    "voxtral": Expected(
+        processor=voxtral_processor,
+        tokens=voxtral_tokens,
+        speech_turn="[BEGIN_AUDIO][AUDIO]",
+        # A window of 30 s is encoded whole.
+        audio_tokens={0.1: 375, 7.3: 375, 30.0: 375, 61.5: 1125},
+        audio_inputs=voxtral_audio_inputs,
+        rendered=rendered_by_mistral,
+    ),
+    "audio-flamingo-3": Expected(
+        processor=audio_flamingo_3_processor,
+        tokens=flamingo_tokens,
+        speech_turn=[{"type": "audio", "path": "speech.wav"}],
+        audio_tokens={0.1: 2, 1.0: 25, 7.3: 182, 30.0: 750, 61.5: 1537},
+        audio_inputs=flamingo_audio_inputs,
     ),
 }
 """By name in `MAKERS`."""
@@ -220,16 +286,43 @@ def test_prompts_equal_those_of_the_processors_own_template(expected, speech_mod
     processor = expected.processor(speech_model.prompts)
     for question, prompt in zip(items, speech_model.encode_prompts(items, modality), strict=True):
         turn = question.text if modality is Modality.TEXT else expected.speech_turn
-        messages = [{"role": "system", "content": THINK_PROMPT}, {"role": "user", "content": turn}]
-        rendered = processor.tokenizer.apply_chat_template(
-            messages, chat_template=processor.chat_template, add_generation_prompt=True, tokenize=False
-        )
+        rendered = expected.rendered(processor, THINK_PROMPT, turn)
         assert THINK_PROMPT in rendered
         if modality is Modality.TEXT:
             assert prompt.token_ids == tuple(processor.tokenizer(rendered)["input_ids"])
             continue
         recording, _ = soundfile.read(question.audio, dtype="float32")
         assert prompt.token_ids == tuple(expected.tokens(processor, rendered, recording))
+
+
+@pytest.mark.slow
+def test_voxtral_prompts_are_those_of_mistral_common(checkpoints, items, tmp_path):
+    """Its processor with mistral-common's tokenizer, which comes with vLLM; the system prompt opens the user's turn."""
+    pytest.importorskip("mistral_common", reason="needs mistral-common, which vLLM brings")
+    from transformers import AutoTokenizer, VoxtralProcessor
+
+    folder = checkpoints["voxtral"]
+    model = load(folder, "chunk")
+    processor = VoxtralProcessor(model.prompts.feature_extractor, AutoTokenizer.from_pretrained(folder))
+    assert type(processor.tokenizer).__name__ == "MistralCommonBackend"
+    soundfile.write(tmp_path / "long.wav", wave(61.5), SAMPLE_RATE, subtype="FLOAT")
+    text = "Wie viele Äpfel sind 12 und 30?\n  A. 42\n  B. the other"
+    items.append(Question("long", text, "A", ("A", "B"), tmp_path / "long.wav"))
+
+    def theirs(*parts: dict[str, str]) -> Any:
+        opening = {"type": "text", "text": f"{THINK_PROMPT}\n\n"}
+        return processor.apply_chat_template([{"role": "user", "content": [opening, *parts]}])
+
+    for question in items:
+        audio = {"type": "audio", "base64": base64.b64encode(question.audio.read_bytes()).decode()}
+        spoken, prepared = theirs(audio), model.prepare(question, Modality.SPEECH)
+        assert prepared.token_ids == tuple(spoken["input_ids"][0].tolist())
+        windows = prepared.audio.features[0].values.split(3000, 1)
+        assert torch.equal(torch.stack(windows), spoken["input_features"])
+        written = processor.apply_chat_template([{"role": "user", "content": f"{THINK_PROMPT}\n\n{question.text}"}])
+        assert model.prompts.token_ids(question, Modality.TEXT) == tuple(written["input_ids"][0].tolist())
+    two_clips = model.prompts.token_ids(items[0], Modality.SPEECH, [1125, 1125])
+    assert two_clips == tuple(theirs(audio, audio)["input_ids"][0].tolist())
 
 
 def test_audio_tokens_are_counted_as_the_tower_makes_them(expected, speech_model):
@@ -241,15 +334,15 @@ def test_audio_tokens_are_counted_as_the_tower_makes_them(expected, speech_model
     assert [len(clip) for clip in embedded] == list(lengths.values())
 
 
-def test_audio_embeddings_are_those_of_the_models_own_forward_pass(expected, speech_model):
-    """The whole model, fed by its own feature extractor, ends in the logits that our embeddings lead to."""
-    model, recording = speech_model, wave(2.35)
-    prompts, module = model.prompts, model.module
+@pytest.mark.parametrize("length", ["short", "longest"])
+def test_audio_embeddings_are_those_of_the_models_own_forward_pass(expected, speech_model, length):
+    """The whole model, fed by its own processor, ends in the logits that our embeddings lead to, also beyond a window."""
+    recording = wave(2.35 if length == "short" else max(expected.audio_tokens))
+    prompts, module = speech_model.prompts, speech_model.module
     with torch.no_grad():
-        (clip,) = embed(model, [recording])
+        (clip,) = embed(speech_model, [recording])
     ids = torch.tensor([[5, *[prompts.audio_token_id] * len(clip), 7, 9]])
-    features = prompts.feature_extractor([recording], sampling_rate=SAMPLE_RATE, return_tensors="pt", **expected.extraction)
-    given = expected.audio_inputs(features)
+    given = expected.audio_inputs(expected.processor(prompts), recording)
     embeddings = module.get_input_embeddings()(ids)
     embeddings[0, 1 : 1 + len(clip)] = clip
     with torch.no_grad():
@@ -258,22 +351,6 @@ def test_audio_embeddings_are_those_of_the_models_own_forward_pass(expected, spe
         without_audio = module(inputs_embeds=embeddings.index_fill(1, torch.arange(1, 1 + len(clip)), 0.0)).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert (ours[0, -1] - without_audio[0, -1]).abs().max() > 0.1, "a model that ignores the audio would pass"
-
-
-def test_phi_encodes_longer_than_its_towers_window(checkpoints):
-    """Beyond 40 s its tower works in windows; the model's own forward pass says what comes of it."""
-    from transformers import Phi4MultimodalForCausalLM
-
-    model, recording = load(checkpoints["phi-4-multimodal"]), wave(73.0)
-    with torch.no_grad():
-        (clip,) = embed(model, [recording])
-        features = model.prompts.feature_extractor([recording], sampling_rate=SAMPLE_RATE, return_tensors="pt")
-        ids = torch.full((1, len(clip)), model.prompts.audio_token_id)
-        whole = Phi4MultimodalForCausalLM.from_pretrained(checkpoints["phi-4-multimodal"]).eval()
-        given = {"audio_input_features": features.audio_input_features, "audio_embed_sizes": features.audio_embed_sizes}
-        theirs = whole.model.embed_tokens_extend(ids, whole.get_input_embeddings()(ids), **given)[0]
-    assert len(clip) == 913
-    torch.testing.assert_close(clip, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_is_encoded_as_each_recording_alone(speech_model):
@@ -323,7 +400,7 @@ def test_every_stop_token_ends_a_completion(speech_model):
     """Those of the checkpoint and those of the chat format, whichever of the two names them."""
     tokenizer = speech_model.prompts.tokenizer
     expected = set(tokenizer.convert_tokens_to_ids(list(speech_model.family.stop_tokens)))
-    assert len(expected) == 2
+    assert len(expected) == len(speech_model.family.stop_tokens)
     assert set(speech_model.prompts.stop_token_ids) == expected
     without_stop_tokens = dataclasses.replace(speech_model.prompts, generation_config=type("None", (), {"eos_token_id": None}))
     assert set(without_stop_tokens.stop_token_ids) == expected
@@ -396,6 +473,7 @@ def test_full_fine_tuning_leaves_audio_alone_unless_asked(speech_model):
     assert {id(p) for p in speech_model.trainable_parameters()} & audio == audio - constants
 
 
+@pytest.mark.parametrize("name", BY_DECODER)
 def test_gradient_checkpointing_changes_nothing(folder, items):
     gradients = []
     for checkpointing in (False, True):
@@ -483,7 +561,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(checkpoints, tmp_path):
 
 def test_other_architectures_are_refused(tmp_path):
     for model_type, message in (
-        ("llama", "supported are qwen2_audio, qwen2_5_omni, phi4_multimodal"),
+        ("llama", "supported are qwen2_audio, qwen2_5_omni, qwen3_omni_moe, phi4_multimodal, voxtral, audioflamingo3"),
         ("phi4mm", "refs/pr/70"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -500,7 +578,13 @@ def test_vllm_refuses_phi_with_the_reason():
 
 def test_presets_have_the_published_shapes():
     """Counted on the genuine classes with the published configurations, without memory."""
-    from transformers import Phi4MultimodalConfig, Qwen2_5OmniThinkerConfig, Qwen3OmniMoeThinkerConfig
+    from transformers import (
+        AudioFlamingo3Config,
+        Phi4MultimodalConfig,
+        Qwen2_5OmniThinkerConfig,
+        Qwen3OmniMoeThinkerConfig,
+        VoxtralConfig,
+    )
 
     omni = {
         "qwen2.5-omni-7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
@@ -525,9 +609,17 @@ def test_presets_have_the_published_shapes():
         num_attention_heads=24, num_key_value_heads=8, vocab_size=200064, tie_word_embeddings=True
     )  # fmt: skip
     assert phi4_multimodal.FAMILY.architecture(phi) == architecture_of(PRESETS["phi-4-multimodal"])
+    small = {"hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40}
+    for name, text in (("voxtral-mini-3b", {}), ("voxtral-small-24b", small)):
+        config = VoxtralConfig(text_config=text, audio_config={}, audio_token_id=24)
+        assert voxtral.FAMILY.architecture(config) == architecture_of(PRESETS[name])
+    text = omni["qwen2.5-omni-7b"] | {"vocab_size": 151672}
+    flamingo = AudioFlamingo3Config(text_config=text, audio_config={})
+    assert audio_flamingo_3.FAMILY.architecture(flamingo) == architecture_of(PRESETS["audio-flamingo-3"])
     assert family_of(PRESETS["qwen2-audio-7b"]) is qwen2_audio.FAMILY
 
 
+@pytest.mark.parametrize("name", BY_DECODER)
 def test_training_runs_on_every_family(folder, tmp_path, monkeypatch, capsys):
     """The command itself, two steps of LoRA from a checkpoint folder."""
     items = tmp_path / "items"
@@ -575,6 +667,7 @@ def test_adapters_are_those_of_peft(expected, folder, items, tmp_path):
     assert (ours - before).abs().max() > 0.01, "the adapter does something"
 
 
+@pytest.mark.parametrize("name", BY_DECODER)
 def test_adapters_of_other_releases_of_transformers_load(name, folder, items, tmp_path):
     """Releases differ in where the decoder stands; an adapter names the layers as the release did that trained it."""
     model = load(folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import MAKERS
+from checkpoints import BY_DECODER, MAKERS
 from tars_kernels import LayerPooler, linear_logprob
 from torch import Tensor
 
@@ -121,7 +121,7 @@ def padded(model: SpeechModel, prompts: Sequence[Prompt], completions: Sequence[
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("lora_rank", [0, 4])
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", BY_DECODER)
 def test_equals_padded_unshared_computation(checkpoints, items, name, lora_rank, gradient_checkpointing):
     """Log-probabilities, pooled states and every gradient, of a loss that both take part in."""
     model = prepared(checkpoints[name], lora_rank=lora_rank, gradient_checkpointing=gradient_checkpointing)
@@ -148,7 +148,7 @@ def test_equals_padded_unshared_computation(checkpoints, items, name, lora_rank,
         assert_close(gradients[parameter], gradient, parameter)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", BY_DECODER)
 @torch.no_grad()
 def test_completions_do_not_see_each_other(checkpoints, items, name):
     """Changing one completion's tokens leaves every other one's log-probabilities and states bit for bit."""
@@ -167,7 +167,7 @@ def test_completions_do_not_see_each_other(checkpoints, items, name):
     assert differs.tolist() == [index == changed for index in range(len(completions))]
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", BY_DECODER)
 def test_positions_continue_from_the_prompt(checkpoints, items, name):
     """What the model class itself would number them by; on three axes for M-RoPE."""
     model = prepared(checkpoints[name], lora_rank=0, gradient_checkpointing=False)
@@ -341,7 +341,7 @@ def test_the_merge_and_its_gradient(package):
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", BY_DECODER)
 def test_the_path_for_cuda_computes_the_same(checkpoints, items, name, gradient_checkpointing, monkeypatch):
     model = prepared(checkpoints[name], lora_rank=4, gradient_checkpointing=gradient_checkpointing)
     with torch.no_grad():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from checkpoints import MAKERS
+from checkpoints import BY_DECODER, MAKERS
 
 from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.models.registry import find_preset
@@ -67,7 +67,7 @@ def logprobs_alone(model: SpeechModel, prompt: Prompt, token_ids: Sequence[int])
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", BY_DECODER)
 def test_equals_plain_transformers(checkpoints, tmp_path, monkeypatch, name, lora_rank):
     """Greedy and sampled, while rows leave and room runs out: each completion as if it were computed alone."""
     monkeypatch.setattr(transformers_engine, "_ROOM", 3)
@@ -93,7 +93,7 @@ def test_equals_plain_transformers(checkpoints, tmp_path, monkeypatch, name, lor
                 assert not set(one.token_ids[:-1]) & set(frequent), "nothing behind the end"
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", BY_DECODER)
 def test_bfloat16(checkpoints, tmp_path, name):
     model = prepared(checkpoints[name], 4, torch.bfloat16)
     prompts = prompts_of(model, tmp_path)

@@ -704,6 +704,18 @@ def assert_loaded_as_by_transformers(engine: VllmEngine, source: str, questions)
     assert [one.token_ids for one in ours] == [one.token_ids for one in theirs]
 
 
+@pytest.mark.slow
+def test_what_transformers_keeps_in_float32_stays_so(tmp_path):
+    """Voxtral's positions, whose rounding would reach every audio embedding."""
+    source = str(MAKERS["voxtral"](tmp_path))
+    engine = start(source, torch.bfloat16, max_tokens=2048, kv_cache_bytes=2**26)
+    own = load_module(engine.model.prompts, source, torch.device("cpu"), torch.bfloat16)
+    shared = dict(engine.model.module.named_parameters())
+    assert {name for name, value in own.named_parameters() if value.dtype == torch.float32}
+    for name, value in own.named_parameters():
+        torch.testing.assert_close(shared[name], value, rtol=0, atol=0, msg=name)
+
+
 PLAIN = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -740,17 +752,17 @@ def test_a_head_is_tied_only_where_the_checkpoint_says_so(tmp_path):
     config["thinker_config"]["text_config"].pop("tie_word_embeddings")
     config["thinker_config"].pop("tie_word_embeddings", None)
     (source / "config.json").write_text(json.dumps(config))
-    engine = start(str(source), max_tokens=600, max_sequences=16, kv_cache_bytes=2**26)
+    engine = start(str(source), max_tokens=2048, max_sequences=16, kv_cache_bytes=2**26)
     assert_loaded_as_by_transformers(engine, str(source), load_questions(HELD_OUT_DATA)[:2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 4])
-@pytest.mark.parametrize("name", ["qwen2-audio", "qwen2.5-omni", "qwen3-omni"])
+@pytest.mark.parametrize("name", ["qwen2-audio", "qwen2.5-omni", "qwen3-omni", "voxtral", "audio-flamingo-3"])
 def test_families_share_weights_and_speak_alike(name, lora_rank, tmp_path):
     """Before and after training, for one clip and several, and from the checkpoint that training leaves."""
     source = str(MAKERS[name](tmp_path / name))
-    engine = start(source, lora_rank=lora_rank, max_tokens=600, max_sequences=16, kv_cache_bytes=2**26)
+    engine = start(source, lora_rank=lora_rank, max_tokens=2048, max_sequences=16, kv_cache_bytes=2**26)
     questions = load_questions(HELD_OUT_DATA)[:3]
     assert_same_policy(engine, questions, tolerance=1e-4)
     assert_loaded_as_by_transformers(engine, source, questions)
@@ -782,7 +794,7 @@ def test_families_share_weights_and_speak_alike(name, lora_rank, tmp_path):
         if name == "qwen2-audio":
             texts = [list(prompt.token_ids) for prompt in prompts_of(engine, questions)[3:]]
             assert plain_vllm(saved, texts) == [list(completion.token_ids) for completion in trained[3:]]
-    again = start(str(saved), lora_rank=lora_rank, max_tokens=600, max_sequences=16, kv_cache_bytes=2**26, adapted=True)
+    again = start(str(saved), lora_rank=lora_rank, max_tokens=2048, max_sequences=16, kv_cache_bytes=2**26, adapted=True)
     assert again.generate(prompts_of(again, questions), range(6), GREEDY) == trained
 
 

@@ -64,6 +64,8 @@ class Family:
     """From (number of clips, instruction behind them, which may be empty) to the content of the user's chat message."""
     default_template: Callable[[], str | None] = lambda: None
     """The chat template of checkpoints without one."""
+    tokenizer_settings: Mapping[str, object] = field(default_factory=dict)
+    """What transformers' `AutoTokenizer` is given beside the folder."""
     max_audio_seconds: float | None = None
     """Longest clip that the tower takes; None: the feature extractor's window."""
     frozen_parts: tuple[str, ...] = ()
