@@ -384,6 +384,18 @@ def test_long_recordings_become_clips_of_one_prompt(name, folder, tmp_path):
     assert "only the beginning" in cut.long_audio_notice([size])
 
 
+def test_counting_sizes_leaves_a_model_of_the_same_configuration_as_it_is(speech_model):
+    """vLLM's side of it is built of `prompts.config`, and attention across sequences of a row is an answer without an error."""
+    prompts = speech_model.prompts
+    module = prompts.family.on_meta(prompts.config)
+    model = SpeechModel(module, prompts)
+    before = model.language_model.config._attn_implementation
+    assert before == speech_model.language_model.config._attn_implementation
+    prompts.family.architecture(prompts.config)
+    prompts.family.architecture(module.config)
+    assert model.language_model.config._attn_implementation == before
+
+
 def test_rollout_and_trainer_agree(speech_model, items):
     """Greedy tokens with a cache, their log-probabilities in one packed forward pass."""
     completions = greedy(speech_model, items)

@@ -8,6 +8,7 @@ Shapes: A audio tokens of a recording, D hidden size, N recordings, M mel bins, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -108,6 +109,8 @@ class Family:
         """
         from accelerate import init_empty_weights
 
+        # A copy, because transformers writes the kind of attention into it, which another module reads that was built of it.
+        config = copy.deepcopy(config)
         with init_empty_weights(include_buffers=False):
             module = self.transformers_class()._from_config(config, attn_implementation="sdpa", dtype=dtype)
         return self.without_unused(module)
