@@ -74,6 +74,31 @@ def test_the_arms():
     assert "+1.7 [-1.7, +5.4], five seeds each, p = 0.83" in words_of("README.md")
 
 
+def test_the_other_objectives():
+    ablation = read("evidence_pocket/ablation.json")
+    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in lines_of("docs/ablations.md") if line.startswith("|")]
+    tables = {" ".join(row[:2]): row[2:] for row in rows if len(row) == 8}
+    names = {"grpo_4e-4": "`grpo` 4e-4", "tars_8e-4": "`tars` 8e-4", "opd_4e-4": "`opd` 4e-4", "start": "before training "}
+    names["opd-anchored_8e-4"] = "`opd`, `--text-anchor kl` 8e-4"
+    keys = ("speech_accuracy_sampled", "speech_accuracy", "text_accuracy_sampled", "text_accuracy")
+    minus = ablation["minus_grpo_4e-4"]
+    for arm, figures in {"start": ablation["start"], **ablation["arms"]}.items():
+        row = tables[names[arm]]
+        assert row[:4] == [cell(figures, key) for key in keys]
+        if arm in minus:
+            assert row[4] == cell(minus[arm], "speech_accuracy_sampled", "+")
+            assert float(row[5]) == pytest.approx(minus[arm]["speech_accuracy_sampled_p_holm"], rel=0.05)
+    best, text = minus["opd-anchored_8e-4"], words_of("README.md")
+    assert f"ends at {100 * ablation['arms']['opd-anchored_8e-4']['speech_accuracy']:.1f} % greedy" in text
+    low, high = (100 * bound for bound in best["speech_accuracy_sampled_ci95"])
+    assert f"{100 * best['speech_accuracy_sampled']:.1f} points above plain GRPO ([{low:+.1f}, {high:+.1f}]" in text
+    assert f"text greedy {100 * best['text_accuracy']:+.1f}, with half the sampled tokens" in text
+    sampled = [round(ablation["arms"][arm]["sampled_tokens"], -3) for arm in ("opd-anchored_8e-4", "grpo_4e-4")]
+    assert "({:,.0f} against {:,.0f}".format(*sampled) in words_of("docs/ablations.md")
+    chosen = read("evidence_pocket_rates.json")["arms"]
+    assert {f"{arm}_{own['chosen']}" for arm, own in chosen.items()} == set(ablation["arms"])
+
+
 def test_the_start_of_pocket_hard():
     """The table, and that the task is what it is said to be."""
     measured = read("pocket_hard_start.json")
