@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from unittest import mock
 
 from tars_fast.support.requirements import missing
 from tars_fast.support.starting import INTERRUPTED as INTERRUPTED
@@ -37,24 +40,37 @@ def answer_early(name: str, config_class: type[Config], program: str) -> None:
         SystemExit: with status 0 after the help, 2 after one line about a wrong setting.
     """
     if name == "__main__":
-        status = run_command(lambda _: 0, config_class, program)
+        status = run_command(None, config_class, program)
         if status:
             sys.exit(status)
 
 
-def run_command(command: Callable[[Config], int], config_class: type[Config], program: str) -> int:
+def run_command(
+    command: Callable[[Config], int] | None,
+    config_class: type[Config],
+    program: str,
+    resolve: Callable[[Config], object] = lambda config: config,
+) -> int:
     """Parse the command line into `config_class`, run `command`, and return its exit status.
 
     1 where the work cannot go on, 2 where the user has something to put right, 130 after Ctrl-C; any other exception is a
     defect and propagates.
-    """
-    import tyro
 
+    Args:
+        command: None: the command line is only checked.
+        resolve: replaces settings that others decide by their values, for `--print-config`.
+    """
     # Nothing that the terminal's encoding lacks, in a name or a path, ends the command where it is printed.
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return command(tyro.cli(config_class, prog=program))
+        config, is_printed = parse_command_line(config_class, sys.argv[1:], program)
+        if command is None:
+            return 0
+        if is_printed:
+            print(as_yaml(resolve(config)), end="")
+            return 0
+        return command(config)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return MISUSED
@@ -64,6 +80,98 @@ def run_command(command: Callable[[Config], int], config_class: type[Config], pr
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def parse_command_line(config_class: type[Config], arguments: Sequence[str], program: str) -> tuple[Config, bool]:
+    """(settings, whether they are to be printed instead) from a command line, which may name a file of settings by `--config`.
+
+    Raises:
+        UserError: the command line or the file holds something that `program` does not take.
+        SystemExit: after `--help`.
+    """
+    from tars_fast.support.settings_file import read_settings_file, with_place
+
+    given, path, is_printed = _take_file(arguments)
+    if path is None:
+        return _parse(config_class, given, program), is_printed
+    kind: Any = config_class
+    found = read_settings_file(path, kind, program)
+    try:
+        return _parse(config_class, [*found.arguments(kind, given), *given], program), is_printed
+    except UserError as error:
+        raise with_place(found, given, error) from error
+
+
+def _take_file(arguments: Sequence[str]) -> tuple[list[str], Path | None, bool]:
+    """(the other arguments, what follows --config, whether --print-config is among them)."""
+    given, path, is_printed = [], None, False
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--print-config":
+            is_printed = True
+        elif argument == "--config" or argument.startswith("--config="):
+            value = argument.partition("=")[2] or next(rest, None)
+            if value is None or path is not None:
+                raise UserError("--config: give one file of settings")
+            path = Path(value)
+        else:
+            given.append(argument)
+    return given, path, is_printed
+
+
+_IN_A_FILE = (
+    "Settings may stand in a file, YAML, TOML or the config.json of a run, as --config FILE; flags win over it. --print-config "
+    "prints all settings as such a file, and ends."
+)
+
+
+def _parse(config_class: type[Config], arguments: Sequence[str], program: str) -> Config:
+    """As `tyro.cli`, but with errors of one line. Raises UserError, or SystemExit after `--help`."""
+    import tyro
+
+    description = f"{(config_class.__doc__ or '').strip()}\n\n{_IN_A_FILE}"
+    try:
+        with redirect_stderr(StringIO()):
+            return tyro.cli(config_class, prog=program, args=list(arguments), description=description)
+    except SystemExit as error:
+        if not error.code:
+            raise
+    raise UserError(_message_of_tyro(config_class, arguments, program))
+
+
+def _message_of_tyro(config_class: type[Config], arguments: Sequence[str], program: str) -> str:
+    """What tyro writes in a box of several lines about arguments that it does not take, in one line."""
+    import tyro
+
+    output = StringIO()
+    # Wide enough that nothing is broken between lines.
+    with mock.patch.dict(os.environ, COLUMNS="9999"), redirect_stderr(output), redirect_stdout(output), suppress(SystemExit):
+        tyro.cli(config_class, prog=program, args=list(arguments))
+    # A title, a line, and what is wrong; some terminals get a box around them.
+    lines = [stripped for line in output.getvalue().splitlines() if (stripped := line.strip("╭╮╰╯│─-+| "))]
+    reason = lines[1].rstrip(".") if len(lines) > 1 else "no command line that it takes"
+    kind = re.fullmatch(r"Error parsing (--[\w-]+): .*\{None\}\|(\w+) could be instantiated from \[(.*)\]", reason)
+    if kind is not None:
+        reason = f"{kind[1]}: {kind[3]} is no {kind[2]}"
+    meant = re.search(r"Perhaps you meant:\n-*([\w-]+)", "\n".join(lines))
+    hint = f"; do you mean --{meant[1]}?" if meant else ""
+    return f"{reason}{hint}; see {program} --help"
+
+
+def as_yaml(config: object) -> str:
+    """All settings as a file that `--config` takes."""
+    import yaml
+
+    fields: Any = config
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(fields)}
+    plain = {name: _plain(value) for name, value in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _one_line(error: Exception) -> str:
