@@ -5,24 +5,19 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-import os
-import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
-from io import StringIO, TextIOWrapper
+from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
-from unittest import mock
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from tars_fast.support.command_line import flag_of as flag_of
+from tars_fast.support.command_line import parse
 from tars_fast.support.requirements import missing
 from tars_fast.support.starting import INTERRUPTED as INTERRUPTED
 from tars_fast.support.text import visible
 from tars_fast.types import TrainingError, UserError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 Config = TypeVar("Config")
 
@@ -93,11 +88,11 @@ def parse_command_line(config_class: type[Config], arguments: Sequence[str], pro
 
     given, path, is_printed = _take_file(arguments)
     if path is None:
-        return _parse(config_class, given, program), is_printed
+        return parse(config_class, given, program), is_printed
     kind: Any = config_class
     found = read_settings_file(path, kind, program)
     try:
-        return _parse(config_class, [*found.arguments(kind, given), *given], program), is_printed
+        return parse(config_class, [*found.arguments(kind, given), *given], program), is_printed
     except UserError as error:
         raise with_place(found, given, error) from error
 
@@ -119,45 +114,6 @@ def _take_file(arguments: Sequence[str]) -> tuple[list[str], Path | None, bool]:
     return given, path, is_printed
 
 
-_IN_A_FILE = (
-    "Settings may stand in a file, YAML, TOML or the config.json of a run, as --config FILE; flags win over it. --print-config "
-    "prints all settings as such a file, and ends."
-)
-
-
-def _parse(config_class: type[Config], arguments: Sequence[str], program: str) -> Config:
-    """As `tyro.cli`, but with errors of one line. Raises UserError, or SystemExit after `--help`."""
-    import tyro
-
-    description = f"{(config_class.__doc__ or '').strip()}\n\n{_IN_A_FILE}"
-    try:
-        with redirect_stderr(StringIO()):
-            return tyro.cli(config_class, prog=program, args=list(arguments), description=description)
-    except SystemExit as error:
-        if not error.code:
-            raise
-    raise UserError(_message_of_tyro(config_class, arguments, program))
-
-
-def _message_of_tyro(config_class: type[Config], arguments: Sequence[str], program: str) -> str:
-    """What tyro writes in a box of several lines about arguments that it does not take, in one line."""
-    import tyro
-
-    output = StringIO()
-    # Wide enough that nothing is broken between lines.
-    with mock.patch.dict(os.environ, COLUMNS="9999"), redirect_stderr(output), redirect_stdout(output), suppress(SystemExit):
-        tyro.cli(config_class, prog=program, args=list(arguments))
-    # A title, a line, and what is wrong; some terminals get a box around them.
-    lines = [stripped for line in output.getvalue().splitlines() if (stripped := line.strip("╭╮╰╯│─-+| "))]
-    reason = lines[1].rstrip(".") if len(lines) > 1 else "no command line that it takes"
-    kind = re.fullmatch(r"Error parsing (--[\w-]+): .*\{None\}\|(\w+) could be instantiated from \[(.*)\]", reason)
-    if kind is not None:
-        reason = f"{kind[1]}: {kind[3]} is no {kind[2]}"
-    meant = re.search(r"Perhaps you meant:\n-*([\w-]+)", "\n".join(lines))
-    hint = f"; do you mean --{meant[1]}?" if meant else ""
-    return f"{reason}{hint}; see {program} --help"
-
-
 def as_yaml(config: object) -> str:
     """All settings as a file that `--config` takes."""
     import yaml
@@ -176,49 +132,6 @@ def _plain(value: Any) -> Any:
 
 def _one_line(error: Exception) -> str:
     return visible(str(error)).replace("\n", "\\n")
-
-
-def flag_of(setting: str) -> str:
-    """The command line's name of a setting."""
-    return f"--{setting.replace('_', '-')}"
-
-
-def as_arguments(config_class: type[DataclassInstance], settings: Mapping[str, str]) -> list[str]:
-    """Write settings as the command line of the command that has `config_class`."""
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(config_class)}
-    arguments = []
-    for name, value in settings.items():
-        flag = flag_of(name)
-        if kinds[name] == "bool" and value.lower() in ("true", "false"):
-            arguments.append(flag if value.lower() == "true" else flag.replace("--", "--no-", 1))
-        elif kinds[name] == "bool | None":
-            arguments += [flag, value.capitalize()]
-        elif kinds[name].startswith("tuple"):
-            arguments += [flag, *value.split()]
-        else:
-            arguments += [flag, value]
-    return arguments
-
-
-def parse_arguments(origin: str, config_class: type[Config], arguments: Sequence[str], program: str) -> Config:
-    """Parse the command line that another command, `program`, will be started with.
-
-    Args:
-        origin: the flag that the arguments come from, for messages.
-
-    Raises:
-        UserError: `program` would not take them.
-    """
-    import tyro
-
-    try:
-        # What tyro prints itself takes many lines.
-        with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-            return tyro.cli(config_class, args=list(arguments))
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from error
-    except SystemExit as error:
-        raise UserError(f"{origin}: no value that {program} takes; see its --help") from error
 
 
 def new_output_folder(model: str, prefix: str = "") -> Path:

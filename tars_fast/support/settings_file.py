@@ -10,12 +10,12 @@ import dataclasses
 import difflib
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tars_fast.support.cli import as_arguments, flag_of, parse_arguments
+from tars_fast.support.command_line import as_arguments, flag_of, parse_arguments
 from tars_fast.support.text import visible
 from tars_fast.types import UserError
 
@@ -40,7 +40,7 @@ class FileSettings:
 
     def place(self, name: str) -> str:
         """Where a setting is, for messages."""
-        return f"--config {visible(str(self.path))}, line {self.lines.get(name, 1)}: {name}"
+        return f"{visible(str(self.path))}, line {self.lines.get(name, 1)}: {name}"
 
     def arguments(self, config_class: type[DataclassInstance], given: Sequence[str]) -> list[str]:
         """The command line that says the same, without settings that may stand there several times and are in `given`."""
@@ -82,17 +82,18 @@ def read_settings_file(path: Path, config_class: type[DataclassInstance], progra
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"; do you mean {nearest[0]}?" if nearest else f"; see {program} --help"
-            raise UserError(f"{found.place(name)}: no setting of {program}{hint}")
+            raise UserError(f"--config {found.place(name)}: no setting of {program}{hint}")
         if isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(one, list | Mapping) for one in value)):
-            raise UserError(f"{found.place(name)}: must be one value or a list of them")
+            raise UserError(f"--config {found.place(name)}: must be one value or a list of them")
         try:
-            parse_arguments(
-                "", config_class, dataclasses.replace(found, values={name: value}).arguments(config_class, ()), program
-            )
+            alone = dataclasses.replace(found, values={name: value}).arguments(config_class, ())
+            parse_arguments("", config_class, alone, program)
         except UserError as error:
             # What a setting means may depend on others: those are looked at together.
             if isinstance(error.__cause__, SystemExit):
-                raise UserError(f"{found.place(name)}: {value!r} is no value that {program} takes; see its --help") from error
+                raise UserError(
+                    f"--config {found.place(name)}: {value!r} is no value that {program} takes; see its --help"
+                ) from error
     return found
 
 
@@ -107,23 +108,19 @@ def with_place(settings: FileSettings, given: Sequence[str], error: UserError) -
 
 def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
     """(value by setting, line by setting)."""
-    read: Callable[[str], tuple[dict[str, Any], dict[str, int]]] = _parse_toml if path.suffix == ".toml" else _parse_yaml
+    is_toml = path.suffix == ".toml"
     try:
-        values, lines = read(text)
+        values, lines = _parse_toml(text) if is_toml else _parse_yaml(text)
     except (ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"--config {visible(str(path))}: is no {'TOML' if path.suffix == '.toml' else 'YAML'} ({reason})"
-        ) from error
-    return (
-        {name.replace("-", "_"): value for name, value in values.items()},
-        {name.replace("-", "_"): n for name, n in lines.items()},
-    )
+        kind, reason = "TOML" if is_toml else "YAML", str(error).partition("\n")[0]
+        raise UserError(f"--config {visible(str(path))}: is no {kind} ({reason})") from error
+    found = {name.replace("-", "_"): value for name, value in values.items()}
+    return found, {name.replace("-", "_"): number for name, number in lines.items()}
 
 
 def _parse_toml(text: str) -> tuple[dict[str, Any], dict[str, int]]:
     values = tomllib.loads(text)
-    lines = {}
+    lines: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         key = re.match(r"""\s*["']?([\w-]+)["']?\s*=""", line)
         if key is not None:

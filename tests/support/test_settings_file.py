@@ -15,6 +15,7 @@ from tars_fast.config import TrainConfig
 from tars_fast.support.cli import MISUSED, parse_command_line
 from tars_fast.types import UserError
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "settings"
 PROGRAM = "python -m tars_fast.train"
 
 
@@ -152,3 +153,10 @@ def test_a_command_line_that_is_not_taken_is_answered_in_one_line(monkeypatch, c
     monkeypatch.setattr("sys.argv", ["train", *arguments])
     assert train.main() == MISUSED
     assert capsys.readouterr().err == f"error: {message}; see {PROGRAM} --help\n"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.iterdir()), ids=lambda path: path.name)
+def test_every_example_is_taken(path):
+    config = parse("--config", path)
+    assert train.resolve(config).num_steps is not None
+    assert config.model in path.name
