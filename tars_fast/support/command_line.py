@@ -79,10 +79,10 @@ def parse(config_class: type[Config], arguments: Sequence[str], program: str) ->
     except SystemExit as error:
         if not error.code:
             raise
-    raise UserError(_message_of_tyro(config_class, arguments, program))
+    raise UserError(f"{_reason_of_tyro(config_class, arguments, program)}; see {program} --help")
 
 
-def _message_of_tyro(config_class: type[Config], arguments: Sequence[str], program: str) -> str:
+def _reason_of_tyro(config_class: type[Config], arguments: Sequence[str], program: str) -> str:
     """What tyro writes in a box of several lines about arguments that it does not take, in one line."""
     import tyro
 
@@ -98,4 +98,4 @@ def _message_of_tyro(config_class: type[Config], arguments: Sequence[str], progr
         reason = f"{kind[1]}: {kind[3]} is no {kind[2]}"
     meant = re.search(r"Perhaps you meant:\n-*([\w-]+)", "\n".join(lines))
     hint = f"; do you mean --{meant[1]}?" if meant else ""
-    return f"{reason}{hint}; see {program} --help"
+    return reason + hint
