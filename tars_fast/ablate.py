@@ -34,15 +34,14 @@ from tars_fast.reports.ablation_page import print_ablation, write_ablation_page,
 from tars_fast.support.cli import (
     FAILED,
     INTERRUPTED,
-    as_arguments,
     as_paths,
     check_file_names,
     check_numbers,
     flag_of,
-    parse_arguments,
     require_extra,
     run_command,
 )
+from tars_fast.support.command_line import as_arguments, parse_arguments
 from tars_fast.support.console import PlainConsole, open_console, say
 from tars_fast.support.files import remove_partial, write_atomically
 from tars_fast.support.locks import LOCK, locked

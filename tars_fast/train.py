@@ -26,6 +26,7 @@ from tars_fast.support.cli import FAILED, INTERRUPTED, answer_early, run_command
 # --help and wrong settings, before what takes seconds to load.
 answer_early(__name__, TrainConfig, "python -m tars_fast.train")
 
+import dataclasses
 import json
 import sys
 import time
@@ -56,6 +57,7 @@ from tars_fast.learning.selection import outcomes_of
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import join_workers
 from tars_fast.models.memory import describe
+from tars_fast.models.registry import find_preset
 from tars_fast.reports.log import RunLog
 from tars_fast.reports.plots import ACCURACY_PLOT, accuracy_plot, can_plot, write_png
 from tars_fast.reports.run_page import write_report
@@ -256,8 +258,15 @@ def command(config: TrainConfig) -> int:
     return FAILED if outcome.num_failed else 0
 
 
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The settings with the preset's in the place of None."""
+    preset = config.as_preset(find_preset(config.model))
+    names = {field.name for field in dataclasses.fields(config)} & {field.name for field in dataclasses.fields(preset)}
+    return dataclasses.replace(config, **{name: getattr(preset, name) for name in names if getattr(config, name) is None})
+
+
 def main() -> int:
-    return run_command(command, TrainConfig, "python -m tars_fast.train")
+    return run_command(command, TrainConfig, "python -m tars_fast.train", resolve)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,17 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO, TextIOWrapper
+from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from tars_fast.support.command_line import flag_of as flag_of
+from tars_fast.support.command_line import parse
 from tars_fast.support.requirements import missing
 from tars_fast.support.starting import INTERRUPTED as INTERRUPTED
 from tars_fast.support.text import visible
 from tars_fast.types import TrainingError, UserError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 Config = TypeVar("Config")
 
@@ -37,24 +35,37 @@ def answer_early(name: str, config_class: type[Config], program: str) -> None:
         SystemExit: with status 0 after the help, 2 after one line about a wrong setting.
     """
     if name == "__main__":
-        status = run_command(lambda _: 0, config_class, program)
+        status = run_command(None, config_class, program)
         if status:
             sys.exit(status)
 
 
-def run_command(command: Callable[[Config], int], config_class: type[Config], program: str) -> int:
+def run_command(
+    command: Callable[[Config], int] | None,
+    config_class: type[Config],
+    program: str,
+    resolve: Callable[[Config], object] = lambda config: config,
+) -> int:
     """Parse the command line into `config_class`, run `command`, and return its exit status.
 
     1 where the work cannot go on, 2 where the user has something to put right, 130 after Ctrl-C; any other exception is a
     defect and propagates.
-    """
-    import tyro
 
+    Args:
+        command: None: the command line is only checked.
+        resolve: replaces settings that others decide by their values, for `--print-config`.
+    """
     # Nothing that the terminal's encoding lacks, in a name or a path, ends the command where it is printed.
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return command(tyro.cli(config_class, prog=program))
+        config, is_printed = parse_command_line(config_class, sys.argv[1:], program)
+        if command is None:
+            return 0
+        if is_printed:
+            print(as_yaml(resolve(config)), end="")
+            return 0
+        return command(config)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return MISUSED
@@ -66,51 +77,61 @@ def run_command(command: Callable[[Config], int], config_class: type[Config], pr
         return INTERRUPTED
 
 
-def _one_line(error: Exception) -> str:
-    return visible(str(error)).replace("\n", "\\n")
-
-
-def flag_of(setting: str) -> str:
-    """The command line's name of a setting."""
-    return f"--{setting.replace('_', '-')}"
-
-
-def as_arguments(config_class: type[DataclassInstance], settings: Mapping[str, str]) -> list[str]:
-    """Write settings as the command line of the command that has `config_class`."""
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(config_class)}
-    arguments = []
-    for name, value in settings.items():
-        flag = flag_of(name)
-        if kinds[name] == "bool" and value.lower() in ("true", "false"):
-            arguments.append(flag if value.lower() == "true" else flag.replace("--", "--no-", 1))
-        elif kinds[name] == "bool | None":
-            arguments += [flag, value.capitalize()]
-        elif kinds[name].startswith("tuple"):
-            arguments += [flag, *value.split()]
-        else:
-            arguments += [flag, value]
-    return arguments
-
-
-def parse_arguments(origin: str, config_class: type[Config], arguments: Sequence[str], program: str) -> Config:
-    """Parse the command line that another command, `program`, will be started with.
-
-    Args:
-        origin: the flag that the arguments come from, for messages.
+def parse_command_line(config_class: type[Config], arguments: Sequence[str], program: str) -> tuple[Config, bool]:
+    """(settings, whether they are to be printed instead) from a command line, which may name a file of settings by `--config`.
 
     Raises:
-        UserError: `program` would not take them.
+        UserError: the command line or the file holds something that `program` does not take.
+        SystemExit: after `--help`.
     """
-    import tyro
+    from tars_fast.support.settings_file import read_settings_file, with_place
 
+    given, path, is_printed = _take_file(arguments)
+    if path is None:
+        return parse(config_class, given, program), is_printed
+    kind: Any = config_class
+    found = read_settings_file(path, kind, program)
     try:
-        # What tyro prints itself takes many lines.
-        with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-            return tyro.cli(config_class, args=list(arguments))
+        return parse(config_class, [*found.arguments(kind, given), *given], program), is_printed
     except UserError as error:
-        raise UserError(f"{origin}: {error}") from error
-    except SystemExit as error:
-        raise UserError(f"{origin}: no value that {program} takes; see its --help") from error
+        raise with_place(found, given, error) from error
+
+
+def _take_file(arguments: Sequence[str]) -> tuple[list[str], Path | None, bool]:
+    """(the other arguments, what follows --config, whether --print-config is among them)."""
+    given, path, is_printed = [], None, False
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--print-config":
+            is_printed = True
+        elif argument == "--config" or argument.startswith("--config="):
+            value = argument.partition("=")[2] or next(rest, None)
+            if value is None or path is not None:
+                raise UserError("--config: give one file of settings")
+            path = Path(value)
+        else:
+            given.append(argument)
+    return given, path, is_printed
+
+
+def as_yaml(config: object) -> str:
+    """All settings as a file that `--config` takes."""
+    import yaml
+
+    fields: Any = config
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(fields)}
+    plain = {name: _plain(value) for name, value in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _one_line(error: Exception) -> str:
+    return visible(str(error)).replace("\n", "\\n")
 
 
 def new_output_folder(model: str, prefix: str = "") -> Path:

@@ -22,7 +22,7 @@ from tars_fast.evaluation.ablation import FinishedRun
 from tars_fast.export import ExportConfig, export
 from tars_fast.models.checkpoint import fault_of
 from tars_fast.prepare import Outcome, Recipe, open_folder, recording_name
-from tars_fast.support.cli import parse_arguments
+from tars_fast.support.command_line import parse_arguments
 from tars_fast.types import UserError
 
 
