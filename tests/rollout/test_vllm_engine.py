@@ -856,6 +856,7 @@ def test_a_mixture_of_experts_trains_with_replay(tmp_path):
     )
     replayed, plain = (run_training(tmp_path / str(len(more)), *common, *more) for more in (("--router-replay",), ()))
     for metrics in (*replayed, *plain):
+        assert metrics["truncated/speech"] < 1, "where all are cut off there is nothing to compare"
         assert metrics["other_experts"] == 0
         assert metrics["logprob_diff_max"] < 1e-4
         assert [name for name in metrics if name.startswith("other_experts/")] == [f"other_experts/layer_{n}" for n in range(3)]
