@@ -840,20 +840,8 @@ def test_experts_are_those_of_the_engine(tmp_path):
 def test_a_mixture_of_experts_trains_with_replay(tmp_path):
     source = MAKERS["qwen3-omni"](tmp_path / "model")
     common = ("--model", source, "--data", "pocket", "--lora-rank", 4, "--learning-rate", "1e-2", "--objective", "opd")
-    common += (
-        "--engine",
-        "vllm",
-        "--behaviour-model",
-        "hashed-ngrams",
-        "--eval-items",
-        2,
-        "--questions-per-step",
-        2,
-        "--max-new-tokens",
-        8,
-        "--num-steps",
-        2,
-    )
+    common += ("--engine", "vllm", "--behaviour-model", "hashed-ngrams", "--eval-items", 2, "--questions-per-step", 2)
+    common += ("--max-new-tokens", 150, "--num-steps", 2)
     replayed, plain = (run_training(tmp_path / str(len(more)), *common, *more) for more in (("--router-replay",), ()))
     for metrics in (*replayed, *plain):
         assert metrics["truncated/speech"] < 1, "where all are cut off there is nothing to compare"
