@@ -62,7 +62,7 @@ def parse_arguments(origin: str, config_class: type[Config], arguments: Sequence
         raise UserError(f"{origin}: no value that {program} takes; see its --help") from error
 
 
-_IN_A_FILE = (
+IN_A_FILE = (
     "Settings may stand in a file, YAML, TOML or the config.json of a run, as --config FILE; flags win over it. --print-config "
     "prints all settings as such a file, and ends."
 )
@@ -72,7 +72,7 @@ def parse(config_class: type[Config], arguments: Sequence[str], program: str) ->
     """As `tyro.cli`, but with errors of one line. Raises UserError, or SystemExit after `--help`."""
     import tyro
 
-    description = f"{(config_class.__doc__ or '').strip()}\n\n{_IN_A_FILE}"
+    description = f"{(config_class.__doc__ or '').strip()}\n\n{IN_A_FILE}"
     try:
         with redirect_stderr(StringIO()):
             return tyro.cli(config_class, prog=program, args=list(arguments), description=description)

@@ -12,6 +12,8 @@ import pytest
 from settings_page import COMMANDS, settings_page
 from snippets import ROOT, parse_markdown
 
+from tars_fast.support.command_line import IN_A_FILE
+
 
 @cache
 def read_page() -> tuple[dict[str, str], dict[str, list[list[str]]]]:
@@ -47,7 +49,7 @@ def test_page_and_help_say_the_same(command, monkeypatch, capsys):
     # Frames are drawn in lines, or in spaces and dashes.
     words = " ".join(re.sub(r"[│╭╮╰╯─]|-{4,}", " ", capsys.readouterr().out).split())
     about, left = words.split(" options -h, --help show this help message and exit ")
-    assert about.endswith(descriptions[command])
+    assert about.endswith(f"{descriptions[command]} {IN_A_FILE}")
     for cells in settings[command]:
         said = " ".join(cells)
         assert said in left

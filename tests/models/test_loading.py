@@ -18,31 +18,13 @@ from transformers import Qwen3OmniMoeThinkerConfig
 from tars_fast.models.families.qwen3_omni import FAMILY
 
 LOADING = """
-import copy, json, sys, threading, time
+import copy, json, sys
 import torch
 sys.path[:0] = ["tests/rollout", "tests"]
+from anonymous_memory import peak_of
 from tars_fast.models.prompts import load_prompt_format
 from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import load_module
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
-
-def peak_of(run):
-    base, peak, done = anonymous(), [0], threading.Event()
-
-    def watch():
-        while not done.is_set():
-            peak[0] = max(peak[0], anonymous())
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    result = run()
-    done.set()
-    watcher.join()
-    return result, peak[0] - base
 
 def load(folder):
     if sys.argv[1] == "vllm":

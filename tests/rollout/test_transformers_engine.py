@@ -100,7 +100,8 @@ def test_bfloat16(checkpoints, tmp_path, name):
     for prompt, group in zip(prompts, sample(TransformersEngine(model, 12), prompts, Sampling(2, 12, 1.0, 0)), strict=True):
         for one in group:
             own = logprobs_alone(model, prompt, one.token_ids).gather(-1, torch.tensor(one.token_ids)[:, None])[:, 0]
-            assert (torch.tensor(one.logprobs) - own).abs().mean() < 0.1
+            # Where two experts are about as likely rounding sends a token through another.
+            assert (torch.tensor(one.logprobs) - own).abs().mean() < (0.1 if model.routing is None else 0.5)
 
 
 def test_draws_follow_the_distribution(model, questions):

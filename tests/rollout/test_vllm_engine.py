@@ -477,34 +477,24 @@ def test_threads_and_torch_are_left_as_they_were(full_engine):
 
 
 LOADING = """
-import json, os, sys, threading, time
+import json, sys
 import torch
 sys.path[:0] = ["tests/rollout", "tests"]
-from test_vllm_engine import start, PRESETS, load_prompt_format
+from anonymous_memory import peak_of
+from test_vllm_engine import start
 
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+def load(folder, copies):
+    engine = start(folder)
+    if copies == 2:
+        from transformers import Qwen2AudioForConditionalGeneration
+        second = Qwen2AudioForConditionalGeneration.from_pretrained(folder)
+        second = second.to(torch.float64).to(torch.float32)
+    return engine
 
 start()  # imports, allocator and a first engine are not what is measured
-folder, copies = sys.argv[1], int(sys.argv[2])
-base, peak, done = anonymous(), [0], threading.Event()
-
-def watch():
-    while not done.is_set():
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.001)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-engine = start(folder)
-if copies == 2:
-    from transformers import Qwen2AudioForConditionalGeneration
-    second = Qwen2AudioForConditionalGeneration.from_pretrained(folder)
-    second = second.to(torch.float64).to(torch.float32)
-done.set(); watcher.join()
+engine, peak = peak_of(lambda: load(sys.argv[1], int(sys.argv[2])))
 storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in engine.model.module.parameters()}
-print(json.dumps({"peak": peak[0] - base, "weights": sum(storages.values())}))
+print(json.dumps({"peak": peak, "weights": sum(storages.values())}))
 """
 
 

@@ -22,6 +22,7 @@ DISTRIBUTIONS = {
     "coverage": "pytest-cov",
     "markdown_it": "markdown-it-py",
     "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
     "torch.utils.tensorboard": "tensorboard",
 }
 """Where a package's name is not that of its modules, or is imported by another."""
