@@ -99,6 +99,15 @@ def test_the_other_objectives():
     assert {f"{arm}_{own['chosen']}" for arm, own in chosen.items()} == set(ablation["arms"])
 
 
+def test_routing_with_and_without_replay():
+    arms = read("engine_qwen3_omni_2_layers_cpu.json")["arms"]
+    apart, replayed = arms["shared"], arms["shared_replay"]
+    page = words_of("docs/models-and-hardware.md")
+    assert f"{100 * apart['other_experts']:.1f} % of the tokens would go through other experts" in page
+    differ = f"differ by {apart['logprob_diff_mean']:.4f} nats in the mean and {apart['logprob_diff_max']:.3f} at most"
+    assert f"{differ}; with replay by {replayed['logprob_diff_mean']:.4f} and {replayed['logprob_diff_max']:.3f}" in page
+
+
 def test_the_start_of_pocket_hard():
     """The table, and that the task is what it is said to be."""
     measured = read("pocket_hard_start.json")
