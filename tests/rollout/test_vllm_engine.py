@@ -817,6 +817,14 @@ def test_experts_are_those_of_the_engine(tmp_path):
     assert logprob_difference(exact, prompts_of(exact, questions), replays=True)[0] < 1e-4
     with pytest.raises(SharingError, match=r"experts: vLLM computes experts by GroupedExperts, .*use --engine transformers"):
         check_experts(exact._internals.module, on_cpu=False)
+    block = exact.model.language_model.layers[1].mlp
+    for layer, leaf in ((block.experts, "gate_up_proj"), (block.experts, "down_proj"), (block.gate, "weight")):
+        shared = getattr(layer, leaf)
+        setattr(layer, leaf, torch.nn.Parameter(shared.detach().clone(), requires_grad=False))
+        with pytest.raises(SharingError, match=rf"layers\.1\.mlp\..*{leaf}: trainer and rollout engine no longer share"):
+            exact.assert_shared()
+        setattr(layer, leaf, shared)
+    exact.assert_shared()
     exact.close()
     rounded = start(source, dtype=torch.bfloat16, **settings)
     prompts = prompts_of(rounded, questions)
