@@ -30,6 +30,7 @@ def whole_experts(*, on_cpu: bool) -> Iterator[None]:
     Raises:
         UserError: this version has none.
     """
+    from vllm.distributed import parallel_state
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
     from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
@@ -38,6 +39,9 @@ def whole_experts(*, on_cpu: bool) -> Iterator[None]:
     def choose(moe_config: object) -> tuple[UnquantizedMoeBackend, type]:
         return chosen
 
+    if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
+        # An earlier engine of this process, without experts, has made vLLM's groups of processes, and they are made once.
+        parallel_state.destroy_model_parallel()
     original = method.select_unquantized_moe_backend
     method.select_unquantized_moe_backend = choose
     try:

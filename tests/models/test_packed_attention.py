@@ -25,8 +25,8 @@ from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
 from tars_fast.types import Completion, Modality, Prompt, Question
 
-TOLERANCE = 3e-5 if torch.cuda.is_available() else 1e-5
-"""cuBLAS adds up in another order for another number of rows: 1.3e-5 was seen on an H100."""
+TOLERANCE = 3e-5 if torch.cuda.is_available() else 2e-5
+"""Products add up in another order for another number of rows, and on a CPU by where tensors lie: 1.3e-5 was seen on both."""
 
 
 @pytest.fixture(scope="module")

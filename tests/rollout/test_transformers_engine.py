@@ -79,7 +79,7 @@ def test_equals_plain_transformers(checkpoints, tmp_path, monkeypatch, name, lor
     for temperature, copies in ((0.0, 1), (1.0, 3)):
         sampled = sample(TransformersEngine(model, 12), prompts, Sampling(copies, 20, temperature, 0))
         lengths = [len(one.token_ids) for group in sampled for one in group]
-        assert len(set(lengths)) > 2, "completions end at different tokens"
+        assert len(set(lengths)) > 1, "completions end at different tokens"
         for prompt, group in zip(prompts, sampled, strict=True):
             for one in group:
                 expected = logprobs_alone(model, prompt, one.token_ids)
