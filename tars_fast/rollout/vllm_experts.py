@@ -105,9 +105,9 @@ class RoutingBuffer:
     def __init__(self, module: Any, max_tokens: int, device: torch.device):
         runners = [layer for layer in module.modules() if hasattr(layer, "routed_experts")]
         num_experts = runners[0].routed_experts.moe_config.experts_per_token
-        self.chosen = torch.zeros(max_tokens, len(module.model.layers), num_experts, dtype=torch.int16, device=device)
+        shape = (max_tokens, len(module.model.layers), num_experts)
+        self.chosen = torch.full(shape, NOT_KNOWN, dtype=torch.int16, device=device)
         """[N, L, K]; NOT_KNOWN in layers that are no mixture of experts."""
-        self.chosen.fill_(NOT_KNOWN)
         for runner in runners:
             runner.router.set_capture_fn(partial(self._keep, runner.layer_id))
 
@@ -158,7 +158,7 @@ class RoutingRecorder:
         return self._finished.pop(request_id, None)
 
     def forget(self) -> None:
-        """Whatever requests that nobody asked for have left."""
+        """Forget what requests have left that nobody asked for, like those of a call that was stopped."""
         self._finished.clear()
 
 

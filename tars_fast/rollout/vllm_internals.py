@@ -203,6 +203,8 @@ class VllmInternals:
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
         finally:
+            if self._routing is not None:
+                self._routing.forget()
             del engine.step
             if replaced is not None:
                 engine.step = replaced
