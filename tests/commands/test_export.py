@@ -128,7 +128,8 @@ def check_plain(folder: Path, source: str, merged):
     model_class = merged.prompts.family.transformers_class()
     module, found = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not found["missing_keys"]
-    assert not found["unexpected_keys"]
+    # Parts of the whole model that the class has not; not every release of transformers knows them.
+    assert all(name.startswith(merged.family.other_parts) for name in found["unexpected_keys"])
     assert not found["mismatched_keys"]
     parameters = dict(module.named_parameters())
     own = dict(merged.module.named_parameters())
