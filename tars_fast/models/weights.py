@@ -57,11 +57,12 @@ def engine_place(name: str, names: EngineNames) -> tuple[str, tuple[str, ...]]:
     raise KeyError(f"{name}: nothing is known of where the engine keeps it")
 
 
-def engine_parameter(name: str, names: EngineNames) -> str:
-    """The engine's name of a transformers parameter, which may be a part of it, as `engine_place` has it for modules."""
+def engine_parameter(name: str, names: EngineNames) -> tuple[str, tuple[str, ...]]:
+    """As `engine_place`, of a transformers parameter."""
     owner, _, leaf = name.rpartition(".")
+    place, stacked_before = engine_place(owner, names)
     renamed = next((mapping.parameters for mapping in names if name.startswith(mapping.prefix)), {})
-    return f"{engine_place(owner, names)[0]}.{renamed.get(leaf, leaf)}"
+    return f"{place}.{renamed.get(leaf, leaf)}", stacked_before
 
 
 def base_layer(module: nn.Module) -> nn.Module:
@@ -84,8 +85,8 @@ def engine_views(module: nn.Module, engine_module: nn.Module, names: EngineNames
             continue
         published = name.replace(".base_layer.", ".")
         owner, _, leaf = published.rpartition(".")
-        stacked_before = engine_place(owner, names)[1]
-        place, _, theirs = engine_parameter(published, names).rpartition(".")
+        parameter_there, stacked_before = engine_parameter(published, names)
+        place, _, theirs = parameter_there.rpartition(".")
         try:
             held = getattr(base_layer(engine_module.get_submodule(place)), theirs).detach()
         except AttributeError as error:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tars_fast.models.families import audio_flamingo_3, qwen2_audio, voxtral
 from tars_fast.models.families.base import Family
+from tars_fast.models.registry import find_family
 from tars_fast.rollout.vllm_experts import RoutingBuffer
 
 
@@ -60,21 +61,24 @@ def register_models() -> None:
             mapper = WeightsMapper(orig_to_new_prefix=self.checkpoint_names)
             return AutoWeightsLoader(self).load_weights(weights, mapper=mapper)
 
-    class OmniInfo(Qwen2AudioProcessingInfo):  # type: ignore[misc]  # vLLM's types are not read
-        """Qwen2-Audio's processor, because all write audio into prompts alike and Omni's own needs torchvision."""
+    class Info(Qwen2AudioProcessingInfo):  # type: ignore[misc]  # vLLM's types are not read
+        """Qwen2-Audio's processor with the family's placeholder, which is all that prompts with embeddings need.
+
+        Qwen-Omni's own needs torchvision.
+        """
+
+        @property
+        def family(self) -> Family:
+            return find_family(self.ctx.model_config.model, self.ctx.get_hf_config().model_type)
 
         def get_hf_config(self) -> Any:
-            return self.ctx.get_hf_config().thinker_config
+            return self.family.config_of(self.ctx.get_hf_config())
 
         def get_hf_processor(self, **_kwargs: object) -> Qwen2AudioProcessor:
             extractor = AutoFeatureExtractor.from_pretrained(self.ctx.model_config.model, trust_remote_code=False)
-            tokenizer = self.get_tokenizer()
-            audio_token = tokenizer.convert_ids_to_tokens(self.get_hf_config().audio_token_id)
-            return Qwen2AudioProcessor(extractor, tokenizer, audio_token=audio_token)
+            return Qwen2AudioProcessor(extractor, self.get_tokenizer(), audio_token=self.family.audio_token)
 
-    @MULTIMODAL_REGISTRY.register_processor(
-        Qwen2AudioMultiModalProcessor, info=OmniInfo, dummy_inputs=Qwen2AudioDummyInputsBuilder
-    )
+    @MULTIMODAL_REGISTRY.register_processor(Qwen2AudioMultiModalProcessor, info=Info, dummy_inputs=Qwen2AudioDummyInputsBuilder)
     class OmniThinker(Qwen2AudioWithLora, SupportsMRoPE):  # type: ignore[misc]  # vLLM's types are not read
         """vLLM's own class loads the vision tower, takes no audio embeddings, and cannot be imported without torchvision."""
 
@@ -133,18 +137,6 @@ def register_models() -> None:
             encoder: made from the configuration of the tower.
             projector: made from that of the whole model.
         """
-
-        class Info(Qwen2AudioProcessingInfo):  # type: ignore[misc]  # vLLM's types are not read
-            """Qwen2-Audio's processor with the family's placeholder, which is all that prompts with embeddings need."""
-
-            def get_hf_config(self) -> Any:
-                return self.ctx.get_hf_config()
-
-            def get_hf_processor(self, **_kwargs: object) -> Qwen2AudioProcessor:
-                extractor = AutoFeatureExtractor.from_pretrained(self.ctx.model_config.model, trust_remote_code=False)
-                return Qwen2AudioProcessor(
-                    feature_extractor=extractor, tokenizer=self.get_tokenizer(), audio_token=family.audio_token
-                )
 
         @MULTIMODAL_REGISTRY.register_processor(
             Qwen2AudioMultiModalProcessor, info=Info, dummy_inputs=Qwen2AudioDummyInputsBuilder

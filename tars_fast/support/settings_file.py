@@ -63,7 +63,7 @@ def _as_text(value: object) -> str:
 
 
 def read_settings_file(path: Path, config_class: type[DataclassInstance], program: str) -> FileSettings:
-    """Read a file, and check every setting of it by itself.
+    """Read a file, and check its settings without any others.
 
     Raises:
         UserError: it cannot be read, names a setting that `program` has not, or gives one a value that it does not take.
@@ -85,16 +85,21 @@ def read_settings_file(path: Path, config_class: type[DataclassInstance], progra
             raise UserError(f"--config {found.place(name)}: no setting of {program}{hint}")
         if isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(one, list | Mapping) for one in value)):
             raise UserError(f"--config {found.place(name)}: must be one value or a list of them")
-        try:
-            alone = dataclasses.replace(found, values={name: value}).arguments(config_class, ())
-            parse_arguments("", config_class, alone, program)
-        except UserError as error:
-            # What a setting means may depend on others: those are looked at together.
-            if isinstance(error.__cause__, SystemExit):
-                raise UserError(
-                    f"--config {found.place(name)}: {value!r} is no value that {program} takes; see its --help"
-                ) from error
+    if not _is_taken(found, config_class, program):
+        # One by one only then, since a run's file has a hundred of them.
+        for name, value in values.items():
+            if not _is_taken(dataclasses.replace(found, values={name: value}), config_class, program):
+                raise UserError(f"--config {found.place(name)}: {value!r} is no value that {program} takes; see its --help")
     return found
+
+
+def _is_taken(settings: FileSettings, config_class: type[DataclassInstance], program: str) -> bool:
+    """Whether each value is of the setting's kind; what they mean may depend on others, and is looked at with those."""
+    try:
+        parse_arguments("", config_class, settings.arguments(config_class, ()), program)
+    except UserError as error:
+        return not isinstance(error.__cause__, SystemExit)
+    return True
 
 
 def with_place(settings: FileSettings, given: Sequence[str], error: UserError) -> UserError:
