@@ -11,7 +11,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,7 +243,8 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         text_similarity = load_text_similarity(run_config.behaviour_model, device)
         selection = Selection(data.training, run_config)
         with _explain_damage(resumed_from):
-            learner, num_completed = make_learner(run_config, model, selection, resumed_from, workers)
+            targets = workload.adapted_layers
+            learner, num_completed = make_learner(run_config, model, targets, selection, resumed_from, workers)
         if run_config.steps_between_looks and learner.watch is None:
             learner.watch = WrittenWatch.begin(model, engine, data.training, run_config)
         # Every process looks at the folder before the first one writes there.
@@ -297,9 +298,17 @@ def plan_run(config: TrainConfig) -> MemoryPlan:
 
 
 def make_learner(
-    config: RunConfig, model: SpeechModel, selection: Selection, resumed_from: Path | None, workers: Workers
+    config: RunConfig,
+    model: SpeechModel,
+    lora_targets: Collection[str],
+    selection: Selection,
+    resumed_from: Path | None,
+    workers: Workers,
 ) -> tuple[Learner, int]:
     """(learner, completed steps); `resumed_from` is the checkpoint to continue from, also with what `selection` knew then.
+
+    Args:
+        lora_targets: see `make_trainable`.
 
     Raises:
         UserError: it does not fit, or the model before training, which the objective needs, cannot be loaded any more.
@@ -310,7 +319,7 @@ def make_learner(
         model,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        lora_targets=model.family.architecture(model.prompts.config).find_lora_targets(config.lora_targets),
+        lora_targets=lora_targets,
         freeze_audio=config.freeze_audio,
         gradient_checkpointing=config.gradient_checkpointing,
     )

@@ -18,7 +18,8 @@ from tars_fast.models.weights import WeightMapping
 from tars_fast.support.requirements import is_at_least
 
 
-def _encode_clips(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
+def encode_clips(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
+    """See `Family.encode_clips`."""
     get_audio_features: Any = module.get_audio_features
     embedded = []
     for batch in batch_clips(clips):
@@ -48,7 +49,7 @@ FAMILY = Family(
     audio_token="<|AUDIO|>",
     stop_tokens=qwen.STOP_TOKENS,
     features=_features,
-    encode_clips=_encode_clips,
+    encode_clips=encode_clips,
     num_audio_tokens=qwen.num_audio_tokens,
     user_turn=qwen.user_turn,
     unused_parts=(f"{_OMNI}visual",),
