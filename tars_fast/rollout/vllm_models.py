@@ -21,8 +21,8 @@ from tars_fast.rollout.vllm_experts import RoutingBuffer
 def without_mrope(config: Any) -> Any:
     """A checkpoint's configuration, changed in place so that vLLM takes a position as one number.
 
-    Qwen-Omni's positions are three numbers, in time, height and width, which are equal without images and video. The class of
-    vLLM's that runs Qwen3-Omni's language model compiles for one.
+    Qwen-Omni's positions are three numbers, in time, height and width, which are equal without images and video.
+    The class of vLLM's that runs Qwen3-Omni's language model can be compiled for one only.
     """
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     rope.pop("mrope_section", None)
