@@ -286,6 +286,8 @@ class VllmInternals:
             torch.cuda.empty_cache()
             for handle in _kv_cache_handles():
                 create_and_map(handle)
+            # Before 0.32 vLLM has tables of its own in the same memory.
+            getattr(self._runner, "post_kv_cache_wake_up", lambda: None)()
         else:
             for storage, num_bytes in self._kv_storages:
                 storage.resize_(num_bytes)
