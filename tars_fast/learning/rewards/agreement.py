@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tars_fast.learning.rewards.answers import extract_answer
+from tars_fast.learning.rewards.answers import read_answer
 from tars_fast.types import Completion, Modality, Question
 
 
@@ -21,7 +21,7 @@ def agreement_rewards(completions: Sequence[Completion], questions: Sequence[Que
 
     0 for written completions, where no written one names a choice, and where two choices are named equally often.
     """
-    named = [extract_answer(c.text, questions[c.question].choices) for c in completions]
+    named = [read_answer(c.text, questions[c.question]) for c in completions]
     votes: dict[int, Counter[str]] = {}
     for completion, choice in zip(completions, named, strict=True):
         if completion.modality is Modality.TEXT and choice is not None:
