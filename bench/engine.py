@@ -42,8 +42,9 @@ import torch
 
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.learning.advantages import group_indices
-from tars_fast.learning.batch import Rollout, completed
+from tars_fast.learning.batch import Rollout
 from tars_fast.learning.optimizer import make_optimizer
+from tars_fast.learning.rewards.reward import completed
 from tars_fast.learning.update import Learner
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.families import qwen2_audio, qwen3_omni
@@ -307,6 +308,7 @@ def measured(meter: MemoryMeter, seconds: dict[str, list[float]], tokens_per_sec
 def train_on(model: SpeechModel, optimizer, distinct, completions, config: RunConfig) -> dict[str, float]:
     """Update once on a rollout whose completions are made to count: random weights never stop, so all are cut off."""
     rollout = Rollout(
+        questions=[Question("made up", "")],
         prompts=[prompt for prompt in distinct for _ in range(4)],
         written=[prompt for prompt in distinct if prompt.modality is Modality.TEXT],
         spoken=[],
@@ -314,7 +316,7 @@ def train_on(model: SpeechModel, optimizer, distinct, completions, config: RunCo
         # Random weights answer nothing; rewards that differ give the update something to do.
         completion_rewards={"accuracy": torch.tensor([0.0, 1.0] * 4), "format": torch.zeros(8), "unparsed": torch.zeros(8)},
         references=[5] * 4 + [None] * 4,
-        behaviour=completed(torch.linspace(0, 1, 8)),
+        late={"behaviour": completed(torch.linspace(0, 1, 8))},
         groups_N=group_indices([0] * 8, [one.modality for one in completions]),
     )
     for group in optimizer.param_groups:
