@@ -152,10 +152,10 @@ class Rewards:
         """Those whose values are not known before the forward pass."""
         return self.in_background + self.of_states
 
-    def begin(self, reward: Reward, inputs: Sequence[RewardInput], background: Executor) -> LateValues:
-        """Start to compute one of `in_background`."""
+    def begin(self, reward: Reward, inputs: Sequence[RewardInput], order: Sequence[int], background: Executor) -> LateValues:
+        """Start to compute one of `in_background`; `order`: places of `inputs`, in which calls are made."""
         if reward.is_async:
-            return self.own.calls.begin(reward, inputs)
+            return self.own.calls.begin(reward, inputs, order)
         return LateValues([background.submit(reward_values, reward, inputs)])
 
 
