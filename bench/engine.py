@@ -221,7 +221,7 @@ def make_prompts(model: SpeechModel, audio_seconds: float, num_questions: int = 
         clips = model.encode_clips([model.prompts.features(wave.astype(np.float32)) for wave in waves])
     written = Prompt(Modality.TEXT, model.prompts.token_ids(QUESTION, Modality.TEXT))
     spoken = [
-        Prompt(Modality.SPEECH, model.prompts.token_ids(QUESTION, Modality.SPEECH, [len(clip)]), (clip,)) for clip in clips
+        Prompt(Modality.SPEECH, model.prompts.token_ids(QUESTION, Modality.SPEECH, [[len(clip)]]), (clip,)) for clip in clips
     ]
     return [prompt for one in spoken for prompt in (one, written)]
 

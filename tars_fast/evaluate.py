@@ -400,7 +400,8 @@ def find_workload(job: Job, sizes: Mapping[str, Sequence[PromptSize | UserError]
     if job.config.transcribe:
         question = next(iter(job.data.values()))[0]
         transcribing, usual = (
-            len(job.prompts.token_ids(question, Modality.SPEECH, [0], instruction)) for instruction in (TRANSCRIBE, None)
+            len(job.prompts.token_ids(question, Modality.SPEECH, [[0]] * len(question.recordings), instruction))
+            for instruction in (TRANSCRIBE, None)
         )
         longest_prompt += max(0, transcribing - usual)
     return Workload(

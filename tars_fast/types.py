@@ -46,7 +46,7 @@ class Recording(Protocol):
 class Turn:
     """A turn of the conversation before a question."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["user", "assistant"]
     text: str
     """As the written prompt has it, and the spoken one where there are no recordings."""
     recordings: tuple[Recording, ...] = ()
@@ -105,6 +105,12 @@ class Question:
     """The recording is what the question is about, not the question spoken: the spoken prompt has the question behind it."""
     answer_format: AnswerFormat = THINK
     """How its completions write their answer."""
+
+    @property
+    def recordings(self) -> tuple[Recording, ...]:
+        """Of its spoken prompt, in order: those of the turns before it, then its own."""
+        own = () if self.audio is None else (self.audio,)
+        return (*(recording for turn in self.turns for recording in turn.recordings), *own)
 
     @property
     def is_open(self) -> bool:

@@ -114,7 +114,9 @@ class ItemResult:
 
 def recordings_fingerprint(questions: Iterable[Question]) -> str:
     """SHA-256 over the `stamp` of each recording, in order: it changes with the files, on this machine, and reads none."""
-    return hashlib.sha256("\n".join(stamp(question.audio) for question in questions).encode()).hexdigest()
+    return hashlib.sha256(
+        "\n".join(stamp(audio) for question in questions for audio in question.recordings or [None]).encode()
+    ).hexdigest()
 
 
 def read_predictions(path: Path, flag: str) -> list[ItemResult]:
