@@ -99,6 +99,10 @@ class Question:
     """Of a question without choices: the answer as a number."""
     rubric: str = ""
     """What a judge is to grade a completion by, in words."""
+    rule: str = ""
+    """VoiceBench's rule that grades it: `bbh`, `ifeval`, `refusal`; empty: none."""
+    instructions: tuple[tuple[str, str], ...] = ()
+    """Of `ifeval`: the instructions that completions must follow, as (name, arguments in JSON)."""
     turns: tuple[Turn, ...] = ()
     """The conversation before the question, in order."""
     about_audio: bool = False
