@@ -350,7 +350,7 @@ def test_items_without_an_answer_are_read_where_none_is_needed(tmp_path, kind):
 
 
 TURNS = [
-    {"role": "user", "text": "Two numbers come.", "audio": ["q.wav", {"array": [0.0, 0.5], "sampling_rate": 8000}]},
+    {"role": "user", "text": "Two numbers come.", "audio": ["q.wav", {"array": [0.0, 0.5] * 500, "sampling_rate": 8000}]},
     {"role": "assistant", "text": "I listen."},
 ]
 OPEN = {"id": "q", "question": "What is their sum?", "audio": "q.wav"}
