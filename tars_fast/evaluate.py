@@ -6,6 +6,7 @@ predictions.jsonl, where the same command continues after an interruption.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -97,6 +98,14 @@ class EvaluateConfig:
     long_audio: LongAudio = "refuse"
     """Recordings longer than the model takes at once: refuse says how many and stops; chunk puts several clips into one
     prompt; truncate keeps the beginning."""
+    system_prompt: str | None = None
+    """What prompts begin with; {answer_format} in it stands for what the format says of itself. None: the checkpoint's own."""
+    prompt_template: Path | None = None
+    """A jinja2 file of the user's turn, from question (the text, and in a spoken prompt the recording), options, modality,
+    category, id and answer_format. None: the checkpoint's own, by default the question alone."""
+    answer_format: str | None = None
+    """How completions write their answer: think, in tags behind the reasoning; plain, without; or a file that says how it is
+    asked for and read. None: the checkpoint's own."""
     transcribe: bool = False
     """Also have every recording transcribed, and report the word error rate; every item needs a transcript."""
     samples: int = 0
@@ -121,7 +130,7 @@ class EvaluateConfig:
     """Type of the weights. auto: bfloat16 on CUDA for models trained with LoRA, else float32."""
 
     def __post_init__(self) -> None:
-        as_paths(self, "output_dir", "compare")
+        as_paths(self, "output_dir", "compare", "prompt_template")
         check_file_names(self, "model", "reference")
         check_choices(self)
         check_numbers(
@@ -227,9 +236,12 @@ def plan_job(config: EvaluateConfig, workers: Workers) -> Job:
     data = {name: load_questions(source) for name, source in sources.items()}
     if config.transcribe:
         check_transcripts(data)
+    if any(question.rule == "ifeval" for questions in data.values() for question in questions):
+        require_extra("ifeval")
     reference = read_reference(config.reference, data)
     compared = read_compared(config.compare, data)
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
+    data = {name: prompts.ask(questions) for name, questions in data.items()}
     rank = adapter_rank(preset.source)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, rank, preset.source)
     slices = [part for name, questions in data.items() for part in slice_data(name, questions)]
@@ -245,6 +257,9 @@ def plan_job(config: EvaluateConfig, workers: Workers) -> Job:
         "seed": config.seed,
         "transcribe": config.transcribe,
         "long_audio": config.long_audio,
+        "system_prompt": preset.system_prompt,
+        "prompt_template": preset.question_template,
+        "answer_format": dataclasses.asdict(preset.answers),
         "behaviour_model": preset.behaviour_model,
         "rollout_batch_size": preset.rollout_batch_size,
         "engine": engine_name,
@@ -511,7 +526,7 @@ def plot(path: Path, evaluation: Mapping[str, Mapping[str, Any]], earlier: Mappi
     for name, figures in evaluation.items():
         if name != OVERALL:
             panels[name] = {"this model": figures} if earlier is None else {"before": earlier[name], "after": figures}
-    if can_plot() and all(figures["num_items"] for panel in panels.values() for figures in panel.values()):
+    if can_plot() and all("speech_accuracy" in figures for panel in panels.values() for figures in panel.values()):
         write_png(path, accuracy_plot(panels))
 
 

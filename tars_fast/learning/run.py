@@ -186,6 +186,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     source = str(resumed_from) if resumed_from is not None and preset.lora_rank == 0 else preset.source
     # Not from the checkpoint it resumes from, which later ones outlive: processor and configuration are read at each save.
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
+    training, held_out = prompts.ask(training), prompts.ask(held_out)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
     if config.router_replay and (engine_name != "vllm" or not architecture.num_experts):
         reason = "the model is no mixture of experts" if engine_name == "vllm" else "it is for rollouts by vLLM"

@@ -74,6 +74,12 @@ def answer_blocks(completion: str) -> list[str]:
     return _ANSWER_BLOCK.findall(completion)
 
 
+def answer_part(completion: str) -> str:
+    """What a completion answers, without its reasoning: the last `<answer>` block, else what follows the last `</think>`."""
+    blocks = answer_blocks(completion)
+    return (blocks[-1] if blocks else completion.rpartition("</think>")[2]).strip()
+
+
 def extract_answer(completion: str, choices: Sequence[str]) -> str | None:
     """The one choice that the completion states as `The answer is X`, or None.
 
