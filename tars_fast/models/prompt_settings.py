@@ -77,7 +77,7 @@ def read_answer_format(given: str) -> AnswerFormat:
             raise UserError(f"{flag}: {name!r} is no regular expression ({error}); correct it") from error
         if name == "answer" and "answer" not in groups:
             raise UserError(f"{flag}: 'answer' has no group named answer; write (?P<answer>...) around the answer")
-    return AnswerFormat(path.name, *(values.get(name, "") for name in _ENTRIES))
+    return AnswerFormat(given, *(values.get(name, "") for name in _ENTRIES))
 
 
 def _entries(flag: str, path: Path, text: str) -> Mapping[str, str]:

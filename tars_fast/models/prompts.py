@@ -214,7 +214,7 @@ class PromptFormat:
         if self.audio_token not in vocabulary or not self.stop_token_ids:
             lacking = "no token that ends a completion" if self.audio_token in vocabulary else f"no {self.audio_token}"
             raise UserError(f"--model {self.source}: its tokenizer has {lacking}; copy the checkpoint again, whole")
-        probe = Question("", "What is asked?", "A", ("A",))
+        probe = Question("an example", "What is asked?", "A", ("A",))
         if probe.text not in self.render(probe, Modality.TEXT):
             raise self._template_error("it leaves the question out")
         if (number := self.render(probe, Modality.SPEECH).count(self.audio_token)) != 1:
