@@ -120,7 +120,7 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
     """
     config, learner, workers = run.config, run.learner, run.workers
     history: deque[dict[str, float]] = deque(maxlen=LOOKED_BACK)
-    loader = RolloutLoader(run.model, run.engine, run.text_similarity, run.selection, config, workers)
+    loader = RolloutLoader(run.model, run.engine, learner.rewards, run.selection, config, workers)
     with loader, profiled(run) as step_done:
         for step in range(run.num_completed, config.num_steps):
             started = time.perf_counter()
