@@ -129,6 +129,10 @@ class Question:
         """
         return bool(self.answer or self.answer_text) or self.answer_number is not None
 
+    def is_graded(self, *, judged: bool) -> bool:
+        """Whether an evaluation has a figure for it: it has an answer or a rule, or is open and a judge is there."""
+        return self.has_answer or bool(self.rule) or (judged and self.is_open)
+
     @property
     def reference(self) -> str:
         """The right answer in words, as a judge is told it; empty where none is known."""

@@ -264,6 +264,8 @@ class Evaluator:
 
         async def marks() -> list[dict[str, Grade] | ScorerError]:
             room = asyncio.Semaphore(_JUDGED_AT_ONCE)
+            # Of `asyncio.to_thread`, which else has as few threads as there are cores.
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_JUDGED_AT_ONCE))
             pairs = [pair for modality in Modality for pair in zip(questions, completions[modality], strict=True)]
             return await asyncio.gather(*(mark(question, completion, room) for question, completion in pairs))
 
