@@ -59,28 +59,32 @@ def read_answer_format(given: str) -> AnswerFormat:
     """
     if given in ANSWER_FORMATS:
         return ANSWER_FORMATS[given]
-    path = Path(given)
-    flag = f"--answer-format {visible(given)}"
+    path, own_name = Path(given), given
+    given = visible(given)
     if not path.suffix and not path.exists():
-        raise UserError(f"{flag}: neither {' nor '.join(ANSWER_FORMATS)} nor a file; choose one of them")
-    values = _entries(flag, path, _read("--answer-format", path))
+        raise UserError(f"--answer-format {given}: neither {' nor '.join(ANSWER_FORMATS)} nor a file; choose one of them")
+    values = _entries(given, path, _read("--answer-format", path))
     for name in _ENTRIES:
         if not isinstance(values.get(name, ""), str) or (name != "whole" and not values.get(name)):
-            raise UserError(f"{flag}: {name!r} must be a text; it has instruction, answer and, if need be, whole")
-    unknown = sorted(values.keys() - {*_ENTRIES})
+            raise UserError(
+                f"--answer-format {given}: {name!r} must be a text; it has instruction, answer and, if need be, whole"
+            )
+    unknown = sorted(values.keys() - {*_ENTRIES}, key=str)
     if unknown:
-        raise UserError(f"{flag}: {unknown[0]!r} is none of {', '.join(_ENTRIES)}; remove it")
+        raise UserError(f"--answer-format {given}: {unknown[0]!r} is none of {', '.join(_ENTRIES)}; remove it")
     for name in ("answer", "whole"):
         try:
             groups = re.compile(values.get(name, ""), re.DOTALL).groupindex
         except re.error as error:
-            raise UserError(f"{flag}: {name!r} is no regular expression ({error}); correct it") from error
+            raise UserError(f"--answer-format {given}: {name!r} is no regular expression ({error}); correct it") from error
         if name == "answer" and "answer" not in groups:
-            raise UserError(f"{flag}: 'answer' has no group named answer; write (?P<answer>...) around the answer")
-    return AnswerFormat(given, *(values.get(name, "") for name in _ENTRIES))
+            raise UserError(
+                f"--answer-format {given}: 'answer' has no group named answer; write (?P<answer>...) around the answer"
+            )
+    return AnswerFormat(own_name, *(values.get(name, "") for name in _ENTRIES))
 
 
-def _entries(flag: str, path: Path, text: str) -> Mapping[str, str]:
+def _entries(given: str, path: Path, text: str) -> Mapping[str, str]:
     if path.suffix == ".toml":
         import tomllib as reader
 
@@ -92,7 +96,9 @@ def _entries(flag: str, path: Path, text: str) -> Mapping[str, str]:
     try:
         values = load(text)
     except Exception as error:  # yaml's errors have no common parent with TOML's but this.
-        raise UserError(f"{flag}: is no {kind} ({' '.join(str(error).split()):.200}); write one entry a line") from error
+        raise UserError(
+            f"--answer-format {given}: is no {kind} ({' '.join(str(error).split()):.200}); write one entry a line"
+        ) from error
     if not isinstance(values, dict):
-        raise UserError(f"{flag}: holds no entries by name; it has instruction, answer and, if need be, whole")
+        raise UserError(f"--answer-format {given}: holds no entries by name; it has instruction, answer and, if need be, whole")
     return values
