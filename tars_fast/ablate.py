@@ -67,6 +67,7 @@ _PASSED_ON = ("model", "data", "eval_data", "num_steps")
 _OF_THE_COMMAND = {*_PASSED_ON, "seed", "output_dir", "resume", "dry_run"}
 """Settings of `tars_fast.train` that this command gives to every run."""
 _SAME_IN_ALL_ARMS = {"disjoint_from", "skip_unusable", "long_audio", "eval_items", "questions_per_step"}
+_SAME_IN_ALL_ARMS |= {"eval_every", "validation_data"}
 """Settings that an arm may not override, because all arms train and are evaluated on the same items; `--setting` may."""
 _LOG = "log.txt"
 _SETTINGS = "ablation_settings.json"

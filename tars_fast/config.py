@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     # It brings torch, which nobody who asks for --help should wait for.
     from tars_fast.models.preset import Preset
 
+BestMetric = Literal[
+    "speech_accuracy",
+    "text_accuracy",
+    "speech_accuracy_sampled",
+    "text_accuracy_sampled",
+    "mrr_same_model",
+    "behaviour_similarity",
+]
+"""Figures of an evaluation by which a checkpoint can be the best; larger is better."""
 _EMBEDDER_BYTES = int(1.2e9)
 """Qwen3-Embedding-0.6B in bfloat16, planned with for any text embedder that is a model."""
 
@@ -234,10 +243,20 @@ class TrainConfig:
     """Evaluate on at most so many of the evaluation items, chosen by id hash. None: all."""
     eval_samples: int = 2
     """Completions an item, at --temperature, behind the sampled accuracies of the evaluation; 0 leaves them out."""
+    eval_every: int = 0
+    """Steps between evaluations on the validation items, of which there is one before the first step and one at the end too:
+    curves with intervals in metrics.jsonl and report.html. 0: none. The held-out items are never among them."""
+    validation_data: str | None = None
+    """Items of these evaluations, from the same kinds of places; at most --eval-items of them. None: of bundled data their
+    validation part, else a tenth of --data, chosen by id hash, which is not trained on then."""
+    keep_best: BestMetric | None = None
+    """Also keep the checkpoint of the evaluation at which this figure of the validation items was largest."""
+    early_stop: int = 0
+    """Stop after so many evaluations in a row in which the figure of --keep-best did not grow. 0: never."""
     save_every: int = 25
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints that stay, the newest ones."""
+    """Checkpoints that stay, the newest ones; with --keep-best that of the best step besides."""
     seed: int = 0
     """Seeds everything that is drawn at random. Same seed, machine and settings: same metrics, bit for bit on a CPU."""
     resume: bool = False
@@ -264,7 +283,7 @@ class TrainConfig:
         positive += ("max_grad_norm", "tokens_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
         check_numbers(self, positive=(*positive, "lora_alpha"))
         not_negative = ["representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples"]
-        not_negative += ("watch_every", "audio_cache_gb", "kl_coef", "entropy_coef", "max_redraws")
+        not_negative += ("watch_every", "audio_cache_gb", "kl_coef", "entropy_coef", "max_redraws", "eval_every", "early_stop")
         check_numbers(self, not_negative=(*not_negative, "seed"))
         if self.resume and self.output_dir is None:
             raise UserError("--resume: needs the --output-dir of the run to continue")
@@ -287,6 +306,7 @@ class TrainConfig:
                 "leave it out"
             )
         self._check_objective()
+        self._check_conditions()
         if not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"--warmup-fraction {self.warmup_fraction}: must lie between 0 and 1")
 
@@ -309,6 +329,8 @@ class TrainConfig:
                 f"--distil-as {self.distil_as}: --objective {self.objective} weighs tokens by the divergence of whole "
                 "distributions; take opd, or --distil-as loss"
             )
+
+    def _check_conditions(self) -> None:
         for names, takes_effect, needed in self._conditions():
             for name in names:
                 if not takes_effect and getattr(self, name) != getattr(TrainConfig, name):
@@ -331,6 +353,9 @@ class TrainConfig:
             (("reward_scaling",), self.samples_text, "a reward, as of tars, grpo or cord"),
             (policy, self.has_policy_loss, "a policy loss, as of tars, grpo or --distil-as advantage"),
             (("select_floor",), self.select != "all", "--select gap, disagreement or kl"),
+            (("validation_data", "keep_best"), self.eval_every > 0, "--eval-every"),
+            (("keep_best",), self.eval_samples > 0 or "sampled" not in str(self.keep_best), "--eval-samples 1 or more"),
+            (("early_stop",), self.keep_best is not None, "--keep-best"),
         ]
 
     @property

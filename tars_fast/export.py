@@ -111,9 +111,9 @@ def find_evaluation(config: ExportConfig, run: Mapping[str, Any]) -> dict[str, A
         return read_json(path / "evaluation.json" if path.is_dir() else path, "--evaluation")
     checkpoint = Path(config.model).resolve()
     path = checkpoint.parent / "evaluation.json"
-    if path.is_file() and checkpoint.name == f"checkpoint-{run.get('num_steps')}":
-        return read_json(path, "--model")
-    return {}
+    evaluation = read_json(path, "--model") if path.is_file() else {}
+    num_steps = evaluation.get("stopped", {}).get("step", run.get("num_steps"))
+    return evaluation if checkpoint.name == f"checkpoint-{num_steps}" else {}
 
 
 def name_of(base: str | None) -> str | None:

@@ -140,12 +140,18 @@ class RunLog:
         if self._events is not None:
             self._events.close()
 
-    def step(self, metrics: Mapping[str, float]) -> None:
-        """Record a step; `metrics["step"]` counts from 1. Raises CannotWriteError."""
+    def write(self, metrics: Mapping[str, float]) -> None:
+        """Record a step without showing it. Raises CannotWriteError."""
         if self._path is None or self._events is None:
             return
         append(self._path, json.dumps(metrics) + "\n")
         self._events.step(metrics)
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """Record and show a step; `metrics["step"]` counts from 1. Raises CannotWriteError."""
+        if self._path is None:
+            return
+        self.write(metrics)
         for name, value in metrics.items():
             if name.startswith("seconds/"):
                 self._seconds[name.removeprefix("seconds/")].append(value)

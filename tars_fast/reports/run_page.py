@@ -13,7 +13,7 @@ from tars_fast.evaluation.results import PREDICTIONS, ItemResult, by_data, read_
 from tars_fast.reports.page import REPORT, Picture, Section, Table, write_page
 from tars_fast.reports.plots import accuracy_plot, as_svg, can_plot
 from tars_fast.reports.sample import sample_items
-from tars_fast.reports.sections import curves_picture, layer_curve, settings_section, training_curves
+from tars_fast.reports.sections import curves_picture, layer_curve, settings_section, training_curves, validation_curves
 from tars_fast.reports.tables import figure_rows
 from tars_fast.types import Modality, Question
 
@@ -45,12 +45,29 @@ def write_report(
     settings = settings.get("evaluation", settings)
     results, reports, changes = _read_evaluation(output_dir, compared)
     found = [*_figures(reports, changes), *_layer_curves(reports)]
-    if (output_dir / "metrics.jsonl").exists():
-        lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        found += training_curves([json.loads(line) for line in lines])
-    found += [*sections, settings_section(settings)]
+    found += [*_training(output_dir), *sections, settings_section(settings)]
     kind = "trained" if "before" in results and compared is None else "evaluated"
     write_page(output_dir / REPORT, f"{settings['model']}, {kind}", found, sample_items(results, data))
+
+
+def write_progress(output_dir: Path, num_completed: int) -> None:
+    """`report.html` of a run that is not finished: its curves so far.
+
+    Args:
+        output_dir: holds config.json and metrics.jsonl.
+    """
+    settings = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
+    title = f"{settings['model']}, {num_completed} of {settings['num_steps']} steps"
+    write_page(output_dir / REPORT, title, [*_training(output_dir), settings_section(settings)])
+
+
+def _training(output_dir: Path) -> Iterator[Section]:
+    """What metrics.jsonl shows; nothing where there is none."""
+    path = output_dir / "metrics.jsonl"
+    if path.exists():
+        metrics = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        yield from validation_curves(metrics)
+        yield from training_curves([line for line in metrics if line["step"]])
 
 
 def _read_evaluation(

@@ -24,6 +24,15 @@ _OVER_STEPS = {
 """Title -> curve -> its name in metrics.jsonl."""
 
 
+_ON_VALIDATION = {
+    "Greedy accuracy": {"speech": "speech_accuracy", "text": "text_accuracy"},
+    "Accuracy of samples": {"speech": "speech_accuracy_sampled", "text": "text_accuracy_sampled"},
+    "Similarity of spoken and written completions": {"words": "behaviour_similarity"},
+    "Answers that cannot be read": {"speech": "speech_unparsed", "text": "text_unparsed"},
+}
+"""Title -> curve -> its name in `FIGURES`."""
+
+
 def layer_curve(values: Sequence[float | None], intervals: Sequence[Sequence[float | None]]) -> Curve:
     """The curve of a figure over layers, or over anything else that is counted from 1.
 
@@ -91,6 +100,28 @@ def training_curves(metrics: Sequence[Mapping[str, float]]) -> Iterator[Section]
             alt = f"{label} over {len(metrics)} steps"
             pictures.append(curves_picture(curves, "step", label, alt, ends_table(curves)))
     yield Section("Training", ["Means over each step's completions; in a long run over neighbouring steps too."], (), pictures)
+
+
+def validation_curves(metrics: Sequence[Mapping[str, float]]) -> Iterator[Section]:
+    """A section with the evaluations while the run trained; none where there are none.
+
+    Args:
+        metrics: the lines of metrics.jsonl.
+    """
+    pictures = []
+    for label, names in _ON_VALIDATION.items():
+        curves = {}
+        for title, name in names.items():
+            ends = [f"validation/{name}{end}" for end in ("", "/low", "/high")]
+            known = [(line["step"], *(line.get(one) for one in ends)) for line in metrics if ends[0] in line]
+            if known:
+                curves[title] = Curve(*zip(*known, strict=True)).thinned()
+        if curves:
+            alt = f"{label} of the validation items over {metrics[-1]['step']} steps, with 95 % intervals"
+            pictures.append(curves_picture(curves, "step", label.lower(), alt, ends_table(curves)))
+    if pictures:
+        notes = ["Evaluations while it trains, of items that are neither trained on nor held out for the end."]
+        yield Section("Validation", notes, pictures=pictures)
 
 
 def settings_section(settings: Mapping[str, Any]) -> Section:
