@@ -253,6 +253,9 @@ class TrainConfig:
     """Also keep the checkpoint of the evaluation at which this figure of the validation items was largest."""
     early_stop: int = 0
     """Stop after so many evaluations in a row in which the figure of --keep-best did not grow. 0: never."""
+    sample_every: int = 0
+    """Steps between looks at what the policy writes: a few completions of the step, spoken beside written, with their rewards,
+    go to samples.jsonl and report.html. 0: never."""
     save_every: int = 25
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -283,7 +286,8 @@ class TrainConfig:
         positive += ("max_grad_norm", "tokens_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
         check_numbers(self, positive=(*positive, "lora_alpha"))
         not_negative = ["representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples"]
-        not_negative += ("watch_every", "audio_cache_gb", "kl_coef", "entropy_coef", "max_redraws", "eval_every", "early_stop")
+        not_negative += ("watch_every", "audio_cache_gb", "kl_coef", "entropy_coef", "max_redraws")
+        not_negative += ("eval_every", "early_stop", "sample_every")
         check_numbers(self, not_negative=(*not_negative, "seed"))
         if self.resume and self.output_dir is None:
             raise UserError("--resume: needs the --output-dir of the run to continue")

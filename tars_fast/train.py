@@ -52,6 +52,7 @@ from tars_fast.learning.metrics import (
 )
 from tars_fast.learning.optimizer import learning_rate_at
 from tars_fast.learning.run import Interrupt, Run, evaluation_source, open_run, plan_run, profiled
+from tars_fast.learning.samples import choose_samples
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.selection import outcomes_of
 from tars_fast.learning.update import Learner
@@ -152,6 +153,8 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
             metrics |= validated
             history.append(metrics)
             log.step(metrics)
+            if scored is not None and config.sample_every and (step + 1) % config.sample_every == 0:
+                log.samples(choose_samples(scored, run.questions, step + 1))
             if validated:
                 show_validation(run, log, metrics)
             check_written(metrics, config)
@@ -265,7 +268,7 @@ def show_validation(run: Run, log: RunLog, metrics: Mapping[str, float]) -> None
     num_items = len(run.data.validation)
     log.say(f"after {metrics['step']} steps, {num_items} validation items: {', '.join(describe_point(metrics))}")
     if run.workers.is_first:
-        write_progress(run.config.output_dir, int(metrics["step"]))
+        write_progress(run.config.output_dir, int(metrics["step"]), run.data.training)
 
 
 def read_before(run: Run) -> list[ItemResult]:
@@ -292,7 +295,7 @@ def write_evaluation(run: Run, log: RunLog, before: list[ItemResult], after: lis
     write_atomically(output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
     if can_plot() and all(part["num_items"] for part in parts.values()):
         write_png(output_dir / ACCURACY_PLOT, accuracy_plot({"held-out items": parts}))
-    write_report(output_dir, {run.evaluation_name: run.data.held_out})
+    write_report(output_dir, {run.evaluation_name: run.data.held_out}, training=run.data.training)
     print_summary(log, evaluation, output_dir)
     return evaluation
 

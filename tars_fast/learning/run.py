@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ MAY_CHANGE_ON_RESUME = {
     "resume",
     "device",
     "save_every",
+    "sample_every",
     "keep_checkpoints",
     "profile",
     "audio_cache_gb",
@@ -108,6 +110,11 @@ class Run:
     @property
     def workers(self) -> Workers:
         return self.learner.workers
+
+    @cached_property
+    def questions(self) -> dict[str, Question]:
+        """The training items by id."""
+        return {question.id: question for question in self.data.training}
 
     @property
     def evaluation_name(self) -> str:

@@ -8,7 +8,7 @@ import socket
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tars_fast.learning.samples import SAMPLES
 from tars_fast.support.console import PlainConsole, open_console, say
 from tars_fast.support.files import append, explain_cannot_write, write_atomically
 
@@ -91,6 +92,16 @@ class EventFile:
         self._file.close()
 
 
+def lines_until(path: Path, num_completed: int) -> Iterator[tuple[int, str]]:
+    """(step, line) of a run that was interrupted; later steps are done again, and a line that was cut off is dropped."""
+    if num_completed and path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                step = json.loads(line)["step"]
+                if step <= num_completed:
+                    yield step, line
+
+
 class RunLog:
     """Writes every step to metrics.jsonl and TensorBoard, and shows the latest step.
 
@@ -104,10 +115,14 @@ class RunLog:
         self.console = PlainConsole(quiet=True) if output_dir is None else open_console()
         self._path: Path | None = None
         self._events: EventFile | None = None
+        self._samples: Path | None = None
         if output_dir is not None:
-            self._path = output_dir / "metrics.jsonl"
-            kept = self._lines_until(num_completed)
+            self._path, self._samples = output_dir / "metrics.jsonl", output_dir / SAMPLES
+            kept = {step: line for step, line in lines_until(self._path, num_completed)}
             write_atomically(self._path, "".join(line + "\n" for line in kept.values()))
+            if self._samples.exists():
+                samples = [line + "\n" for _, line in lines_until(self._samples, num_completed)]
+                write_atomically(self._samples, "".join(samples))
             if missing := [step for step in range(1, num_completed + 1) if step not in kept]:
                 self.warn(f"{self._path} lacks {len(missing)} of {num_completed} steps, the first of them step {missing[0]}")
             self._events = EventFile(output_dir / "tensorboard", num_completed + 1)
@@ -118,17 +133,6 @@ class RunLog:
         self._live = Live(self._progress, console=self.console, refresh_per_second=2, transient=True)
         self._num_steps = num_steps
         self._seconds: defaultdict[str, list[float]] = defaultdict(list)
-
-    def _lines_until(self, num_completed: int) -> dict[int, str]:
-        """The lines of an interrupted run by step; later steps are done again, and a line that was cut off is dropped."""
-        kept: dict[int, str] = {}
-        if num_completed and self._path is not None and self._path.exists():
-            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, KeyError, TypeError):
-                    step = json.loads(line)["step"]
-                    if step <= num_completed:
-                        kept[step] = line
-        return kept
 
     def __enter__(self) -> RunLog:
         if self.console.is_terminal:
@@ -161,6 +165,11 @@ class RunLog:
         else:
             shown = [f"{title} {metrics[name]:.3f}" for title, name in _IN_ONE_LINE if name in metrics]
             self.say(f"step {metrics['step']}/{self._num_steps}  {'  '.join(shown)}  {metrics['seconds/step']:.1f} s")
+
+    def samples(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Record completions, see `choose_samples`. Raises CannotWriteError."""
+        if self._samples is not None:
+            append(self._samples, "".join(json.dumps(line) + "\n" for line in lines))
 
     def median_seconds(self) -> dict[str, float]:
         """Median seconds a step of each phase, over the steps of this process."""

@@ -27,7 +27,7 @@ _OVER_STEPS = {
 _ON_VALIDATION = {
     "Greedy accuracy": {"speech": "speech_accuracy", "text": "text_accuracy"},
     "Accuracy of samples": {"speech": "speech_accuracy_sampled", "text": "text_accuracy_sampled"},
-    "Similarity of spoken and written completions": {"words": "behaviour_similarity"},
+    "Similarity of completions": {"words": "behaviour_similarity"},
     "Answers that cannot be read": {"speech": "speech_unparsed", "text": "text_unparsed"},
 }
 """Title -> curve -> its name in `FIGURES`."""

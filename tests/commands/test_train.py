@@ -25,6 +25,7 @@ from tars_fast.data.splits import data_fingerprint, split_by_id
 from tars_fast.evaluation.results import read_predictions
 from tars_fast.export import ExportConfig, find_evaluation, run_of
 from tars_fast.learning.metrics import check_progress
+from tars_fast.learning.rewards.answers import extract_answer
 from tars_fast.learning.run import evaluation_source, load_data, load_validation
 from tars_fast.models.registry import PRESETS, find_preset, list_checkpoints
 from tars_fast.reports.log import RunLog
@@ -209,7 +210,7 @@ def test_resumed_run_equals_unbroken_one(lora_rank, dtype, objective, finished, 
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
 
 
-VALIDATED = {"eval_every": 2, "keep_best": "behaviour_similarity"}
+VALIDATED = {"eval_every": 2, "keep_best": "behaviour_similarity", "sample_every": 2}
 
 
 @pytest.fixture(scope="session")
@@ -237,7 +238,27 @@ def test_evaluations_on_the_way_change_nothing_in_training(finished, validated):
     assert best == {"step": max(similarities, key=similarities.get), "metric": "behaviour_similarity"} | {
         "value": max(similarities.values())
     }
-    assert "Validation" in (validated / "report.html").read_text()
+    report = (validated / "report.html").read_text()
+    assert "Validation" in report
+    assert "What the policy writes" in report
+
+
+def test_samples_are_completions_of_their_step_with_their_rewards(validated, small_eval):
+    samples = [json.loads(line) for line in (validated / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in samples] == [2, 2, 4, 4]
+    questions = {question.id: question for question in load_questions(small_eval.with_name("training"))}
+    for line in samples:
+        question, spoken, written = questions[line["id"]], line["speech"], line["text"]
+        assert (line["question"], line["answer"]) == (question.text, question.answer)
+        assert written["reward"] == written["rewards"]["accuracy"] + 0.5 * written["rewards"]["format"]
+        assert "representation" not in written["rewards"]
+        for part in (spoken, written):
+            right = question.answer == extract_answer(part["completion"], question.choices)
+            assert part["rewards"]["accuracy"] == float(right)
+        rewards = spoken["rewards"]
+        total = rewards["accuracy"] + 0.5 * rewards["format"] + rewards.get("representation", 0) + rewards.get("behaviour", 0)
+        assert spoken["reward"] == pytest.approx(total)
+    assert any("representation" in line["speech"]["rewards"] for line in samples)
 
 
 @pytest.mark.slow
@@ -248,8 +269,9 @@ def test_a_run_with_evaluations_on_the_way_resumes_bit_for_bit(validated, small_
     assert "pocket, 2 of 4 steps" in (tmp_path / "run" / "report.html").read_text()
     assert command(dataclasses.replace(config, resume=True)) == 0
     assert read_metrics(tmp_path / "run") == read_metrics(validated)
-    again, first = ((folder / "evaluation.json").read_text() for folder in (tmp_path / "run", validated))
-    assert again == first
+    for name in ("evaluation.json", "samples.jsonl"):
+        again, first = ((folder / name).read_text() for folder in (tmp_path / "run", validated))
+        assert again == first
 
 
 def test_a_run_stops_early_where_nothing_gets_better_and_keeps_the_best(small_eval, tmp_path, monkeypatch, capsys):
