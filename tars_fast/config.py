@@ -226,7 +226,7 @@ class TrainConfig:
     """vLLM's KV cache in GB (1e9 bytes), there during rollouts only. None: what the completions in flight need, at most what
     is free; another size may draw other completions."""
     cuda_graphs: bool = True
-    """vLLM replays captured graphs on CUDA, from 0.32 on; older versions could not give the KV cache back under them."""
+    """On CUDA vLLM replays every decoding step as one captured graph; off: it launches each kernel by itself."""
     router_replay: bool = False
     """Of a mixture of experts: the trainer sends each token through the experts that vLLM chose when it sampled, where rounding
     would send some through others. Weights and gradients of the router stay the trainer's own."""
