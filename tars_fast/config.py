@@ -260,6 +260,9 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Checkpoints that stay, the newest ones; with --keep-best that of the best step besides."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl, with completions and recordings of --sample-every: tensorboard, a folder of the
+    run; wandb and trackio, which are packages of their own. One that fails is left out with a warning."""
     seed: int = 0
     """Seeds everything that is drawn at random. Same seed, machine and settings: same metrics, bit for bit on a CPU."""
     resume: bool = False
@@ -497,7 +500,7 @@ class TrainConfig:
         values = dataclasses.asdict(self)
         # As JSON has them, so that they equal what is read again.
         values |= {name: str(value) for name, value in values.items() if isinstance(value, Path)}
-        return values | {"disjoint_from": list(self.disjoint_from)}
+        return values | {"disjoint_from": list(self.disjoint_from), "log": list(self.log)}
 
 
 @dataclass(frozen=True, kw_only=True)

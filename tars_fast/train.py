@@ -60,6 +60,7 @@ from tars_fast.learning.workers import join_workers
 from tars_fast.models.memory import describe
 from tars_fast.models.registry import find_preset, list_checkpoints
 from tars_fast.reports.log import RunLog
+from tars_fast.reports.loggers import check_loggers
 from tars_fast.reports.plots import ACCURACY_PLOT, accuracy_plot, can_plot, write_png
 from tars_fast.reports.run_page import write_progress, write_report
 from tars_fast.reports.tables import describe_point, print_summary
@@ -94,8 +95,9 @@ def train(config: TrainConfig) -> TrainOutcome:
         UserError: settings, data or checkpoint are not usable.
         TrainingError: training cannot go on; the last checkpoint is good.
     """
+    check_loggers(config.log)
     with use_reference(config.kernels == "reference"), join_workers() as workers, open_run(config, workers) as run:
-        log = RunLog(run.config.output_dir if workers.is_first else None, run.config.num_steps, run.num_completed)
+        log = RunLog(run.config.output_dir if workers.is_first else None, run.config.num_steps, run.num_completed, config.log)
         log.say(run.describe())
         if run.num_completed:
             before = read_before(run)
@@ -154,7 +156,7 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
             history.append(metrics)
             log.step(metrics)
             if scored is not None and config.sample_every and (step + 1) % config.sample_every == 0:
-                log.samples(choose_samples(scored, run.questions, step + 1))
+                log.samples(choose_samples(scored, run.questions, step + 1), run.questions)
             if validated:
                 show_validation(run, log, metrics)
             check_written(metrics, config)

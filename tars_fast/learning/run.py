@@ -65,6 +65,7 @@ MAY_CHANGE_ON_RESUME = {
     "device",
     "save_every",
     "sample_every",
+    "log",
     "keep_checkpoints",
     "profile",
     "audio_cache_gb",
