@@ -23,7 +23,7 @@ from tars_fast.models.hub import cannot_be_loaded, checkpoint_folder
 from tars_fast.models.memory import BLOCK_TOKENS, PREFILL_TOKENS, engine_rank
 from tars_fast.models.weights import SharingError
 from tars_fast.rollout.vllm_experts import RoutingRecorder, check_experts, whole_experts
-from tars_fast.rollout.vllm_models import register_models
+from tars_fast.rollout.vllm_models import register_models, without_mrope
 
 _MAX_CLIPS = 64
 """Audio clips that one prompt may hold; with 30 s each, more than fits into any context."""
@@ -96,6 +96,7 @@ class VllmInternals:
                 trust_remote_code=False,
                 # "auto" takes Mistral's files where it finds some.
                 config_format="hf",
+                hf_overrides=without_mrope,
                 tokenizer_mode="hf",
                 dtype=str(dtype).removeprefix("torch."),
                 # No pickle, which "auto" would read where there is nothing else.
@@ -285,6 +286,8 @@ class VllmInternals:
             torch.cuda.empty_cache()
             for handle in _kv_cache_handles():
                 create_and_map(handle)
+            # Before 0.32 vLLM has tables of its own in the same memory.
+            getattr(self._runner, "post_kv_cache_wake_up", lambda: None)()
         else:
             for storage, num_bytes in self._kv_storages:
                 storage.resize_(num_bytes)
