@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tars_fast.models.architecture import Architecture, check_layers
 from tars_fast.models.memory import Workload, assumed_longest_prompt
+from tars_fast.models.publish import check_repository
 from tars_fast.support.cli import as_paths, check_choices, check_file_names, check_numbers, flag_of
 from tars_fast.support.text import GB
 from tars_fast.types import LongAudio, UserError
@@ -263,6 +264,9 @@ class TrainConfig:
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl, with completions and recordings of --sample-every: tensorboard, a folder of the
     run; wandb and trackio, which are packages of their own. One that fails is left out with a warning."""
+    push_to_hub: str | None = None
+    """Upload every checkpoint, with a model card, to this repository on the hub (OWNER/NAME), which is made, private, where
+    there is none. Training waits meanwhile. None: nothing is uploaded."""
     seed: int = 0
     """Seeds everything that is drawn at random. Same seed, machine and settings: same metrics, bit for bit on a CPU."""
     resume: bool = False
@@ -282,6 +286,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         as_paths(self, "output_dir", "audio_cache_dir")
         check_file_names(self, "model")
+        check_repository(self.push_to_hub)
         check_choices(self)
         positive = ["kv_cache_gb", "max_logprob_diff", "audio_cache_dir_gb", "eval_items"]
         positive += ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")

@@ -34,6 +34,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tars_kernels import use_reference
@@ -58,9 +59,11 @@ from tars_fast.learning.selection import outcomes_of
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import join_workers
 from tars_fast.models.memory import describe
+from tars_fast.models.publish import HubRepository
 from tars_fast.models.registry import find_preset, list_checkpoints
 from tars_fast.reports.log import RunLog
 from tars_fast.reports.loggers import check_loggers
+from tars_fast.reports.model_card import CardSubject, model_card
 from tars_fast.reports.plots import ACCURACY_PLOT, accuracy_plot, can_plot, write_png
 from tars_fast.reports.run_page import write_progress, write_report
 from tars_fast.reports.tables import describe_point, print_summary
@@ -99,6 +102,8 @@ def train(config: TrainConfig) -> TrainOutcome:
     with use_reference(config.kernels == "reference"), join_workers() as workers, open_run(config, workers) as run:
         log = RunLog(run.config.output_dir if workers.is_first else None, run.config.num_steps, run.num_completed, config.log)
         log.say(run.describe())
+        # Before what takes long: an account that may not write there is the user's to put right.
+        hub = HubRepository(config.push_to_hub) if config.push_to_hub is not None and workers.is_first else None
         if run.num_completed:
             before = read_before(run)
         else:
@@ -108,7 +113,7 @@ def train(config: TrainConfig) -> TrainOutcome:
                 show_validation(run, log, start)
         interrupt = Interrupt()
         with interrupt.deferred(), log:
-            is_finished = run_steps(run, log, interrupt)
+            is_finished = run_steps(run, log, interrupt, hub)
         if not is_finished:
             if workers.is_first:
                 print(
@@ -119,10 +124,12 @@ def train(config: TrainConfig) -> TrainOutcome:
         after = evaluate_now(run, log, "after")
         # Only the first process reports. Were another to fail meanwhile, torchrun would end it in the middle of its report.
         evaluation = write_evaluation(run, log, before, after) if workers.is_first else None
+        if evaluation is not None:
+            publish(run, log, hub, list_checkpoints(run.config.output_dir)[-1][0], evaluation)
         return TrainOutcome(run.config.output_dir, True, evaluation)
 
 
-def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
+def run_steps(run: Run, log: RunLog, interrupt: Interrupt, hub: HubRepository | None = None) -> bool:
     """The training loop; returns False where it was interrupted.
 
     With several updates a rollout, loss, gradient norm and clip fractions are logged of the last one; entropy and what compares
@@ -166,6 +173,7 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
             is_last = step + 1 == config.num_steps or run.best.is_over
             if stopping or is_last or (step + 1) % config.save_every == 0 or run.best.step == step + 1:
                 run.save_checkpoint(step + 1)
+                publish(run, log, hub, step + 1)
             if stopping:
                 return False
     return True
@@ -271,6 +279,22 @@ def show_validation(run: Run, log: RunLog, metrics: Mapping[str, float]) -> None
     log.say(f"after {metrics['step']} steps, {num_items} validation items: {', '.join(describe_point(metrics))}")
     if run.workers.is_first:
         write_progress(run.config.output_dir, int(metrics["step"]), run.data.training)
+
+
+def publish(
+    run: Run, log: RunLog, hub: HubRepository | None, step: int, evaluation: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Upload a checkpoint with its model card, where that is asked for; what goes wrong is a warning."""
+    if hub is None:
+        return
+    config, model = run.config, run.model
+    dtype = None if config.lora_rank else str(model.module.dtype).removeprefix("torch.")
+    merge_first = model.family.adapter_folder if config.lora_rank else ""
+    subject = CardSubject(hub.name.partition("/")[2], config.model, dtype, merge_first)
+    settings = json.loads((config.output_dir / "config.json").read_text(encoding="utf-8"))
+    card = model_card(subject, settings, evaluation)
+    if (problem := hub.push(config.output_dir / f"checkpoint-{step}", card, f"after {step} steps")) is not None:
+        log.warn(problem)
 
 
 def read_before(run: Run) -> list[ItemResult]:

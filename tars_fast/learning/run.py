@@ -66,6 +66,7 @@ MAY_CHANGE_ON_RESUME = {
     "save_every",
     "sample_every",
     "log",
+    "push_to_hub",
     "keep_checkpoints",
     "profile",
     "audio_cache_gb",

@@ -339,6 +339,29 @@ def run_interrupted(config: TrainConfig, during_step: int) -> int:
         return command(config)
 
 
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=pytest.mark.slow)])
+def test_checkpoints_are_published_with_a_card(small_eval, tmp_path, hub, monkeypatch, capsys, lora_rank):
+    """The first upload is lost, which costs a warning; the last one has the figures."""
+    logged = RunLog.step
+
+    def step(log, metrics):
+        hub.refuses = "/commit/" if metrics["step"] == 1 else ""
+        logged(log, metrics)
+
+    monkeypatch.setattr(RunLog, "step", step)
+    config = small_config(tmp_path / "run", small_eval, num_steps=2, save_every=1, push_to_hub="me/speech", lora_rank=lora_rank)
+    assert command(config) == 0
+    assert "warning: --push-to-hub me/speech: checkpoint-1 could not be uploaded" in capsys.readouterr().out
+    assert [(name, message) for name, message, _ in hub.commits] == [("me/speech", "after 2 steps")] * 2
+    cards = [files.pop("README.md").decode() for *_, files in hub.commits]
+    assert ["## Evaluation" in card for card in cards] == [False, True]
+    assert all("# speech\n" in card and '"learning_rate": 0.0004' in card for card in cards)
+    assert all(f"library_name: {'peft' if lora_rank else 'transformers'}" in card for card in cards)
+    held = {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
+    del held["trainer_state.pt"]
+    assert [files for *_, files in hub.commits] == [held] * 2
+
+
 def test_settings_that_cannot_go_together(small_eval, tmp_path):
     forgetful = {"lora_rank": 0, "freeze_audio": False, "audio_cache_dir": tmp_path}
     for changes, flag in ((forgetful, "--audio-cache-dir"), ({"lora_rank": 4, "freeze_audio": False}, "--no-freeze-audio")):
@@ -550,7 +573,7 @@ def test_settings_of_a_run_leave_nothing_open(tmp_path):
     open_fields = {name for name, kind in get_type_hints(RunConfig).items() if type(None) in get_args(kind)}
     assert open_fields == {
         "data", "eval_data", "kv_cache_gb", "lora_targets", "max_logprob_diff", "audio_cache_dir", "eval_items",
-        "validation_data", "keep_best",
+        "validation_data", "keep_best", "push_to_hub",
     }  # fmt: skip
     assert {name for name, value in vars(run).items() if value is None} <= open_fields
     with pytest.raises(TypeError, match="output_dir"):
