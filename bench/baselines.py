@@ -184,7 +184,7 @@ def rewards_and_advantages(rollout: Rollout, pooled_LND: Tensor, config: RunConf
         + 0.5 * rollout.completion_rewards["format"]
         + config.representation_weight * representation_N
     )
-    rewards_N = rewards_N + config.behaviour_weight * rollout.behaviour.result()
+    rewards_N = rewards_N + config.behaviour_weight * rollout.late["behaviour"].of(range(len(rollout.completions)))
     return rewards_N, centred_advantages(rewards_N, rollout.groups_N)
 
 

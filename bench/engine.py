@@ -43,8 +43,9 @@ import torch
 
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.learning.advantages import group_indices
-from tars_fast.learning.batch import Rollout, completed
+from tars_fast.learning.batch import Rollout
 from tars_fast.learning.optimizer import make_optimizer
+from tars_fast.learning.rewards.reward import completed
 from tars_fast.learning.update import Learner
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.families import qwen2_audio, qwen3_omni
@@ -316,6 +317,7 @@ def train_on(model: SpeechModel, optimizer, distinct, completions, config: RunCo
     """Update once on a rollout whose completions are made to count: random weights never stop, so all are cut off."""
     num_questions = len(distinct) // 2
     rollout = Rollout(
+        questions=[Question("made up", "")],
         prompts=[prompt for prompt in distinct for _ in range(4)],
         written=[prompt for prompt in distinct if prompt.modality is Modality.TEXT],
         spoken=[],
@@ -329,7 +331,7 @@ def train_on(model: SpeechModel, optimizer, distinct, completions, config: RunCo
         references=[
             8 * question + 5 if spoken else None for question in range(num_questions) for spoken in (True,) * 4 + (False,) * 4
         ],
-        behaviour=completed(torch.linspace(0, 1, 8).repeat(num_questions)),
+        late={"behaviour": completed(torch.linspace(0, 1, 8).repeat(num_questions))},
         groups_N=group_indices([one.question for one in completions], [one.modality for one in completions]),
     )
     for group in optimizer.param_groups:

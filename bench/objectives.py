@@ -21,8 +21,9 @@ from train_step import Workload, cases_of, make_model, make_rollout, tokens_of
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.advantages import group_indices
-from tars_fast.learning.batch import Rollout, completed
+from tars_fast.learning.batch import Rollout
 from tars_fast.learning.optimizer import make_optimizer
+from tars_fast.learning.rewards.reward import completed
 from tars_fast.learning.update import Learner
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.support.provenance import provenance
@@ -52,7 +53,7 @@ def spoken_half(rollout: Rollout) -> Rollout:
         completions=completions,
         completion_rewards={name: values_N[rows] for name, values_N in rollout.completion_rewards.items()},
         references=[None] * len(rows),
-        behaviour=completed(torch.zeros(len(rows))),
+        late={"behaviour": completed(torch.zeros(len(rows)))},
         groups_N=group_indices([one.question for one in completions], [one.modality for one in completions]),
     )
 

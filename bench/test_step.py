@@ -11,7 +11,7 @@ from tars_kernels import LayerPooler, pool_sequences
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import HELD_OUT_DATA, TRAINING_DATA, load_questions
 from tars_fast.learning.batch import RolloutCollector, prepare_batch
-from tars_fast.learning.rewards.behaviour import HashedNgrams
+from tars_fast.learning.rewards.total import Rewards
 from tars_fast.learning.update import Learner
 from tars_fast.models.registry import PRESETS
 from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
@@ -45,7 +45,7 @@ def collect(model, config, questions):
     engine = TransformersEngine(model, config.rollout_batch_size)
     batch = prepare_batch(model, questions)
     with ThreadPoolExecutor(2) as background:
-        collector = RolloutCollector(model, engine, HashedNgrams(), config, background)
+        collector = RolloutCollector(model, engine, Rewards(config), config, background)
         return collector.collect(batch, 0, PhaseTimer(model.device))[0]
 
 

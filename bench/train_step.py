@@ -48,10 +48,11 @@ from torch import Tensor
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import TRAINING_DATA, load_questions
 from tars_fast.learning.advantages import group_indices
-from tars_fast.learning.batch import Rollout, RolloutCollector, completed, prepare_batch
+from tars_fast.learning.batch import Rollout, RolloutCollector, prepare_batch
 from tars_fast.learning.optimizer import make_optimizer
-from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.learning.rewards.references import choose_references
+from tars_fast.learning.rewards.reward import completed
+from tars_fast.learning.rewards.total import Rewards
 from tars_fast.learning.update import Learner
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.prompts import load_prompt_format
@@ -61,7 +62,7 @@ from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.provenance import provenance
 from tars_fast.support.timing import PhaseTimer
 from tars_fast.train import update_policy
-from tars_fast.types import Completion, Modality, Prompt
+from tars_fast.types import Completion, Modality, Prompt, Question
 
 TOLERANCE = 1e-4
 """Of gradients (norm of the difference over the norm) and rewards, in float32."""
@@ -190,7 +191,7 @@ def make_rollout(model: SpeechModel, workload: Workload) -> Rollout:
     questions = load_questions(TRAINING_DATA)[: workload.num_questions]
     batch = prepare_batch(model, questions)
     with ThreadPoolExecutor(2) as background:
-        collector = RolloutCollector(model, engine, HashedNgrams(), config, background)
+        collector = RolloutCollector(model, engine, Rewards(config), config, background)
         return collector.collect(batch, 0, PhaseTimer(model.device))[0]
 
 
@@ -221,13 +222,14 @@ def make_up_rollout(model: SpeechModel, workload: Workload) -> Rollout:
     accuracy = torch.tensor([float(draw.random() < 0.5) for _ in completions])
     references = choose_references(completions, accuracy, draw)
     rollout = Rollout(
+        questions=[Question(f"made up {number}", "") for number in range(workload.num_questions)],
         prompts=prompts,
         written=prompts[workload.group_size // 2 :: workload.group_size],
         spoken=[],
         completions=completions,
         completion_rewards={"accuracy": accuracy, "format": torch.ones(len(accuracy)), "unparsed": torch.zeros(len(accuracy))},
         references=references,
-        behaviour=completed(torch.tensor([0.0 if reference is None else draw.random() for reference in references])),
+        late={"behaviour": completed(torch.tensor([0.0 if reference is None else draw.random() for reference in references]))},
         groups_N=group_indices([one.question for one in completions], [one.modality for one in completions]),
     )
     return with_logprobs(model, rollout, draw)
@@ -252,13 +254,14 @@ def with_logprobs(model: SpeechModel, rollout: Rollout, draw: random.Random) -> 
 def first_questions(rollout: Rollout, num_questions: int) -> Rollout:
     count = sum(completion.question < num_questions for completion in rollout.completions)
     return Rollout(
+        questions=rollout.questions[:num_questions],
         prompts=rollout.prompts[:count],
         written=rollout.written[:num_questions],
         spoken=[],
         completions=rollout.completions[:count],
         completion_rewards={name: values_N[:count] for name, values_N in rollout.completion_rewards.items()},
         references=rollout.references[:count],
-        behaviour=completed(rollout.behaviour.result()[:count]),
+        late={"behaviour": completed(rollout.late["behaviour"].of(range(count)))},
         groups_N=rollout.groups_N[:count],
     )
 

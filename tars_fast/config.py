@@ -6,9 +6,13 @@ Loads neither torch nor transformers, so that `--help` is there at once.
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import tyro
 
 from tars_fast.models.architecture import Architecture, check_layers
 from tars_fast.models.memory import Workload, assumed_longest_prompt
@@ -78,6 +82,48 @@ def parse_objective(text: str) -> Objective:
             raise UserError(f"--objective {text}: {other} is in it already; leave one of them out")
     parts = [dataclasses.asdict(OBJECTIVES[name]) for name in names]
     return Objective(**{field: any(part[field] for part in parts) for field in parts[0]})
+
+
+BUILT_IN_REWARDS = ("judge", "exact", "numeric", "overlong", "pattern")
+"""What `--reward` may name beside functions."""
+
+
+@dataclass(frozen=True)
+class RewardName:
+    """A value of `--reward`."""
+
+    source: str
+    """`module:function`, `FILE.py:function`, or one of `BUILT_IN_REWARDS`."""
+    weight: float
+
+    @property
+    def name(self) -> str:
+        """What messages and metrics call it: the function's name."""
+        return self.source.rpartition(":")[2]
+
+
+def parse_reward(text: str) -> RewardName:
+    """The reward that `module:function=0.5` and the like name.
+
+    Raises:
+        UserError: it names neither a function nor a built-in reward, or has a weight that is no finite number.
+    """
+    source, _, weight = text.rpartition("=")
+    if not source or ":" in weight:
+        source, weight = text, "1"
+    module, _, function = source.rpartition(":")
+    if source not in BUILT_IN_REWARDS and not (module and function.isidentifier()):
+        raise UserError(
+            f"--reward {text}: names no reward; give module:function, FILE.py:function or one of "
+            f"{', '.join(BUILT_IN_REWARDS)}, with =WEIGHT behind it where that is not 1"
+        )
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"--reward {text}: {weight!r} is no weight; give a finite number, 0 to log the reward only")
+    return RewardName(source, number)
 
 
 @dataclass(frozen=True)
@@ -165,6 +211,33 @@ class TrainConfig:
     training on completions that it wrote, in nats a token. 0: never."""
     max_written_kl: float = 1.0
     """Training stops where that KL is larger."""
+    accuracy_weight: float = 1.0
+    """Weight of R_acc, whether the answer is right."""
+    format_weight: float = 0.5
+    """Weight of R_fmt, whether the completion is written as asked."""
+    reward: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A reward of one's own beside these, module:function or ./FILE.py:function, with its weight behind it where that is not 1,
+    as in ./mine.py:brief=0.5; 0 logs it only. Or a built-in one: judge, exact, numeric, overlong, pattern. May be given several
+    times."""
+    reward_concurrency: int = 16
+    """Calls of async rewards that are under way at the same time."""
+    reward_timeout: float = 60.0
+    """Seconds that a call of an async reward may take."""
+    judge_url: str | None = None
+    """Of --reward judge: where a model grades answers, any OpenAI-compatible address, as http://localhost:8000/v1."""
+    judge_model: str | None = None
+    """That model's name there. None: the first that is listed."""
+    judge_template: Path | None = None
+    """A jinja2 file of what it is told, from question, answer and scale. None: a plain request for a mark."""
+    judge_scale: float = 10.0
+    """The best mark it may give, 0 being the worst; the reward is from 0 to 1."""
+    numeric_tolerance: float = 1e-6
+    """Of --reward numeric: how far a number may be from the right one, as a part of it (0.01: a hundredth)."""
+    overlong_tokens: int | None = None
+    """Of --reward overlong: the last tokens before --max-new-tokens, over which the reward falls from 0 to -1 (DAPO). None: a
+    fifth of it."""
+    reward_pattern: str | None = None
+    """Of --reward pattern: a regular expression that earns 1 where it is found."""
     representation_weight: float = 1.0
     """Weight of R_rep, agreement of hidden states (the paper's alpha). 0 together with the next is plain GRPO."""
     representation_layers: str = "all"
@@ -180,6 +253,13 @@ class TrainConfig:
     reward_scaling: Literal["none", "z-score", "rank"] = "none"
     """What becomes of each term of the reward within its group before they are added up: z-score, over its deviation; rank, its
     rank from 0 to 1. Then a term counts by its weight, however little it spreads. none: the paper's."""
+    advantage: Literal["centred", "standardised", "leave-one-out", "rank"] = "centred"
+    """What an advantage is: centred, the reward less its group's mean (the paper's, Dr. GRPO); standardised, that over the
+    group's deviation (GRPO); leave-one-out, less the mean of the others (RLOO); rank, the rank within the group, from -1/2 to
+    1/2."""
+    centre_within: Literal["question-and-modality", "question"] = "question-and-modality"
+    """Which completions are such a group: those of a question from the same kind of prompt (the paper's), or all of a question,
+    spoken and written together."""
     loss_type: Literal["dapo", "grpo", "dr_grpo", "luspo", "gspo", "cispo", "sapo", "vespo", "gmpo"] = "dapo"
     """Policy loss and what it is divided by, by its name in the literature; dapo is the paper's. docs/policy-losses.md has all
     of them. dr_grpo divides by completions x --max-new-tokens."""
@@ -284,7 +364,7 @@ class TrainConfig:
     """Type of weights. auto: bfloat16 for LoRA on CUDA, else float32. In bfloat16 full fine-tuning rounds stochastically."""
 
     def __post_init__(self) -> None:
-        as_paths(self, "output_dir", "audio_cache_dir")
+        as_paths(self, "output_dir", "audio_cache_dir", "judge_template")
         check_file_names(self, "model")
         check_repository(self.push_to_hub)
         check_choices(self)
@@ -292,8 +372,10 @@ class TrainConfig:
         positive += ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")
         positive += ("distil_weight", "text_anchor_weight", "max_written_kl", "keep_checkpoints")
         positive += ("max_grad_norm", "tokens_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
+        positive += ("reward_concurrency", "reward_timeout", "judge_scale", "overlong_tokens")
         check_numbers(self, positive=(*positive, "lora_alpha"))
         not_negative = ["representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples"]
+        not_negative += ("accuracy_weight", "format_weight", "numeric_tolerance")
         not_negative += ("watch_every", "audio_cache_gb", "kl_coef", "entropy_coef", "max_redraws")
         not_negative += ("eval_every", "early_stop", "sample_every")
         check_numbers(self, not_negative=(*not_negative, "seed"))
@@ -319,6 +401,7 @@ class TrainConfig:
             )
         self._check_objective()
         self._check_conditions()
+        self._check_rewards()
         if not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"--warmup-fraction {self.warmup_fraction}: must lie between 0 and 1")
 
@@ -348,9 +431,34 @@ class TrainConfig:
                 if not takes_effect and getattr(self, name) != getattr(TrainConfig, name):
                     raise UserError(f"{flag_of(name)} {getattr(self, name)}: has no effect without {needed}; leave it out")
 
+    def _check_rewards(self) -> None:
+        own = self.own_rewards
+        if own and not self.samples_text:
+            raise UserError(f"--reward {self.reward[0]}: --objective {self.objective} trains on no reward; add tars or grpo")
+        sources = [one.source for one in own]
+        if "judge" in sources and self.judge_url is None:
+            raise UserError("--reward judge: needs --judge-url, the address of the model that grades")
+        if self.judge_url is not None and not self.judge_url.startswith(("http://", "https://")):
+            raise UserError(f"--judge-url {self.judge_url}: is no address; give one like http://localhost:8000/v1")
+        if "pattern" in sources:
+            if self.reward_pattern is None:
+                raise UserError("--reward pattern: needs --reward-pattern, a regular expression")
+            try:
+                re.compile(self.reward_pattern)
+            except re.error as error:
+                raise UserError(f"--reward-pattern {self.reward_pattern}: is no regular expression ({error})") from error
+        base = self.accuracy_weight or self.format_weight
+        alignment = self.parts.uses_alignment and (self.representation_weight or self.behaviour_weight)
+        if self.trains_on_base and not (base or alignment or any(one.weight for one in own) or self.parts.uses_agreement):
+            raise UserError(
+                f"--accuracy-weight {self.accuracy_weight}: no reward with a weight is left; give one of them a weight, or add "
+                "--reward"
+            )
+
     def _conditions(self) -> list[tuple[tuple[str, ...], bool, str]]:
         """(settings, whether they take effect, what they need)."""
         parts = self.parts
+        sources = [one.source for one in self.own_rewards]
         distilling = ("teacher", "distil_weight", "distil_schedule", "distil_as", "watch_every", "max_written_kl")
         clipped = ("loss_type", "clip_low", "clip_high", "importance_cap", "importance_mode", "importance_level")
         policy = (*clipped, "kl_coef", "entropy_coef")
@@ -364,6 +472,13 @@ class TrainConfig:
             (("representation_layers", "representation_centre"), self.samples_text, "written completions, as of tars or grpo"),
             (("reward_scaling",), self.samples_text, "a reward, as of tars, grpo or cord"),
             (policy, self.has_policy_loss, "a policy loss, as of tars, grpo or --distil-as advantage"),
+            (("accuracy_weight", "format_weight"), self.trains_on_base, "a reward for answers, as of tars or grpo"),
+            (("advantage", "centre_within"), self.samples_text, "a reward, as of tars, grpo or cord"),
+            (("judge_url", "judge_model", "judge_template", "judge_scale"), "judge" in sources, "--reward judge"),
+            (("numeric_tolerance",), "numeric" in sources, "--reward numeric"),
+            (("overlong_tokens",), "overlong" in sources, "--reward overlong"),
+            (("reward_pattern",), "pattern" in sources, "--reward pattern"),
+            (("reward_concurrency", "reward_timeout"), bool(sources), "--reward"),
             (("select_floor",), self.select != "all", "--select gap, disagreement or kl"),
             (("validation_data", "keep_best"), self.eval_every > 0, "--eval-every"),
             (("keep_best",), self.eval_samples > 0 or "sampled" not in str(self.keep_best), "--eval-samples 1 or more"),
@@ -374,6 +489,11 @@ class TrainConfig:
     def parts(self) -> Objective:
         """What `--objective` names."""
         return parse_objective(self.objective)
+
+    @property
+    def own_rewards(self) -> list[RewardName]:
+        """What `--reward` names. Raises UserError."""
+        return [parse_reward(text) for text in self.reward]
 
     @property
     def samples_text(self) -> bool:
@@ -391,9 +511,14 @@ class TrainConfig:
         return self.samples_text or (self.parts.distils and self.distil_as != "loss")
 
     @property
-    def needs_answers(self) -> bool:
-        """Whether completions are graded for a reward that is trained on."""
+    def trains_on_base(self) -> bool:
+        """Whether R_base is trained on."""
         return self.parts.uses_rewards or self.text_anchor == "rollouts"
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether items need an answer that a rule can grade, because no other reward is there for them."""
+        return self.trains_on_base and not any(one.weight for one in self.own_rewards)
 
     @property
     def steps_between_looks(self) -> int:
@@ -505,7 +630,7 @@ class TrainConfig:
         values = dataclasses.asdict(self)
         # As JSON has them, so that they equal what is read again.
         values |= {name: str(value) for name, value in values.items() if isinstance(value, Path)}
-        return values | {"disjoint_from": list(self.disjoint_from), "log": list(self.log)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,7 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt, hub: HubRepository | 
     """
     config, learner, workers = run.config, run.learner, run.workers
     history: deque[dict[str, float]] = deque(maxlen=LOOKED_BACK)
-    loader = RolloutLoader(run.model, run.engine, run.text_similarity, run.selection, config, workers)
+    loader = RolloutLoader(run.model, run.engine, learner.rewards, run.selection, config, workers)
     with loader, profiled(run) as step_done:
         for step in range(run.num_completed, config.num_steps):
             if run.best.is_over:
@@ -163,7 +163,7 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt, hub: HubRepository | 
             history.append(metrics)
             log.step(metrics)
             if scored is not None and config.sample_every and (step + 1) % config.sample_every == 0:
-                log.samples(choose_samples(scored, run.questions, step + 1), run.questions)
+                log.samples(choose_samples(scored, step + 1), scored.rollout.questions)
             if validated:
                 show_validation(run, log, metrics)
             check_written(metrics, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -42,6 +43,39 @@ class Recording(Protocol):
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A turn of the conversation before a question."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    """As the written prompt has it, and the spoken one where there are no recordings."""
+    recordings: tuple[Recording, ...] = ()
+    """What the spoken prompt has in the place of the text, in order; of a user's turn only."""
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How completions write their answer, and how it is read back; see `tars_fast.learning.rewards.answers`."""
+
+    name: str
+    """`think`, `plain`, or the file that it comes from."""
+    instruction: str
+    """What a prompt says of it, in words."""
+    answer: str = ""
+    """Of a file: regular expression of which a group `answer` is the answer; of several matches the last counts."""
+    whole: str = ""
+    """Of a file: regular expression that a whole completion in this format matches, behind R_fmt."""
+
+
+THINK = AnswerFormat(
+    "think",
+    "The assistant first thinks about the question and then gives the answer. The reasoning stands in <think> </think>, the "
+    "answer in <answer> </answer> as: The answer is [ANSWER].",
+)
+"""The paper's: the reasoning in `<think>`, the answer as `The answer is X` in `<answer>`."""
+
+
+@dataclass(frozen=True)
 class Question:
     """One item: the same question written and, where `audio` is set, spoken."""
 
@@ -59,15 +93,54 @@ class Question:
     """What the recording says, where that is known."""
     same_as_answer: tuple[str, ...] = ()
     """Other choices under which the question shows the answer's own text, as some published ones do."""
+    answer_text: tuple[str, ...] = ()
+    """Of a question without choices: the accepted answers in words, the first of which is the reference."""
+    answer_number: float | None = None
+    """Of a question without choices: the answer as a number."""
+    rubric: str = ""
+    """What a judge is to grade a completion by, in words."""
+    turns: tuple[Turn, ...] = ()
+    """The conversation before the question, in order."""
+    about_audio: bool = False
+    """The recording is what the question is about, not the question spoken: the spoken prompt has the question behind it."""
+    answer_format: AnswerFormat = THINK
+    """How its completions write their answer."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether completions answer in their own words or with a number: there are no choices."""
+        return not self.choices
 
     @property
     def has_answer(self) -> bool:
-        """Whether completions can be graded. Other items, also plain transcripts, are for objectives without such a reward."""
-        return bool(self.answer)
+        """Whether a rule can grade completions: there is a right choice, an accepted text or a number; a rubric is for a judge.
 
-    def is_right(self, choice: str | None) -> bool:
-        """Whether a completion that names `choice` is right; None: it names none."""
-        return choice == self.answer or choice in self.same_as_answer
+        Other items, also plain transcripts, are for objectives without such a reward.
+        """
+        return bool(self.answer or self.answer_text) or self.answer_number is not None
+
+    @property
+    def reference(self) -> str:
+        """The right answer in words, as a judge is told it; empty where none is known."""
+        number = "" if self.answer_number is None else f"{self.answer_number:.15g}"
+        return self.answer or next(iter(self.answer_text), number)
+
+    def is_right(self, answer: str | None) -> bool:
+        """Whether a completion that states `answer` is right, as `answers.read_answer` reads it; None: it states none.
+
+        Of an open question that is one of `answer_text` in its own spelling, or a number that differs from `answer_number` by a
+        millionth of it at most.
+        """
+        if answer is None or not self.has_answer:
+            return False
+        if answer == self.answer or answer in self.same_as_answer or answer in self.answer_text:
+            return True
+        try:
+            return self.answer_number is not None and math.isclose(
+                float(answer), self.answer_number, rel_tol=1e-6, abs_tol=1e-9
+            )
+        except ValueError:
+            return False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.batch import Rollout, RolloutCollector, prepare_batch
-from tars_fast.learning.rewards.behaviour import HashedNgrams
+from tars_fast.learning.rewards.total import Rewards
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import ALONE, Workers
@@ -34,7 +34,7 @@ def rollout_of(
     engine = engine or TransformersEngine(model, config.rollout_batch_size)
     batch = prepare_batch(model, questions)
     with ThreadPoolExecutor(2) as background:
-        collector = RolloutCollector(model, engine, HashedNgrams(), config, background, workers)
+        collector = RolloutCollector(model, engine, Rewards(config), config, background, workers)
         rollout, left_out = collector.collect(batch, step, PhaseTimer(model.device))
     assert not left_out
     return rollout

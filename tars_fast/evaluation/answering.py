@@ -14,7 +14,7 @@ from tars_kernels import LayerPooler, pooled_similarity
 from tars_fast.data.transcription import word_error_rate
 from tars_fast.evaluation.results import Answered, Evaluated, ItemResult, Transcribed
 from tars_fast.evaluation.scorers import ScorerError, read_completion
-from tars_fast.learning.rewards.accuracy import accuracy
+from tars_fast.learning.rewards.answers import read_answer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, finite_similarities
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.memory import EVALUATION_TOKENS
@@ -202,7 +202,7 @@ class Evaluator:
             if samples is None:
                 return Answered(completion.text, completion.truncated, readings, None)
             own = samples[modality][number * settings.num_samples : (number + 1) * settings.num_samples]
-            correct = torch.tensor([accuracy(sample, question) for sample in own])
+            correct = torch.tensor([float(question.is_right(read_answer(sample.text, question))) for sample in own])
             return Answered(completion.text, completion.truncated, readings, correct.mean().item())
 
         def evaluated(number: int) -> Evaluated | ScorerError:

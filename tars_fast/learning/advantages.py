@@ -1,4 +1,4 @@
-"""Advantages: rewards centred within (question, modality), without division by the deviation (Dr. GRPO).
+"""Advantages: rewards centred within (question, modality), without division by the deviation (Dr. GRPO); others are settings.
 
 Shapes: N completions, G groups.
 """
@@ -38,6 +38,33 @@ def centred_advantages(rewards_N: Tensor, groups_N: Tensor) -> Tensor:
     """
     exact = rewards_N.double()
     return (exact - group_means(exact, groups_N)[groups_N]).to(rewards_N.dtype)
+
+
+def with_group_means(values_N: Tensor, groups_N: Tensor) -> Tensor:
+    """[N] values with the mean of their group's other ones in the place of NaN: there they make no difference; 0 where a whole
+    group is NaN."""
+    known_N = ~values_N.isnan()
+    if known_N.all():
+        return values_N
+    num_groups = int(groups_N.max()) + 1
+    sums = torch.zeros(num_groups, dtype=torch.double).index_add_(0, groups_N, values_N.double().nan_to_num(0.0))
+    counts = torch.bincount(groups_N[known_N], minlength=num_groups).clamp(min=1)
+    return values_N.where(known_N, (sums / counts)[groups_N].to(values_N.dtype))
+
+
+def advantages_of(rewards_N: Tensor, groups_N: Tensor, kind: str) -> Tensor:
+    """[N] what each completion's reward is worth beside its group's others.
+
+    Args:
+        kind: centred, `r - mean`; standardised, over the group's population deviation (GRPO, arXiv 2402.03300; TRL and verl
+            take the sample deviation, which is larger by sqrt(n / (n - 1))); leave-one-out, `r - mean of the others` (RLOO,
+            arXiv 2402.14740); rank, the rank from 0 to 1 less the ranks' mean.
+    """
+    if kind == "leave-one-out":
+        sizes = torch.bincount(groups_N)[groups_N]
+        return centred_advantages(rewards_N, groups_N) * (sizes / (sizes - 1).clamp(min=1)).to(rewards_N.dtype)
+    scaling = {"centred": "none", "standardised": "z-score", "rank": "rank"}[kind]
+    return centred_advantages(scaled_in_groups(rewards_N, groups_N, scaling), groups_N)
 
 
 def scaled_in_groups(values_N: Tensor, groups_N: Tensor, scaling: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Steps 1 and 2: one batch of completions, sampled from the current policy, and what is known of its rewards before the update.
 
-Answers are read in threads while other completions are still sampled; R_beh is computed in a thread while the trainer's forward
-pass begins. R_rep needs hidden states, which only that forward pass has.
+Answers are read in threads while other completions are still sampled; R_beh and async rewards are computed in threads while the
+trainer's forward pass begins. R_rep needs hidden states, which only that forward pass has.
 
 Shapes: N completions of a batch, ordered by question.
 """
@@ -12,17 +12,17 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.advantages import group_indices
-from tars_fast.learning.rewards.agreement import agreement_rewards
-from tars_fast.learning.rewards.behaviour import TextSimilarity, behaviour_rewards
+from tars_fast.learning.rewards.inputs import RewardInput, reward_inputs
 from tars_fast.learning.rewards.references import choose_references
-from tars_fast.learning.rewards.total import completion_rewards, reward_weights
+from tars_fast.learning.rewards.reward import LateValues, reward_values
+from tars_fast.learning.rewards.total import Rewards, completion_rewards
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.speech_model import PreparedPrompt, SpeechModel
 from tars_fast.rollout.encode import encode_speech, prepare_speech
@@ -55,6 +55,8 @@ class Outcome:
 class Rollout:
     """One batch of completions with all that is known before the forward pass."""
 
+    questions: list[Question]
+    """`Completion.question` counts them."""
     prompts: list[Prompt]
     """[N] the prompt of each completion."""
     written: list[Prompt]
@@ -63,11 +65,11 @@ class Rollout:
     """The spoken prompt of each question, where the audio tower is trained and encodes it again; else empty."""
     completions: list[Completion]
     completion_rewards: dict[str, Tensor]
-    """[N] by name in `COMPLETION_REWARDS`, NaN without an answer, and `agreement` where the objective asks for it."""
+    """[N] by name those that are known before the forward pass, NaN where they do not apply."""
     references: list[int | None]
     """[N] the text completion that a speech completion is compared with."""
-    behaviour: Future[Tensor]
-    """R_beh [N], which may still be computed."""
+    late: dict[str, LateValues]
+    """[N] by name those that may still be computed, R_beh among them."""
     groups_N: Tensor
     """int64 number of the (question, modality) group."""
     staleness: int = 0
@@ -80,19 +82,10 @@ class Rollout:
         """Unmasked completion tokens of the whole batch; truncated completions are masked out of the loss."""
         return sum(len(completion.token_ids) for completion in self.completions if not completion.truncated)
 
-    def __getstate__(self) -> dict[str, object]:
-        # A future cannot be sent to another process; its result can.
-        return vars(self) | {"behaviour": self.behaviour.result()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state | {"behaviour": completed(state["behaviour"])})
-
-
-def completed(value: Tensor) -> Future[Tensor]:
-    """An already completed Future."""
-    future: Future[Tensor] = Future()
-    future.set_result(value)
-    return future
+    @cached_property
+    def reward_inputs(self) -> list[RewardInput]:
+        """[N] what reward functions get of the completions."""
+        return reward_inputs(self.completions, self.questions, self.references)
 
 
 @dataclass(frozen=True)
@@ -142,7 +135,7 @@ class SampledGroup:
     prompt: Prompt
     completions: list[Completion]
     rewards: dict[str, Tensor]
-    """[completions] by name in `COMPLETION_REWARDS`."""
+    """[completions] of `completion_rewards`."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +168,7 @@ class RolloutCollector:
 
     model: SpeechModel
     engine: RolloutEngine
-    text_similarity: TextSimilarity
+    rewards: Rewards
     config: RunConfig
     background: ThreadPoolExecutor
     """Threads for what needs no device."""
@@ -218,7 +211,6 @@ class RolloutCollector:
     def _rollout(
         self, kept: Sequence[SampledQuestion], dropped: Sequence[SampledQuestion], step: int, timer: PhaseTimer
     ) -> Rollout:
-        config = self.config
         with timer.phase("reward"):
             completions = [
                 replace(completion, question=number)
@@ -228,19 +220,20 @@ class RolloutCollector:
             ]
             groups = [group for question in kept for group in question.groups]
             rewards = {name: torch.cat([group.rewards[name] for group in groups]) for name in groups[0].rewards}
-            if config.parts.uses_agreement:
-                rewards["agreement"] = agreement_rewards(completions, [question.question for question in kept])
             references = choose_references(completions, rewards["accuracy"], self._random(step))
-            compared = references if "behaviour" in reward_weights(config) else [None] * len(completions)
-            behaviour = self.background.submit(behaviour_rewards, completions, compared, self.text_similarity)
+            inputs = reward_inputs(completions, [question.question for question in kept], references)
+            # Those first that take long.
+            late = {one.name: self.rewards.begin(one, inputs, self.background) for one in self.rewards.in_background}
+            rewards |= {reward.name: reward_values(reward, inputs) for reward in self.rewards.known}
         return Rollout(
+            questions=[question.question for question in kept],
             prompts=[group.prompt for group in groups for _ in group.completions],
             written=[question.written for question in kept],
             spoken=[question.spoken for question in kept] if self.model.audio_is_trained else [],
             completions=completions,
             completion_rewards=rewards,
             references=references,
-            behaviour=behaviour,
+            late=late,
             groups_N=group_indices([c.question for c in completions], [c.modality for c in completions]),
             outcomes=[question.outcome() for question in (*kept, *dropped)],
         )

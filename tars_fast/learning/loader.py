@@ -16,7 +16,7 @@ import torch
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.batch import PreparedBatch, Rollout, RolloutCollector, UnusableBatchError, prepare_batch
-from tars_fast.learning.rewards.behaviour import TextSimilarity
+from tars_fast.learning.rewards.total import Rewards
 from tars_fast.learning.selection import Selection
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.speech_model import SpeechModel
@@ -71,7 +71,7 @@ class RolloutLoader(AbstractContextManager[Any]):
         self,
         model: SpeechModel,
         engine: RolloutEngine,
-        text_similarity: TextSimilarity,
+        rewards: Rewards,
         selection: Selection,
         config: RunConfig,
         workers: Workers = ALONE,
@@ -88,7 +88,7 @@ class RolloutLoader(AbstractContextManager[Any]):
         self._threads = ExitStack()
         self._background = self._threads.enter_context(background_threads(2))
         self._sampler = self._threads.enter_context(ThreadPoolExecutor(1, "sampler"))
-        self._collector = RolloutCollector(model, engine, text_similarity, config, self._background, workers)
+        self._collector = RolloutCollector(model, engine, rewards, config, self._background, workers)
 
     def __exit__(self, *_exception: object) -> None:
         futures: list[Future[Any]] = [*self._prepared.values(), *self._sampled.values()]

@@ -5,7 +5,6 @@ Shapes: N completions, G groups.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,21 +13,16 @@ from tars_kernels import PolicyLoss
 from torch import Tensor
 
 from tars_fast.config import RunConfig
-from tars_fast.learning.advantages import disagreeing_groups, group_means
-from tars_fast.learning.rewards.total import ALIGNMENT_REWARDS, COMPLETION_REWARDS, CompletionReward
+from tars_fast.learning.advantages import centred_advantages, disagreeing_groups, group_means
 from tars_fast.learning.scored import ScoredRollout
-from tars_fast.types import Modality, TrainingError, UserError
+from tars_fast.types import Modality, TrainingError
 
 MAX_LOGPROB_DIFF = {torch.float32: 0.01, torch.bfloat16: 0.1}
 """Default of --max-logprob-diff: far above rounding (about 1e-7 and 4e-3 nats here), below what a different policy makes."""
-
-
-RESERVED_NAMES = {
-    *("reward", "length", "truncated", "is_speech", "without_reference", "trained", "group", "staleness"),
-    *("entropy", "disagreeing", "without_backward", "agreement", "divergence", "sampled", "selection"),
-    *ALIGNMENT_REWARDS,
-}
-"""Names that a reward may not have, because another figure has them."""
+ALIGNMENT = ("representation", "behaviour")
+"""R_rep and R_beh, of spoken completions alone."""
+_NO_REWARDS = ("length", "truncated", "is_speech", "without_reference", "trained", "group", "centred", "staleness")
+"""Columns beside R and its terms."""
 MAX_EMPTY_STEPS = 3
 """Consecutive steps with every completion cut off, after which waiting longer is pointless."""
 LOOKED_BACK = 1000
@@ -138,40 +132,26 @@ def completion_columns(scored: ScoredRollout) -> dict[str, Tensor]:
         "without_reference": torch.tensor([float(reference is None) for reference in rollout.references]),
         "trained": scored.trained_N.float(),
         "group": rollout.groups_N,
+        "centred": scored.centred_N,
         "staleness": torch.full((len(rollout.completions),), float(rollout.staleness)),
     }
     return scored.terms | columns
 
 
-def check_rewards() -> None:
-    """Raises UserError where an added reward is of a wrong type, or has a name that a figure of metrics.jsonl has already."""
-    for name, reward in COMPLETION_REWARDS.items():
-        if not isinstance(name, str) or not isinstance(reward, CompletionReward) or not callable(reward.function):
-            raise UserError(
-                f"COMPLETION_REWARDS: {name!r:.60} is {reward!r:.60}; give a name, and CompletionReward(function, weight)"
-            )
-        if isinstance(reward.weight, bool) or not isinstance(reward.weight, int | float) or not math.isfinite(reward.weight):
-            raise UserError(f"COMPLETION_REWARDS: {name!r} has a weight of {reward.weight!r:.60}; give a finite number")
-    taken = sorted(COMPLETION_REWARDS.keys() & RESERVED_NAMES)
-    if taken:
-        raise UserError(f"COMPLETION_REWARDS: {taken[0]!r} is the name of another metric; call the reward something else")
-
-
 def completion_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     """Completion-level metrics by modality, from the `completion_columns` of every process.
 
-    Means of rewards are over completions whose question has an answer; there is no such figure where there are none.
+    Means of rewards are over completions that they apply to; there is no such figure where there are none.
     """
     first_group = 0
     shifted = []
     for part in parts:
         # Every process counts its groups from 0.
-        shifted.append(part | {"group": part["group"] + first_group})
+        shifted.append(part | {name: part[name] + first_group for name in ("group", "centred")})
         first_group += int(part["group"].max()) + 1
     columns = {name: torch.cat([part[name] for part in shifted]) for name in parts[0]}
     groups_N, is_speech_N = columns["group"], columns["is_speech"]
     is_graded_N, is_rewarded_N = ~columns["accuracy"].isnan(), ~columns["reward"].isnan()
-    alignment = {name: columns.pop(name) for name in (*ALIGNMENT_REWARDS, "without_reference")}
     modalities = [
         (m, chosen_N) for m, chosen_N in ((Modality.SPEECH, is_speech_N), (Modality.TEXT, ~is_speech_N)) if chosen_N.any()
     ]
@@ -180,7 +160,7 @@ def completion_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for modality, chosen_N in modalities:
         for name in columns:
-            if name in ("trained", "group", "is_speech", "staleness"):
+            if name in ("trained", "group", "centred", "is_speech", "staleness", "without_reference", *ALIGNMENT):
                 continue
             known_N = chosen_N & ~columns[name].isnan()
             if known_N.any():
@@ -191,12 +171,30 @@ def completion_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         metrics[f"without_backward/{modality}"] = 1.0 - trained_G[groups_N[chosen_N].unique()].mean().item()
     compared_N = is_speech_N & is_graded_N
     if not is_speech_N.all() and compared_N.any():
-        for name, values_N in alignment.items():
-            metrics[f"reward/{name}"] = values_N[compared_N].mean().item()
+        for name in (*ALIGNMENT, "without_reference"):
+            if name in columns:
+                metrics[f"reward/{name}"] = columns[name][compared_N].mean().item()
     metrics["staleness"] = columns["staleness"].max().item()
     if is_rewarded_N.any():
-        disagreeing_G = disagreeing_groups(columns["reward"], groups_N)
-        metrics["disagreeing/any"] = disagreeing_G[groups_N[is_rewarded_N].unique()].float().mean().item()
+        centred_N = columns["centred"][is_rewarded_N].unique(return_inverse=True)[1]
+        disagreeing_G = disagreeing_groups(columns["reward"][is_rewarded_N], centred_N)
+        metrics["disagreeing/any"] = disagreeing_G.float().mean().item()
+    return metrics | _spread(columns, modalities)
+
+
+def _spread(columns: Mapping[str, Tensor], modalities: Sequence[tuple[Modality, Tensor]]) -> dict[str, float]:
+    """By reward and modality the mean over groups of its population deviation, and the share of completions that it does not
+    apply to."""
+    metrics = {}
+    for name, values_N in columns.items():
+        for modality, chosen_N in modalities if name not in _NO_REWARDS else ():
+            known_N = chosen_N & ~values_N.isnan()
+            metrics[f"not_applicable/{name}/{modality}"] = 1.0 - (known_N.sum() / chosen_N.sum()).item()
+            if not known_N.any():
+                continue
+            groups_N = columns["group"][known_N].unique(return_inverse=True)[1]
+            squares_N = centred_advantages(values_N[known_N], groups_N).double().square()
+            metrics[f"deviation/{name}/{modality}"] = group_means(squares_N, groups_N).sqrt().mean().item()
     return metrics
 
 

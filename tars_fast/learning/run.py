@@ -12,9 +12,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import UsableItem, bundled_name, load_questions, or_bundled, read_items, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
 from tars_fast.learning.best import BestStep
-from tars_fast.learning.metrics import check_rewards
 from tars_fast.learning.objectives.references import References
 from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.optimizer import make_optimizer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
-from tars_fast.learning.rewards.total import reward_weights
+from tars_fast.learning.rewards.total import Rewards, load_own_rewards, reward_weights
+from tars_fast.learning.rewards.trial import try_rewards
 from tars_fast.learning.selection import Selection, check_selection
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import Workers, locked_by_first
@@ -113,11 +112,6 @@ class Run:
     def workers(self) -> Workers:
         return self.learner.workers
 
-    @cached_property
-    def questions(self) -> dict[str, Question]:
-        """The training items by id."""
-        return {question.id: question for question in self.data.training}
-
     @property
     def evaluation_name(self) -> str:
         """What the evaluation items are called in predictions and reports."""
@@ -166,7 +160,6 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
             another process writes into, a checkpoint that cannot be read, a disk without room for the checkpoints.
         TrainingError: memory ran out.
     """
-    check_rewards()
     preset = config.as_preset(find_preset(config.model))
     output_dir = config.output_dir or workers.gather(new_output_folder(config.model))[0]
     if preset.questions_per_step < workers.size:
@@ -246,9 +239,12 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         make_cache_folder(config.audio_cache_dir)
     if source != preset.source:
         check_architecture(Path(source), prompts)
-    with explain_out_of_memory("loading the model"), _explain_damage(resumed_from):
-        model, engine = load_model_and_engine(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
-    with closing(engine):
+    with ExitStack() as closed:
+        own_rewards = closed.enter_context(closing(load_own_rewards(run_config)))
+        try_rewards(own_rewards, data.held_out, prompts)
+        with explain_out_of_memory("loading the model"), _explain_damage(resumed_from):
+            model, engine = load_model_and_engine(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
+        closed.enter_context(closing(engine))
         if model.routing is not None:
             model.routing.set_replay(replays=config.router_replay)
         model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
@@ -256,8 +252,9 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         selection = Selection(data.training, run_config)
         best = BestStep(config.keep_best, config.early_stop)
         with _explain_damage(resumed_from):
-            targets = workload.adapted_layers
-            learner, num_completed, extra = make_learner(run_config, model, targets, resumed_from, workers)
+            prepare_model(run_config, model, workload.adapted_layers, resumed_from)
+            rewards = Rewards(run_config, text_similarity, own_rewards)
+            learner, num_completed, extra = make_learner(run_config, model, rewards, resumed_from, workers)
             if resumed_from is not None:
                 load_extra(extra, resumed_from, (learner, selection, best))
         if run_config.steps_between_looks and learner.watch is None:
@@ -316,20 +313,11 @@ def plan_run(config: TrainConfig) -> MemoryPlan:
     return plan_memory(config.workload(preset, architecture, engine_name, dtype.itemsize, on_gpu=on_gpu), total)
 
 
-def make_learner(
-    config: RunConfig,
-    model: SpeechModel,
-    lora_targets: Collection[str],
-    resumed_from: Path | None,
-    workers: Workers,
-) -> tuple[Learner, int, dict[str, Any]]:
-    """(learner, completed steps, what else the checkpoint holds, for `load_extra`); `resumed_from` is that checkpoint.
+def prepare_model(config: RunConfig, model: SpeechModel, lora_targets: Collection[str], resumed_from: Path | None) -> None:
+    """Make a model trainable, with the adapters of a checkpoint where it resumes from one.
 
     Args:
         lora_targets: see `make_trainable`.
-
-    Raises:
-        UserError: it does not fit, or the model before training, which the objective needs, cannot be loaded any more.
     """
     # Not earlier: starting vLLM seeds torch's generator with a number of its own.
     torch.manual_seed(config.seed)
@@ -343,9 +331,23 @@ def make_learner(
     )
     if resumed_from is not None and config.lora_rank:
         load_adapter_weights(model.module, model.family, resumed_from)
+
+
+def make_learner(
+    config: RunConfig,
+    model: SpeechModel,
+    rewards: Rewards,
+    resumed_from: Path | None,
+    workers: Workers,
+) -> tuple[Learner, int, dict[str, Any]]:
+    """(learner, completed steps, what else the checkpoint holds, for `load_extra`); `resumed_from` is that checkpoint.
+
+    Raises:
+        UserError: it does not fit, or the model before training, which the objective needs, cannot be loaded any more.
+    """
     optimizer = make_optimizer(model.trainable_parameters(), config.weight_decay, config.seed)
     references = References(model, config, is_resumed=resumed_from is not None)
-    learner = Learner(model, optimizer, config, workers, references)
+    learner = Learner(model, optimizer, config, workers, references, rewards)
     if resumed_from is None:
         return learner, 0, {}
     return learner, *load_trainer_state(resumed_from, optimizer)
@@ -533,8 +535,7 @@ def check_output(config: RunConfig, settings: Mapping[str, object], earlier: Map
     """Raises UserError where the folder holds another run, or with --resume one whose settings differ from `earlier` ones."""
     if earlier:
         # Runs of earlier versions did not write down what came later: it was then as the defaults are.
-        defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-        earlier = {**defaults, "objective": "tars", "rewards": settings["rewards"], **earlier}
+        earlier = {**TrainConfig().to_json(), "objective": "tars", "rewards": settings["rewards"], **earlier}
         changed = sorted(name for name in settings if name not in MAY_CHANGE_ON_RESUME and earlier.get(name) != settings[name])
         if changed:
             # Hashes help nobody, and follow from another setting where one changed.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ from tars_fast.learning.objectives.policy_gradient import PolicyGradient, logpro
 from tars_fast.learning.objectives.references import References
 from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.passes import Counts, ForwardPass, MicroBatch
-from tars_fast.learning.rewards.representation import RunningMeans, representation_rewards
-from tars_fast.learning.rewards.total import reward_weights
+from tars_fast.learning.rewards.inputs import reward_inputs
+from tars_fast.learning.rewards.representation import RunningMeans
+from tars_fast.learning.rewards.reward import reward_values
+from tars_fast.learning.rewards.total import Rewards
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.architecture import find_layers
@@ -73,6 +76,9 @@ class Learner:
     """All processes with rollouts of this step, whose gradients are summed."""
     made_references: InitVar[References | None] = None
     """None: they are made of the model as it is."""
+    made_rewards: InitVar[Rewards | None] = None
+    """None: those of `config`."""
+    rewards: Rewards = field(init=False)
     references: References = field(init=False)
     timer: PhaseTimer = field(init=False)
     counts: Counts = field(init=False, default=Counts(0, 0, 0))
@@ -80,19 +86,21 @@ class Learner:
     policy_gradient: PolicyGradient = field(init=False)
     distillation: Distillation | None = field(init=False, default=None)
     """None where the objective distils nothing."""
-    means: RunningMeans | None = field(init=False, default=None)
-    """None where R_rep compares states as they are."""
     watch: WrittenWatch | None = field(init=False, default=None)
     """None where nobody asks for it."""
 
-    def __post_init__(self, made_references: References | None) -> None:
+    def __post_init__(self, made_references: References | None, made_rewards: Rewards | None) -> None:
+        self.rewards = made_rewards or Rewards(self.config)
         self.timer = PhaseTimer(self.model.device)
         self.references = made_references or References(self.model, self.config)
         self.policy_gradient = PolicyGradient(self.model, self.config, self.references)
-        if self.config.representation_centre:
-            self.means = RunningMeans()
         if self.config.parts.distils:
             self.distillation = Distillation(self.model, self.config, self.references)
+
+    @property
+    def means(self) -> RunningMeans | None:
+        """None where R_rep compares states as they are."""
+        return self.rewards.means
 
     def extra(self) -> dict[str, object]:
         """What a checkpoint holds of it beside weights and optimiser."""
@@ -147,8 +155,7 @@ class Learner:
             config.parts.has_policy_gradient or (config.samples_text and completion.modality is Modality.TEXT)
             for completion in rollout.completions
         ]
-        weights, scaling = reward_weights(config), config.reward_scaling
-        return ScoredRollout(rollout, weights, torch.tensor(always), torch.tensor(rewarded), step, scaling)
+        return ScoredRollout(rollout, self.rewards, config, torch.tensor(always), torch.tensor(rewarded), step)
 
     def start_update(self, scored: ScoredRollout | None) -> None:
         """Forget the gradients of the last update."""
@@ -178,10 +185,9 @@ class Learner:
             rows = scored.rows_with_gradient(rows)
             return MicroBatch(None, self._forward(scored.rollout, rows, None) if rows else None)
         pooler = None
-        if self.config.samples_text:
+        if self.rewards.of_states:
             layers = self.model.language_model.layers
-            chosen = find_layers(self.config.representation_layers, len(layers))
-            pooler = LayerPooler(layers, self.model.language_model.norm, layers=chosen)
+            pooler = LayerPooler(layers, self.model.language_model.norm, layers=self._pooled_layers)
         closed, opened = ([row for row in rows if scored.may_have_gradient[row] is wanted] for wanted in (False, True))
         with torch.no_grad():
             without_gradient = self._forward(scored.rollout, closed, pooler) if closed else None
@@ -202,23 +208,42 @@ class Learner:
                 hidden_TD = model.forward(packed)
             return ForwardPass(rows, packed, hidden_TD, pooler.pooled)
 
+    @cached_property
+    def _pooled_layers(self) -> list[int]:
+        """Layers that any reward looks at, in order."""
+        return sorted({layer for reward in self.rewards.of_states for layer in self._find_layers(reward.layers)})
+
+    def _find_layers(self, given: str) -> range:
+        num_layers = len(self.model.language_model.layers)
+        return find_layers(given, num_layers) or range(num_layers)
+
+    def _chosen(self, pooled_LND: Tensor, given: str) -> Tensor:
+        """Of the pooled layers those that `given` names."""
+        wanted = self._find_layers(given)
+        places = [place for place, layer in enumerate(self._pooled_layers) if layer in wanted]
+        return pooled_LND if len(places) == len(pooled_LND) else pooled_LND[places]
+
     def complete_rewards(self, scored: ScoredRollout, batch: MicroBatch) -> None:
-        """Add R_rep, from the pooled states of whole questions; with it their rewards and advantages are known."""
+        """Add what comes of pooled states, of whole questions; with it their rewards and advantages are known."""
         with self.timer.phase("reward"), torch.no_grad():
             rows = [row for states in batch.passes for row in states.rows]
-            if not self.config.samples_text:
-                scored.record_rewards(rows, torch.zeros(len(rows)))
-                return
             places = {row: place for place, row in enumerate(rows)}
-            of_row = scored.rollout.references
+            rollout = scored.rollout
+            completions = [rollout.completions[row] for row in rows]
+            of_row = rollout.references
             references = [None if (reference := of_row[row]) is None else places[reference] for row in rows]
-            pooled_LND = torch.cat([states.pooled_LND for states in batch.passes if states.pooled_LND is not None], dim=1)
-            centre = None
-            if self.means is not None:
-                centre = None if self.means.means is None else self.means.means.to(pooled_LND.device)
-                modalities = [scored.rollout.completions[row].modality for row in rows]
-                self.means.add(pooled_LND, torch.tensor([modality is Modality.SPEECH for modality in modalities]))
-            scored.record_rewards(rows, representation_rewards(pooled_LND, references, centre).cpu())
+            pooled = [part.pooled_LND for part in batch.passes if part.pooled_LND is not None]
+            of_states = {}
+            if pooled:
+                pooled_LND = torch.cat(pooled, dim=1)
+                for reward in self.rewards.of_states:
+                    states = self._chosen(pooled_LND, reward.layers).unbind(1)
+                    inputs = reward_inputs(completions, rollout.questions, references, states)
+                    of_states[reward.name] = reward_values(reward, inputs)
+                if self.means is not None:
+                    is_speech_N = torch.tensor([one.modality is Modality.SPEECH for one in completions])
+                    self.means.add(self._chosen(pooled_LND, self.config.representation_layers), is_speech_N)
+            scored.record_rewards(rows, of_states)
 
     def backward(self, scored: ScoredRollout, batch: MicroBatch, teacher: TeacherStates | None = None) -> list[BackwardPass]:
         """Loss and backward pass of the completions that have a gradient; an empty list where none has one.

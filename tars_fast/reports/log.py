@@ -127,8 +127,12 @@ class RunLog:
             shown = [f"{title} {metrics[name]:.3f}" for title, name in _IN_ONE_LINE if name in metrics]
             self.say(f"step {metrics['step']}/{self._num_steps}  {'  '.join(shown)}  {metrics['seconds/step']:.1f} s")
 
-    def samples(self, lines: Iterable[Mapping[str, Any]], questions: Mapping[str, Question]) -> None:
-        """Record completions of a step, see `choose_samples`; `questions` as there. Raises CannotWriteError."""
+    def samples(self, lines: Iterable[Mapping[str, Any]], questions: Iterable[Question]) -> None:
+        """Record completions of a step, see `choose_samples`, and loggers the recordings of their questions.
+
+        Raises:
+            CannotWriteError: of samples.jsonl.
+        """
         if self._samples is not None and self._loggers is not None:
             chosen = list(lines)
             append(self._samples, "".join(json.dumps(line) + "\n" for line in chosen))

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,13 +229,14 @@ class Loggers:
         """See `Logger.step`."""
         self._each(lambda logger: logger.step(metrics))
 
-    def samples(self, lines: Sequence[Mapping[str, Any]], questions: Mapping[str, Question]) -> None:
+    def samples(self, lines: Sequence[Mapping[str, Any]], questions: Iterable[Question]) -> None:
         """Pass lines of samples.jsonl on, of one step, with the recordings of their questions."""
         if not self._loggers or not lines:
             return
         recordings, rows = {}, []
+        audio = {question.id: question.audio for question in questions}
         for line in lines:
-            recording = questions[line["id"]].audio
+            recording = audio[line["id"]]
             if recording is not None:
                 with suppress(UserError, OSError):
                     recordings[line["id"]] = decode(recording)

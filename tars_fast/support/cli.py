@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import math
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from tars_fast.support.command_line import flag_of as flag_of
@@ -161,18 +164,46 @@ def require_extra(extra: str) -> None:
 
 
 def load_function(flag: str, name: str) -> Callable[..., Any]:
-    """The function that `module:function`, the value of `flag`, names. Raises UserError where there is none."""
-    module, _, function = name.partition(":")
+    """The function that `module:function` or `FILE.py:function`, the value of `flag`, names.
+
+    Raises:
+        UserError: there is none.
+    """
+    module, _, function = name.rpartition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        found = getattr(_import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), function)
         if not callable(found):
             raise TypeError(f"{function} is {type(found).__name__}, no function")
         return found
     # Whatever the module raises while it is imported, or `sys.exit`.
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"{flag} {name}: {first_line(error)}; give module:function, of a module that Python finds from here"
+            f"{flag} {name}: {first_line(error)}; give module:function, of a module that Python finds from here, or "
+            "FILE.py:function"
         ) from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    """A Python file as a module, once; it may import what lies beside it."""
+    path = path.resolve()
+    name = f"tars_fast_file_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    # Last: a file that is called like a module of the standard library hides none.
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up there.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 MAX_NAME = 255

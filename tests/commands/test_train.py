@@ -573,7 +573,8 @@ def test_settings_of_a_run_leave_nothing_open(tmp_path):
     open_fields = {name for name, kind in get_type_hints(RunConfig).items() if type(None) in get_args(kind)}
     assert open_fields == {
         "data", "eval_data", "kv_cache_gb", "lora_targets", "max_logprob_diff", "audio_cache_dir", "eval_items",
-        "validation_data", "keep_best", "push_to_hub",
+        "validation_data", "keep_best", "push_to_hub", "judge_url", "judge_model", "judge_template", "overlong_tokens",
+        "reward_pattern",
     }  # fmt: skip
     assert {name for name, value in vars(run).items() if value is None} <= open_fields
     with pytest.raises(TypeError, match="output_dir"):

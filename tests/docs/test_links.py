@@ -28,6 +28,7 @@ ELSEWHERE = {
     **dict.fromkeys(TRL.split(), "TRL"),
     **dict.fromkeys(VERL.split(), "verl"),
     **dict.fromkeys(("Qwen2_5OmniThinkerForConditionalGeneration", "spk_dict.pt"), "transformers"),
+    "OPENAI_API_KEY": "OpenAI's client and those like it",
     "data/law-00000-of-00001.parquet": "a file that somebody may have",
 }
 """What is named and other projects have, and which."""

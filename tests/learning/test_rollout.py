@@ -21,7 +21,10 @@ from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import TRAINING_DATA
 from tars_fast.learning import batch, loader, run
 from tars_fast.learning.loader import RolloutLoader, background_threads
-from tars_fast.learning.rewards.behaviour import HashedNgrams, behaviour_rewards
+from tars_fast.learning.rewards.behaviour import Behaviour, HashedNgrams
+from tars_fast.learning.rewards.inputs import reward_inputs
+from tars_fast.learning.rewards.reward import Reward, reward_values
+from tars_fast.learning.rewards.total import Rewards
 from tars_fast.learning.selection import Selection, batch_of_step
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import ALONE
@@ -29,14 +32,14 @@ from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.timing import SETTINGS_BY_PHASE, PhaseTimer
 from tars_fast.train import command
-from tars_fast.types import Completion, Modality, TrainingError, UserError
+from tars_fast.types import Completion, Modality, Question, TrainingError, UserError
 
 CPU = torch.device("cpu")
 
 
 def loader_of(model: SpeechModel, questions, config: RunConfig, *, engine=None, text_similarity=None) -> RolloutLoader:
     engine = engine or TransformersEngine(model, config.rollout_batch_size, own_modules=bool(config.rollout_ahead))
-    return RolloutLoader(model, engine, text_similarity or HashedNgrams(), Selection(questions, config), config, ALONE)
+    return RolloutLoader(model, engine, Rewards(config, text_similarity), Selection(questions, config), config, ALONE)
 
 
 @pytest.fixture
@@ -63,8 +66,9 @@ def test_what_needs_no_device_runs_in_threads(model, questions, config, monkeypa
         monkeypatch.setattr(module, name, watched)
 
     watch(loader, "prepare_batch")
-    for name in ("decode_completions", "completion_rewards", "behaviour_rewards"):
+    for name in ("decode_completions", "completion_rewards"):
         watch(batch, name)
+    watch(Behaviour, "__call__")
     first_read, sampled_on = threading.Event(), []
 
     class SlowEngine(TransformersEngine):
@@ -86,11 +90,11 @@ def test_what_needs_no_device_runs_in_threads(model, questions, config, monkeypa
     monkeypatch.setattr(batch, "completion_rewards", read)
     with loader_of(model, questions, config, engine=SlowEngine(model, 4)) as rollouts:
         loaded = rollouts.next_batch(0, PhaseTimer(CPU))
-        loaded.rollout.behaviour.result()
+        loaded.rollout.late["behaviour"].of(range(4))
     assert {thread for _, thread in events} == {"background"}
     assert [name for name, _ in events].count("prepare_batch") == 2, "this step's batch and the next one's"
     assert [name for name, _ in events].count("decode_completions") == len(sampled_on) == 4
-    assert [name for name, _ in events].count("behaviour_rewards") == 1
+    assert [name for name, _ in events].count("__call__") == 1
 
 
 def test_threads_beside_the_trainer_take_one_core_each():
@@ -134,7 +138,8 @@ def test_each_distinct_completion_is_embedded_once():
     similarity._vectorizer.transform = lambda texts: embedded.append(list(texts)) or transform(texts)
     texts = ["one", "two", "one", "one", "two", "three"]
     completions = [Completion(0, Modality.SPEECH, (1,), (0.0,), text, truncated=False) for text in texts]
-    rewards = behaviour_rewards(completions, [4, 4, 4, None, None, 3], similarity)
+    inputs = reward_inputs(completions, [Question("a", "?")], [4, 4, 4, None, None, 3])
+    rewards = reward_values(Reward("behaviour", Behaviour(similarity)), inputs)
     assert [sorted(batch) for batch in embedded] == [["one", "three", "two"]]
     assert rewards[1] == pytest.approx(1.0)
 

@@ -18,7 +18,7 @@ from tars_fast.config import TrainConfig
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA
 from tars_fast.learning import selection as selection_module
 from tars_fast.learning.batch import Outcome, RolloutCollector, prepare_batch
-from tars_fast.learning.rewards.behaviour import HashedNgrams
+from tars_fast.learning.rewards.total import Rewards
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.selection import Selection, batch_of_step, check_selection, outcomes_of
 from tars_fast.rollout.transformers_engine import TransformersEngine
@@ -203,7 +203,7 @@ def test_unanimous_questions_give_way_to_others(model, questions, config, object
     assert 0 < len(kept) < 3, "else nothing would be shown"
     with ThreadPoolExecutor(2) as background:
         engine = TransformersEngine(model, config.rollout_batch_size)
-        collector = RolloutCollector(model, engine, HashedNgrams(), dataclasses.replace(config, max_redraws=2), background)
+        collector = RolloutCollector(model, engine, Rewards(config), dataclasses.replace(config, max_redraws=2), background)
         again, _ = collector.collect(prepare_batch(model, questions[:3]), 0, PhaseTimer(model.device), questions[3:])
     ids = [outcome.id for outcome in again.outcomes]
     assert [question.id for question in questions[:3] if questions.index(question) in kept] == ids[: len(kept)]
@@ -221,7 +221,7 @@ def test_unanimous_questions_give_way_to_others(model, questions, config, object
         spoken = [row for row, one in enumerate(again.completions) if (one.question, one.modality) == (number, Modality.SPEECH)]
         assert outcome.speech == again.completion_rewards["accuracy"][spoken].mean()
     flags_N = torch.ones(len(again.completions), dtype=torch.bool)
-    scored = ScoredRollout(again, {"accuracy": 1.0}, flags_N, flags_N)
+    scored = ScoredRollout(again, Rewards(config), config, flags_N, flags_N)
     scored.divergences = [
         torch.full((2,), float(one.question)) if one.modality is Modality.SPEECH else torch.empty(0)
         for one in again.completions

@@ -17,12 +17,14 @@ from tars_kernels.objective import PRESETS as LOSS_TYPES
 
 from tars_fast.config import TrainConfig
 from tars_fast.learning.advantages import centred_advantages, group_indices
-from tars_fast.learning.batch import Rollout, RolloutCollector, completed, prepare_batch
+from tars_fast.learning.batch import Rollout, RolloutCollector, prepare_batch
 from tars_fast.learning.metrics import completion_columns, completion_metrics
-from tars_fast.learning.rewards.behaviour import HashedNgrams, behaviour_rewards
+from tars_fast.learning.rewards.behaviour import Behaviour, HashedNgrams
+from tars_fast.learning.rewards.inputs import reward_inputs
 from tars_fast.learning.rewards.references import choose_references
-from tars_fast.learning.rewards.representation import representation_rewards
-from tars_fast.learning.rewards.total import COMPLETION_REWARDS, CompletionReward
+from tars_fast.learning.rewards.representation import Representation
+from tars_fast.learning.rewards.reward import Reward, completed, reward_values
+from tars_fast.learning.rewards.total import Rewards
 from tars_fast.learning.update import micro_batches
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.engine import Sampling
@@ -117,9 +119,9 @@ def test_truncated_completions_earn_no_alignment_and_poison_nothing(model, quest
     for index in cut:
         rollout.completions[index] = dataclasses.replace(rollout.completions[index], truncated=True, text="<think>five")
     rebuilt = choose_references(rollout.completions, rollout.completion_rewards["accuracy"], random.Random(0))
-    rollout = dataclasses.replace(
-        rollout, references=rebuilt, behaviour=completed(behaviour_rewards(rollout.completions, rebuilt, HashedNgrams()))
-    )
+    rollout = dataclasses.replace(rollout, references=rebuilt)
+    behaviour = Reward("behaviour", Behaviour(HashedNgrams()))
+    rollout.late["behaviour"] = completed(reward_values(behaviour, rollout.reward_inputs))
     scored, _ = update(model, rollout, config)
     assert torch.isfinite(scored.rewards_N).all()
     assert scored.terms["representation"][cut].tolist() == [0.0, 0.0] == scored.terms["behaviour"][cut].tolist()
@@ -155,13 +157,13 @@ def test_only_speech_earns_alignment(model, questions, config):
     rollout = rollout_of(model, questions[:4], config)
     scored, _ = update(model, rollout, config)
     is_text = torch.tensor([completion.modality is Modality.TEXT for completion in rollout.completions])
-    assert scored.terms["representation"][is_text].abs().max() == 0
-    assert scored.terms["behaviour"][is_text].abs().max() == 0
+    assert scored.terms["representation"][is_text].isnan().all()
+    assert scored.terms["behaviour"][is_text].isnan().all()
     torch.testing.assert_close(scored.rewards_N[is_text], base_rewards(rollout)[is_text])
     has_reference = torch.tensor([reference is not None for reference in rollout.references])
     assert has_reference.any()
     assert (scored.terms["representation"][has_reference] > 0.3).all()
-    expected = base_rewards(rollout) + scored.terms["representation"] + scored.terms["behaviour"]
+    expected = base_rewards(rollout) + (scored.terms["representation"] + scored.terms["behaviour"]).nan_to_num()
     torch.testing.assert_close(scored.rewards_N, expected)
 
 
@@ -508,14 +510,12 @@ def test_a_second_update_without_a_step_between_repeats_the_first(model, questio
     assert second == pytest.approx(first, abs=1e-5)
 
 
-def test_an_added_reward_trains_groups_whose_other_rewards_agree(model, questions, config, monkeypatch):
+def test_an_added_reward_trains_groups_whose_other_rewards_agree(model, questions, config, tmp_path):
     """Which groups have no gradient follows from the list of rewards, not from the built-in ones."""
-    config = dataclasses.replace(config, representation_weight=0.0, behaviour_weight=0.0, max_grad_norm=1e9)
-
-    def remainder(completion: Completion, question: Question) -> float:
-        return float(sum(completion.token_ids) % 5)
-
-    monkeypatch.setitem(COMPLETION_REWARDS, "remainder", CompletionReward(remainder, 2.0))
+    (tmp_path / "mine.py").write_text("def remainder(completions):\n    return [sum(c.token_ids) % 5 for c in completions]\n")
+    config = dataclasses.replace(
+        config, representation_weight=0.0, behaviour_weight=0.0, max_grad_norm=1e9, reward=(f"{tmp_path}/mine.py:remainder=2",)
+    )
     rollout = rollout_of(model, questions[:3], config)
     added = torch.tensor([float(sum(completion.token_ids) % 5) for completion in rollout.completions])
     # All answers earn the same, so only the added reward tells the completions of a group apart.
@@ -574,7 +574,7 @@ def test_trained_audio_tower_gets_its_gradient(make_model, questions, config, tm
     batch = prepare_batch(model, [questions[0], broken, *questions[2:4]])
     engine = TransformersEngine(model, config.rollout_batch_size)
     with ThreadPoolExecutor(2) as background:
-        collector = RolloutCollector(model, engine, HashedNgrams(), config, background)
+        collector = RolloutCollector(model, engine, Rewards(config), config, background)
         rollout, left_out = collector.collect(batch, 0, PhaseTimer(model.device))
     assert len(left_out) == 1
     scored, _ = update(model, rollout, config)
@@ -620,13 +620,17 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make_model, questions
     assert len(runs) == 3, (
         "each layer runs once for what has no gradient, once for the rest and once more for its backward pass"
     )
-    assert torch.equal(got.terms["representation"], expected.terms["representation"])
+    assert torch.equal(got.terms["representation"].nan_to_num(), expected.terms["representation"].nan_to_num())
     torch.testing.assert_close(gradients(recomputing), gradients(plain), atol=1e-7, rtol=1e-5)
     assert not any(module.training for module in recomputing.module.modules())
 
 
 def test_representation_reward_without_reference_is_zero():
     pooled = torch.randn(3, 4, 8)
-    rewards = representation_rewards(pooled, [None, 0, None, 0])
-    assert rewards[0] == rewards[2] == 0
+    modalities = [Modality.TEXT, *[Modality.SPEECH] * 3]
+    completions = [Completion(0, modality, (1,), (0.0,), "", truncated=False) for modality in modalities]
+    inputs = reward_inputs(completions, [Question("a", "?")], [None, 0, None, 0], pooled.unbind(1))
+    rewards = reward_values(Reward("representation", Representation("all")), inputs)
+    assert rewards[0].isnan()
+    assert rewards[2] == 0
     assert rewards[1] == pytest.approx(F.cosine_similarity(pooled[:, 1], pooled[:, 0], dim=-1).mean().item(), abs=1e-6)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from steps import rollout_of, update
 
 from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA
-from tars_fast.learning.batch import completed
 from tars_fast.learning.metrics import completion_columns, completion_metrics
+from tars_fast.learning.rewards.reward import completed
 from tars_fast.learning.workers import Workers
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -82,7 +82,10 @@ def test_gradient_and_metrics_of_two_processes_are_those_of_one(
     whole.written = first.written + second.written
     whole.completions = first.completions + [dataclasses.replace(one, question=one.question + 4) for one in second.completions]
     whole.references = first.references + [None if r is None else r + shift for r in second.references]
-    whole.behaviour = completed(torch.cat([one.behaviour.result() for one in rollouts]))
+    whole.late = {
+        "behaviour": completed(torch.cat([one.late["behaviour"].of(range(len(one.completions))) for one in rollouts]))
+    }
+    whole.questions = first.questions + second.questions
     whole.groups_N = torch.cat([first.groups_N, second.groups_N + first.groups_N.max() + 1])
     whole.completion_rewards = {
         name: torch.cat([one.completion_rewards[name] for one in rollouts]) for name in first.completion_rewards

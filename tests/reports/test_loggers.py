@@ -33,7 +33,7 @@ def log_a_step(folder: Path, *names: str, num_completed: int = 0) -> None:
     (folder / "config.json").write_text(json.dumps({"seed": 3}))
     with RunLog(folder, 10, num_completed, names) as log:
         log.write(METRICS)
-        log.samples(sample_lines(), QUESTIONS)
+        log.samples(sample_lines(), QUESTIONS.values())
 
 
 def test_tensorboard_has_curves_with_intervals_completions_and_recordings(tmp_path):
@@ -131,7 +131,7 @@ def test_a_logger_that_fails_costs_one_warning(tmp_path, monkeypatch, capsys, fa
     with RunLog(tmp_path, 10, 0, ("wandb", "tensorboard")) as log:
         for step in (1, 2):
             log.write(METRICS | {"step": step})
-            log.samples(sample_lines(), QUESTIONS)
+            log.samples(sample_lines(), QUESTIONS.values())
     said = capsys.readouterr().out
     assert said.count("warning: --log wandb: ") == 1
     assert "it is left out from here on" in said

@@ -9,7 +9,7 @@ import torch
 
 from tars_fast import train as train_command
 from tars_fast.learning import loader
-from tars_fast.learning.rewards.behaviour import HashedNgrams
+from tars_fast.learning.rewards.total import Rewards
 from tars_fast.learning.selection import Selection
 from tars_fast.learning.update import Learner
 from tars_fast.rollout.transformers_engine import TransformersEngine
@@ -52,7 +52,7 @@ def test_every_phase_of_a_step_has_a_remedy(model, questions, config):
     timer = PhaseTimer(CPU)
     engine = TransformersEngine(model, config.rollout_batch_size)
     config = dataclasses.replace(config, questions_per_step=2)
-    with loader.RolloutLoader(model, engine, HashedNgrams(), Selection(questions, config), config) as rollouts:
+    with loader.RolloutLoader(model, engine, Rewards(config), Selection(questions, config), config) as rollouts:
         sampled = rollouts.next_batch(0, timer).rollout
     learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=0.0), config)
     train_command.update_policy(learner, learner.begin_rollout(sampled))

@@ -1,39 +1,31 @@
 """Agreement of a spoken completion's answer with the written ones of the same question, which needs no reference answer.
 
 CORD (arXiv 2601.16547) judges agreement by a model; here an answer is one of the choices, and the most frequent written one
-counts. Shapes: N completions.
+counts.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from tars_fast.learning.rewards.answers import extract_answer
-from tars_fast.types import Completion, Modality, Question
+from tars_fast.learning.rewards.answers import read_answer
+from tars_fast.learning.rewards.inputs import RewardInput
+from tars_fast.types import Modality
 
 
-def agreement_rewards(completions: Sequence[Completion], questions: Sequence[Question]) -> Tensor:
-    """[N] 1 where a spoken completion names the choice that most written ones of its question name, else 0.
+def agreement(completions: list[RewardInput]) -> list[float]:
+    """1 where a spoken completion names the choice that most written ones of its question name, else 0.
 
     0 for written completions, where no written one names a choice, and where two choices are named equally often.
     """
-    named = [extract_answer(c.text, questions[c.question].choices) for c in completions]
-    votes: dict[int, Counter[str]] = {}
-    for completion, choice in zip(completions, named, strict=True):
-        if completion.modality is Modality.TEXT and choice is not None:
-            votes.setdefault(completion.question, Counter())[choice] += 1
-    winners = {}
-    for question, counter in votes.items():
-        (choice, most), *others = counter.most_common(2)
-        if not others or others[0][1] < most:
-            winners[question] = choice
-    return torch.tensor(
-        [
-            float(c.modality is Modality.SPEECH and choice is not None and winners.get(c.question) == choice)
-            for c, choice in zip(completions, named, strict=True)
-        ]
-    )
+    named = {one: read_answer(one.text, one.question) for one in completions}
+
+    def agrees(one: RewardInput) -> bool:
+        if one.modality is not Modality.SPEECH or named[one] is None:
+            return False
+        votes = Counter(named[other] for other in one.others if other.modality is Modality.TEXT)
+        del votes[None]
+        ranked = votes.most_common(2)
+        return bool(ranked) and ranked[0][0] == named[one] and (len(ranked) == 1 or ranked[1][1] < ranked[0][1])
+
+    return [float(agrees(one)) for one in completions]

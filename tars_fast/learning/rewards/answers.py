@@ -1,4 +1,10 @@
-"""What a completion answered, and whether it kept to the format: pure string functions behind R_acc and R_fmt."""
+"""What a completion answered, and whether it kept to the format: pure string functions behind R_acc and R_fmt.
+
+How an answer is written is the question's `answer_format`. `think` is the paper's, see `has_format`; under `plain` the whole
+completion is the answer, or states it; a file brings two regular expressions. A choice counts where it is stated, an accepted
+text where what is stated is the same but for case, punctuation and articles, a number where it is the only one that is stated.
+Nothing is ever guessed.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +13,19 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
-from tars_fast.support.text import fold_answer
+from tars_fast.data.transcription import normalised
+from tars_fast.support.text import fold_answer, fold_case
+from tars_fast.types import Question
 
 _FORMAT = re.compile(r"\s*<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
 _ANSWER_BLOCK = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
+_SAYS = re.compile(r"\b(?:the (?:correct |final )?answer is):?", re.IGNORECASE)
+_AROUND = " \t\n\r.,:;!?*\"'()[]{}<>\u201c\u201d\u2018\u2019"
+_NUMBER = re.compile(
+    r"(?<![\w.])(?P<number>[-+\u2212]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)(?:/(?P<parts>[1-9]\d*))?"
+)
+_SENTENCE_END = re.compile(r"[.!?]\s")
 
 
 def spellings(choices: Iterable[str], fold: Callable[[str], str]) -> list[str]:
@@ -81,3 +95,101 @@ def has_format(completion: str, choices: Sequence[str]) -> bool:
     if parts is None or _TAG.search(parts["think"]) or _TAG.search(parts["answer"]):
         return False
     return len(_stated(parts["answer"], choices)) == 1
+
+
+def same_text(left: str, right: str) -> bool:
+    """Whether two answers differ in case, punctuation, spaces and English articles at most, as in SQuAD's exact match.
+
+    Of answers that are nothing else, as "+" or "A", these count.
+    """
+    return _plainly(left) == _plainly(right)
+
+
+@lru_cache(maxsize=4096)
+def _plainly(text: str) -> str:
+    folded = fold_case(text)
+    words = re.sub(r"[^\w\s]|_", " ", folded).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(folded.split())
+
+
+def numbers_in(text: str) -> list[float]:
+    """The different numbers of a text, in order: in digits, or where there are none in English words."""
+
+    def found(text: str) -> list[float]:
+        matches = _NUMBER.finditer(text)
+        return [float(match["number"].replace(",", "").replace("\u2212", "-")) / int(match["parts"] or 1) for match in matches]
+
+    return list(dict.fromkeys(found(text) or found(normalised(text))))
+
+
+def read_answer(completion: str, question: Question) -> str | None:
+    """The answer that a completion states, in the question's `answer_format`; None: none can be read.
+
+    Of a question with choices it is one of them. Of an open one it is the accepted text that is meant, in its own spelling, or
+    the number, or else the words that are stated, which `Question.is_right` then finds wrong.
+
+    Args:
+        completion: decoded text without special tokens.
+        question: what it answers.
+    """
+    format = question.answer_format
+    if format.name == "think" and question.choices:
+        return extract_answer(completion, question.choices)
+    stated = _stated_words(completion, question)
+    if stated is None:
+        return None
+    return _choice(stated, question.choices) if question.choices else _open_answer(stated, question)
+
+
+def keeps_format(completion: str, question: Question) -> bool:
+    """Whether a whole completion is written as the question's `answer_format` asks."""
+    format = question.answer_format
+    if format.name == "think" and question.choices:
+        return has_format(completion, question.choices)
+    if format.name == "think":
+        parts = _FORMAT.fullmatch(completion)
+        return parts is not None and not _TAG.search(parts["think"] + parts["answer"]) and bool(parts["answer"].strip())
+    if format.whole:
+        return _compiled(format.whole).fullmatch(completion) is not None
+    return read_answer(completion, question) is not None and (format.name != "plain" or not _TAG.search(completion))
+
+
+@lru_cache(maxsize=64)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.DOTALL)
+
+
+def _stated_words(completion: str, question: Question) -> str | None:
+    """Where the answer stands; None: nowhere."""
+    format = question.answer_format
+    if format.name == "think":
+        blocks = answer_blocks(completion)
+        text = blocks[-1] if blocks else completion if _SAYS.search(completion) else ""
+    elif format.name == "plain":
+        text = completion
+    else:
+        matches = [match["answer"] for match in _compiled(format.answer).finditer(completion)]
+        text = matches[-1] if matches else ""
+    return text.strip() or None
+
+
+def _choice(stated: str, choices: tuple[str, ...]) -> str | None:
+    """The choice that the words are, or state."""
+    alone = _by_name(choices).get(fold_answer(stated)) or _by_name(choices).get(fold_answer(stated.strip(_AROUND)))
+    found = _stated(stated, choices)
+    return alone or (found.pop() if len(found) == 1 else None)
+
+
+def _open_answer(stated: str, question: Question) -> str | None:
+    """See `read_answer`."""
+    *_, said = _SAYS.split(stated)
+    line = next(iter(said.strip().splitlines()), "")
+    candidates = dict.fromkeys((stated, said, line, _SENTENCE_END.split(line)[0]))
+    for accepted in question.answer_text:
+        if any(same_text(candidate, accepted) for candidate in candidates):
+            return accepted
+    if question.answer_number is not None:
+        numbers = numbers_in(said)
+        if len(numbers) == 1:
+            return repr(numbers[0])
+    return None if question.answer_number is not None and not question.answer_text else said.strip(_AROUND) or None

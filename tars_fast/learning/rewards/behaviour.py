@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tars_fast.learning.rewards.inputs import RewardInput, asks_for
 from tars_fast.support.cli import first_line
 from tars_fast.support.timing import is_out_of_memory
-from tars_fast.types import Completion, TrainingError, UserError
+from tars_fast.types import TrainingError, UserError
 
 
 class TextSimilarity(Protocol):
@@ -105,20 +107,21 @@ def load_text_similarity(name: str, device: torch.device, flag: str = "--behavio
         raise UserError(f"{flag} {name}: cannot be loaded ({reason}); check the name, or the network") from error
 
 
-def behaviour_rewards(
-    completions: Sequence[Completion], references: Sequence[int | None], text_similarity: TextSimilarity
-) -> Tensor:
-    """[N] similarity of a speech completion's text with its reference's; 0 without a reference.
+@asks_for(reference=True, background=True)
+@dataclass(eq=False)
+class Behaviour:
+    """Similarity of a spoken completion's text with its reference's."""
 
-    Raises:
-        TrainingError: the embedder fails, or gives what is not finite.
-    """
-    rewards = torch.zeros(len(completions))
-    compared = {index: reference for index, reference in enumerate(references) if reference is not None}
-    if compared:
-        spoken, written = ([completions[index].text for index in indices] for indices in (compared, compared.values()))
+    text_similarity: TextSimilarity
+
+    def __call__(self, completions: list[RewardInput]) -> list[float]:
+        """
+        Raises:
+            TrainingError: the embedder fails, or gives what is not finite.
+        """
+        written = [one.reference.text for one in completions if one.reference is not None]
         try:
-            rewards[list(compared)] = finite_similarities(text_similarity, spoken, written)
+            return [*finite_similarities(self.text_similarity, [one.text for one in completions], written).tolist()]
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -126,7 +129,6 @@ def behaviour_rewards(
             raise TrainingError(
                 f"the text embedder of --behaviour-model failed ({reason}); the last checkpoint, if there is one, is good"
             ) from error
-    return rewards
 
 
 def finite_similarities(text_similarity: TextSimilarity, left: Sequence[str], right: Sequence[str]) -> Tensor:

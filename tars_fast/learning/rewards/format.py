@@ -1,11 +1,14 @@
-"""R_fmt: whether the completion has the form that the system prompt asks for."""
+"""R_fmt: whether the completion is written as the answer format asks."""
 
 from __future__ import annotations
 
-from tars_fast.learning.rewards.answers import has_format
-from tars_fast.types import Completion, Question
+from tars_fast.learning.rewards.answers import keeps_format
+from tars_fast.learning.rewards.inputs import RewardInput
 
 
-def answer_format(completion: Completion, question: Question) -> float:
-    """1 where the whole completion is `<think>...</think> <answer>... The answer is X ...</answer>`, else 0."""
-    return float(has_format(completion.text, question.choices))
+def answer_format(completions: list[RewardInput]) -> list[float | None]:
+    """1 where the whole completion is, by default, `<think>...</think> <answer>... The answer is X ...</answer>`, else 0.
+
+    None where no rule can grade the item.
+    """
+    return [float(keeps_format(one.text, one.question)) if one.question.has_answer else None for one in completions]

@@ -5,32 +5,17 @@ Shapes: N completions, L layers, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from tars_kernels import pooled_similarity
 from torch import Tensor
 
+from tars_fast.learning.rewards.inputs import RewardInput
 from tars_fast.learning.workers import Workers
 
 _KEPT = 0.9
 """What the running mean keeps of itself at each step: it is that of some ten steps."""
-
-
-def representation_rewards(pooled_LND: Tensor, references: Sequence[int | None], centre: Tensor | None = None) -> Tensor:
-    """[N] cosine of each completion's pooled states with its reference's, averaged over layers; 0 without a reference.
-
-    Args:
-        pooled_LND: mean over the completion's tokens of each layer's output states.
-        references: index, within these N, of each completion's reference.
-        centre: [2, L, D] what is subtracted before the cosine, from spoken and from written completions.
-    """
-    rewards = pooled_LND.new_zeros(len(references))
-    speech = [index for index, reference in enumerate(references) if reference is not None]
-    if speech:
-        pairs = torch.tensor([(index, references[index]) for index in speech], device=pooled_LND.device)
-        rewards[speech] = pooled_similarity(pooled_LND, pairs, centre=centre).mean(-1)
-    return rewards
 
 
 class RunningMeans:
@@ -63,3 +48,22 @@ class RunningMeans:
         if self.means is not None:
             means = torch.where(counts > 0, self.means.lerp(means, 1 - _KEPT), self.means)
         self.means = means
+
+
+@dataclass(eq=False)
+class Representation:
+    """Cosine of each spoken completion's pooled states with its reference's, averaged over layers."""
+
+    layers: str
+    """--representation-layers"""
+    means: RunningMeans | None = None
+    """What is subtracted before the cosine; None: nothing."""
+    needs_reference: bool = True
+
+    def __call__(self, completions: list[RewardInput]) -> list[float]:
+        pairs = [(one.states, one.reference.states) for one in completions if one.reference is not None]
+        states = [state for pair in pairs for state in pair if state is not None]
+        pooled_LND = torch.stack(states, dim=1)
+        places = torch.arange(len(states), device=pooled_LND.device).view(-1, 2)
+        centre = None if self.means is None or self.means.means is None else self.means.means.to(pooled_LND.device)
+        return [*pooled_similarity(pooled_LND, places, centre=centre).mean(-1).tolist()]

@@ -1,0 +1,223 @@
+"""One reward of a run, and how its function is called. Shapes: N completions."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tars_fast.learning.rewards.inputs import RewardFunction, RewardInput
+from tars_fast.support.timing import is_out_of_memory
+from tars_fast.types import Modality, TrainingError
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+class RewardError(TrainingError):
+    """A reward function failed; the message names it, the item, the completion and the value."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A function that rewards completions, and how much it counts."""
+
+    name: str
+    """What messages and metrics call it."""
+    function: RewardFunction
+    """See `asks_for` for what it may need."""
+    weight: float = 1.0
+    """Of it in R; 0: it is logged, and is no part of R."""
+    is_early: bool = False
+    """It looks at each completion by itself, and is called for those of a prompt while others are sampled."""
+
+    @property
+    def is_async(self) -> bool:
+        function: Any = self.function
+        return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+    @property
+    def layers(self) -> str:
+        """Whose states it gets, as `--representation-layers` names them; empty: none."""
+        return getattr(self.function, "layers", "")
+
+    @property
+    def needs_reference(self) -> bool:
+        return getattr(self.function, "needs_reference", False)
+
+    @property
+    def in_background(self) -> bool:
+        """Whether it is computed while the forward pass runs."""
+        return self.is_async or getattr(self.function, "in_background", False)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its values are not known before the forward pass."""
+        return self.in_background or bool(self.layers)
+
+
+def known_before(reward: Reward, inputs: Sequence[RewardInput]) -> tuple[Tensor, list[int]]:
+    """([N] values that follow from which completions have a reference, else NaN; places of those to call the function for)."""
+    if not reward.needs_reference:
+        return torch.full((len(inputs),), torch.nan), list(range(len(inputs)))
+    without = {Modality.SPEECH: 0.0, Modality.TEXT: math.nan}
+    values_N = torch.tensor([math.nan if one.reference is not None else without[one.modality] for one in inputs])
+    return values_N, [place for place, one in enumerate(inputs) if one.reference is not None]
+
+
+def reward_values(reward: Reward, inputs: Sequence[RewardInput]) -> Tensor:
+    """[N] fp32 what the function gives, which is not async; NaN where it does not apply.
+
+    Raises:
+        RewardError: it raised something, or gave other than one finite number, or None, a completion.
+    """
+    values_N, places = known_before(reward, inputs)
+    asked = [inputs[place] for place in places]
+    if asked:
+        with _explained(reward, asked):
+            returned = reward.function(list(asked))
+        values_N[places] = _checked(reward, asked, returned)
+    return values_N
+
+
+@contextmanager
+def _explained(reward: Reward, asked: Sequence[RewardInput]) -> Iterator[None]:
+    try:
+        yield
+    except TrainingError:
+        raise
+    # `sys.exit` too, which would end the run without a word.
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):
+            raise
+        one = asked[0] if len(asked) == 1 or reward.is_async else _culprit(reward, asked)
+        if one is None:
+            raise RewardError(f"reward {reward.name!r} raised {error!r:.200} for {len(asked)} completions together") from error
+        raise RewardError(
+            f"reward {reward.name!r} raised {error!r:.200} for a completion of item {one.question.id!r}: {one.text!r:.200}"
+        ) from error
+
+
+def _culprit(reward: Reward, asked: Sequence[RewardInput]) -> RewardInput | None:
+    """The first completion that the function also fails for when it is alone."""
+    for one in asked:
+        try:
+            reward.function([one])
+        except (Exception, SystemExit):
+            return one
+    return None
+
+
+def _checked(reward: Reward, asked: Sequence[RewardInput], returned: Any) -> Tensor:
+    """[N] what a function returned."""
+    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(values, list | tuple) or len(values) != len(asked):
+        given = f"{len(values)} values" if isinstance(values, list | tuple) else f"{values!r:.100}"
+        raise RewardError(
+            f"reward {reward.name!r} gave {given} for {len(asked)} completions, the first of item {asked[0].question.id!r}; "
+            "return a list with a number, or None, for each"
+        )
+    for one, value in zip(asked, values, strict=True):
+        if value is None:
+            continue
+        value = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+        if not isinstance(value, Real) or not abs(float(value)) <= _LARGEST:
+            raise RewardError(
+                f"reward {reward.name!r} is {value!r:.100} for a completion of item {one.question.id!r}: {one.text!r:.200}; "
+                "give a finite number, or None"
+            )
+    return torch.tensor([math.nan if value is None else float(value) for value in values])
+
+
+@dataclass(frozen=True)
+class LateValues:
+    """[N] rewards that may still be computed."""
+
+    parts: Sequence[Future[Tensor]]
+    """One future of all, or one [1] of each completion."""
+
+    def of(self, rows: Sequence[int]) -> Tensor:
+        """Block until those of these completions are known. Raises what computing them raised."""
+        if len(self.parts) == 1:
+            return self.parts[0].result()[list(rows)]
+        return torch.cat([self.parts[row].result() for row in rows])
+
+    def __reduce__(self) -> Any:
+        # A future cannot be sent to another process; its result can.
+        return completed, (torch.cat([part.result() for part in self.parts]),)
+
+
+def completed(values_N: Tensor) -> LateValues:
+    """Values that are there already."""
+    future: Future[Tensor] = Future()
+    future.set_result(values_N)
+    return LateValues([future])
+
+
+class AsyncCalls:
+    """Calls async functions for one completion each, in a thread with an event loop that lasts as long as a run.
+
+    Args:
+        concurrency: calls that are under way at the same time, of all functions.
+        timeout: seconds that a call may take.
+    """
+
+    def __init__(self, concurrency: int, timeout: float):
+        self._concurrency, self._timeout = concurrency, timeout
+        self._free = asyncio.Semaphore(concurrency)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def begin(self, reward: Reward, inputs: Sequence[RewardInput]) -> LateValues:
+        """The values of an async function, in the order of `inputs`, whichever call ends first."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            # Of `asyncio.to_thread`, which else has as few threads as there are cores.
+            self._executor = ThreadPoolExecutor(self._concurrency, "reward")
+            self._loop.set_default_executor(self._executor)
+            self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
+            self._thread.start()
+        values_N, places = known_before(reward, inputs)
+        parts: list[Future[Tensor]] = [completed(value[None]).parts[0] for value in values_N]
+        for place in places:
+            parts[place] = asyncio.run_coroutine_threadsafe(self._call(reward, inputs[place]), self._loop)
+        return LateValues(parts)
+
+    async def _call(self, reward: Reward, one: RewardInput) -> Tensor:
+        function: Any = reward.function
+        async with self._free:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    with _explained(reward, [one]):
+                        returned = await function([one])
+            except TimeoutError as error:
+                raise RewardError(
+                    f"reward {reward.name!r} took longer than --reward-timeout {self._timeout:g} s for a completion of item "
+                    f"{one.question.id!r}: {one.text!r:.200}"
+                ) from error
+        return _checked(reward, [one], returned)
+
+    def close(self) -> None:
+        """Stop what is under way, and end the thread."""
+        if self._loop is None:
+            return
+        asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._loop = None
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _finish(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
