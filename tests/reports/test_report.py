@@ -100,15 +100,19 @@ def test_the_same_run_gives_the_same_bytes(run, spoken):
     assert written(run, spoken) == written(run, spoken)
 
 
+def write_hostile_samples(folder: Path) -> None:
+    sampled = {"completion": HOSTILE, "truncated": True, "reward": 1.0, "rewards": {HOSTILE: 1.0}}
+    line = {"step": 1, "id": HOSTILE, "question": HOSTILE, "answer": HOSTILE, "speech": sampled, "text": sampled}
+    (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
+
+
 def test_nothing_foreign_runs_and_nothing_is_fetched(tmp_path):
     """Every text that is not ours, hostile."""
     question = Question(HOSTILE, HOSTILE, HOSTILE, (HOSTILE,), category=HOSTILE, transcript=HOSTILE)
     one = result(question, False, HOSTILE, Transcribed(HOSTILE, HOSTILE, 0.5))
     failed = ItemResult.of("mine", Question("2", "?", "x", ("x",), category="c"), None, HOSTILE)
     folder = trained(tmp_path, [one, failed], [one, failed], model=HOSTILE)
-    sampled = {"completion": HOSTILE, "truncated": True, "reward": 1.0, "rewards": {HOSTILE: 1.0}}
-    line = {"step": 1, "id": HOSTILE, "question": HOSTILE, "answer": HOSTILE, "speech": sampled, "text": sampled}
-    (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    write_hostile_samples(folder)
     more = Section(HOSTILE, [HOSTILE], [Table((HOSTILE,), [(HOSTILE, HOSTILE)])])
     page = written(folder, [question], sections=[more])
     elements = check_nothing_foreign(page)
@@ -314,7 +318,11 @@ def test_what_was_misheard_can_be_chosen_in_a_browser(tmp_path, spoken, browser)
 def test_hostile_text_does_nothing_in_a_browser(tmp_path, browser):
     question = Question(HOSTILE, HOSTILE, HOSTILE, (HOSTILE,), category=HOSTILE)
     one = result(question, False, HOSTILE)
-    written(trained(tmp_path, [one], [one], model=HOSTILE), [question])
+    folder = trained(tmp_path, [one], [one], model=HOSTILE)
+    write_hostile_samples(folder)
+    written(folder, [question])
     with on_a_phone(browser, tmp_path / REPORT) as page:
-        page.locator("#items summary").first.click()
+        for summary in page.locator(".items summary").all():
+            summary.click()
+        assert page.evaluate("document.documentElement.scrollWidth") == 375
         assert page.inner_text("#count") == "1 of 1 items shown"
