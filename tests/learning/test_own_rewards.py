@@ -26,6 +26,7 @@ from tars_fast.learning.rewards.matching import NumericMatch, PatternMatch, exac
 from tars_fast.learning.rewards.overlong import SoftOverlong
 from tars_fast.learning.rewards.reward import AsyncCalls, Reward, RewardError, reward_values
 from tars_fast.learning.rewards.total import RESERVED_NAMES, Rewards, load_own_rewards, total_reward
+from tars_fast.learning.selection import check_selection
 from tars_fast.train import train
 from tars_fast.types import Completion, Modality, Question, UserError
 
@@ -196,6 +197,8 @@ def test_what_cannot_be_loaded(config, tmp_path, monkeypatch):
             load_own_rewards(dataclasses.replace(config, reward=(f"mine:{name}",)))
     with pytest.raises(UserError, match="two rewards are called 'f'"):
         load_own_rewards(dataclasses.replace(config, reward=("one:f", "two:f")))
+    with pytest.raises(UserError, match="--max-redraws 1: goes by right answers, which --accuracy-weight 0"):
+        check_selection(dataclasses.replace(config, max_redraws=1, accuracy_weight=0.0), 4, QUESTIONS)
     with pytest.raises(UserError, match="--overlong-tokens 41: more than --max-new-tokens 40"):
         load_own_rewards(dataclasses.replace(config, reward=("overlong",), overlong_tokens=41))
 
@@ -285,12 +288,18 @@ def test_async_functions_that_fail(calls, function, said):
         late.of([2])
 
 
-def test_calls_that_hang_do_not_keep_a_run_from_ending():
+async def blocks(completions):
+    time.sleep(2)
+
+
+@pytest.mark.parametrize("function", [hangs, blocks])
+def test_calls_that_hang_do_not_keep_a_run_from_ending(function, monkeypatch):
+    monkeypatch.setattr("tars_fast.learning.rewards.reward._PATIENCE", 0.2)
     calls = AsyncCalls(concurrency=2, timeout=600)
-    calls.begin(Reward("mine", hangs), INPUTS)
+    calls.begin(Reward("mine", function), INPUTS)
     began = time.monotonic()
     calls.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 1.5
 
 
 MIXED = """

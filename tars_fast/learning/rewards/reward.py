@@ -8,7 +8,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -21,6 +21,8 @@ from tars_fast.support.timing import is_out_of_memory
 from tars_fast.types import Modality, TrainingError
 
 _LARGEST = torch.finfo(torch.float32).max
+_PATIENCE = 5
+"""Seconds for calls to end once they are cancelled."""
 
 
 class RewardError(TrainingError):
@@ -97,7 +99,8 @@ def _explained(reward: Reward, asked: Sequence[RewardInput]) -> Iterator[None]:
         raise
     # `sys.exit` too, which would end the run without a word.
     except (Exception, SystemExit) as error:
-        if is_out_of_memory(error):
+        # Elsewhere, where a judge runs, memory is not ours.
+        if not reward.is_async and is_out_of_memory(error):
             raise
         one = asked[0] if len(asked) == 1 or reward.is_async else _culprit(reward, asked)
         if one is None:
@@ -214,10 +217,12 @@ class AsyncCalls:
         """Stop what is under way, and end the thread."""
         if self._loop is None:
             return
-        asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        # A function that blocks its thread, against the rules of async ones, is left to end with the process.
+        with suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result(_PATIENCE)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
         self._loop = None
         self._executor.shutdown(wait=False, cancel_futures=True)
 
