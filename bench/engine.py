@@ -2,10 +2,11 @@
 
 `--shape qwen3-omni-30b` has one copy only: two do not fit on a card. `--layers 2` cuts the depth, for a machine without one.
 
-A LoRA step of eight completions (one question: four spoken, four written) at a model's real shape with random weights, so that
-nothing has to be downloaded. Each arm runs in a process of its own, whose memory is watched from start to end:
+A LoRA step of eight completions a question (four spoken, four written) at a model's real shape with random weights, so that
+nothing has to be downloaded; of one question, or `--questions 8`. Each arm runs in a process of its own, whose memory is
+watched from start to end:
 
-- `shared`: vLLM and trainer on one copy, CUDA graphs where the version allows;
+- `shared`: vLLM and trainer on one copy, on CUDA with its graphs;
 - `shared_eager`: the same without graphs;
 - `shared_replay`: of a mixture of experts, the same with the engine's choice of experts replayed;
 - `shared_no_adapter`: rollouts of the shared engine without LoRA, to be compared with
@@ -92,6 +93,7 @@ class Shape:
     audio_seconds: float
     max_new_tokens: int
     max_tokens: int
+    num_questions: int = 1
 
 
 SHAPES = {
@@ -101,11 +103,12 @@ SHAPES = {
 }
 
 
-def choose_shape(name: str, num_layers: int | None, max_new_tokens: int | None) -> Shape:
+def choose_shape(options: argparse.Namespace) -> Shape:
     """The shape of this name, with fewer layers or new tokens where they are given."""
-    shape = SHAPES[name]
-    architecture = dataclasses.replace(shape.architecture, num_layers=num_layers or shape.architecture.num_layers)
-    return dataclasses.replace(shape, architecture=architecture, max_new_tokens=max_new_tokens or shape.max_new_tokens)
+    shape = SHAPES[options.shape]
+    architecture = dataclasses.replace(shape.architecture, num_layers=options.layers or shape.architecture.num_layers)
+    new_tokens = options.max_new_tokens or shape.max_new_tokens
+    return dataclasses.replace(shape, architecture=architecture, max_new_tokens=new_tokens, num_questions=options.questions)
 
 
 @dataclass
@@ -211,16 +214,17 @@ def write_checkpoint(folder: Path, sizes: Architecture) -> None:
     processor.save_pretrained(folder)
 
 
-def make_prompts(model: SpeechModel, audio_seconds: float) -> list[Prompt]:
-    """Prompts of one question, spoken (as noise, which takes as long as speech) and written."""
-    wave = (0.1 * np.random.default_rng(0).standard_normal(int(16000 * audio_seconds))).astype(np.float32)
+def make_prompts(model: SpeechModel, audio_seconds: float, num_questions: int = 1) -> list[Prompt]:
+    """Prompts of each question, spoken (as noise, which takes as long as speech) and written."""
+    random = np.random.default_rng(0)
+    waves = [0.1 * random.standard_normal(int(16000 * audio_seconds)) for _ in range(num_questions)]
     with torch.no_grad():
-        (clip,) = model.encode_clips([model.prompts.features(wave)])
-    spoken = model.prompts.token_ids(QUESTION, Modality.SPEECH, [len(clip)])
-    return [
-        Prompt(Modality.SPEECH, spoken, (clip,)),
-        Prompt(Modality.TEXT, model.prompts.token_ids(QUESTION, Modality.TEXT)),
+        clips = model.encode_clips([model.prompts.features(wave.astype(np.float32)) for wave in waves])
+    written = Prompt(Modality.TEXT, model.prompts.token_ids(QUESTION, Modality.TEXT))
+    spoken = [
+        Prompt(Modality.SPEECH, model.prompts.token_ids(QUESTION, Modality.SPEECH, [[len(clip)]]), (clip,)) for clip in clips
     ]
+    return [prompt for one in spoken for prompt in (one, written)]
 
 
 @torch.no_grad()
@@ -241,11 +245,12 @@ def run_shared(
     lora_rank = arm.lora_rank
     prompts = load_prompt_format(PRESETS["pocket"], source)
     given = TrainConfig(
-        lora_rank=8, max_new_tokens=shape.max_new_tokens, tokens_per_micro_batch=1024, rollout_batch_size=8,
-        gradient_checkpointing=True, questions_per_step=1, max_logprob_diff=10.0,
+        lora_rank=8, max_new_tokens=shape.max_new_tokens, tokens_per_micro_batch=1024 * shape.num_questions,
+        rollout_batch_size=8 * shape.num_questions, gradient_checkpointing=True, questions_per_step=shape.num_questions,
+        max_logprob_diff=10.0,
     )  # fmt: skip
     preset = given.as_preset(PRESETS["pocket"])
-    config = given.resolve(preset, output_dir=Path(source), tokens_per_micro_batch=1024)
+    config = given.resolve(preset, output_dir=Path(source), tokens_per_micro_batch=given.tokens_per_micro_batch)
     longest = shape.max_tokens - shape.max_new_tokens
     total = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 16 * GB
     on_gpu = device.type == "cuda"
@@ -253,7 +258,9 @@ def run_shared(
     meter, seconds = MemoryMeter(), {}
     meter.start()
     with meter.watching("loading"), timed(seconds, "start"):
-        settings = VllmSettings(8, shape.max_tokens, plan.kv_cache, lora_rank, cuda_graphs=arm.cuda_graphs, dummy_weights=True)
+        settings = VllmSettings(
+            8 * shape.num_questions, shape.max_tokens, plan.kv_cache, lora_rank, cuda_graphs=arm.cuda_graphs, dummy_weights=True
+        )
         engine = VllmEngine(prompts, source, device, dtype, settings)
     model = engine.model
     if model.routing is not None:
@@ -266,9 +273,10 @@ def run_shared(
     agreement: list[dict[str, float]] = []
     for step in range(num_steps):
         with meter.watching("encode"), timed(seconds, "encode"):
-            distinct = make_prompts(model, shape.audio_seconds)
+            distinct = make_prompts(model, shape.audio_seconds, shape.num_questions)
+        questions = [number // 2 for number in range(len(distinct))]
         with meter.watching("rollout"), timed(seconds, "rollout"):
-            completions = engine.generate(distinct, [0, 0], Sampling(4, shape.max_new_tokens, 1.0, seed=step))
+            completions = engine.generate(distinct, questions, Sampling(4, shape.max_new_tokens, 1.0, seed=step))
         tokens_per_second.append(sum(len(one.token_ids) for one in completions) / seconds["rollout"][-1])
         with timed(seconds, "release_kv"):
             engine.release_memory()
@@ -307,17 +315,24 @@ def measured(meter: MemoryMeter, seconds: dict[str, list[float]], tokens_per_sec
 
 def train_on(model: SpeechModel, optimizer, distinct, completions, config: RunConfig) -> dict[str, float]:
     """Update once on a rollout whose completions are made to count: random weights never stop, so all are cut off."""
+    num_questions = len(distinct) // 2
     rollout = Rollout(
-        questions=[Question("made up", "")],
+        questions=[Question(f"made up {number}", "") for number in range(num_questions)],
         prompts=[prompt for prompt in distinct for _ in range(4)],
         written=[prompt for prompt in distinct if prompt.modality is Modality.TEXT],
         spoken=[],
         completions=[dataclasses.replace(one, truncated=False) for one in completions],
         # Random weights answer nothing; rewards that differ give the update something to do.
-        completion_rewards={"accuracy": torch.tensor([0.0, 1.0] * 4), "format": torch.zeros(8), "unparsed": torch.zeros(8)},
-        references=[5] * 4 + [None] * 4,
-        late={"behaviour": completed(torch.linspace(0, 1, 8))},
-        groups_N=group_indices([0] * 8, [one.modality for one in completions]),
+        completion_rewards={
+            "accuracy": torch.tensor([0.0, 1.0]).repeat(4 * num_questions),
+            "format": torch.zeros(8 * num_questions),
+            "unparsed": torch.zeros(8 * num_questions),
+        },
+        references=[
+            8 * question + 5 if spoken else None for question in range(num_questions) for spoken in (True,) * 4 + (False,) * 4
+        ],
+        late={"behaviour": completed(torch.linspace(0, 1, 8).repeat(num_questions))},
+        groups_N=group_indices([one.question for one in completions], [one.modality for one in completions]),
     )
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
@@ -337,17 +352,18 @@ def run_two_copies(shape: Shape, source: str, device: torch.device, dtype: torch
     meter, seconds, tokens_per_second = MemoryMeter(), {}, []
     meter.start()
     with meter.watching("loading"), timed(seconds, "start"):
-        kv = shape.architecture.kv_bytes_per_token(dtype.itemsize) * 8 * shape.max_tokens
+        kv = shape.architecture.kv_bytes_per_token(dtype.itemsize) * 8 * shape.num_questions * shape.max_tokens
         llm = LLM(
             model=source, dtype=str(dtype).removeprefix("torch."), load_format="dummy", max_model_len=shape.max_tokens,
-            max_num_seqs=8, kv_cache_memory_bytes=kv, gpu_memory_utilization=0.01, limit_mm_per_prompt={"audio": 1},
-            skip_mm_profiling=True, enable_mm_embeds=True, generation_config="vllm", disable_log_stats=True,
-            logprobs_mode="processed_logprobs", enforce_eager=device.type == "cpu", block_size=32,
+            max_num_seqs=8 * shape.num_questions, kv_cache_memory_bytes=kv, gpu_memory_utilization=0.01,
+            limit_mm_per_prompt={"audio": 1}, skip_mm_profiling=True, enable_mm_embeds=True,
+            generation_config="vllm", disable_log_stats=True, logprobs_mode="processed_logprobs", block_size=32,
+            enforce_eager=device.type == "cpu",
         )  # fmt: skip
         with device:
             module = Qwen2AudioForConditionalGeneration._from_config(prompts.config, dtype=dtype, attn_implementation="sdpa")
     model = SpeechModel(module.eval(), prompts)
-    distinct = make_prompts(model, shape.audio_seconds)
+    distinct = make_prompts(model, shape.audio_seconds, shape.num_questions)
     requests = [as_request(number, prompt, prompts.audio_token_id) for number, prompt in enumerate(distinct)]
     for step in range(num_steps):
         params = SamplingParams(
@@ -377,12 +393,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="pocket")
     parser.add_argument("--num-steps", type=int, default=4, help="steps of each arm; the first is not counted")
     parser.add_argument("--output", type=Path, help="JSON file, written after each arm")
+    parser.add_argument("--questions", type=int, default=1, help="of a step")
+    parser.add_argument("--arms", help="with commas between them; all that the shape has")
     parser.add_argument("--arm", choices=(*SHARED_ARMS, "two_copies"), help=argparse.SUPPRESS)
     parser.add_argument("--source", help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, help="of the decoder; the shape's")
     parser.add_argument("--max-new-tokens", type=int, help="the shape's")
     options = parser.parse_args()
-    shape = choose_shape(options.shape, options.layers, options.max_new_tokens)
+    shape = choose_shape(options)
     if options.arm:
         print(json.dumps(run_arm(options.arm, shape, options.source, options.num_steps)), flush=True)
         return
@@ -395,9 +413,10 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), shape.architecture)
-        for arm in ARMS_OF_EXPERTS if shape.architecture.num_experts else ARMS:
-            if arm == "shared_eager" and not results["shared"].get("cuda_graphs", True):
-                # This vLLM cannot keep graphs, so that `shared` was eager already.
+        arms = ARMS_OF_EXPERTS if shape.architecture.num_experts else ARMS
+        for arm in options.arms.split(",") if options.arms else arms:
+            if arm == "shared_eager" and not torch.cuda.is_available():
+                # Without graphs `shared` is eager already.
                 continue
             command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm, "--source", folder]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -412,7 +431,8 @@ def main() -> None:
                 results[arm] = {"failed": run.stderr.strip().splitlines()[-1]}
             print(f"{arm}: {json.dumps(results[arm])}", flush=True)
             if options.output is not None:
-                sizes = {"shape": options.shape, "layers": shape.architecture.num_layers, "new_tokens": shape.max_new_tokens}
+                sizes = {"shape": options.shape, "layers": shape.architecture.num_layers, "questions": shape.num_questions}
+                sizes["new_tokens"] = shape.max_new_tokens
                 report = provenance() | {"command": shlex.join(["python", *sys.argv])} | sizes | {"arms": results}
                 options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     sys.exit(any("failed" in result for result in results.values()))

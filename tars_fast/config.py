@@ -138,6 +138,14 @@ class TrainConfig:
     long_audio: LongAudio = "refuse"
     """Recordings longer than the model encodes at once: refuse says how many and stops; chunk puts several clips into one
     prompt; truncate keeps the beginning."""
+    system_prompt: str | None = None
+    """What prompts begin with; {answer_format} in it stands for what the format says of itself. None: the checkpoint's own."""
+    prompt_template: Path | None = None
+    """A jinja2 file of the user's turn, from question (the text, and in a spoken prompt the recording), options, modality,
+    category, id and answer_format. None: the checkpoint's own, by default the question alone."""
+    answer_format: str | None = None
+    """How completions write their answer: think, in tags behind the reasoning; plain, without; or a file that says how it is
+    asked for and read. None: the checkpoint's own."""
     output_dir: Path | None = None
     """Where metrics, checkpoints, predictions, evaluation.json and report.html go. None: a new folder
     runs/<model>-<date>-<time>."""
@@ -297,7 +305,7 @@ class TrainConfig:
     """vLLM's KV cache in GB (1e9 bytes), there during rollouts only. None: what the completions in flight need, at most what
     is free; another size may draw other completions."""
     cuda_graphs: bool = True
-    """vLLM replays captured graphs on CUDA, from 0.32 on; older versions could not give the KV cache back under them."""
+    """On CUDA vLLM replays every decoding step as one captured graph; off: it launches each kernel by itself."""
     router_replay: bool = False
     """Of a mixture of experts: the trainer sends each token through the experts that vLLM chose when it sampled, where rounding
     would send some through others. Weights and gradients of the router stay the trainer's own."""
@@ -335,7 +343,7 @@ class TrainConfig:
     """Type of weights. auto: bfloat16 for LoRA on CUDA, else float32. In bfloat16 full fine-tuning rounds stochastically."""
 
     def __post_init__(self) -> None:
-        as_paths(self, "output_dir", "audio_cache_dir", "judge_template")
+        as_paths(self, "output_dir", "audio_cache_dir", "judge_template", "prompt_template")
         check_file_names(self, "model")
         check_choices(self)
         positive = ["kv_cache_gb", "max_logprob_diff", "audio_cache_dir_gb", "eval_items"]
@@ -535,7 +543,9 @@ class TrainConfig:
         """
         filled = self.as_preset(preset)
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
-        values |= {name: getattr(filled, name) for name in values.keys() & {field.name for field in dataclasses.fields(filled)}}
+        # The system prompt is the preset's where none is given, and stays with it.
+        names = {field.name for field in dataclasses.fields(filled)} - {"system_prompt"}
+        values |= {name: getattr(filled, name) for name in values.keys() & names}
         return RunConfig(**values | {"output_dir": output_dir, "tokens_per_micro_batch": tokens_per_micro_batch})
 
     def workload(

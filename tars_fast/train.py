@@ -51,6 +51,7 @@ from tars_fast.learning.metrics import (
     completion_metrics,
 )
 from tars_fast.learning.optimizer import learning_rate_at
+from tars_fast.learning.rewards.judge import find_judge
 from tars_fast.learning.run import Interrupt, Run, evaluation_source, open_run, plan_run, profiled
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.selection import outcomes_of
@@ -214,7 +215,7 @@ def evaluate_now(run: Run, log: RunLog, when: str) -> list[ItemResult]:
     config = run.config
     log.say(f"evaluating {when} training")
     settings = EvaluationSettings(config.max_new_tokens, config.eval_samples, config.temperature, config.seed)
-    evaluator = Evaluator(run.model, run.engine, run.text_similarity, settings, run.workers)
+    evaluator = Evaluator(run.model, run.engine, run.text_similarity, settings, run.workers, find_judge(config))
     with explain_out_of_memory("evaluation"), item_progress(log.console, len(run.data.held_out)) as advance:
         results = evaluator.evaluate(run.data.held_out, run.evaluation_name, advance)
     if run.workers.is_first:
@@ -239,7 +240,7 @@ def write_evaluation(run: Run, log: RunLog, before: list[ItemResult], after: lis
     parts = {"before": report(before, reference), "after": report(after, reference)}
     evaluation = parts | {"change": change_since(after, before)}
     write_atomically(output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-    if can_plot() and all(part["num_items"] for part in parts.values()):
+    if can_plot() and all("speech_accuracy" in part for part in parts.values()):
         write_png(output_dir / ACCURACY_PLOT, accuracy_plot({"held-out items": parts}))
     write_report(output_dir, {run.evaluation_name: run.data.held_out})
     print_summary(log, evaluation, output_dir)

@@ -61,7 +61,8 @@ class Answer:
     differing: str
     """The first word that differs; empty where none does."""
     rest: str
-    correct: bool
+    correct: bool | None
+    """None: no rule can tell."""
     extracted: str | None
     """The answer that was read from it."""
     truncated: bool

@@ -23,10 +23,12 @@ from tars_fast.models.hub import cannot_be_loaded, checkpoint_folder
 from tars_fast.models.memory import BLOCK_TOKENS, PREFILL_TOKENS, engine_rank
 from tars_fast.models.weights import SharingError
 from tars_fast.rollout.vllm_experts import RoutingRecorder, check_experts, whole_experts
-from tars_fast.rollout.vllm_models import register_models
+from tars_fast.rollout.vllm_models import register_models, without_mrope
 
 _MAX_CLIPS = 64
 """Audio clips that one prompt may hold; with 30 s each, more than fits into any context."""
+_GRAPHS_OF_DECODING = {"mode": "NONE", "cudagraph_mode": "FULL_DECODE_ONLY"}
+"""A graph of a whole decoding step for every batch size, nothing compiled: starting takes seconds, prefill stays eager."""
 _ADAPTER_ID = 1
 """vLLM's number of the only LoRA adapter, which lives in its buffers and has no file."""
 
@@ -43,7 +45,7 @@ class VllmSettings:
     lora_rank: int
     """0: no adapter."""
     cuda_graphs: bool
-    """On CUDA, where the version can give the KV cache back under them; else eager."""
+    """On CUDA; else eager."""
     lora_targets: tuple[str, ...] | None = None
     """Names of the linear layers with adapters, by transformers; None: vLLM has buffers for all that it can adapt."""
     has_experts: bool = False
@@ -75,8 +77,8 @@ class VllmInternals:
             from vllm import LLM
 
         self._on_cpu = device.type == "cpu"
-        # CUDA graphs hold addresses of the KV cache. To free its memory and keep them is possible from vLLM 0.32 on.
-        self._keeps_addresses = settings.cuda_graphs and not self._on_cpu and hasattr(LLM, "release_kv_cache_memory")
+        # CUDA graphs hold addresses of the KV cache, which vLLM's own allocator keeps while their memory is free.
+        self._keeps_addresses = settings.cuda_graphs and not self._on_cpu
         register_models()
         adapter: dict[str, object] = {}
         if settings.lora_rank:
@@ -94,6 +96,7 @@ class VllmInternals:
                 trust_remote_code=False,
                 # "auto" takes Mistral's files where it finds some.
                 config_format="hf",
+                hf_overrides=without_mrope,
                 tokenizer_mode="hf",
                 dtype=str(dtype).removeprefix("torch."),
                 # No pickle, which "auto" would read where there is nothing else.
@@ -106,6 +109,7 @@ class VllmInternals:
                 gpu_memory_utilization=0.01,
                 block_size=BLOCK_TOKENS,
                 enforce_eager=not self._keeps_addresses,
+                compilation_config=_GRAPHS_OF_DECODING if self._keeps_addresses else None,
                 enable_sleep_mode=self._keeps_addresses,
                 enable_prefix_caching=True,
                 # Prompts bring audio embeddings instead of recordings, of which vLLM would take windows of 30 s only.
@@ -260,8 +264,11 @@ class VllmInternals:
             return
         self.reset_caches()
         if self._keeps_addresses:
-            self.llm.sleep(level=0)
-            self.llm.release_kv_cache_memory()
+            from vllm.device_allocator.cumem import unmap_and_release
+
+            torch.cuda.synchronize()
+            for handle in _kv_cache_handles():
+                unmap_and_release(handle)
         else:
             for storage, _ in self._kv_storages:
                 storage.resize_(0)
@@ -272,10 +279,15 @@ class VllmInternals:
         if not self._released:
             return
         if self._keeps_addresses:
+            from vllm.device_allocator.cumem import create_and_map
+
             # vLLM takes this memory from the driver, so PyTorch's allocator has to give back what the trainer freed.
             gc.collect()
             torch.cuda.empty_cache()
-            self.llm.wake_up()
+            for handle in _kv_cache_handles():
+                create_and_map(handle)
+            # Before 0.32 vLLM has tables of its own in the same memory.
+            getattr(self._runner, "post_kv_cache_wake_up", lambda: None)()
         else:
             for storage, num_bytes in self._kv_storages:
                 storage.resize_(num_bytes)
@@ -291,6 +303,13 @@ class VllmInternals:
             self.restore_kv_cache()
         self._kv_storages.clear()
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def _kv_cache_handles() -> list[Any]:
+    """Of vLLM's allocator, one for every piece of the KV cache; before 0.32 vLLM's own sleep takes the weights along."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    return [data.handle for data in CuMemAllocator.get_instance().pointer_to_data.values() if data.tag == "kv_cache"]
 
 
 @contextmanager

@@ -10,13 +10,23 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tars_fast.models.families import audio_flamingo_3, qwen2_audio, voxtral
 from tars_fast.models.families.base import Family
 from tars_fast.models.registry import find_family
 from tars_fast.rollout.vllm_experts import RoutingBuffer
+
+
+def without_mrope(config: Any) -> Any:
+    """A checkpoint's configuration, changed in place so that vLLM takes a position as one number.
+
+    Qwen-Omni's positions are three numbers, in time, height and width, which are equal without images and video.
+    The class of vLLM's that runs Qwen3-Omni's language model can be compiled for one only.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    rope.pop("mrope_section", None)
+    return config
 
 
 def register_models() -> None:
@@ -27,7 +37,7 @@ def register_models() -> None:
     from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeAudioEncoder
     from transformers.models.voxtral import modeling_voxtral
     from vllm import ModelRegistry
-    from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMRoPE
+    from vllm.model_executor.models.interfaces import SupportsLoRA
     from vllm.model_executor.models.module_mapping import MultiModelKeys
     from vllm.model_executor.models.qwen2_audio import (
         Qwen2AudioDummyInputsBuilder,
@@ -79,7 +89,7 @@ def register_models() -> None:
             return Qwen2AudioProcessor(extractor, self.get_tokenizer(), audio_token=self.family.audio_token)
 
     @MULTIMODAL_REGISTRY.register_processor(Qwen2AudioMultiModalProcessor, info=Info, dummy_inputs=Qwen2AudioDummyInputsBuilder)
-    class OmniThinker(Qwen2AudioWithLora, SupportsMRoPE):  # type: ignore[misc]  # vLLM's types are not read
+    class OmniThinker(Qwen2AudioWithLora):
         """vLLM's own class loads the vision tower, takes no audio embeddings, and cannot be imported without torchvision."""
 
         checkpoint_names: ClassVar[dict[str, str | None]] = {
@@ -113,10 +123,6 @@ def register_models() -> None:
                     architectures=[self.language_architecture],
                 )
             self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
-
-        def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
-            # Without images and video the positions in time, height and width are equal, for text and audio alike.
-            return torch.arange(len(input_tokens)).expand(3, -1), 0
 
     class Omni3Thinker(OmniThinker):
         """A mixture of experts, whose adapters are on the attention alone."""
