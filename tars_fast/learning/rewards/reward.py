@@ -86,8 +86,7 @@ def reward_values(reward: Reward, inputs: Sequence[RewardInput]) -> Tensor:
     asked = [inputs[place] for place in places]
     if asked:
         with _explained(reward, asked):
-            returned = reward.function(list(asked))
-        values_N[places] = _checked(reward, asked, returned)
+            values_N[places] = _checked(reward, asked, reward.function(list(asked)))
     return values_N
 
 
@@ -132,13 +131,19 @@ def _checked(reward: Reward, asked: Sequence[RewardInput], returned: Any) -> Ten
     for one, value in zip(asked, values, strict=True):
         if value is None:
             continue
-        value = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
-        if not isinstance(value, Real) or not abs(float(value)) <= _LARGEST:
+        if _as_float(value) is None:
             raise RewardError(
                 f"reward {reward.name!r} is {value!r:.100} for a completion of item {one.question.id!r}: {one.text!r:.200}; "
                 "give a finite number, or None"
             )
-    return torch.tensor([math.nan if value is None else float(value) for value in values])
+    return torch.tensor([math.nan if (number := _as_float(value)) is None else number for value in values])
+
+
+def _as_float(value: Any) -> float | None:
+    """A number that fp32 has; None for anything else. A bool counts as a number, a text does not."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    # Comparisons of whole numbers have no bound, and none with NaN is true.
+    return float(value) if isinstance(value, Real) and -_LARGEST <= value <= _LARGEST else None
 
 
 @dataclass(frozen=True)
@@ -205,13 +210,12 @@ class AsyncCalls:
             try:
                 async with asyncio.timeout(self._timeout):
                     with _explained(reward, [one]):
-                        returned = await function([one])
+                        return _checked(reward, [one], await function([one]))
             except TimeoutError as error:
                 raise RewardError(
                     f"reward {reward.name!r} took longer than --reward-timeout {self._timeout:g} s for a completion of item "
                     f"{one.question.id!r}: {one.text!r:.200}"
                 ) from error
-        return _checked(reward, [one], returned)
 
     def close(self) -> None:
         """Stop what is under way, and end the thread."""
