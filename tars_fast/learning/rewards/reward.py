@@ -141,9 +141,10 @@ def _checked(reward: Reward, asked: Sequence[RewardInput], returned: Any) -> Ten
 
 def _as_float(value: Any) -> float | None:
     """A number that fp32 has; None for anything else. A bool counts as a number, a text does not."""
-    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    number: Any = value.item() if getattr(value, "ndim", None) == 0 else value
+    is_real = isinstance(number, Real)
     # Comparisons of whole numbers have no bound, and none with NaN is true.
-    return float(value) if isinstance(value, Real) and -_LARGEST <= value <= _LARGEST else None
+    return float(number) if is_real and -_LARGEST <= number <= _LARGEST else None
 
 
 @dataclass(frozen=True)
