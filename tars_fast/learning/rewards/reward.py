@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tars_fast.learning.rewards.inputs import RewardFunction, RewardInput
+from tars_fast.learning.rewards.inputs import Needs, RewardFunction, RewardInput
 from tars_fast.support.timing import is_out_of_memory
 from tars_fast.types import Modality, TrainingError
 
@@ -48,28 +48,24 @@ class Reward:
         return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
     @property
-    def layers(self) -> str:
-        """Whose states it gets, as `--representation-layers` names them; empty: none."""
-        return getattr(self.function, "layers", "")
-
-    @property
-    def needs_reference(self) -> bool:
-        return getattr(self.function, "needs_reference", False)
+    def needs(self) -> Needs:
+        found = getattr(self.function, "needs", None)
+        return found if isinstance(found, Needs) else Needs()
 
     @property
     def in_background(self) -> bool:
         """Whether it is computed while the forward pass runs."""
-        return self.is_async or getattr(self.function, "in_background", False)
+        return self.is_async or self.needs.background
 
     @property
     def is_late(self) -> bool:
         """Whether its values are not known before the forward pass."""
-        return self.in_background or bool(self.layers)
+        return self.in_background or bool(self.needs.layers)
 
 
 def known_before(reward: Reward, inputs: Sequence[RewardInput]) -> tuple[Tensor, list[int]]:
     """([N] values that follow from which completions have a reference, else NaN; places of those to call the function for)."""
-    if not reward.needs_reference:
+    if not reward.needs.reference:
         return torch.full((len(inputs),), torch.nan), list(range(len(inputs)))
     without = {Modality.SPEECH: 0.0, Modality.TEXT: math.nan}
     values_N = torch.tensor([math.nan if one.reference is not None else without[one.modality] for one in inputs])
