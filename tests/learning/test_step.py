@@ -20,7 +20,7 @@ from tars_fast.learning.advantages import centred_advantages, group_indices
 from tars_fast.learning.batch import Rollout, RolloutCollector, micro_batches, prepare_batch
 from tars_fast.learning.metrics import completion_columns, completion_metrics
 from tars_fast.learning.rewards.behaviour import Behaviour, HashedNgrams
-from tars_fast.learning.rewards.inputs import reward_inputs
+from tars_fast.learning.rewards.inputs import Needs, reward_inputs
 from tars_fast.learning.rewards.references import choose_references
 from tars_fast.learning.rewards.representation import Representation
 from tars_fast.learning.rewards.reward import Reward, completed, reward_values
@@ -629,7 +629,7 @@ def test_representation_reward_without_reference_is_zero():
     modalities = [Modality.TEXT, *[Modality.SPEECH] * 3]
     completions = [Completion(0, modality, (1,), (0.0,), "", truncated=False) for modality in modalities]
     inputs = reward_inputs(completions, [Question("a", "?")], [None, 0, None, 0], pooled.unbind(1))
-    rewards = reward_values(Reward("representation", Representation("all")), inputs)
+    rewards = reward_values(Reward("representation", Representation(Needs("all", reference=True))), inputs)
     assert rewards[0].isnan()
     assert rewards[2] == 0
     assert rewards[1] == pytest.approx(F.cosine_similarity(pooled[:, 1], pooled[:, 0], dim=-1).mean().item(), abs=1e-6)

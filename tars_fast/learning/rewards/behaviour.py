@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tars_fast.learning.rewards.inputs import RewardInput, asks_for
+from tars_fast.learning.rewards.inputs import Needs, RewardInput
 from tars_fast.support.cli import first_line
 from tars_fast.support.timing import is_out_of_memory
 from tars_fast.types import TrainingError, UserError
@@ -107,12 +107,12 @@ def load_text_similarity(name: str, device: torch.device, flag: str = "--behavio
         raise UserError(f"{flag} {name}: cannot be loaded ({reason}); check the name, or the network") from error
 
 
-@asks_for(reference=True, background=True)
 @dataclass(eq=False)
 class Behaviour:
     """Similarity of a spoken completion's text with its reference's."""
 
     text_similarity: TextSimilarity
+    needs: ClassVar[Needs] = Needs(reference=True, background=True)
 
     def __call__(self, completions: list[RewardInput]) -> list[float]:
         """

@@ -60,6 +60,16 @@ RewardFunction = Callable[[list[RewardInput]], object]
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a reward function asks for, see `asks_for`."""
+
+    layers: str = ""
+    """Empty: no states."""
+    reference: bool = False
+    background: bool = False
+
+
 def asks_for(*, layers: str = "", reference: bool = False, background: bool = False) -> Callable[[Function], Function]:
     """Decorate a reward function with what it needs beside completions.
 
@@ -72,8 +82,7 @@ def asks_for(*, layers: str = "", reference: bool = False, background: bool = Fa
     """
 
     def mark(function: Function) -> Function:
-        for name, value in (("layers", layers), ("needs_reference", reference), ("in_background", background)):
-            setattr(function, name, value)
+        vars(function)["needs"] = Needs(layers, reference, background)
         return function
 
     return mark

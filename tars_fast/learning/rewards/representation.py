@@ -11,7 +11,7 @@ import torch
 from tars_kernels import pooled_similarity
 from torch import Tensor
 
-from tars_fast.learning.rewards.inputs import RewardInput
+from tars_fast.learning.rewards.inputs import Needs, RewardInput
 from tars_fast.learning.workers import Workers
 
 _KEPT = 0.9
@@ -54,11 +54,10 @@ class RunningMeans:
 class Representation:
     """Cosine of each spoken completion's pooled states with its reference's, averaged over layers."""
 
-    layers: str
-    """--representation-layers"""
+    needs: Needs
+    """States of --representation-layers, and a reference."""
     means: RunningMeans | None = None
     """What is subtracted before the cosine; None: nothing."""
-    needs_reference: bool = True
 
     def __call__(self, completions: list[RewardInput]) -> list[float]:
         pairs = [(one.states, one.reference.states) for one in completions if one.reference is not None]

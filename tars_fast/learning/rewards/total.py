@@ -15,7 +15,7 @@ from tars_fast.learning.rewards.accuracy import accuracy, unparsed
 from tars_fast.learning.rewards.agreement import agreement
 from tars_fast.learning.rewards.behaviour import Behaviour, HashedNgrams, TextSimilarity
 from tars_fast.learning.rewards.format import answer_format
-from tars_fast.learning.rewards.inputs import RewardInput, reward_inputs
+from tars_fast.learning.rewards.inputs import Needs, RewardInput, reward_inputs
 from tars_fast.learning.rewards.judge import find_judge
 from tars_fast.learning.rewards.matching import NumericMatch, PatternMatch, exact_match
 from tars_fast.learning.rewards.overlong import SoftOverlong
@@ -131,19 +131,21 @@ class Rewards:
         self.means = RunningMeans() if config.representation_centre else None
         """Of R_rep; None where it compares states as they are."""
         self.own = own or load_own_rewards(config)
-        others = list(self.own.rewards)
+        # In front of a user's own, which might change the states that they are given.
+        others = []
         if config.parts.uses_agreement:
             others.append(Reward("agreement", agreement))
         if config.samples_text:
-            representation = Representation(config.representation_layers, self.means)
+            representation = Representation(Needs(config.representation_layers, reference=True), self.means)
             others.append(Reward("representation", representation, weights.get("representation", 0.0)))
         if "behaviour" in weights:
             others.append(Reward("behaviour", Behaviour(text_similarity or HashedNgrams()), weights["behaviour"]))
+        others += self.own.rewards
         self.known: list[Reward] = [reward for reward in others if not reward.is_late]
         """Known before the forward pass, beside those of `completion_rewards`."""
         self.in_background: list[Reward] = [reward for reward in others if reward.in_background]
         """Computed beside it."""
-        self.of_states: list[Reward] = [reward for reward in others if reward.layers]
+        self.of_states: list[Reward] = [reward for reward in others if reward.needs.layers]
         """Computed from the states that it gives."""
 
     @property

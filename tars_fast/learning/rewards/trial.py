@@ -43,7 +43,7 @@ def try_rewards(own: OwnRewards, questions: Sequence[Question], prompts: PromptF
     ]
     for reward in own.rewards:
         try:
-            states = _states(reward, prompts, len(completions)) if reward.layers else ()
+            states = _states(reward, prompts, len(completions)) if reward.needs.layers else ()
             inputs = reward_inputs(completions, chosen, references, states)
             if reward.is_async:
                 own.calls.begin(reward, inputs).of(range(len(inputs)))
@@ -65,11 +65,11 @@ def _states(reward: Reward, prompts: PromptFormat, num_completions: int) -> list
     """[N] of [L, D], random: of zeros a cosine is no number."""
     architecture = prompts.family.architecture(prompts.config)
     try:
-        check_layers(reward.layers)
-        chosen = find_layers(reward.layers, architecture.num_layers) or range(architecture.num_layers)
+        check_layers(reward.needs.layers)
+        chosen = find_layers(reward.needs.layers, architecture.num_layers) or range(architecture.num_layers)
     except UserError as error:
         raise UserError(
-            f"--reward: reward {reward.name!r} asks for layers {reward.layers}: {str(error).partition(': ')[2]}"
+            f"--reward: reward {reward.name!r} asks for layers {reward.needs.layers}: {str(error).partition(': ')[2]}"
         ) from error
     shape = (num_completions, len(chosen), architecture.hidden_size)
     return list(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
