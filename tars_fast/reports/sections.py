@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 from tars_fast.evaluation.metrics import Curve
+from tars_fast.learning.metrics import ALIGNMENT
 from tars_fast.reports.page import Picture, Section, Table
 from tars_fast.reports.plots import as_svg, can_plot, curves_plot
 from tars_fast.reports.tables import shown
@@ -22,6 +24,8 @@ _OVER_STEPS = {
     "KL from the start on its own written answers, nats a token": {"text": "written_kl"},
 }
 """Title -> curve -> its name in metrics.jsonl."""
+_ENDS = 10
+"""Steps that the beginning and the end of a table of rewards are means over."""
 
 
 def layer_curve(values: Sequence[float | None], intervals: Sequence[Sequence[float | None]]) -> Curve:
@@ -91,6 +95,40 @@ def training_curves(metrics: Sequence[Mapping[str, float]]) -> Iterator[Section]
             alt = f"{label} over {len(metrics)} steps"
             pictures.append(curves_picture(curves, "step", label, alt, ends_table(curves)))
     yield Section("Training", ["Means over each step's completions; in a long run over neighbouring steps too."], (), pictures)
+    yield from _rewards(metrics)
+
+
+def _rewards(metrics: Sequence[Mapping[str, float]]) -> Iterator[Section]:
+    """What each reward gave, how far it tells completions of a group apart, and how often it does not apply."""
+    names = dict.fromkeys(name for line in metrics for name in line if name.startswith("not_applicable/"))
+    found = [name.split("/")[1:] for name in names]
+    rows, pictures = [], []
+    for name, modality in found:
+        columns = (f"{name}/{modality}", f"deviation/{name}/{modality}", f"not_applicable/{name}/{modality}")
+        if name in ALIGNMENT and modality == "speech":
+            columns = (f"reward/{name}", *columns[1:])
+        series = [[line[column] for line in metrics if column in line] for column in columns]
+        if any(share < 1 for share in series[2]):
+            means = [[mean(part) if part else None for part in (values[:_ENDS], values[-_ENDS:])] for values in series]
+            rows.append((name, modality, *(shown(value, None, ".3f") for ends in means for value in ends)))
+    for name in dict.fromkeys(name for name, _ in found):
+        if any(name in curve.split("/") for names in _OVER_STEPS.values() for curve in names.values()):
+            continue
+        known = {
+            modality: [(line["step"], line[f"{name}/{modality}"]) for line in metrics if f"{name}/{modality}" in line]
+            for modality in ("speech", "text")
+        }
+        curves = {modality: Curve(*zip(*points, strict=True)).thinned() for modality, points in known.items() if points}
+        if curves:
+            alt = f"Reward {name} over {len(metrics)} steps"
+            pictures.append(curves_picture(curves, "step", name, alt, ends_table(curves)))
+    if rows:
+        header = ("reward", "completions", "beginning", "end", "deviation", "end", "does not apply", "end")
+        notes = [
+            f"Means over the first and the last {_ENDS} steps: of the reward, of its deviation within a group, and of the "
+            "share of completions that it does not apply to. A reward without deviation teaches nothing."
+        ]
+        yield Section("Rewards", notes, [Table(header, rows)], pictures)
 
 
 def settings_section(settings: Mapping[str, Any]) -> Section:

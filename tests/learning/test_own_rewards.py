@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import re
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,10 +238,11 @@ def calls():
 
 def test_async_functions_run_together_within_the_bound_and_in_order(calls):
     """The first ones take longest; results stand where their completions do."""
-    running, most = 0, 0
+    running, most, begun = 0, 0, []
 
     async def slow_first(completions):
         nonlocal running, most
+        begun.append(len(completions[0].token_ids))
         running += 1
         most = max(most, running)
         (one,) = completions
@@ -248,10 +251,11 @@ def test_async_functions_run_together_within_the_bound_and_in_order(calls):
         return [len(one.token_ids) if one.modality == "speech" else None]
 
     inputs = reward_inputs([completion("", SPEECH if n % 3 else TEXT, tokens=n) for n in range(12)], QUESTIONS)
-    late = calls.begin(Reward("mine", slow_first), inputs)
+    late = calls.begin(Reward("mine", slow_first), inputs, [5, 3, *(n for n in range(12) if n not in (3, 5))])
     found = late.of([11, *range(12)]).tolist()
     assert [None if value != value else value for value in found] == [11, *(n if n % 3 else None for n in range(12))]
     assert most == 4
+    assert begun[:4] == [5, 3, 0, 1]
 
 
 async def hangs(completions):
@@ -446,3 +450,34 @@ def test_a_reward_that_fails_in_training_keeps_the_last_checkpoint(data, tmp_pat
     with pytest.raises(RewardError, match=r"reward 'f' gave 7 values for 8 completions"):
         train(run_config(data, tmp_path, source, "f"))
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(data, tmp_path):
+    """With calls that end in any order; what another reward would give is refused."""
+    source = """
+import asyncio, random
+async def f(completions):
+    await asyncio.sleep(random.SystemRandom().random() / 50)
+    return [len(completions[0].text) / 40 if sum(completions[0].token_ids) % 2 else None]
+"""
+    config = run_config(data, tmp_path, source, "f=0.5", num_steps=3, keep_checkpoints=3, advantage="standardised")
+    train(config)
+    run, again = tmp_path / "run", tmp_path / "again"
+    shutil.copytree(run, again)
+    for name in ("checkpoint-2", "checkpoint-3"):
+        shutil.rmtree(again / name)
+    with pytest.raises(UserError, match=r"the settings differ from those of the run .*reward .*f=0.5.* -> .*f=0.25"):
+        train(
+            run_config(data, tmp_path, source, "f=0.25", num_steps=3, output_dir=again, resume=True, advantage="standardised")
+        )
+    train(dataclasses.replace(config, output_dir=again, resume=True))
+    figures = [
+        [
+            {name: value for name, value in json.loads(line).items() if not name.startswith("seconds/")}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in (run, again)
+    ]
+    assert figures[0] == figures[1]
+    assert any(0 < line["not_applicable/f/speech"] < 1 for line in figures[0])
+    assert (run / "predictions_after.jsonl").read_bytes() == (again / "predictions_after.jsonl").read_bytes()

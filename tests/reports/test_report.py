@@ -209,6 +209,23 @@ def test_what_is_not_known_is_left_out(run, spoken):
     assert not re.search(r"\b(nan|None|null)\b", elements.text)
 
 
+def test_rewards_of_the_run_by_modality(run, spoken):
+    """One's own has a curve, R_rep and R_acc have theirs already; what never applies has no row."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for name in ("accuracy", "brief", "representation"):
+            of_text = name != "representation"
+            line |= {f"not_applicable/{name}/speech": 0.25, f"not_applicable/{name}/text": 0.0 if of_text else 1.0}
+            line |= {f"deviation/{name}/{modality}": 0.5 for modality in ("speech", "text")[: 1 + of_text]}
+        line |= {"brief/speech": line["step"], "brief/text": 7.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = Elements(written(run, spoken)).words
+    assert "brief speech 2.000 2.000 0.500 0.500 0.250 0.250 brief text 7.000 7.000 0.500 0.500 0.000 0.000" in words
+    assert "representation speech 0.200 0.200 0.500 0.500 0.250 0.250" in words
+    assert "representation text" not in words
+    assert written(run, spoken).count('alt="Reward ') == 1
+
+
 def test_without_matplotlib_the_numbers_stay(run, spoken, monkeypatch):
     for module in (run_page, sections):
         monkeypatch.setattr(module, "can_plot", lambda: False)

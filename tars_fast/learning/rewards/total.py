@@ -33,6 +33,7 @@ COMPLETION_REWARDS = (
 RESERVED_NAMES = {
     *("reward", "length", "truncated", "is_speech", "without_reference", "trained", "group", "centred", "staleness"),
     *("entropy", "disagreeing", "without_backward", "divergence", "sampled", "selection", "deviation", "not_applicable"),
+    *("validation", "clip", "seconds", "beside"),
     *("accuracy", "format", "unparsed", "representation", "behaviour", "agreement"),
 }
 """Names that a reward of a user's own may not have, because another figure of metrics.jsonl has them."""
@@ -150,10 +151,10 @@ class Rewards:
         """Those whose values are not known before the forward pass."""
         return self.in_background + self.of_states
 
-    def begin(self, reward: Reward, inputs: Sequence[RewardInput], background: Executor) -> LateValues:
-        """Start to compute one of `in_background`."""
+    def begin(self, reward: Reward, inputs: Sequence[RewardInput], order: Sequence[int], background: Executor) -> LateValues:
+        """Start to compute one of `in_background`; `order`: places of `inputs`, in which calls are made."""
         if reward.is_async:
-            return self.own.calls.begin(reward, inputs)
+            return self.own.calls.begin(reward, inputs, order)
         return LateValues([background.submit(reward_values, reward, inputs)])
 
 
