@@ -66,7 +66,10 @@ _PASSED_ON = ("model", "data", "eval_data", "num_steps")
 """Settings of `tars_fast.train` that this command has by the same name."""
 _OF_THE_COMMAND = {*_PASSED_ON, "seed", "output_dir", "resume", "dry_run"}
 """Settings of `tars_fast.train` that this command gives to every run."""
+_OF_ONE_RUN = {"early_stop", "push_to_hub"}
+"""Settings that no run of an ablation may have: arms train for the same number of steps, and would overwrite each other."""
 _SAME_IN_ALL_ARMS = {"disjoint_from", "skip_unusable", "long_audio", "eval_items", "questions_per_step"}
+_SAME_IN_ALL_ARMS |= {"eval_every", "validation_data"}
 """Settings that an arm may not override, because all arms train and are evaluated on the same items; `--setting` may."""
 _LOG = "log.txt"
 _SETTINGS = "ablation_settings.json"
@@ -172,7 +175,7 @@ def parse_settings(flag: str, given: Sequence[str], refused: set[str]) -> dict[s
             raise UserError(f"{flag} {assignment}: give SETTING=VALUE, SETTING one of those of {_TRAIN} --help")
         if name in refused:
             remedies = {"seed": "use --seeds"} | dict.fromkeys(("output_dir", "resume", "dry_run"), "that is for ablate to say")
-            remedies |= {own: f"use {flag_of(own)}" for own in _PASSED_ON}
+            remedies |= {own: f"use {flag_of(own)}" for own in _PASSED_ON} | dict.fromkeys(_OF_ONE_RUN, "leave it out")
             remedy = remedies.get(name, f"use --setting {assignment}")
             raise UserError(f"{flag} {assignment}: must be the same in all arms; {remedy}")
         if name in settings:
@@ -196,7 +199,7 @@ def choose_arms(config: AblateConfig) -> dict[str, dict[str, str]]:
             raise UserError(f"--define {given}: give NAME:SETTING=VALUE,...; NAME of small letters, digits, - and _")
         if name in known:
             raise UserError(f"--define {given}: there is an arm called {name} already")
-        known[name] = parse_settings(f"--define {name}:", rest.split(","), _SAME_IN_ALL_ARMS | _OF_THE_COMMAND)
+        known[name] = parse_settings(f"--define {name}:", rest.split(","), _SAME_IN_ALL_ARMS | _OF_THE_COMMAND | _OF_ONE_RUN)
     names = [name.strip() for name in config.arms.split(",")]
     for name in names:
         if name == START:
@@ -471,7 +474,7 @@ def plan_job(config: AblateConfig) -> Job:
     require_extra("analysis")
     arms = choose_arms(config)
     baseline = choose_baseline(config, arms)
-    shared = parse_settings("--setting", config.setting, _OF_THE_COMMAND)
+    shared = parse_settings("--setting", config.setting, _OF_THE_COMMAND | _OF_ONE_RUN)
     runs = plan_runs(config, arms, shared)
     settings = [parse_training("--setting", run.command[3:]) for run in runs[: len(arms)]]
     num_steps = settings[0].as_preset(find_preset(config.model)).num_steps

@@ -16,6 +16,7 @@ import tyro
 
 from tars_fast.models.architecture import Architecture, check_layers
 from tars_fast.models.memory import Workload, assumed_longest_prompt
+from tars_fast.models.publish import check_repository
 from tars_fast.support.cli import as_paths, check_choices, check_file_names, check_numbers, flag_of
 from tars_fast.support.text import GB
 from tars_fast.types import LongAudio, UserError
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
     # It brings torch, which nobody who asks for --help should wait for.
     from tars_fast.models.preset import Preset
 
+BestMetric = Literal[
+    "speech_accuracy",
+    "text_accuracy",
+    "speech_accuracy_sampled",
+    "text_accuracy_sampled",
+    "mrr_same_model",
+    "behaviour_similarity",
+]
+"""Figures of an evaluation by which a checkpoint can be the best; larger is better."""
 _EMBEDDER_BYTES = int(1.2e9)
 """Qwen3-Embedding-0.6B in bfloat16, planned with for any text embedder that is a model."""
 
@@ -322,10 +332,29 @@ class TrainConfig:
     """Evaluate on at most so many of the evaluation items, chosen by id hash. None: all."""
     eval_samples: int = 2
     """Completions an item, at --temperature, behind the sampled accuracies of the evaluation; 0 leaves them out."""
+    eval_every: int = 0
+    """Steps between evaluations on the validation items, of which there is one before the first step and one at the end too:
+    curves with intervals in metrics.jsonl and report.html. 0: none. The held-out items are never among them."""
+    validation_data: str | None = None
+    """Items of these evaluations, from the same kinds of places; at most --eval-items of them. None: of bundled data their
+    validation part, else a tenth of --data, chosen by id hash, which is not trained on then."""
+    keep_best: BestMetric | None = None
+    """Also keep the checkpoint of the evaluation at which this figure of the validation items was largest."""
+    early_stop: int = 0
+    """Stop after so many evaluations in a row in which the figure of --keep-best did not grow. 0: never."""
+    sample_every: int = 0
+    """Steps between looks at what the policy writes: a few completions of the step, spoken beside written, with their rewards,
+    go to samples.jsonl and report.html. 0: never."""
     save_every: int = 25
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints that stay, the newest ones."""
+    """Checkpoints that stay, the newest ones; with --keep-best that of the best step besides."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl, with completions and recordings of --sample-every: tensorboard, a folder of the
+    run; wandb and trackio, which are packages of their own. One that fails is left out with a warning."""
+    push_to_hub: str | None = None
+    """Upload every checkpoint, with a model card, to this repository on the hub (OWNER/NAME), which is made, private, where
+    there is none. Training waits meanwhile. None: nothing is uploaded."""
     seed: int = 0
     """Seeds everything that is drawn at random. Same seed, machine and settings: same metrics, bit for bit on a CPU."""
     resume: bool = False
@@ -345,6 +374,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         as_paths(self, "output_dir", "audio_cache_dir", "judge_template", "prompt_template")
         check_file_names(self, "model")
+        check_repository(self.push_to_hub)
         check_choices(self)
         positive = ["kv_cache_gb", "max_logprob_diff", "audio_cache_dir_gb", "eval_items"]
         positive += ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")
@@ -355,6 +385,7 @@ class TrainConfig:
         not_negative = ["representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples"]
         not_negative += ("accuracy_weight", "format_weight", "numeric_tolerance")
         not_negative += ("watch_every", "audio_cache_gb", "kl_coef", "entropy_coef", "max_redraws")
+        not_negative += ("eval_every", "early_stop", "sample_every")
         check_numbers(self, not_negative=(*not_negative, "seed"))
         if self.resume and self.output_dir is None:
             raise UserError("--resume: needs the --output-dir of the run to continue")
@@ -377,6 +408,7 @@ class TrainConfig:
                 "leave it out"
             )
         self._check_objective()
+        self._check_conditions()
         self._check_rewards()
         if not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"--warmup-fraction {self.warmup_fraction}: must lie between 0 and 1")
@@ -400,6 +432,8 @@ class TrainConfig:
                 f"--distil-as {self.distil_as}: --objective {self.objective} weighs tokens by the divergence of whole "
                 "distributions; take opd, or --distil-as loss"
             )
+
+    def _check_conditions(self) -> None:
         for names, takes_effect, needed in self._conditions():
             for name in names:
                 if not takes_effect and getattr(self, name) != getattr(TrainConfig, name):
@@ -454,6 +488,9 @@ class TrainConfig:
             (("reward_pattern",), "pattern" in sources, "--reward pattern"),
             (("reward_concurrency", "reward_timeout"), bool(sources), "--reward"),
             (("select_floor",), self.select != "all", "--select gap, disagreement or kl"),
+            (("validation_data", "keep_best"), self.eval_every > 0, "--eval-every"),
+            (("keep_best",), self.eval_samples > 0 or "sampled" not in str(self.keep_best), "--eval-samples 1 or more"),
+            (("early_stop",), self.keep_best is not None, "--keep-best"),
         ]
 
     @property

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,15 +24,14 @@ from tars_fast.models.checkpoint import save_model
 from tars_fast.models.hub import adapter_config, base_of, checkpoint_folder, copy_processor
 from tars_fast.models.modules import PolicyModule
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
-from tars_fast.models.registry import PRESETS, find_preset
+from tars_fast.models.publish import HubRepository, check_repository
+from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import SpeechModel, load_module
-from tars_fast.support.cli import as_paths, check_file_names, run_command
+from tars_fast.reports.model_card import CardSubject, model_card
+from tars_fast.support.cli import FAILED, as_paths, check_file_names, run_command
 from tars_fast.support.files import atomic_folder, listing
 from tars_fast.support.locks import LOCK, locked
 from tars_fast.types import UserError
-
-_OF_THE_MACHINE = {"output_dir", "resume", "dry_run", "device", "audio_cache_gb", "audio_cache_dir", "audio_cache_dir_gb"}
-"""Settings of a run that the model card leaves out, because they describe the machine and not the model."""
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 """safetensors' names of dtypes; a checkpoint stored in another one is written as float32."""
@@ -52,10 +51,13 @@ class ExportConfig:
     """Of the weights that are written. auto: as the base model, or a full checkpoint, is stored."""
     evaluation: Path | None = None
     """evaluation.json for the model card. None: that of the run, where the checkpoint is its last."""
+    push_to_hub: str | None = None
+    """Also upload it to this repository on the hub (OWNER/NAME), which is made, private, where there is none."""
 
     def __post_init__(self) -> None:
         as_paths(self, "output_dir", "evaluation")
         check_file_names(self, "model")
+        check_repository(self.push_to_hub)
         if self.adapter and self.dtype != "auto":
             raise UserError(f"--dtype {self.dtype}: an adapter is written as it was trained; leave --dtype or --adapter out")
         if os.path.lexists(self.output_dir) and (not self.output_dir.is_dir() or set(os.listdir(self.output_dir)) - {LOCK}):
@@ -111,88 +113,36 @@ def find_evaluation(config: ExportConfig, run: Mapping[str, Any]) -> dict[str, A
         return read_json(path / "evaluation.json" if path.is_dir() else path, "--evaluation")
     checkpoint = Path(config.model).resolve()
     path = checkpoint.parent / "evaluation.json"
-    if path.is_file() and checkpoint.name == f"checkpoint-{run.get('num_steps')}":
-        return read_json(path, "--model")
-    return {}
-
-
-def name_of(base: str | None) -> str | None:
-    """The name by which others find a base model: on the hub, or of a preset whose weights come with this package."""
-    for name, preset in PRESETS.items():
-        if base in (name, preset.source):
-            return name if Path(preset.source).exists() else preset.source
-    return base
-
-
-def model_card(
-    config: ExportConfig,
-    base: str | None,
-    dtype: str,
-    run: Mapping[str, Any],
-    evaluation: Mapping[str, Any],
-    merge_first: str = "",
-) -> str:
-    """README.md: what the model is, where it comes from, how it was trained and what it reaches.
-
-    Args:
-        merge_first: folder of the base with an adapter that was part of it while this one was trained.
-    """
-    kind = "LoRA adapter" if config.adapter else f"model in {dtype}"
-    head = ["library_name: peft" if config.adapter else "library_name: transformers", "tags:", "- speech", "- tars"]
-    if base is not None and "/" in base and not Path(base).exists():
-        head.append(f"base_model: {base.partition('@')[0]}")
-    lines = ["---", *head, "---", "", f"# {config.output_dir.name}", ""]
-    lines.append(
-        f"A speech LLM trained with tars_fast (TARS, arXiv 2601.05543): {kind}"
-        + (f", base model `{base}`." if base is not None else ".")
-    )
-    if merge_first:
-        lines += [
-            "",
-            f"**Merge the base's own adapter first.** This adapter was trained on the base with `{merge_first}` merged into "
-            f"it. Load the base, add the adapter in its folder `{merge_first}`, merge it (peft: `merge_and_unload`), and "
-            "only then put this one on top; straight on the base it gives a model that was never trained.",
-        ]
-    fingerprint = run.get("data_fingerprint")
-    if fingerprint:
-        lines += ["", "## Data", "", "SHA-256 over ids, texts and answers of the items, in order:", ""]
-        lines += [f"- {part}: `{digest}`" for part, digest in fingerprint.items()]
-    rows = list(evaluation_rows(evaluation))
-    if rows:
-        lines += ["", "## Evaluation", "", "Greedy; % with 95 % bootstrap intervals over items.", ""]
-        lines += ["| | items | speech | text | MRR |", "|---|---|---|---|---|", *rows]
-    if run:
-        kept = {name: value for name, value in run.items() if name not in _OF_THE_MACHINE | {"data_fingerprint"}}
-        lines += ["", "## Training", "", "```json", json.dumps(kept, indent=2), "```"]
-    return "\n".join(lines) + "\n"
-
-
-def evaluation_rows(evaluation: Mapping[str, Any]) -> Iterator[str]:
-    """A table row for every report of a run's or an evaluation's evaluation.json."""
-    for name, report in evaluation.items():
-        if isinstance(report, Mapping) and report.get("speech_accuracy") is not None and name != "change":
-            figures = [("speech_accuracy", 100), ("text_accuracy", 100), ("mrr", 1)]
-            cells = (_cell(report, figure, scale) for figure, scale in figures)
-            yield f"| {name} | {report['num_items']} | " + " | ".join(cells) + " |"
-
-
-def _cell(report: Mapping[str, Any], name: str, scale: float) -> str:
-    if report.get(name) is None:
-        return "-"
-    interval = report[f"{name}_ci95"]
-    return f"{scale * report[name]:.1f}" + (f" ({scale * interval[0]:.1f} to {scale * interval[1]:.1f})" if interval else "")
+    evaluation = read_json(path, "--model") if path.is_file() else {}
+    num_steps = evaluation.get("stopped", {}).get("step", run.get("num_steps"))
+    return evaluation if checkpoint.name == f"checkpoint-{num_steps}" else {}
 
 
 def export(config: ExportConfig) -> int:
-    """Write the checkpoint into `output_dir`; returns exit status 0."""
+    """Write the checkpoint into `output_dir`, and publish it where that is asked for; returns the exit status.
+
+    Raises:
+        UserError: see `write_export`, or the hub does not let it be published.
+    """
+    repository = None if config.push_to_hub is None else HubRepository(config.push_to_hub)
     with locked(config.output_dir):
-        write_export(config)
+        card = write_export(config)
     print(f"written to {config.output_dir}: {listing(config.output_dir)}")
+    if repository is None:
+        return 0
+    if (problem := repository.push(config.output_dir, card, f"export of {Path(config.model).name}")) is not None:
+        print(f"warning: {problem}", flush=True)
+        return FAILED
+    print(f"published as {repository.name}")
     return 0
 
 
-def write_export(config: ExportConfig) -> None:
-    """Raises UserError where the checkpoint or what its run wrote beside it cannot be read, or the folder not be written."""
+def write_export(config: ExportConfig) -> str:
+    """Write the folder; returns the model card.
+
+    Raises:
+        UserError: the checkpoint or what its run wrote beside it cannot be read, or the folder not be written.
+    """
     preset = find_preset(config.model)
     source = preset.source
     is_adapter = adapter_config(source) is not None
@@ -210,8 +160,9 @@ def write_export(config: ExportConfig) -> None:
         dtype = stored_dtype(base_of(source)) if config.dtype == "auto" else getattr(torch, config.dtype)
         module = module.to(dtype)
     needs = prompts.family.adapter_folder if config.adapter else ""
+    written = None if config.adapter else str(dtype).removeprefix("torch.")
     try:
-        card = model_card(config, name_of(base), str(dtype).removeprefix("torch."), run, evaluation, needs)
+        card = model_card(CardSubject(config.output_dir.name, base, written, needs), run, evaluation)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"--model {config.model}: config.json or evaluation.json beside it are damaged ({error!r}); repeat the run's last "
@@ -221,6 +172,7 @@ def write_export(config: ExportConfig) -> None:
     with atomic_folder(config.output_dir, num_bytes) as folder:
         write_weights(source, module, prompts, folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
+    return card
 
 
 def write_weights(source: str, module: PolicyModule | None, prompts: PromptFormat, folder: Path) -> None:

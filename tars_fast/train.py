@@ -31,15 +31,16 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tars_kernels import use_reference
 
 from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
-from tars_fast.evaluation.figures import change_since, report, text_reference
+from tars_fast.evaluation.figures import change_since, curve_point, report, text_reference
 from tars_fast.evaluation.results import PREDICTIONS, ItemResult, read_own
 from tars_fast.learning.loader import LoadedRollout, RolloutLoader
 from tars_fast.learning.metrics import (
@@ -53,19 +54,24 @@ from tars_fast.learning.metrics import (
 from tars_fast.learning.optimizer import learning_rate_at
 from tars_fast.learning.rewards.judge import find_judge
 from tars_fast.learning.run import Interrupt, Run, evaluation_source, open_run, plan_run, profiled
+from tars_fast.learning.samples import choose_samples
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.selection import outcomes_of
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import join_workers
 from tars_fast.models.memory import describe
-from tars_fast.models.registry import find_preset
+from tars_fast.models.publish import HubRepository
+from tars_fast.models.registry import find_preset, list_checkpoints
 from tars_fast.reports.log import RunLog
+from tars_fast.reports.loggers import check_loggers
+from tars_fast.reports.model_card import CardSubject, model_card
 from tars_fast.reports.plots import ACCURACY_PLOT, accuracy_plot, can_plot, write_png
-from tars_fast.reports.run_page import write_report
-from tars_fast.reports.tables import print_summary
+from tars_fast.reports.run_page import write_progress, write_report
+from tars_fast.reports.tables import describe_point, print_summary
 from tars_fast.support.files import write_atomically
 from tars_fast.support.progress import item_progress
 from tars_fast.support.timing import explain_out_of_memory
+from tars_fast.types import Question
 
 
 @dataclass(frozen=True)
@@ -93,13 +99,22 @@ def train(config: TrainConfig) -> TrainOutcome:
         UserError: settings, data or checkpoint are not usable.
         TrainingError: training cannot go on; the last checkpoint is good.
     """
+    check_loggers(config.log)
     with use_reference(config.kernels == "reference"), join_workers() as workers, open_run(config, workers) as run:
-        log = RunLog(run.config.output_dir if workers.is_first else None, run.config.num_steps, run.num_completed)
+        log = RunLog(run.config.output_dir if workers.is_first else None, run.config.num_steps, run.num_completed, config.log)
         log.say(run.describe())
-        before = read_before(run) if run.num_completed else evaluate_now(run, log, "before")
+        # Before what takes long: an account that may not write there is the user's to put right.
+        hub = HubRepository(config.push_to_hub) if config.push_to_hub is not None and workers.is_first else None
+        if run.num_completed:
+            before = read_before(run)
+        else:
+            before = evaluate_now(run, log, "before")
+            if start := validate(run, log, 0):
+                log.write(start)
+                show_validation(run, log, start)
         interrupt = Interrupt()
         with interrupt.deferred(), log:
-            is_finished = run_steps(run, log, interrupt)
+            is_finished = run_steps(run, log, interrupt, hub)
         if not is_finished:
             if workers.is_first:
                 print(
@@ -110,10 +125,12 @@ def train(config: TrainConfig) -> TrainOutcome:
         after = evaluate_now(run, log, "after")
         # Only the first process reports. Were another to fail meanwhile, torchrun would end it in the middle of its report.
         evaluation = write_evaluation(run, log, before, after) if workers.is_first else None
+        if evaluation is not None:
+            publish(run, log, hub, list_checkpoints(run.config.output_dir)[-1][0], evaluation)
         return TrainOutcome(run.config.output_dir, True, evaluation)
 
 
-def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
+def run_steps(run: Run, log: RunLog, interrupt: Interrupt, hub: HubRepository | None = None) -> bool:
     """The training loop; returns False where it was interrupted.
 
     With several updates a rollout, loss, gradient norm and clip fractions are logged of the last one; entropy and what compares
@@ -124,6 +141,8 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
     loader = RolloutLoader(run.model, run.engine, learner.rewards, run.selection, config, workers)
     with loader, profiled(run) as step_done:
         for step in range(run.num_completed, config.num_steps):
+            if run.best.is_over:
+                break
             started = time.perf_counter()
             # 1. Rollout.
             loaded = loader.next_batch(step, learner.timer)
@@ -140,14 +159,22 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt) -> bool:
             metrics = {"step": step + 1, "learning_rate": learning_rate_at(config, step)} | metrics
             metrics |= step_metrics(run, scored, loaded, step) | {"seconds/step": time.perf_counter() - started}
             metrics |= learner.written_kl(step + 1)
+            validated = validate(run, log, step + 1)
+            metrics |= validated
             history.append(metrics)
             log.step(metrics)
+            if scored is not None and config.sample_every and (step + 1) % config.sample_every == 0:
+                log.samples(choose_samples(scored, step + 1), scored.rollout.questions)
+            if validated:
+                show_validation(run, log, metrics)
             check_written(metrics, config)
             check_progress(history, log.warn)
             step_done()
             stopping = any(workers.gather(interrupt.requested))
-            if stopping or (step + 1) % config.save_every == 0 or step + 1 == config.num_steps:
+            is_last = step + 1 == config.num_steps or run.best.is_over
+            if stopping or is_last or (step + 1) % config.save_every == 0 or run.best.step == step + 1:
                 run.save_checkpoint(step + 1)
+                publish(run, log, hub, step + 1)
             if stopping:
                 return False
     return True
@@ -212,15 +239,63 @@ def step_metrics(run: Run, scored: ScoredRollout | None, loaded: LoadedRollout, 
 
 def evaluate_now(run: Run, log: RunLog, when: str) -> list[ItemResult]:
     """Answer the evaluation items and write predictions_<when>.jsonl."""
-    config = run.config
     log.say(f"evaluating {when} training")
+    with item_progress(log.console, len(run.data.held_out)) as advance:
+        results = answer_items(run, run.data.held_out, run.evaluation_name, advance)
+    if run.workers.is_first:
+        path = run.config.output_dir / f"predictions_{when}.jsonl"
+        write_atomically(path, "".join(result.to_line() for result in results))
+    return results
+
+
+def answer_items(
+    run: Run, questions: Sequence[Question], name: str, advance: Callable[[int], None] = lambda _: None
+) -> list[ItemResult]:
+    """See `Evaluator.evaluate`. Nothing that training draws or remembers is touched."""
+    config = run.config
     settings = EvaluationSettings(config.max_new_tokens, config.eval_samples, config.temperature, config.seed)
     evaluator = Evaluator(run.model, run.engine, run.text_similarity, settings, run.workers, find_judge(config))
-    with explain_out_of_memory("evaluation"), item_progress(log.console, len(run.data.held_out)) as advance:
-        results = evaluator.evaluate(run.data.held_out, run.evaluation_name, advance)
+    with explain_out_of_memory("evaluation"):
+        return evaluator.evaluate(questions, name, advance)
+
+
+def validate(run: Run, log: RunLog, num_completed: int) -> dict[str, float]:
+    """Figures of the validation items after so many steps, also for `run.best`; empty where it is not time for them."""
+    config = run.config
+    if not config.eval_every or (num_completed % config.eval_every and num_completed != config.num_steps):
+        return {}
+    started = time.perf_counter()
+    results = answer_items(run, run.data.validation, "validation")
+    failed = [result for result in results if result.failed is not None]
+    if failed:
+        log.warn(f"{len(failed)} of {len(results)} validation items failed; the first, {failed[0].id!r}: {failed[0].failed}")
+    metrics = {"step": num_completed} | curve_point(results)
+    run.best.record(metrics)
+    return metrics | {"seconds/evaluation": time.perf_counter() - started}
+
+
+def show_validation(run: Run, log: RunLog, metrics: Mapping[str, float]) -> None:
+    """Say what `validate` found, and write the report as far as the run has come."""
+    num_items = len(run.data.validation)
+    log.say(f"after {metrics['step']} steps, {num_items} validation items: {', '.join(describe_point(metrics))}")
     if run.workers.is_first:
-        write_atomically(config.output_dir / f"predictions_{when}.jsonl", "".join(result.to_line() for result in results))
-    return results
+        write_progress(run.config.output_dir, int(metrics["step"]), run.data.training)
+
+
+def publish(
+    run: Run, log: RunLog, hub: HubRepository | None, step: int, evaluation: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Upload a checkpoint with its model card, where that is asked for; what goes wrong is a warning."""
+    if hub is None:
+        return
+    config, model = run.config, run.model
+    dtype = None if config.lora_rank else str(model.module.dtype).removeprefix("torch.")
+    merge_first = model.family.adapter_folder if config.lora_rank else ""
+    subject = CardSubject(hub.name.partition("/")[2], config.model, dtype, merge_first)
+    settings = json.loads((config.output_dir / "config.json").read_text(encoding="utf-8"))
+    card = model_card(subject, settings, evaluation)
+    if (problem := hub.push(config.output_dir / f"checkpoint-{step}", card, f"after {step} steps")) is not None:
+        log.warn(problem)
 
 
 def read_before(run: Run) -> list[ItemResult]:
@@ -239,10 +314,15 @@ def write_evaluation(run: Run, log: RunLog, before: list[ItemResult], after: lis
     output_dir, reference = run.config.output_dir, text_reference(before)
     parts = {"before": report(before, reference), "after": report(after, reference)}
     evaluation = parts | {"change": change_since(after, before)}
+    if run.best.metric is not None:
+        evaluation["best"] = {"step": run.best.step, "metric": run.best.metric, "value": run.best.value}
+    last_step = list_checkpoints(output_dir)[-1][0]
+    if last_step < run.config.num_steps:
+        evaluation["stopped"] = {"step": last_step}
     write_atomically(output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
     if can_plot() and all("speech_accuracy" in part for part in parts.values()):
         write_png(output_dir / ACCURACY_PLOT, accuracy_plot({"held-out items": parts}))
-    write_report(output_dir, {run.evaluation_name: run.data.held_out})
+    write_report(output_dir, {run.evaluation_name: run.data.held_out}, training=run.data.training)
     print_summary(log, evaluation, output_dir)
     return evaluation
 

@@ -68,6 +68,21 @@ def pytest_runtest_setup(item):
 pytest_runtest_call = pytest_runtest_setup
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """A server that stands in for the Hugging Face hub, for huggingface_hub as it is."""
+    from hub_server import TOKEN, hub_server
+    from huggingface_hub import constants
+
+    with hub_server() as state:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", state.address)
+        # Its own storage has a protocol of its own; without it files go as large files of git.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield state
+
+
 def new_model(**changes) -> SpeechModel:
     """The embedded model as the loop prepares it, fully trainable unless `changes` say otherwise."""
     preset = PRESETS["pocket"]

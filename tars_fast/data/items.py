@@ -35,7 +35,7 @@ def bundled_name(source: str | Path | None) -> str | None:
     return name if name in BUNDLED else None
 
 
-def or_bundled(source: str | Path | None, part: Literal["training", "held_out"], default: str = "pocket") -> str:
+def or_bundled(source: str | Path | None, part: Literal["training", "validation", "held_out"], default: str = "pocket") -> str:
     """`source`, or the file of the bundled data that it names.
 
     Args:

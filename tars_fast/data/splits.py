@@ -43,10 +43,15 @@ def choose_by_id(questions: Sequence[Question], count: int | None) -> list[Quest
     return [questions[number] for number in sorted(ranked[:count])]
 
 
-def split_by_id(questions: Sequence[Question], held_out_fraction: float) -> tuple[list[Question], list[Question]]:
+def split_by_id(
+    questions: Sequence[Question], held_out_fraction: float, flag: str = "--eval-data"
+) -> tuple[list[Question], list[Question]]:
     """Split items by a hash of the id, so that an item stays on its side whatever is reordered or added.
 
     Items that ask the same, as several recordings of one question do, go to one side, by the least of their ids.
+
+    Args:
+        flag: what else names held-out items, for the message.
 
     Returns:
         (training, held-out items), each in their order.
@@ -65,7 +70,7 @@ def split_by_id(questions: Sequence[Question], held_out_fraction: float) -> tupl
     training = [question for question in questions if position(question) >= held_out_fraction]
     held_out = [question for question in questions if position(question) < held_out_fraction]
     if not training or not held_out:
-        raise UserError(f"{len(questions)} items leave nothing to train or to evaluate on; give --eval-data")
+        raise UserError(f"{len(questions)} items leave nothing to train or to evaluate on; give {flag}")
     return training, held_out
 
 

@@ -58,7 +58,9 @@ class FinishedRun:
     def read(cls, arm: str, seed: int, folder: Path) -> FinishedRun:
         """Raises UserError where something is missing or cannot be read."""
         try:
-            metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+            # With --eval-every there is an evaluation before the first step.
+            metrics = [line for line in lines if line.get("step") != 0]
             settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             num_steps = settings["num_steps"]
             if not isinstance(num_steps, int) or not all(step.keys() >= _IN_EVERY_STEP for step in metrics):

@@ -169,6 +169,17 @@ def report(results: Sequence[ItemResult], reference: Reference) -> dict[str, Any
     return figures
 
 
+def curve_point(results: Iterable[ItemResult]) -> dict[str, float]:
+    """The figures of `FIGURES` that need no reference, as metrics.jsonl has them: `validation/<name>`, and `/low` and `/high`
+    for the ends of its 95 % interval; without those that are not known."""
+    point: dict[str, float] = {}
+    for name, columns in _columns(list(results), {}).items():
+        value, (low, high) = bootstrap_interval(FIGURES[name].statistic, *columns)
+        named = {f"validation/{name}": value, f"validation/{name}/low": low, f"validation/{name}/high": high}
+        point |= {place: number for place, number in named.items() if np.isfinite(number)}
+    return point
+
+
 def overall(results: Iterable[ItemResult], reference: Reference) -> dict[str, Any]:
     """Mean over the data sets, each counting the same, as published tables have it; MRR from the mean accuracies."""
     data_sets = list(by_data(results).values())

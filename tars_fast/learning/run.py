@@ -11,7 +11,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import UsableItem, bundled_name, load_questions, or_bundled, read_items, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
+from tars_fast.learning.best import BestStep
 from tars_fast.learning.objectives.references import References
 from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.optimizer import make_optimizer
@@ -39,6 +40,7 @@ from tars_fast.models.checkpoint import (
     is_damaged,
     latest_checkpoint,
     load_trainer_state,
+    remove_outdated,
     save_checkpoint,
 )
 from tars_fast.models.memory import MemoryPlan, plan_memory, remedies
@@ -61,6 +63,9 @@ MAY_CHANGE_ON_RESUME = {
     "resume",
     "device",
     "save_every",
+    "sample_every",
+    "log",
+    "push_to_hub",
     "keep_checkpoints",
     "profile",
     "audio_cache_gb",
@@ -81,6 +86,8 @@ class RunData:
     """What was left out, or is cut."""
     longest_prompt: int
     """Tokens of the longest prompt."""
+    validation: list[Question] = dataclasses.field(default_factory=list)
+    """Items for the evaluations while it trains; empty without `--eval-every`."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class Run:
     selection: Selection
     num_completed: int
     """Steps that were done before it was resumed."""
+    best: BestStep
 
     @property
     def model(self) -> SpeechModel:
@@ -135,14 +143,9 @@ class Run:
         self.workers.check_same(parameters)
         if self.workers.is_first:
             config, learner = self.config, self.learner
-            save_checkpoint(
-                config.output_dir,
-                num_completed,
-                self.model,
-                learner.optimizer,
-                num_kept=config.keep_checkpoints,
-                extra=learner.extra() | self.selection.extra(),
-            )
+            extra = learner.extra() | self.selection.extra() | self.best.extra()
+            save_checkpoint(config.output_dir, num_completed, self.model, learner.optimizer, extra)
+            remove_outdated(config.output_dir, config.keep_checkpoints, self.best.step)
             self.selection.write(config.output_dir)
         # The others wait until it is written.
         self.workers.gather(None)
@@ -181,6 +184,9 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     find_layers(config.representation_layers, architecture.num_layers)
     architecture.find_lora_targets(config.lora_targets)
     training, held_out, notes = load_data(config)
+    validation: list[Question] = []
+    if config.eval_every:
+        training, validation = load_validation(config, training, held_out)
     resumed_from = latest_checkpoint(output_dir) if config.resume else None
     source = str(resumed_from) if resumed_from is not None and preset.lora_rank == 0 else preset.source
     # Not from the checkpoint it resumes from, which later ones outlive: processor and configuration are read at each save.
@@ -199,7 +205,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
             f"{flag}: with --rollout-ahead 1 this engine would sample while the module computes with other weights; "
             f"use {remedy}"
         )
-    data = keep_usable(config, prompts, RunData(training, held_out, notes, 0), workers)
+    data = keep_usable(config, prompts, RunData(training, held_out, notes, 0, validation), workers)
     workload = config.workload(
         preset,
         prompts.family.architecture(prompts.config),
@@ -245,10 +251,13 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
         text_similarity = load_text_similarity(run_config.behaviour_model, device)
         selection = Selection(data.training, run_config)
+        best = BestStep(config.keep_best, config.early_stop)
         with _explain_damage(resumed_from):
             prepare_model(run_config, model, workload.adapted_layers, resumed_from)
             rewards = Rewards(run_config, text_similarity, own_rewards)
-            learner, num_completed = make_learner(run_config, model, rewards, selection, resumed_from, workers)
+            learner, num_completed, extra = make_learner(run_config, model, rewards, resumed_from, workers)
+            if resumed_from is not None:
+                load_extra(extra, resumed_from, (learner, selection, best))
         if run_config.steps_between_looks and learner.watch is None:
             learner.watch = WrittenWatch.begin(model, engine, data.training, run_config)
         # Every process looks at the folder before the first one writes there.
@@ -257,9 +266,13 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
             prepare_output(run_config, settings)
             num_steps_left = run_config.num_steps - num_completed
             num_saves = math.ceil(num_steps_left / run_config.save_every)
-            check_room(output_dir, model, num_saves, run_config.keep_checkpoints, learner.extra())
+            num_kept = run_config.keep_checkpoints
+            if run_config.keep_best is not None:
+                num_saves += math.ceil(num_steps_left / run_config.eval_every)
+                num_kept += 1
+            check_room(output_dir, model, num_saves, num_kept, learner.extra())
         workers.gather(None)
-        yield Run(run_config, data, learner, engine, text_similarity, selection, num_completed)
+        yield Run(run_config, data, learner, engine, text_similarity, selection, num_completed, best)
 
 
 def check_architecture(checkpoint: Path, prompts: PromptFormat) -> None:
@@ -325,11 +338,10 @@ def make_learner(
     config: RunConfig,
     model: SpeechModel,
     rewards: Rewards,
-    selection: Selection,
     resumed_from: Path | None,
     workers: Workers,
-) -> tuple[Learner, int]:
-    """(learner, completed steps); `resumed_from` is the checkpoint to continue from, also with what `selection` knew then.
+) -> tuple[Learner, int, dict[str, Any]]:
+    """(learner, completed steps, what else the checkpoint holds, for `load_extra`); `resumed_from` is that checkpoint.
 
     Raises:
         UserError: it does not fit, or the model before training, which the objective needs, cannot be loaded any more.
@@ -338,14 +350,17 @@ def make_learner(
     references = References(model, config, is_resumed=resumed_from is not None)
     learner = Learner(model, optimizer, config, workers, references, rewards)
     if resumed_from is None:
-        return learner, 0
-    num_completed, extra = load_trainer_state(resumed_from, optimizer)
+        return learner, 0, {}
+    return learner, *load_trainer_state(resumed_from, optimizer)
+
+
+def load_extra(extra: Mapping[str, Any], resumed_from: Path, parts: Sequence[Learner | Selection | BestStep]) -> None:
+    """Have each part of a run go on from what the checkpoint `resumed_from` holds. Raises UserError where it is of another."""
     try:
-        learner.load_extra(extra)
-        selection.load_extra(extra)
+        for part in parts:
+            part.load_extra(extra)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise is_damaged(resumed_from, f"trainer_state.pt: {first_line(error)}") from error
-    return learner, num_completed
 
 
 def read_training(config: TrainConfig) -> tuple[list[UsableItem], str | None]:
@@ -415,13 +430,44 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
     return training, choose_by_id(held_out, config.eval_items), notes
 
 
+def load_validation(
+    config: TrainConfig, training: list[Question], held_out: Sequence[Question]
+) -> tuple[list[Question], list[Question]]:
+    """(training items, items of the evaluations while it trains), which are neither trained on nor held out.
+
+    Raises:
+        UserError: nothing readable there, or an item is in two of the three.
+    """
+    source, name = config.validation_data, bundled_name(config.data)
+    if source is None and config.data is None:
+        name = find_preset(config.model).bundled_data
+    if source is None and name is None:
+        graded = [question for question in training if question.has_answer]
+        if not graded:
+            raise UserError(f"--data {config.data}: none of its items has an answer to evaluate by; give --validation-data")
+        # Without --eval-data the first tenth is held out already.
+        fraction = 0.2 if config.eval_data is None else 0.1
+        validation = split_by_id(graded, fraction, "--validation-data")[1]
+        return without_leaks(training, validation), choose_by_id(validation, config.eval_items)
+    source = or_bundled(source or name, "validation")
+    validation = load_questions(source)
+    check_leaks(training, validation)
+    unseen = without_leaks(validation, held_out)
+    if len(unseen) < len(validation):
+        raise UserError(
+            f"--validation-data {source}: {len(validation) - len(unseen)} of its {len(validation)} items are among those held "
+            "out for the end; name other items, or another --eval-data"
+        )
+    return training, choose_by_id(validation, config.eval_items)
+
+
 def keep_usable(config: TrainConfig, prompts: PromptFormat, data: RunData, workers: Workers) -> RunData:
     """The items whose prompts the model can take; each process looks at its share of the recordings.
 
     Raises:
         UserError: see `PromptFormat.check_questions`; with `--skip-unusable` only where nothing is left.
     """
-    questions = [*data.training, *data.held_out]
+    questions = [*data.training, *data.held_out, *data.validation]
     max_new_tokens = config.as_preset(prompts.preset).max_new_tokens
     sizes = workers.spread(lambda share: prompts.prompt_sizes(share, max_new_tokens), questions)
     usable = {q.id: size for q, size in zip(questions, sizes, strict=True) if isinstance(size, PromptSize)}
@@ -429,11 +475,12 @@ def keep_usable(config: TrainConfig, prompts: PromptFormat, data: RunData, worke
         prompts.raise_refusals(questions, sizes)
     refused = [f"item {q.id!r}: {size}" for q, size in zip(questions, sizes, strict=True) if not isinstance(size, PromptSize)]
     left_out = f"{len(refused)} of {len(questions)} items left out; the first: {refused[0]}" if refused else None
-    training, held_out = ([q for q in part if q.id in usable] for part in (data.training, data.held_out))
-    if not training or not held_out:
+    parts = (data.training, data.held_out, data.validation)
+    training, held_out, validation = ([q for q in part if q.id in usable] for part in parts)
+    if not training or not held_out or (data.validation and not validation):
         raise UserError(f"--skip-unusable: {left_out}; nothing is left to train or to evaluate on")
     notes = [note for note in (*data.notes, left_out, prompts.long_audio_notice(list(usable.values()))) if note is not None]
-    return RunData(training, held_out, notes, max(size.num_tokens for size in usable.values()))
+    return RunData(training, held_out, notes, max(size.num_tokens for size in usable.values()), validation)
 
 
 def choose_micro_batch(config: TrainConfig, earlier: Mapping[str, Any], plan: MemoryPlan, workers: Workers) -> int:
@@ -480,6 +527,8 @@ def read_settings(output_dir: Path) -> dict[str, Any]:
 def settings_of_run(config: RunConfig, data: RunData) -> dict[str, object]:
     """The content of config.json: the settings, fingerprints of the data, and the weights of the reward's terms."""
     fingerprint = {"training": data_fingerprint(data.training), "evaluation": data_fingerprint(data.held_out)}
+    if data.validation:
+        fingerprint["validation"] = data_fingerprint(data.validation)
     return config.to_json() | {"data_fingerprint": fingerprint, "rewards": reward_weights(config)}
 
 

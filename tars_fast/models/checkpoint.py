@@ -97,11 +97,9 @@ def save_checkpoint(
     num_completed: int,
     model: SpeechModel,
     optimizer: torch.optim.Optimizer,
-    *,
-    num_kept: int = 2,
     extra: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write `checkpoint-<steps>/`, see `save_model`, with the optimiser's state, and delete all but the newest `num_kept`.
+    """Write `checkpoint-<steps>/`, see `save_model`, with the optimiser's state.
 
     Args:
         extra: what else a resumed run needs, by name: tensors, numbers, strings, lists and dictionaries of them.
@@ -116,9 +114,14 @@ def save_checkpoint(
         with (folder / _STATE).open("wb") as file:
             state = {"num_completed": num_completed, "optimizer": optimizer.state_dict(), "extra": dict(extra or {})}
             torch.save(state, file)
-    for _, outdated in list_checkpoints(output_dir)[:-num_kept]:
-        remove_folder(outdated)
     return target
+
+
+def remove_outdated(output_dir: Path, num_kept: int, best_step: int | None = None) -> None:
+    """Delete all checkpoints but the newest `num_kept` and that of the best step. Raises CannotWriteError."""
+    others = [folder for step, folder in list_checkpoints(output_dir) if step != best_step]
+    for outdated in others[:-num_kept]:
+        remove_folder(outdated)
 
 
 def latest_checkpoint(output_dir: Path) -> Path:

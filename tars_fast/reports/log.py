@@ -1,14 +1,11 @@
-"""The log of a training run: a live table on the terminal, metrics.jsonl, and TensorBoard."""
+"""The log of a training run: a live table on the terminal, metrics.jsonl, samples.jsonl, and loggers."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import statistics
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,8 +15,11 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tars_fast.learning.samples import SAMPLES
+from tars_fast.reports.loggers import LoggedRun, Loggers
 from tars_fast.support.console import PlainConsole, open_console, say
-from tars_fast.support.files import append, explain_cannot_write, write_atomically
+from tars_fast.support.files import append, write_atomically
+from tars_fast.types import Question
 
 _BY_MODALITY = (
     ("accuracy", "accuracy"),
@@ -52,65 +52,41 @@ _OF_THE_STEP = (
 )
 
 
-class EventFile:
-    """A file of events that TensorBoard shows, complete after each step.
-
-    torch's `SummaryWriter` writes now and then, in a thread of its own, whose error over a full disk is a traceback.
-
-    Args:
-        folder: what TensorBoard is started with; made where it is missing.
-        first_step: values of this and later steps in earlier files no longer count.
-    """
-
-    def __init__(self, folder: Path, first_step: int):
-        from tensorboard.compat.proto.event_pb2 import SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{first_step}"
-        with explain_cannot_write(self._path):
-            folder.mkdir(exist_ok=True)
-            self._file = self._path.open("wb", buffering=0)
-        self._records = RecordWriter(self._file)
-        self._add(file_version="brain.Event:2")
-        self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
-
-    def _add(self, **content: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        with explain_cannot_write(self._path):
-            self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
-
-    def step(self, metrics: Mapping[str, float]) -> None:
-        """Add a step's metrics. Raises CannotWriteError."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self._add(step=int(metrics["step"]), summary=Summary(value=values))
-
-    def close(self) -> None:
-        self._file.close()
+def lines_until(path: Path, num_completed: int) -> Iterator[tuple[int, str]]:
+    """(step, line) of a run that was interrupted; later steps are done again, and a line that was cut off is dropped."""
+    if num_completed and path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                step = json.loads(line)["step"]
+                if step <= num_completed:
+                    yield step, line
 
 
 class RunLog:
-    """Writes every step to metrics.jsonl and TensorBoard, and shows the latest step.
+    """Writes every step to metrics.jsonl and to loggers, and shows the latest step.
 
     Args:
         output_dir: the run's folder. None: nothing is written or printed, because another process does it.
         num_steps: number of steps of the whole run.
         num_completed: steps already done; later lines of an interrupted run are dropped.
+        loggers: names of `LOGGERS`.
     """
 
-    def __init__(self, output_dir: Path | None, num_steps: int, num_completed: int):
+    def __init__(self, output_dir: Path | None, num_steps: int, num_completed: int, loggers: Sequence[str] = ("tensorboard",)):
         self.console = PlainConsole(quiet=True) if output_dir is None else open_console()
         self._path: Path | None = None
-        self._events: EventFile | None = None
+        self._loggers: Loggers | None = None
+        self._samples: Path | None = None
         if output_dir is not None:
-            self._path = output_dir / "metrics.jsonl"
-            kept = self._lines_until(num_completed)
+            self._path, self._samples = output_dir / "metrics.jsonl", output_dir / SAMPLES
+            kept = {step: line for step, line in lines_until(self._path, num_completed)}
             write_atomically(self._path, "".join(line + "\n" for line in kept.values()))
+            if self._samples.exists():
+                samples = [line + "\n" for _, line in lines_until(self._samples, num_completed)]
+                write_atomically(self._samples, "".join(samples))
             if missing := [step for step in range(1, num_completed + 1) if step not in kept]:
                 self.warn(f"{self._path} lacks {len(missing)} of {num_completed} steps, the first of them step {missing[0]}")
-            self._events = EventFile(output_dir / "tensorboard", num_completed + 1)
+            self._loggers = Loggers(loggers, LoggedRun(output_dir, num_completed), self.warn)
         self._progress = Progress(
             TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console
         )
@@ -119,17 +95,6 @@ class RunLog:
         self._num_steps = num_steps
         self._seconds: defaultdict[str, list[float]] = defaultdict(list)
 
-    def _lines_until(self, num_completed: int) -> dict[int, str]:
-        """The lines of an interrupted run by step; later steps are done again, and a line that was cut off is dropped."""
-        kept: dict[int, str] = {}
-        if num_completed and self._path is not None and self._path.exists():
-            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, KeyError, TypeError):
-                    step = json.loads(line)["step"]
-                    if step <= num_completed:
-                        kept[step] = line
-        return kept
-
     def __enter__(self) -> RunLog:
         if self.console.is_terminal:
             self._live.start()
@@ -137,15 +102,21 @@ class RunLog:
 
     def __exit__(self, *_exception: object) -> None:
         self._live.stop()
-        if self._events is not None:
-            self._events.close()
+        if self._loggers is not None:
+            self._loggers.close()
 
-    def step(self, metrics: Mapping[str, float]) -> None:
-        """Record a step; `metrics["step"]` counts from 1. Raises CannotWriteError."""
-        if self._path is None or self._events is None:
+    def write(self, metrics: Mapping[str, float]) -> None:
+        """Record a step without showing it. Raises CannotWriteError."""
+        if self._path is None or self._loggers is None:
             return
         append(self._path, json.dumps(metrics) + "\n")
-        self._events.step(metrics)
+        self._loggers.step(metrics)
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """Record and show a step; `metrics["step"]` counts from 1. Raises CannotWriteError."""
+        if self._path is None:
+            return
+        self.write(metrics)
         for name, value in metrics.items():
             if name.startswith("seconds/"):
                 self._seconds[name.removeprefix("seconds/")].append(value)
@@ -155,6 +126,17 @@ class RunLog:
         else:
             shown = [f"{title} {metrics[name]:.3f}" for title, name in _IN_ONE_LINE if name in metrics]
             self.say(f"step {metrics['step']}/{self._num_steps}  {'  '.join(shown)}  {metrics['seconds/step']:.1f} s")
+
+    def samples(self, lines: Iterable[Mapping[str, Any]], questions: Iterable[Question]) -> None:
+        """Record completions of a step, see `choose_samples`, and loggers the recordings of their questions.
+
+        Raises:
+            CannotWriteError: of samples.jsonl.
+        """
+        if self._samples is not None and self._loggers is not None:
+            chosen = list(lines)
+            append(self._samples, "".join(json.dumps(line) + "\n" for line in chosen))
+            self._loggers.samples(chosen, questions)
 
     def median_seconds(self) -> dict[str, float]:
         """Median seconds a step of each phase, over the steps of this process."""

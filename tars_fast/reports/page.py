@@ -48,6 +48,8 @@ class Section:
     notes: Sequence[str] = ()
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
+    items: Sequence[Item] = ()
+    """Below each other; the browsable sample is not among them."""
     settings: Table | None = None
     """Folded away."""
 
@@ -63,9 +65,8 @@ class Answer:
     rest: str
     correct: bool | None
     """None: no rule can tell."""
-    extracted: str | None
-    """The answer that was read from it."""
-    truncated: bool
+    note: str
+    """In words: how it was read, and whether it was cut off."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ class ItemEvaluation:
     """An item in one evaluation."""
 
     name: str
-    """"before", "after", or "this model"."""
+    """"before", "after", "this model", or the step of a sample."""
     speech: Answer | None
-    """None: the item could not be evaluated, and `failed` says why."""
+    """None: there is none; where the item could not be evaluated, `failed` says why."""
     text: Answer | None
     divergence: str
-    """In words: where the two completions begin to differ."""
+    """In words: where the two completions begin to differ; empty where one is missing."""
     rewards: Mapping[str, float]
     transcription: str | None
     """The recording written down by the model."""

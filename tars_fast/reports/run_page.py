@@ -10,10 +10,11 @@ from typing import Any
 
 from tars_fast.evaluation.figures import OVERALL
 from tars_fast.evaluation.results import PREDICTIONS, ItemResult, by_data, read_predictions
+from tars_fast.learning.samples import SAMPLES
 from tars_fast.reports.page import REPORT, Picture, Section, Table, write_page
 from tars_fast.reports.plots import accuracy_plot, as_svg, can_plot
-from tars_fast.reports.sample import sample_items
-from tars_fast.reports.sections import curves_picture, layer_curve, settings_section, training_curves
+from tars_fast.reports.sample import sample_items, training_samples
+from tars_fast.reports.sections import curves_picture, layer_curve, settings_section, training_curves, validation_curves
 from tars_fast.reports.tables import figure_rows
 from tars_fast.types import Modality, Question
 
@@ -32,6 +33,7 @@ def write_report(
     data: Mapping[str, Sequence[Question]],
     compared: Compared | None = None,
     sections: Sequence[Section] = (),
+    training: Sequence[Question] = (),
 ) -> None:
     """`report.html` of the folder of a finished training run or evaluation.
 
@@ -40,17 +42,40 @@ def write_report(
         data: the items that were evaluated, by the name of their data, for their recordings, which no file of the folder names.
         compared: the evaluation that this one was compared with.
         sections: more sections, which come after the others.
+        training: the training items, for the recordings of samples.
     """
     settings = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
     settings = settings.get("evaluation", settings)
     results, reports, changes = _read_evaluation(output_dir, compared)
     found = [*_figures(reports, changes), *_layer_curves(reports)]
-    if (output_dir / "metrics.jsonl").exists():
-        lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        found += training_curves([json.loads(line) for line in lines])
-    found += [*sections, settings_section(settings)]
+    found += [*_training(output_dir, training), *sections, settings_section(settings)]
     kind = "trained" if "before" in results and compared is None else "evaluated"
     write_page(output_dir / REPORT, f"{settings['model']}, {kind}", found, sample_items(results, data))
+
+
+def write_progress(output_dir: Path, num_completed: int, training: Sequence[Question] = ()) -> None:
+    """`report.html` of a run that is not finished: its curves so far.
+
+    Args:
+        output_dir: holds config.json, metrics.jsonl and, with `--sample-every`, samples.jsonl.
+        training: see `write_report`.
+    """
+    settings = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
+    title = f"{settings['model']}, {num_completed} of {settings['num_steps']} steps"
+    write_page(output_dir / REPORT, title, [*_training(output_dir, training), settings_section(settings)])
+
+
+def _training(output_dir: Path, training: Sequence[Question]) -> Iterator[Section]:
+    """What metrics.jsonl and samples.jsonl show; nothing where they are missing."""
+    metrics, samples = (_read_lines(output_dir / name) for name in ("metrics.jsonl", SAMPLES))
+    yield from validation_curves(metrics)
+    yield from training_curves([line for line in metrics if line["step"]])
+    yield from training_samples(samples, training)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def _read_evaluation(

@@ -6,21 +6,26 @@ import hashlib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from itertools import zip_longest
+from typing import Any
 
 from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.evaluation.results import Evaluated, ItemResult, Transcribed
 from tars_fast.evaluation.scorers import GRADES
-from tars_fast.reports.page import Answer, Item, ItemEvaluation, Sample, data_uri
+from tars_fast.reports.page import Answer, Item, ItemEvaluation, Sample, Section, data_uri
 from tars_fast.types import Modality, Question, Recording, UserError
 
 MOST_ITEMS = 80
 """On the page, evenly of every outcome; a phone's browser shows as many without delay."""
 MOST_AUDIO_BYTES = 4 << 20
 """All recordings of the page together, before base64 adds a third."""
+MOST_SAMPLED_STEPS = 10
+"""Steps of training whose completions are on the page."""
+MOST_SAMPLE_BYTES = 1 << 20
+"""As `MOST_AUDIO_BYTES`, of these."""
 _LARGEST_AS_IS = 128 << 10
 """Bytes of the largest recording that goes into the page as it is; larger ones are encoded again, to mp3."""
 _LARGEST_RECORDING = 256 << 10
@@ -156,19 +161,77 @@ def _item_evaluation(name: str, result: ItemResult) -> ItemEvaluation:
         sampled = evaluated[modality].sampled_accuracy
         if sampled is not None:
             rewards[f"accuracy of samples, {modality}"] = sampled
-    divergence = "the same words throughout" if place is None else f"they part at word {place + 1}"
     transcribed = evaluated.transcribed
     return ItemEvaluation(
         name,
-        _answer(evaluated, Modality.SPEECH, place),
-        _answer(evaluated, Modality.TEXT, place),
-        divergence,
+        _read_answer(evaluated, Modality.SPEECH, place),
+        _read_answer(evaluated, Modality.TEXT, place),
+        _divergence(place),
         # An analysis has nan for what it does not compute.
         {name: value for name, value in rewards.items() if math.isfinite(value)},
         None
         if transcribed is None
         else f"{transcribed.transcription} ({100 * transcribed.word_error_rate:.0f} % of the words wrong)",
         None,
+    )
+
+
+def _divergence(place: int | None) -> str:
+    """`first_divergence` in words."""
+    return "the same words throughout" if place is None else f"they part at word {place + 1}"
+
+
+def training_samples(lines: Sequence[Mapping[str, Any]], questions: Iterable[Question]) -> Iterator[Section]:
+    """A section with completions of the first, the last and some of the steps between; none where there are no samples.
+
+    Args:
+        lines: of samples.jsonl.
+        questions: the training items, for their recordings.
+    """
+    steps = list(dict.fromkeys(line["step"] for line in lines))
+    if not steps:
+        return
+    count = min(len(steps), MOST_SAMPLED_STEPS)
+    chosen = {steps[number * (len(steps) - 1) // max(1, count - 1)] for number in range(count)}
+    recordings = {question.id: question.audio for question in questions}
+    items, room = [], MOST_SAMPLE_BYTES
+    for line in lines:
+        if line["step"] in chosen:
+            audio, note = _player(recordings.get(line["id"]), room)
+            room -= 0 if audio is None else len(audio) * 3 // 4
+            items.append(_sampled_item(line, audio, note))
+    notes = [f"Completions of training questions at {count} of {len(steps)} steps, as they were sampled and rewarded."]
+    yield Section("What the policy writes", notes, items=items)
+
+
+def _sampled_item(line: Mapping[str, Any], audio: str | None, audio_note: str) -> Item:
+    sampled = {m: line[m] for m in ("speech", "text") if line[m] is not None}
+    texts = [one["completion"] for one in sampled.values()]
+    place = first_divergence(*texts) if len(texts) == 2 else None
+    answers: dict[str, Answer] = {}
+    rewards: dict[str, float] = {}
+    for modality, one in sampled.items():
+        known = {"R": one.get("reward"), **one["rewards"], "advantage": one.get("advantage")}
+        rewards |= {f"{name}, {modality}": value for name, value in known.items() if value is not None}
+        accuracy = one["rewards"].get("accuracy")
+        correct = None if accuracy is None else accuracy == 1
+        answers[modality] = _answer(one["completion"], place, correct, "cut off" * one["truncated"])
+    divergence = _divergence(place) if len(texts) == 2 else ""
+    step = f"step {line['step']}"
+    shown = ItemEvaluation(step, answers.get("speech"), answers.get("text"), divergence, rewards, None, None)
+    return Item(
+        id=line["id"],
+        data="",
+        category="",
+        question=_cut(line["question"]),
+        answer=line["answer"],
+        outcome=step,
+        change="",
+        recognition="",
+        transcript=None,
+        audio=audio,
+        audio_note=audio_note,
+        evaluations=[shown],
     )
 
 
@@ -183,21 +246,24 @@ def first_divergence(left: str, right: str) -> int | None:
     return next((place for place, (word, other) in enumerate(pairs) if word != other), None)
 
 
-def _answer(evaluated: Evaluated, modality: Modality, place: int | None) -> Answer:
+def _read_answer(evaluated: Evaluated, modality: Modality, place: int | None) -> Answer:
     answered = evaluated[modality]
-    words = _words(answered.completion)
+    correct, strict = answered.is_correct, answered.readings.get("strict")
+    if correct is None:
+        note = "graded by no rule"
+    elif strict is None or strict.extracted is None:
+        note = "no answer could be read"
+    else:
+        note = f"read as “{strict.extracted}”"
+    return _answer(answered.completion, place, correct, note + ", cut off" * answered.truncated)
+
+
+def _answer(completion: str, place: int | None, correct: bool | None, note: str) -> Answer:
+    words = _words(completion)
     place = len(words) if place is None else place
     same, differing = "".join(words[:place]), "".join(words[place : place + 1])
     rest = "".join(words[place + 1 :])
-    strict = answered.readings.get("strict")
-    return Answer(
-        _cut(same, from_start=True),
-        _cut(differing),
-        _cut(rest),
-        answered.is_correct,
-        None if strict is None else strict.extracted,
-        answered.truncated,
-    )
+    return Answer(_cut(same, from_start=True), _cut(differing), _cut(rest), correct, note)
 
 
 def _cut(text: str, from_start: bool = False) -> str:

@@ -28,6 +28,15 @@ _ENDS = 10
 """Steps that the beginning and the end of a table of rewards are means over."""
 
 
+_ON_VALIDATION = {
+    "Greedy accuracy": {"speech": "speech_accuracy", "text": "text_accuracy"},
+    "Accuracy of samples": {"speech": "speech_accuracy_sampled", "text": "text_accuracy_sampled"},
+    "Similarity of completions": {"words": "behaviour_similarity"},
+    "Answers that cannot be read": {"speech": "speech_unparsed", "text": "text_unparsed"},
+}
+"""Title -> curve -> its name in `FIGURES`."""
+
+
 def layer_curve(values: Sequence[float | None], intervals: Sequence[Sequence[float | None]]) -> Curve:
     """The curve of a figure over layers, or over anything else that is counted from 1.
 
@@ -129,6 +138,28 @@ def _rewards(metrics: Sequence[Mapping[str, float]]) -> Iterator[Section]:
             "share of completions that it does not apply to. A reward without deviation teaches nothing."
         ]
         yield Section("Rewards", notes, [Table(header, rows)], pictures)
+
+
+def validation_curves(metrics: Sequence[Mapping[str, float]]) -> Iterator[Section]:
+    """A section with the evaluations while the run trained; none where there are none.
+
+    Args:
+        metrics: the lines of metrics.jsonl.
+    """
+    pictures = []
+    for label, names in _ON_VALIDATION.items():
+        curves = {}
+        for title, name in names.items():
+            ends = [f"validation/{name}{end}" for end in ("", "/low", "/high")]
+            known = [(line["step"], *(line.get(one) for one in ends)) for line in metrics if ends[0] in line]
+            if known:
+                curves[title] = Curve(*zip(*known, strict=True)).thinned()
+        if curves:
+            alt = f"{label} of the validation items over {metrics[-1]['step']} steps, with 95 % intervals"
+            pictures.append(curves_picture(curves, "step", label.lower(), alt, ends_table(curves)))
+    if pictures:
+        notes = ["Evaluations while it trains, of items that are neither trained on nor held out for the end."]
+        yield Section("Validation", notes, pictures=pictures)
 
 
 def settings_section(settings: Mapping[str, Any]) -> Section:

@@ -62,6 +62,16 @@ def figure_cell(report: Mapping[str, Any], name: str, sign: str = "", ends_spec:
     return shown(report.get(name), report.get(f"{name}_ci95"), f"{sign}.{figure.decimals}f", ends_spec, figure.scale)
 
 
+def describe_point(metrics: Mapping[str, float]) -> list[str]:
+    """The accuracies of a `curve_point` in words."""
+    names = ("speech_accuracy", "text_accuracy")
+    reports = {}
+    for name in names:
+        value, low, high = (metrics.get(f"validation/{name}{end}") for end in ("", "/low", "/high"))
+        reports[name] = {name: value, f"{name}_ci95": None if low is None or high is None else [low, high]}
+    return [f"{FIGURES[name].title} {figure_cell(reports[name], name)}" for name in names]
+
+
 def shown(
     value: float | None, ends: Sequence[float | None] | None, spec: str, ends_spec: str | None = None, scale: float = 1
 ) -> str:
@@ -312,4 +322,9 @@ def print_summary(log: RunLog, evaluation: Mapping[str, Mapping[str, Any]], outp
         log.say("layer cosine, speech to text: " + ", ".join(f"{before:.3f} -> {after:.3f}" for before, after in layers))
     if seconds := log.median_seconds():
         log.say("median seconds a step: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
+    if best := evaluation.get("best"):
+        what = f"checkpoint-{best['step']}" if best["step"] else "the model before training"
+        log.say(f"best on the validation items by {best['metric']}: {what}, {best['value']:.4g}")
+    if stopped := evaluation.get("stopped"):
+        log.say(f"stopped early, after {stopped['step']} steps")
     log.say(f"written to {output_dir}: {listing(output_dir, without='checkpoint-')}, checkpoint-*/")

@@ -230,9 +230,12 @@ def check_numbers(config: object, *, positive: Sequence[str] = (), not_negative:
 def check_choices(config: object) -> None:
     """Raises UserError for the first field that is none of its choices; the command line has its own check of them."""
     for name, kind in get_type_hints(type(config)).items():
-        if get_origin(kind) is Literal and (value := getattr(config, name)) not in get_args(kind):
-            listed = ", ".join(map(str, get_args(kind)))
-            raise UserError(f"{flag_of(name)} {value}: is none of {listed}")
+        # Of one choice, several in a row, or one that may be left open.
+        literal = next((part for part in (kind, *get_args(kind)) if get_origin(part) is Literal), None)
+        value = getattr(config, name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if literal is not None and one not in get_args(literal) and (one is not None or literal is kind):
+                raise UserError(f"{flag_of(name)} {one}: is none of {', '.join(map(str, get_args(literal)))}")
 
 
 def as_paths(config: object, *names: str) -> None:

@@ -190,6 +190,7 @@ def test_values_reach_the_runs_as_they_were_given():
         ({"define": ("drift.png:learning_rate=1",)}, "NAME of small letters"),
         ({"arms": "start,grpo", "define": ("start:learning_rate=1",)}, "start is what all arms start from"),
         ({"setting": ("seed=1",)}, "--setting seed=1: must be the same in all arms; use --seeds"),
+        ({"setting": ("early_stop=2",)}, "--setting early_stop=2: must be the same in all arms; leave it out"),
         ({"setting": ("learning_rate=1", "learning-rate=2")}, "there twice"),
         ({"baseline": "rep"}, "--baseline rep: none of --arms grpo,tars"),
         ({"seeds": 0}, "--seeds 0: must be greater than 0"),

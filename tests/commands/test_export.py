@@ -11,14 +11,17 @@ from checkpoints import BY_DECODER, MAKERS
 from safetensors.torch import load_file, save_file
 
 from tars_fast.data.items import HELD_OUT_DATA, load_questions
-from tars_fast.export import ExportConfig, export, name_of
+from tars_fast.export import ExportConfig, export
 from tars_fast.models.adapters import has_adapter
 from tars_fast.models.checkpoint import save_checkpoint
 from tars_fast.models.prompts import PLAIN_PROMPT
 from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import load_model, load_module, make_trainable
+from tars_fast.reports.model_card import name_of
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine
+from tars_fast.support.cli import FAILED
+from tars_fast.support.locks import LOCK
 from tars_fast.types import Completion, Modality, UserError
 
 REPORT = {"num_items": 8, "speech_accuracy": 0.5, "speech_accuracy_ci95": [0.25, 0.75], "text_accuracy": 1.0}
@@ -219,6 +222,22 @@ def test_model_card(adapter, tmp_path):
     card = (exported(adapter, tmp_path / "other", evaluation=given) / "README.md").read_text()
     assert "| mmsu | 3074 |" in card
     assert "| after |" not in card
+
+
+def test_an_export_is_published(adapter, tmp_path, hub, capsys):
+    assert export(ExportConfig(str(adapter), tmp_path / "merged", push_to_hub="me/merged")) == 0
+    ((name, message, files),) = hub.commits
+    assert (name, message) == ("me/merged", "export of checkpoint-3")
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir() if path.name != LOCK}
+    assert b"# merged" in files["README.md"]
+    assert "published as me/merged" in capsys.readouterr().out
+    hub.refuses = "/commit/"
+    assert export(ExportConfig(str(adapter), tmp_path / "again", push_to_hub="me/merged")) == FAILED
+    assert (tmp_path / "again" / "model.safetensors").exists()
+    hub.refuses = "/create"
+    with pytest.raises(UserError, match="--push-to-hub me/other: cannot be written to"):
+        export(ExportConfig(str(adapter), tmp_path / "third", push_to_hub="me/other"))
+    assert not (tmp_path / "third").exists()
 
 
 def test_base_models_are_named_as_others_find_them():

@@ -20,11 +20,13 @@ from items import first_items
 from tars_fast import evaluate
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.audio import SAMPLE_RATE, decode
-from tars_fast.data.items import BUNDLED, TRAINING_DATA, VALIDATION_DATA, load_questions
+from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.splits import data_fingerprint, split_by_id
 from tars_fast.evaluation.results import read_predictions
+from tars_fast.export import ExportConfig, find_evaluation, run_of
 from tars_fast.learning.metrics import check_progress
-from tars_fast.learning.run import evaluation_source, load_data
+from tars_fast.learning.rewards.answers import extract_answer
+from tars_fast.learning.run import evaluation_source, load_data, load_validation
 from tars_fast.models.registry import PRESETS, find_preset, list_checkpoints
 from tars_fast.reports.log import RunLog
 from tars_fast.reports.tables import print_summary
@@ -208,6 +210,121 @@ def test_resumed_run_equals_unbroken_one(lora_rank, dtype, objective, finished, 
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
 
 
+VALIDATED = {"eval_every": 2, "keep_best": "behaviour_similarity", "sample_every": 2}
+
+
+@pytest.fixture(scope="session")
+def validated(tmp_path_factory, small_eval) -> Path:
+    """As `finished`, with evaluations on the way."""
+    output_dir = tmp_path_factory.mktemp("validated") / "run"
+    items = first_items(HELD_OUT_DATA, 4, output_dir.parent / "validation")
+    assert command(small_config(output_dir, small_eval, validation_data=str(items), **VALIDATED)) == 0
+    return output_dir
+
+
+def test_evaluations_on_the_way_change_nothing_in_training(finished, validated):
+    watched = read_metrics(validated)
+    assert [line["step"] for line in watched if "validation/speech_accuracy" in line] == [0, 2, 4]
+    for line in watched:
+        if "validation/speech_accuracy" in line:
+            low, high = (line[f"validation/speech_accuracy/{end}"] for end in ("low", "high"))
+            assert low <= line["validation/speech_accuracy"] <= high
+    without = [{name: value for name, value in line.items() if not name.startswith("validation/")} for line in watched]
+    assert without[1:] == read_metrics(finished)
+    after = [json.loads((folder / "evaluation.json").read_text()) for folder in (validated, finished)]
+    best = after[0].pop("best")
+    assert after[0] == after[1]
+    similarities = {line["step"]: line.get("validation/behaviour_similarity", 0.0) for line in watched}
+    assert best == {"step": max(similarities, key=similarities.get), "metric": "behaviour_similarity"} | {
+        "value": max(similarities.values())
+    }
+    report = (validated / "report.html").read_text()
+    assert "Validation" in report
+    assert "What the policy writes" in report
+
+
+def test_samples_are_completions_of_their_step_with_their_rewards(validated, small_eval):
+    samples = [json.loads(line) for line in (validated / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in samples] == [2, 2, 4, 4]
+    questions = {question.id: question for question in load_questions(small_eval.with_name("training"))}
+    for line in samples:
+        question, spoken, written = questions[line["id"]], line["speech"], line["text"]
+        assert (line["question"], line["answer"]) == (question.text, question.answer)
+        assert written["reward"] == written["rewards"]["accuracy"] + 0.5 * written["rewards"]["format"]
+        assert "representation" not in written["rewards"]
+        for part in (spoken, written):
+            right = question.answer == extract_answer(part["completion"], question.choices)
+            assert part["rewards"]["accuracy"] == float(right)
+        rewards = spoken["rewards"]
+        total = rewards["accuracy"] + 0.5 * rewards["format"] + rewards.get("representation", 0) + rewards.get("behaviour", 0)
+        assert spoken["reward"] == pytest.approx(total)
+    assert any("representation" in line["speech"]["rewards"] for line in samples)
+
+
+@pytest.mark.slow
+def test_a_run_with_evaluations_on_the_way_resumes_bit_for_bit(validated, small_eval, tmp_path):
+    items = str(validated.parent / "validation")
+    config = small_config(tmp_path / "run", small_eval, validation_data=items, **VALIDATED)
+    assert run_interrupted(config, during_step=3) == INTERRUPTED
+    assert "pocket, 2 of 4 steps" in (tmp_path / "run" / "report.html").read_text()
+    assert command(dataclasses.replace(config, resume=True)) == 0
+    assert read_metrics(tmp_path / "run") == read_metrics(validated)
+    for name in ("evaluation.json", "samples.jsonl"):
+        again, first = ((folder / name).read_text() for folder in (tmp_path / "run", validated))
+        assert again == first
+
+
+def test_a_run_stops_early_where_nothing_gets_better_and_keeps_the_best(small_eval, tmp_path, monkeypatch, capsys):
+    """Best after its first step, by figures that are made up; resumed it does not go on."""
+    values = iter([0.2, 0.7, 0.7, 0.6, 0.9])
+    monkeypatch.setattr("tars_fast.train.curve_point", lambda _: {"validation/text_accuracy": next(values)})
+    items = first_items(HELD_OUT_DATA, 2, tmp_path / "validation")
+    config = small_config(tmp_path / "run", small_eval, num_steps=8, eval_every=1, validation_data=str(items), eval_samples=0)
+    config = dataclasses.replace(config, keep_best="text_accuracy", early_stop=2, save_every=1, keep_checkpoints=1)
+    assert command(config) == 0
+    run = tmp_path / "run"
+    assert [step for step, _ in list_checkpoints(run)] == [1, 3]
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation["best"] == {"step": 1, "metric": "text_accuracy", "value": 0.7}
+    assert evaluation["stopped"] == {"step": 3}
+    assert "stopped early, after 3 steps" in capsys.readouterr().out
+    assert command(dataclasses.replace(config, resume=True)) == 0
+    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3]
+    # The model card has the figures of the last checkpoint, whichever step that is.
+    evaluations = [
+        find_evaluation(ExportConfig(str(run / f"checkpoint-{n}"), tmp_path / "out"), run_of(run / "x")) for n in (1, 3)
+    ]
+    assert evaluations == [{}, evaluation]
+
+
+def test_validation_items_are_neither_trained_on_nor_held_out(small_eval, tmp_path):
+    config = TrainConfig(eval_every=1)
+    training, held_out, _ = load_data(config)
+    again, validation = load_validation(config, training, held_out)
+    assert again == training
+    assert validation == load_questions(VALIDATION_DATA)
+    # Of one's own data another tenth, with --eval-data or without.
+    rows = [{"id": f"item-{n}", "question": f"What is {n}?", "answer": "a", "options": ["a", "b"]} for n in range(200)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for eval_data in (None, str(small_eval)):
+        questions = load_questions(tmp_path / "own.jsonl", spoken=False)
+        if eval_data is None:
+            questions, held_out = split_by_id(questions, 0.1)
+        own = dataclasses.replace(config, data=str(tmp_path / "own.jsonl"), eval_data=eval_data)
+        training, validation = load_validation(own, questions, held_out)
+        assert 10 <= len(validation) <= 30
+        assert {question.id for question in training} == {q.id for q in questions} - {q.id for q in validation}
+    with pytest.raises(
+        UserError, match=r"^--validation-data .*: 100 of its 100 items are among those held out for the end; name"
+    ):
+        load_validation(config, [], load_questions(VALIDATION_DATA))
+    with pytest.raises(UserError, match="give --validation-data"):
+        load_validation(own, questions[:1], [])
+    unanswered = [dataclasses.replace(question, answer="") for question in questions]
+    with pytest.raises(UserError, match="none of its items has an answer to evaluate by; give --validation-data"):
+        load_validation(own, unanswered, [])
+
+
 def run_interrupted(config: TrainConfig, during_step: int) -> int:
     """Train, and get a Ctrl-C as a step ends."""
     original = RunLog.step
@@ -220,6 +337,29 @@ def run_interrupted(config: TrainConfig, during_step: int) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLog, "step", step)
         return command(config)
+
+
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=pytest.mark.slow)])
+def test_checkpoints_are_published_with_a_card(small_eval, tmp_path, hub, monkeypatch, capsys, lora_rank):
+    """The first upload is lost, which costs a warning; the last one has the figures."""
+    logged = RunLog.step
+
+    def step(log, metrics):
+        hub.refuses = "/commit/" if metrics["step"] == 1 else ""
+        logged(log, metrics)
+
+    monkeypatch.setattr(RunLog, "step", step)
+    config = small_config(tmp_path / "run", small_eval, num_steps=2, save_every=1, push_to_hub="me/speech", lora_rank=lora_rank)
+    assert command(config) == 0
+    assert "warning: --push-to-hub me/speech: checkpoint-1 could not be uploaded" in capsys.readouterr().out
+    assert [(name, message) for name, message, _ in hub.commits] == [("me/speech", "after 2 steps")] * 2
+    cards = [files.pop("README.md").decode() for *_, files in hub.commits]
+    assert ["## Evaluation" in card for card in cards] == [False, True]
+    assert all("# speech\n" in card and '"learning_rate": 0.0004' in card for card in cards)
+    assert all(f"library_name: {'peft' if lora_rank else 'transformers'}" in card for card in cards)
+    held = {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
+    del held["trainer_state.pt"]
+    assert [files for *_, files in hub.commits] == [held] * 2
 
 
 def test_settings_that_cannot_go_together(small_eval, tmp_path):
@@ -340,7 +480,7 @@ def test_ctrl_c_finishes_the_step_saves_and_exits_130(small_eval, tmp_path):
 
 def test_interrupted_checkpoint_leaves_the_last_good_one(finished, model, tmp_path, monkeypatch):
     """Atomic: what fails half-way through writing never carries a checkpoint's name."""
-    from tars_fast.models.checkpoint import save_checkpoint
+    from tars_fast.models.checkpoint import remove_outdated, save_checkpoint
 
     optimizer = torch.optim.AdamW(model.trainable_parameters())
     save_checkpoint(tmp_path, 1, model, optimizer)
@@ -351,9 +491,12 @@ def test_interrupted_checkpoint_leaves_the_last_good_one(finished, model, tmp_pa
     monkeypatch.undo()
     for step in (2, 3, 4):
         save_checkpoint(tmp_path, step, model, optimizer)
-    assert [step for step, _ in list_checkpoints(tmp_path)] == [3, 4]
-    save_checkpoint(tmp_path, 5, model, optimizer, num_kept=3)
-    assert [step for step, _ in list_checkpoints(tmp_path)] == [3, 4, 5]
+    remove_outdated(tmp_path, num_kept=2, best_step=1)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 3, 4]
+    remove_outdated(tmp_path, num_kept=1, best_step=4)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [3, 4], "the best is not among those that are counted"
+    remove_outdated(tmp_path, num_kept=1)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [4]
 
 
 def test_every_completion_cut_off_warns_then_stops(small_eval, tmp_path, capsys):
@@ -430,6 +573,8 @@ def test_settings_of_a_run_leave_nothing_open(tmp_path):
     open_fields = {name for name, kind in get_type_hints(RunConfig).items() if type(None) in get_args(kind)}
     assert open_fields == {
         "data", "eval_data", "kv_cache_gb", "lora_targets", "max_logprob_diff", "audio_cache_dir", "eval_items",
+        "validation_data", "keep_best", "push_to_hub", "judge_url", "judge_model", "judge_template", "overlong_tokens",
+        "reward_pattern",
     }  # fmt: skip
     assert {name for name, value in vars(run).items() if value is None} <= open_fields
     with pytest.raises(TypeError, match="output_dir"):

@@ -212,7 +212,9 @@ def test_kernels_on_a_gpu():
 def test_one_copy_on_a_gpu(file, arm, pages):
     own = read(file)["arms"][arm]
     peak, plan, seconds = max(own["peak_gb"].values()), max(own["plan_gb"].values()), own["median_seconds"]
-    (row,) = [line for line in lines_of("docs/architecture.md") if f"(../bench/results/{file})" in line and line.startswith("|")]
+    (row,) = [
+        line for line in lines_of("docs/architecture.md") if f"(../bench/results/{file})" in line and line.startswith("|")
+    ]
     _, speed, rollout, training, *memory = [part.strip() for part in row.strip("| ").split("|")]
     assert speed == f"{own['median_tokens_per_second']:,.0f}"
     assert rollout == f"{seconds['rollout']:.1f} s"

@@ -543,6 +543,6 @@ def test_a_checkpoint_is_as_large_as_planned_with_an_average_too(model, config, 
     for parameter in model.trainable_parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    folder = save_checkpoint(tmp_path, 1, model, optimizer, extra=references.state())
+    folder = save_checkpoint(tmp_path, 1, model, optimizer, references.state())
     written = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".pt", ".safetensors"))
     assert written == pytest.approx(planned, rel=0.02)

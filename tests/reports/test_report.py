@@ -18,7 +18,7 @@ from tars_fast.evaluation.figures import OVERALL, change_since, overall, report
 from tars_fast.evaluation.results import Answered, Evaluated, ItemResult, Transcribed
 from tars_fast.evaluation.scorers import Reading
 from tars_fast.reports import run_page, sample, sections
-from tars_fast.reports.page import REPORT, Section, Table
+from tars_fast.reports.page import REPORT, Section, Table, write_page
 from tars_fast.reports.run_page import Compared, write_report
 from tars_fast.reports.sample import first_divergence, sample_items
 from tars_fast.support.files import PARTIAL
@@ -100,12 +100,19 @@ def test_the_same_run_gives_the_same_bytes(run, spoken):
     assert written(run, spoken) == written(run, spoken)
 
 
+def write_hostile_samples(folder: Path) -> None:
+    sampled = {"completion": HOSTILE, "truncated": True, "reward": 1.0, "rewards": {HOSTILE: 1.0}}
+    line = {"step": 1, "id": HOSTILE, "question": HOSTILE, "answer": HOSTILE, "speech": sampled, "text": sampled}
+    (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
+
+
 def test_nothing_foreign_runs_and_nothing_is_fetched(tmp_path):
     """Every text that is not ours, hostile."""
     question = Question(HOSTILE, HOSTILE, HOSTILE, (HOSTILE,), category=HOSTILE, transcript=HOSTILE)
     one = result(question, False, HOSTILE, Transcribed(HOSTILE, HOSTILE, 0.5))
     failed = ItemResult.of("mine", Question("2", "?", "x", ("x",), category="c"), None, HOSTILE)
     folder = trained(tmp_path, [one, failed], [one, failed], model=HOSTILE)
+    write_hostile_samples(folder)
     more = Section(HOSTILE, [HOSTILE], [Table((HOSTILE,), [(HOSTILE, HOSTILE)])])
     page = written(folder, [question], sections=[more])
     elements = check_nothing_foreign(page)
@@ -169,6 +176,28 @@ def test_evaluations_and_what_they_are_compared_with(tmp_path, spoken):
     text = Elements(written(tmp_path, spoken, compared=Compared(earlier, before))).words
     assert "12 items became right, 0 wrong" in text
     assert re.search(r"speech, greedy % 0\.0 \[0, 0\] 100\.0 \[100, 100\] \+100\.0", text)
+
+
+def test_samples_of_training_stand_beside_each_other(tmp_path, spoken):
+    """Of a long run the first and the last step and some between; a run without written completions has spoken ones alone."""
+    sampled = {"completion": "it is two", "truncated": False, "rewards": {"accuracy": 1.0}, "reward": 1.5, "advantage": 0.5}
+    other = sampled | {"completion": "it is one", "truncated": True, "rewards": {}, "reward": 0.0}
+    common = {"id": spoken[0].id, "question": "What?", "answer": ""}
+    lines = [common | {"step": step, "speech": sampled, "text": other if step < 30 else None} for step in range(1, 31)]
+    (section,) = sample.training_samples(lines, spoken)
+    steps = [item.outcome for item in section.items]
+    assert (len(steps), steps[0], steps[-1]) == (sample.MOST_SAMPLED_STEPS, "step 1", "step 30")
+    first, last = section.items[0].evaluations[0], section.items[-1].evaluations[0]
+    assert (first.speech.correct, first.text.correct, first.text.note) == (True, None, "cut off")
+    assert first.divergence == "they part at word 3"
+    assert first.rewards["R, speech"] == 1.5
+    assert (last.text, last.divergence) == (None, "")
+    assert section.items[0].audio is not None
+    write_page(tmp_path / REPORT, "training", [section])
+    elements = Elements((tmp_path / REPORT).read_text())
+    assert len(elements.all("details")) == sample.MOST_SAMPLED_STEPS
+    assert elements.words.count("✓ right") == sample.MOST_SAMPLED_STEPS
+    assert "✗ wrong" not in elements.words
 
 
 def test_sections_of_others_find_their_place(run, spoken):
@@ -289,7 +318,11 @@ def test_what_was_misheard_can_be_chosen_in_a_browser(tmp_path, spoken, browser)
 def test_hostile_text_does_nothing_in_a_browser(tmp_path, browser):
     question = Question(HOSTILE, HOSTILE, HOSTILE, (HOSTILE,), category=HOSTILE)
     one = result(question, False, HOSTILE)
-    written(trained(tmp_path, [one], [one], model=HOSTILE), [question])
+    folder = trained(tmp_path, [one], [one], model=HOSTILE)
+    write_hostile_samples(folder)
+    written(folder, [question])
     with on_a_phone(browser, tmp_path / REPORT) as page:
-        page.locator("#items summary").first.click()
+        for summary in page.locator(".items summary").all():
+            summary.click()
+        assert page.evaluate("document.documentElement.scrollWidth") == 375
         assert page.inner_text("#count") == "1 of 1 items shown"

@@ -70,7 +70,7 @@ def imported(folder: str) -> dict[str, bool]:
 def test_everything_imported_is_declared_where_it_is_needed():
     used = imported("tars_fast")
     train = set(requirements.supported("train"))
-    optional = {extra: requirements.supported(extra).keys() - train for extra in ("analysis", "speech", "vllm")}
+    optional = {extra: requirements.supported(extra).keys() - train for extra in ("analysis", "log", "speech", "vllm")}
     assert used.keys() | {"triton"} == train.union(*optional.values()), "declared and imported differ"
     assert {name for name, at_top in used.items() if at_top} <= train, "what an extra brings is imported where it is used"
     kernels = imported("kernels/tars_kernels")
@@ -102,7 +102,7 @@ def test_ranges_bind_nobody_who_only_wants_the_kernels():
 
 def test_a_wheel_has_the_same_ranges(monkeypatch):
     """Its metadata is written as setuptools writes it."""
-    extras = ("train", "analysis", "speech", "vllm", "dev", "bench", "docs")
+    extras = ("train", "analysis", "log", "speech", "vllm", "dev", "bench", "docs")
     expected = {extra: requirements.supported(extra) for extra in extras}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = list(project["dependencies"])
