@@ -237,6 +237,11 @@ def plan_job(config: AnalyseConfig) -> Job:
     questions = choose_by_id(load_questions(source), config.items)
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     questions = prompts.ask(questions)
+    if ungraded := [question.id for question in questions if not question.has_answer]:
+        raise UserError(
+            f"data {named}: {len(ungraded)} of {len(questions)} items have no answer that a rule grades (the first: "
+            f"{ungraded[0]!r}); leave them out, as right answers are counted"
+        )
     num_layers = prompts.family.architecture(prompts.config).num_layers
     base_layer, others = choose_layers(config, num_layers)
     settings = AnalysisSettings(preset.max_new_tokens, base_layer, others, config.seed)

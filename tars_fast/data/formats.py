@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from string import ascii_uppercase
 
-from tars_fast.data.recordings import message_parts
+from tars_fast.data.recordings import conversation, message_parts
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,16 @@ def _unpack_labels(row: Mapping[str, object]) -> dict[str, object]:
 
 
 def _unpack_messages(row: Mapping[str, object]) -> dict[str, object]:
-    """A chat of one question, with its options on lettered lines, and the answer as `solution` or as the assistant's turn."""
+    """A chat whose last question has its options on lettered lines, and the answer as `solution` or as the assistant's turn."""
     messages = message_parts(row)
-    asked = [text for role, text, _ in messages if role == "user"]
-    said = [text for role, text, _ in messages if role == "assistant"]
-    if len(asked) != 1:
-        raise ValueError(f"'messages' holds {len(asked)} turns of a user; an item has one question")
+    asked = [(number, text) for number, (role, text, _) in enumerate(messages) if role == "user"]
+    if not asked:
+        raise ValueError("'messages' holds no turn of a user, which asks the question")
+    last, question = asked[-1]
+    said = [text for role, text, _ in messages[last:] if role == "assistant"]
     answer = row.get("solution", row.get("answer"))
-    return {"question": asked[0].strip(), "answer": said[-1] if answer is None and said else answer}
+    found = {"question": question.strip(), "answer": said[-1] if answer is None and said else answer}
+    return found | {"turns": conversation(row)}
 
 
 def _unpack_query(row: Mapping[str, object]) -> dict[str, object]:
@@ -231,7 +233,8 @@ FORMATS = (
     ),
     Format(
         "chat messages",
-        {"question": "question", "answer": "answer", "category": "category", "transcript": "transcript"},
+        {name: name for name in ("question", "answer", "answer_text", "answer_number", "rubric", "turns", "about_audio")}
+        | {"category": "category", "transcript": "transcript"},
         identifying_columns=frozenset({"messages"}),
         id_columns=("id",),
         audio="audios",

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import islice
 from urllib.parse import unquote
 
 AUDIO_COLUMNS = ("audio", "audio_path", "audio_filepath", "audio_id", "audios")
@@ -98,6 +99,8 @@ def _encode_samples(array: object, rate: object) -> bytes:
 def message_parts(row: Mapping[str, object]) -> list[tuple[object, str, list[object]]]:
     """(role, text, recordings) of each turn of a row's column `messages`, as OpenAI, Qwen and ms-swift write them.
 
+    Of a list in the column `audios` each turn has as many as `<audio>` stands in it, in order.
+
     Raises:
         ValueError: the column is no list of {role, content}.
     """
@@ -108,6 +111,8 @@ def message_parts(row: Mapping[str, object]) -> list[tuple[object, str, list[obj
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"'messages' must list {{role, content}}, not {messages!r:.80}")
     turns: list[tuple[object, str, list[object]]] = []
+    beside = row.get("audios")
+    listed = iter(beside if isinstance(beside, list) else [])
     for message in messages:
         content = message.get("content")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
@@ -119,6 +124,7 @@ def message_parts(row: Mapping[str, object]) -> list[tuple[object, str, list[obj
             if part.get("type") in _AUDIO_PARTS:
                 recordings.append(_of_part(part))
             elif isinstance(part.get("text"), str):
+                recordings += islice(listed, part["text"].count("<audio>"))
                 texts.append(part["text"].replace("<audio>", ""))
         turns.append((message.get("role"), "\n".join(texts), recordings))
     return turns
@@ -129,14 +135,32 @@ def _of_part(part: Mapping[str, object]) -> object:
     return value["url"] if isinstance(value, dict) and "url" in value else value
 
 
+def conversation(row: Mapping[str, object]) -> object:
+    """What a row has as turns before its question, as its column `turns` holds them; None where there are none.
+
+    Of chat messages those are all before the user's last one, but for a system prompt.
+    """
+    if row.get("turns") is not None or row.get("messages") is None:
+        return row.get("turns")
+    try:
+        parts = [part for part in message_parts(row) if part[0] != "system"]
+    except ValueError:
+        # Said with the row's text.
+        return None
+    asked = [number for number, (role, _, _) in enumerate(parts) if role == "user"]
+    earlier = parts[: asked[-1]] if len(asked) > 1 else []
+    return [{"role": role, "text": text.strip(), "audio": recordings} for role, text, recordings in earlier] or None
+
+
 def find_recording(row: Mapping[str, object]) -> tuple[str, object]:
     """(the column of a row that holds its recording, the value there for `take_recording`); None as the value: it has none."""
+    several = row.get("messages") is not None and conversation(row) is not None
     for column in AUDIO_COLUMNS:
-        if row.get(column) is not None:
+        if row.get(column) is not None and not (several and column == "audios"):
             return column, row[column]
     try:
-        recordings = [recording for role, _, held in message_parts(row) if role == "user" for recording in held]
+        held = [recordings for role, _, recordings in message_parts(row) if role == "user"]
     except ValueError:
         # Said with the row's text.
         return "audio", None
-    return "messages", recordings or None
+    return "messages", [recording for recordings in held[-1:] for recording in recordings] or None

@@ -15,9 +15,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tars_fast.data.recordings import AUDIO_COLUMNS, find_recording, take_recording
+from tars_fast.data.recordings import AUDIO_COLUMNS, conversation, find_recording, take_recording
 from tars_fast.types import Recording, UserError
 
 if TYPE_CHECKING:
@@ -55,14 +55,17 @@ class DatasetRecording:
     in_messages: bool = field(default=False, compare=False, repr=False)
     """The column holds chat messages."""
     part: tuple[int, int] | None = field(default=None, compare=False, repr=False)
-    """Of a column of turns: which turn, and which of its recordings."""
+    """Of a column of turns or messages: which turn before the question, and which of its recordings."""
 
     def read_bytes(self) -> bytes:
         try:
             value = self.column[self.row].as_py()
             if self.part is not None:
-                value = _listed(value[self.part[0]]["audio"])[self.part[1]]
-            content = take_recording(find_recording({"messages": value})[1] if self.in_messages else value)
+                turns: Any = conversation({"messages" if self.in_messages else "turns": value})
+                value = _listed(turns[self.part[0]]["audio"])[self.part[1]]
+            elif self.in_messages:
+                value = find_recording({"messages": value})[1]
+            content = take_recording(value)
         except ValueError as error:
             raise OSError(errno.EINVAL, f"its row's 'audio' {error}") from error
         if isinstance(content, str):
@@ -132,7 +135,7 @@ class Row:
     """What is wrong with its recording, behind the name of `audio_column`."""
     audio_column: str = "audio"
     turn_audio: tuple[tuple[Recording, ...], ...] = ()
-    """The recordings of each entry of its column `turns`."""
+    """The recordings of each turn before its question, see `recordings.conversation`."""
     turn_fault: str | None = None
     """What is wrong with one of them."""
 
@@ -253,7 +256,7 @@ def _turn_audio(
     Args:
         keep: makes a recording of (what messages call it, turn and number within it, its content).
     """
-    turns = values.get("turns") if isinstance(values, dict) else None
+    turns = conversation(values) if isinstance(values, dict) else None
     found: list[tuple[Recording, ...]] = []
     for number, turn in enumerate(turns if isinstance(turns, list) else []):
         recordings: list[Recording] = []
@@ -384,7 +387,9 @@ def _read_dataset(source: str, name: str, configuration: str | None, split: str 
             def keep(
                 place: str, at: tuple[int, int], _content: bytes, table: _Table = table, number: int = number
             ) -> DatasetRecording:
-                return DatasetRecording(place, table.rows.column("turns"), number, folder, table.version, part=at)
+                held = next(name for name in ("turns", "messages") if name in table.rows.column_names)
+                column = table.rows.column(held)
+                return DatasetRecording(place, column, number, folder, table.version, held == "messages", at)
 
             turns, fault = _turn_audio(f"{source}, {where}", folder, values, keep)
             yield Row(source, where, values, audio, part, turn_audio=turns, turn_fault=fault)

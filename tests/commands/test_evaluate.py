@@ -138,10 +138,10 @@ def test_categories_and_transcription(items, kept, tmp_path, monkeypatch, capsys
     """What the data says of an item beyond question and answer arrives in the figures, names that look like markup too."""
     original = module.load_questions
 
-    def with_more(source):
+    def with_more(source, **settings):
         return [
             dataclasses.replace(question, category="[/b]" if number % 2 == 0 else "[bold]odd", transcript=question.text)
-            for number, question in enumerate(original(source))
+            for number, question in enumerate(original(source, **settings))
         ]
 
     monkeypatch.setattr(module, "load_questions", with_more)

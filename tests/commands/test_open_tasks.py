@@ -76,6 +76,8 @@ def test_a_run_with_a_judge_alone(tmp_path, server, monkeypatch):
     evaluated = evaluate.evaluate(evaluate.EvaluateConfig(**settings, judge_url=server.url)).evaluation["mine"]
     assert (evaluated["num_items"], evaluated["num_failed"]) == (20, 0)
     assert evaluated["speech_judge_ci95"][0] <= evaluated["speech_judge"] <= evaluated["speech_judge_ci95"][1]
+    with pytest.raises(UserError, match=r"20 of 20 items have no answer that a rule grades \(the first: 'training-0000'\)"):
+        analyse.analyse(analyse.AnalyseConfig(model=checkpoint, data=str(data), output_dir=tmp_path / "analysed"))
     # A judge that cannot be asked fails its items, which the same command tries again.
     server.reply = lambda _: (400, "no such model")
     broken = settings | {"output_dir": tmp_path / "broken"}

@@ -281,6 +281,38 @@ def test_open_sets_of_voicebench_are_read_as_published(name, tmp_path):
             load_questions(folder)
 
 
+def parts_of(kind: str, name: object, text: str) -> list[dict[str, Any]]:
+    return [{"type": "audio", "audio": name}, {"type": "text", "text": text}] if kind == "parts" else f"<audio>{text}"
+
+
+@pytest.mark.parametrize(("kind", "parquet"), [("marks", False), ("parts", False), ("parts", True)])
+def test_earlier_turns_of_a_chat_are_the_conversation_before_the_question(kind, parquet, tmp_path):
+    """Each with its own recording: `<audio>` takes the next of `audios`, as ms-swift has it."""
+    row: dict[str, Any] = {
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "Be short."}] if kind == "parts" else "Be short."},
+            {"role": "user", "content": parts_of(kind, WAV if parquet else "a.wav", "Who barks?")},
+            {"role": "assistant", "content": [{"type": "text", "text": "A dog."}] if kind == "parts" else "A dog."},
+            {"role": "user", "content": parts_of(kind, WAV if parquet else "b.wav", ASKED)},
+            {"role": "assistant", "content": [{"type": "text", "text": "B"}] if kind == "parts" else "B"},
+        ]
+    } | ({"audios": ["a.wav", "b.wav"]} if kind == "marks" else {})
+    path = write(tmp_path / "items.jsonl", row)
+    (tmp_path / "b.wav").write_bytes(sound())
+    if parquet:
+        path = tmp_path / "items.parquet"
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    (question,) = load_questions(path)
+    assert (question.text, question.answer, question.choices) == (ASKED, "B", ("A", "B", "C"))
+    assert [(turn.role, turn.text, len(turn.recordings)) for turn in question.turns] == [
+        ("user", "Who barks?", 1),
+        ("assistant", "A dog.", 0),
+    ]
+    assert [len(decode(recording)) for recording in question.recordings] == [8000, 8000]
+    if not parquet:
+        assert question.recordings == (tmp_path / "a.wav", tmp_path / "b.wav")
+
+
 def test_questions_about_a_sound_are_not_the_sound(tmp_path):
     """AVQA, MMAU and AudioMCQ ask in writing what is heard: two that ask the same of two recordings are two."""
     rows = [MMAU, MMAU | {"id": "other", "audio_id": "./b.wav"}]
@@ -300,7 +332,11 @@ def test_questions_about_a_sound_are_not_the_sound(tmp_path):
         (AVQA, "item '183': 'audio_path' missing or empty"),
         ({"id": "q", "options": ["x", "y"]}, "item 'q': 'question', 'answer', 'audio' missing or empty"),
         (PUBLISHED["ms-swift"][0] | {"audios": ["a.wav", "b.wav"]}, "'audios' is a list of 2; an item has one recording"),
-        ({"messages": [{"role": "user", "content": "q"}] * 2}, "'messages' holds 2 turns of a user; an item has one question"),
+        ({"messages": [{"role": "assistant", "content": "q"}]}, "'messages' holds no turn of a user, which asks the question"),
+        (
+            {"messages": [{"role": "user", "content": text} for text in ("<audio>", ASKED)], "answer": "A"},
+            "turn 1: has no 'text', which the written",
+        ),
         ({"messages": "no"}, "'messages' must list {role, content}, not 'no'"),
         ({"messages": [{"role": "user", "content": ["q"]}]}, "'messages' holds a part that is 'q'; a part is {type, ...}"),
         ({"messages": [{"role": "user", "content": "Who?"}], "answer": "A"}, "'question' holds no options (lines that begin"),
