@@ -82,7 +82,8 @@ class TrainOutcome:
     is_finished: bool
     """False: it was interrupted, and can be resumed."""
     evaluation: dict[str, dict[str, Any]] | None
-    """The content of evaluation.json: `before`, `after`, `change`. None where the run was interrupted, and in all processes but
+    """The content of evaluation.json: `before`, `after`, `change`, with `--keep-best` also `best`, and `stopped` after
+    `--early-stop`. None where the run was interrupted, and in all processes but
     the first."""
 
     @property
