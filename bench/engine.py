@@ -222,7 +222,7 @@ def make_prompts(model: SpeechModel, audio_seconds: float, num_questions: int = 
         clips = model.encode_clips([model.prompts.features(wave.astype(np.float32)) for wave in waves])
     written = Prompt(Modality.TEXT, model.prompts.token_ids(QUESTION, Modality.TEXT))
     spoken = [
-        Prompt(Modality.SPEECH, model.prompts.token_ids(QUESTION, Modality.SPEECH, [len(clip)]), (clip,)) for clip in clips
+        Prompt(Modality.SPEECH, model.prompts.token_ids(QUESTION, Modality.SPEECH, [[len(clip)]]), (clip,)) for clip in clips
     ]
     return [prompt for one in spoken for prompt in (one, written)]
 
@@ -317,7 +317,7 @@ def train_on(model: SpeechModel, optimizer, distinct, completions, config: RunCo
     """Update once on a rollout whose completions are made to count: random weights never stop, so all are cut off."""
     num_questions = len(distinct) // 2
     rollout = Rollout(
-        questions=[Question("made up", "")],
+        questions=[Question(f"made up {number}", "") for number in range(num_questions)],
         prompts=[prompt for prompt in distinct for _ in range(4)],
         written=[prompt for prompt in distinct if prompt.modality is Modality.TEXT],
         spoken=[],

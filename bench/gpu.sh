@@ -2,7 +2,7 @@
 # Everything that only a CUDA GPU can show, the most important first. Each part writes its JSON as soon as it is done; one that fails
 # does not cost the others, but the exit status.
 #   bench/gpu.sh [-o OUTPUT_FOLDER] [--shape SHAPE] [PART...]
-# default: -o bench/results --shape qwen2-audio-7b correctness races kernels step objectives engine
+# default: -o bench/results --shape qwen2-audio-7b correctness races kernels step objectives engine engine_8
 # --shape qwen3-omni-30b: its engine alone, which needs a card of 80 GB or more
 # correctness  tests of the kernels and of the packed attention, on CUDA
 # races        kernels that overwrite what they read, 200 times, against copies, bit for bit
@@ -10,6 +10,7 @@
 # step         the training side of a step at Qwen2-Audio-7B's shape, beside other trainers' structures
 # objectives   an update by each objective, at the same shape
 # engine       one copy of the weights beside two, at the same shape, of Qwen3-Omni one copy alone; needs vLLM
+# engine_8     a step of 64 completions on one copy
 # all_cases    not by default: other lengths of the step, and its time and memory against questions, group size and layers
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -27,7 +28,7 @@ while [[ ${1:-} = -* ]]; do
     shift 2
 done
 case $shape in
-    qwen2-audio-7b) parts=(correctness races kernels step objectives engine) engine_name=engine ;;
+    qwen2-audio-7b) parts=(correctness races kernels step objectives engine engine_8) engine_name=engine ;;
     qwen3-omni-30b) parts=(engine) engine_name=engine_$shape ;;
     *)
         echo "bench/gpu.sh: no shape $shape; see the head of this script" >&2
@@ -69,6 +70,10 @@ objectives() {
 
 engine() {
     python3 bench/engine.py --shape "$shape" --num-steps 3 --output "$output/${engine_name}_$card.json"
+}
+
+engine_8() {
+    python3 bench/engine.py --shape "$shape" --questions 8 --arms shared --num-steps 2 --output "$output/engine_8_questions_$card.json"
 }
 
 all_cases() {

@@ -111,6 +111,14 @@ class AnalyseConfig:
     long_audio: LongAudio = "refuse"
     """Recordings longer than the model takes at once: refuse says how many and stops; chunk puts several clips into one
     prompt; truncate keeps the beginning."""
+    system_prompt: str | None = None
+    """What prompts begin with; {answer_format} in it stands for what the format says of itself. None: the checkpoint's own."""
+    prompt_template: Path | None = None
+    """A jinja2 file of the user's turn, from question (the text, and in a spoken prompt the recording), options, modality,
+    category, id and answer_format. None: the checkpoint's own, by default the question alone."""
+    answer_format: str | None = None
+    """How completions write their answer: think, in tags behind the reasoning; plain, without; or a file that says how it is
+    asked for and read. None: the checkpoint's own."""
     max_new_tokens: int | None = None
     """Longest completion, in tokens. None: the preset's."""
     rollout_batch_size: int | None = None
@@ -123,7 +131,7 @@ class AnalyseConfig:
     """Type of the weights. auto: bfloat16 on CUDA for models trained with LoRA, else float32."""
 
     def __post_init__(self) -> None:
-        as_paths(self, "output_dir", "checkpoints")
+        as_paths(self, "output_dir", "checkpoints", "prompt_template")
         check_file_names(self, "model", "compare")
         check_choices(self)
         positive = ("items", "max_new_tokens", "rollout_batch_size", "critical_tokens")
@@ -228,6 +236,7 @@ def plan_job(config: AnalyseConfig) -> Job:
     source = or_bundled(named, "held_out")
     questions = choose_by_id(load_questions(source), config.items)
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
+    questions = prompts.ask(questions)
     num_layers = prompts.family.architecture(prompts.config).num_layers
     base_layer, others = choose_layers(config, num_layers)
     settings = AnalysisSettings(preset.max_new_tokens, base_layer, others, config.seed)
@@ -237,6 +246,9 @@ def plan_job(config: AnalyseConfig) -> Job:
         "data": data_fingerprint(questions),
         "source": named,
         "long_audio": config.long_audio,
+        "system_prompt": preset.system_prompt,
+        "prompt_template": preset.question_template,
+        "answer_format": dataclasses.asdict(preset.answers),
         "num_layers": num_layers,
         "num_items": len(questions),
         "device": device.type,

@@ -148,6 +148,14 @@ class TrainConfig:
     long_audio: LongAudio = "refuse"
     """Recordings longer than the model encodes at once: refuse says how many and stops; chunk puts several clips into one
     prompt; truncate keeps the beginning."""
+    system_prompt: str | None = None
+    """What prompts begin with; {answer_format} in it stands for what the format says of itself. None: the checkpoint's own."""
+    prompt_template: Path | None = None
+    """A jinja2 file of the user's turn, from question (the text, and in a spoken prompt the recording), options, modality,
+    category, id and answer_format. None: the checkpoint's own, by default the question alone."""
+    answer_format: str | None = None
+    """How completions write their answer: think, in tags behind the reasoning; plain, without; or a file that says how it is
+    asked for and read. None: the checkpoint's own."""
     output_dir: Path | None = None
     """Where metrics, checkpoints, predictions, evaluation.json and report.html go. None: a new folder
     runs/<model>-<date>-<time>."""
@@ -364,7 +372,7 @@ class TrainConfig:
     """Type of weights. auto: bfloat16 for LoRA on CUDA, else float32. In bfloat16 full fine-tuning rounds stochastically."""
 
     def __post_init__(self) -> None:
-        as_paths(self, "output_dir", "audio_cache_dir", "judge_template")
+        as_paths(self, "output_dir", "audio_cache_dir", "judge_template", "prompt_template")
         check_file_names(self, "model")
         check_repository(self.push_to_hub)
         check_choices(self)
@@ -572,7 +580,9 @@ class TrainConfig:
         """
         filled = self.as_preset(preset)
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
-        values |= {name: getattr(filled, name) for name in values.keys() & {field.name for field in dataclasses.fields(filled)}}
+        # The system prompt is the preset's where none is given, and stays with it.
+        names = {field.name for field in dataclasses.fields(filled)} - {"system_prompt"}
+        values |= {name: getattr(filled, name) for name in values.keys() & names}
         return RunConfig(**values | {"output_dir": output_dir, "tokens_per_micro_batch": tokens_per_micro_batch})
 
     def workload(

@@ -6,6 +6,7 @@ predictions.jsonl, where the same command continues after an interruption.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ from tars_fast.evaluation.results import (
     recordings_fingerprint,
 )
 from tars_fast.learning.rewards.behaviour import load_text_similarity
+from tars_fast.learning.rewards.judge import find_judge
 from tars_fast.learning.workers import Workers, join_workers, locked_by_first
 from tars_fast.models.hub import adapter_rank, weights_fingerprint
 from tars_fast.models.memory import Workload
@@ -97,6 +99,23 @@ class EvaluateConfig:
     long_audio: LongAudio = "refuse"
     """Recordings longer than the model takes at once: refuse says how many and stops; chunk puts several clips into one
     prompt; truncate keeps the beginning."""
+    system_prompt: str | None = None
+    """What prompts begin with; {answer_format} in it stands for what the format says of itself. None: the checkpoint's own."""
+    prompt_template: Path | None = None
+    """A jinja2 file of the user's turn, from question (the text, and in a spoken prompt the recording), options, modality,
+    category, id and answer_format. None: the checkpoint's own, by default the question alone."""
+    answer_format: str | None = None
+    """How completions write their answer: think, in tags behind the reasoning; plain, without; or a file that says how it is
+    asked for and read. None: the checkpoint's own."""
+    judge_url: str | None = None
+    """Where a model grades answers to open questions, any OpenAI-compatible address, as http://localhost:8000/v1; questions
+    without an answer are then taken too."""
+    judge_model: str | None = None
+    """That model's name there. None: the first that is listed."""
+    judge_template: Path | None = None
+    """A jinja2 file of what it is told, from question, answer and scale. None: a plain request for a mark."""
+    judge_scale: float = 10.0
+    """The best mark it may give, 0 being the worst."""
     transcribe: bool = False
     """Also have every recording transcribed, and report the word error rate; every item needs a transcript."""
     samples: int = 0
@@ -121,12 +140,12 @@ class EvaluateConfig:
     """Type of the weights. auto: bfloat16 on CUDA for models trained with LoRA, else float32."""
 
     def __post_init__(self) -> None:
-        as_paths(self, "output_dir", "compare")
+        as_paths(self, "output_dir", "compare", "prompt_template", "judge_template")
         check_file_names(self, "model", "reference")
         check_choices(self)
         check_numbers(
             self,
-            positive=("temperature", "rollout_batch_size", "max_new_tokens", "kv_cache_gb"),
+            positive=("temperature", "rollout_batch_size", "max_new_tokens", "kv_cache_gb", "judge_scale"),
             not_negative=("samples", "seed"),
         )
         if self.transcribe:
@@ -224,12 +243,17 @@ def plan_job(config: EvaluateConfig, workers: Workers) -> Job:
     preset = find_preset(config.model).with_settings(config)
     device, dtype = choose_device(config.device, config.dtype, uses_lora=preset.lora_rank > 0)
     sources = config.sources()
-    data = {name: load_questions(source) for name, source in sources.items()}
+    judge = find_judge(config)
+    data = {name: load_questions(source, answered=judge is None) for name, source in sources.items()}
+    check_graded(data, judged=judge is not None)
     if config.transcribe:
         check_transcripts(data)
+    if any(question.rule == "ifeval" for questions in data.values() for question in questions):
+        require_extra("ifeval")
     reference = read_reference(config.reference, data)
     compared = read_compared(config.compare, data)
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
+    data = {name: prompts.ask(questions) for name, questions in data.items()}
     rank = adapter_rank(preset.source)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, rank, preset.source)
     slices = [part for name, questions in data.items() for part in slice_data(name, questions)]
@@ -245,6 +269,10 @@ def plan_job(config: EvaluateConfig, workers: Workers) -> Job:
         "seed": config.seed,
         "transcribe": config.transcribe,
         "long_audio": config.long_audio,
+        "system_prompt": preset.system_prompt,
+        "prompt_template": preset.question_template,
+        "answer_format": dataclasses.asdict(preset.answers),
+        "judge": None if judge is None else judge.describe(),
         "behaviour_model": preset.behaviour_model,
         "rollout_batch_size": preset.rollout_batch_size,
         "engine": engine_name,
@@ -290,6 +318,18 @@ def read_compared(path: Path | None, data: Mapping[str, Sequence[Question]]) -> 
     others = [other for other in read_predictions(path, "--compare") if other.data in data]
     check_same_items(data, others, f"--compare {path}")
     return others
+
+
+def check_graded(data: Mapping[str, Sequence[Question]], *, judged: bool) -> None:
+    """Raises UserError where an item can be graded by nothing."""
+    for name, questions in data.items():
+        ungraded = [question.id for question in questions if not question.is_graded(judged=judged)]
+        if ungraded:
+            remedy = "add 'answer' to them" if judged else "add 'answer' to them, or name a judge by --judge-url"
+            raise UserError(
+                f"data {name!r}: {len(ungraded)} of {len(questions)} items have nothing to grade answers by (the first: "
+                f"{ungraded[0]!r}); {remedy}"
+            )
 
 
 def check_transcripts(data: Mapping[str, Sequence[Question]]) -> None:
@@ -400,7 +440,8 @@ def find_workload(job: Job, sizes: Mapping[str, Sequence[PromptSize | UserError]
     if job.config.transcribe:
         question = next(iter(job.data.values()))[0]
         transcribing, usual = (
-            len(job.prompts.token_ids(question, Modality.SPEECH, [0], instruction)) for instruction in (TRANSCRIBE, None)
+            len(job.prompts.token_ids(question, Modality.SPEECH, [[0]] * len(question.recordings), instruction))
+            for instruction in (TRANSCRIBE, None)
         )
         longest_prompt += max(0, transcribing - usual)
     return Workload(
@@ -452,7 +493,7 @@ def answer_slices(
             write_atomically(job.output_dir / "config.json", json.dumps({"evaluation": job.settings}, indent=2) + "\n")
             write_predictions(job.output_dir / PREDICTIONS, [result for key, result in done.items() if key not in again])
         settings = EvaluationSettings(preset.max_new_tokens, config.samples, config.temperature, config.seed, config.transcribe)
-        evaluator = Evaluator(model, engine, text_similarity, settings, workers)
+        evaluator = Evaluator(model, engine, text_similarity, settings, workers, find_judge(config))
         refused = {
             name: {q.id: str(size) for q, size in zip(job.data[name], own, strict=True) if isinstance(size, UserError)}
             for name, own in sizes.items()
@@ -510,7 +551,7 @@ def plot(path: Path, evaluation: Mapping[str, Mapping[str, Any]], earlier: Mappi
     for name, figures in evaluation.items():
         if name != OVERALL:
             panels[name] = {"this model": figures} if earlier is None else {"before": earlier[name], "after": figures}
-    if can_plot() and all(figures["num_items"] for panel in panels.values() for figures in panel.values()):
+    if can_plot() and all("speech_accuracy" in figures for panel in panels.values() for figures in panel.values()):
         write_png(path, accuracy_plot(panels))
 
 

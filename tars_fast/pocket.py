@@ -320,7 +320,7 @@ class SupervisedRows:
 
     def _row(self, problem: Problem, modality: Modality, *clips: Tensor) -> tuple[Tensor, Tensor]:
         question = Question(id="", text=problem.question, answer=problem.answer, choices=())
-        token_ids = self.model.prompts.token_ids(question, modality, [len(clip) for clip in clips])
+        token_ids = self.model.prompts.token_ids(question, modality, [[len(clip) for clip in clips]] if clips else ())
         prompt = self.model.embed_tokens(torch.tensor([token_ids]), [Prompt(modality, token_ids, clips)], [0])[0]
         tokenizer = self.model.prompts.tokenizer
         return prompt, torch.tensor(tokenizer.encode(problem.completion + tokenizer.eos_token))

@@ -52,6 +52,7 @@ from tars_fast.learning.metrics import (
     completion_metrics,
 )
 from tars_fast.learning.optimizer import learning_rate_at
+from tars_fast.learning.rewards.judge import find_judge
 from tars_fast.learning.run import Interrupt, Run, evaluation_source, open_run, plan_run, profiled
 from tars_fast.learning.samples import choose_samples
 from tars_fast.learning.scored import ScoredRollout
@@ -254,7 +255,7 @@ def answer_items(
     """See `Evaluator.evaluate`. Nothing that training draws or remembers is touched."""
     config = run.config
     settings = EvaluationSettings(config.max_new_tokens, config.eval_samples, config.temperature, config.seed)
-    evaluator = Evaluator(run.model, run.engine, run.text_similarity, settings, run.workers)
+    evaluator = Evaluator(run.model, run.engine, run.text_similarity, settings, run.workers, find_judge(config))
     with explain_out_of_memory("evaluation"):
         return evaluator.evaluate(questions, name, advance)
 
@@ -320,7 +321,7 @@ def write_evaluation(run: Run, log: RunLog, before: list[ItemResult], after: lis
     if last_step < run.config.num_steps:
         evaluation["stopped"] = {"step": last_step}
     write_atomically(output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-    if can_plot() and all(part["num_items"] for part in parts.values()):
+    if can_plot() and all("speech_accuracy" in part for part in parts.values()):
         write_png(output_dir / ACCURACY_PLOT, accuracy_plot({"held-out items": parts}))
     write_report(output_dir, {run.evaluation_name: run.data.held_out}, training=run.data.training)
     print_summary(log, evaluation, output_dir)

@@ -46,7 +46,7 @@ class Recording(Protocol):
 class Turn:
     """A turn of the conversation before a question."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["user", "assistant"]
     text: str
     """As the written prompt has it, and the spoken one where there are no recordings."""
     recordings: tuple[Recording, ...] = ()
@@ -99,12 +99,22 @@ class Question:
     """Of a question without choices: the answer as a number."""
     rubric: str = ""
     """What a judge is to grade a completion by, in words."""
+    rule: str = ""
+    """VoiceBench's rule that grades it: `bbh`, `ifeval`, `refusal`; empty: none."""
+    instructions: tuple[tuple[str, str], ...] = ()
+    """Of `ifeval`: the instructions that completions must follow, as (name, arguments in JSON)."""
     turns: tuple[Turn, ...] = ()
     """The conversation before the question, in order."""
     about_audio: bool = False
     """The recording is what the question is about, not the question spoken: the spoken prompt has the question behind it."""
     answer_format: AnswerFormat = THINK
     """How its completions write their answer."""
+
+    @property
+    def recordings(self) -> tuple[Recording, ...]:
+        """Of its spoken prompt, in order: those of the turns before it, then its own."""
+        own = () if self.audio is None else (self.audio,)
+        return (*(recording for turn in self.turns for recording in turn.recordings), *own)
 
     @property
     def is_open(self) -> bool:
@@ -118,6 +128,10 @@ class Question:
         Other items, also plain transcripts, are for objectives without such a reward.
         """
         return bool(self.answer or self.answer_text) or self.answer_number is not None
+
+    def is_graded(self, *, judged: bool) -> bool:
+        """Whether an evaluation has a figure for it: it has an answer or a rule, or is open and a judge is there."""
+        return self.has_answer or bool(self.rule) or (judged and self.is_open)
 
     @property
     def reference(self) -> str:

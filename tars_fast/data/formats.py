@@ -5,6 +5,7 @@ A format is named after where it is published; others that write the same column
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ class Format:
     """An answer that is a number is the place of the right option, from 0."""
     lettered: bool = False
     """The question itself holds the options, on lines that begin with A., B., C."""
+    about_audio: bool = False
+    """The recording is what the question is about, see `Question.about_audio`."""
+    open_answers: bool = False
+    """Of lettered questions: one without options, whose answer is no letter, has the answer in words."""
     published: bool = True
     """The user cannot correct the data: options that are empty or stand twice are accepted."""
     unpack: Callable[[Mapping[str, object]], dict[str, object]] | None = None
@@ -79,6 +84,34 @@ def _unpack_transcript(row: Mapping[str, object]) -> dict[str, object]:
     return {"transcript": next((row[column] for column in TRANSCRIPT_COLUMNS if not is_nothing(row.get(column))), None)}
 
 
+RULES = ("bbh", "ifeval", "refusal")
+"""VoiceBench's rules that an item can ask for, see `tars_fast.evaluation.scorers`."""
+BBH_TASKS = ("sports_understanding", "hyperbaton", "navigate", "web_of_lies")
+"""The tasks in VoiceBench's `bbh`, which an item's id names."""
+
+
+def _unpack_task(row: Mapping[str, object]) -> dict[str, object]:
+    """VoiceBench's `bbh`: one of two answers, which `src/evaluator/bbh.py` there reads by the task in the id."""
+    reference = row.get("reference")
+    task = next((task for task in BBH_TASKS if task in str(row.get("id"))), None)
+    if task is None or not isinstance(reference, str):
+        return {}
+    answers = ["A", "B"] if task == "hyperbaton" else ["yes", "no"]
+    answer = reference.strip().strip("()").lower()
+    answer = answer.upper() if task == "hyperbaton" else answer
+    return {"reference": answer, "answer_set": answers, "category": task, "rule": "bbh"}
+
+
+def _unpack_instructions(row: Mapping[str, object]) -> dict[str, object]:
+    """VoiceBench's `ifeval`: names of instructions, and for each its arguments, those that it has not as null."""
+    names, arguments = row.get("instruction_id_list"), row.get("kwargs")
+    if not isinstance(names, list) or not isinstance(arguments, list) or len(names) != len(arguments):
+        raise ValueError(f"'kwargs' must hold arguments for each of 'instruction_id_list', not {arguments!r:.80}")
+    given = [{name: value for name, value in (one or {}).items() if value} for one in arguments]
+    pairs = zip(names, given, strict=True)
+    return {"instructions": [(str(name), json.dumps(one, sort_keys=True)) for name, one in pairs], "rule": "ifeval"}
+
+
 def is_nothing(value: object) -> bool:
     """Whether a row has no value in a column: NaN is what pandas writes there."""
     return value is None or (isinstance(value, float) and math.isnan(value))
@@ -87,18 +120,60 @@ def is_nothing(value: object) -> bool:
 _CHOICES = {"question": "question", "answer": "answer", "options": "choices"}
 OWN = Format(
     "one's own",
-    {name: name for name in ("question", "answer", "options", "answer_set", "category", "transcript")},
+    {
+        name: name
+        for name in (
+            "question",
+            "answer",
+            "options",
+            "answer_set",
+            "answer_text",
+            "answer_number",
+            "rubric",
+            "turns",
+            "about_audio",
+            "rule",
+            "instructions",
+            "category",
+            "transcript",
+        )
+    },
     identifying_columns=frozenset({"question", "answer"}),
     id_columns=("id",),
     published=False,
 )
+_VOICEBENCH = {"question": "prompt", "answer": "reference", "category": "category", "transcript": "prompt", "rule": "rule"}
+_VOICEBENCH |= {name: name for name in ("answer_set", "answer_text", "instructions")}
 FORMATS = (
     Format(
+        "VoiceBench's ifeval",
+        _VOICEBENCH,
+        identifying_columns=frozenset({"prompt", "instruction_id_list", "kwargs"}),
+        id_columns=("key",),
+        unpack=_unpack_instructions,
+    ),
+    Format(
+        "VoiceBench's bbh",
+        _VOICEBENCH,
+        identifying_columns=frozenset({"prompt", "reference", "id"}),
+        id_columns=("id",),
+        lettered=True,
+        open_answers=True,
+        unpack=_unpack_task,
+    ),
+    Format(
         "VoiceBench",
-        {"question": "prompt", "answer": "reference", "category": "category", "transcript": "prompt"},
+        _VOICEBENCH,
         identifying_columns=frozenset({"prompt", "reference"}),
         id_columns=("src", "question_id"),
         lettered=True,
+        open_answers=True,
+    ),
+    Format(
+        "VoiceBench's open questions",
+        _VOICEBENCH,
+        identifying_columns=frozenset({"prompt"}),
+        id_columns=("id",),
     ),
     Format(
         "TARS",
@@ -119,6 +194,7 @@ FORMATS = (
         identifying_columns=frozenset({"question_text", "multi_choice", "answer"}),
         id_columns=("id",),
         audio="audio_path",
+        about_audio=True,
         answers_by_index=True,
     ),
     Format(
@@ -134,6 +210,7 @@ FORMATS = (
         identifying_columns=frozenset({"question", "choices", "answer", "task"}),
         id_columns=("id",),
         audio="audio_id",
+        about_audio=True,
         answers_by_index=True,
     ),
     Format(
@@ -142,6 +219,7 @@ FORMATS = (
         identifying_columns=frozenset({"question", "choices", "answer", "source_dataset"}),
         id_columns=("source_dataset", "id"),
         audio="audio_path",
+        about_audio=True,
         answers_by_index=True,
     ),
     Format(

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import ast
+import base64
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Literal
+from typing import Any, Literal
 
-from tars_fast.data.formats import Format, is_nothing, nearest_format, unanswered_format
+from tars_fast.data.formats import RULES, Format, is_nothing, nearest_format, unanswered_format
 from tars_fast.data.sources import NO_TEXT, Row, read_rows
 from tars_fast.support.text import fold_answer
-from tars_fast.types import Question, Recording, UserError
+from tars_fast.types import Question, Recording, Turn, UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {"pocket": ASSETS / "spoken-arithmetic", "pocket-hard": ASSETS / "spoken-arithmetic-hard"}
@@ -170,27 +172,134 @@ def _parse_row(
         UserError: the first thing that is wrong with the row.
     """
     columns = _read_columns(row, format)
-    _check_columns(columns, row if spoken else None, answered)
-    answers = _possible_answers(columns) if answered or _lists_answers(columns) else _Answers([], are_options=False)
+    open_answer = _open_answer(columns, row)
+    _check_columns(columns, row if spoken else None, answered and not open_answer.is_gradable)
+    if open_answer.is_gradable or not (answered or _lists_answers(columns)):
+        answers = _Answers([], are_options=False)
+    else:
+        answers = _possible_answers(columns)
     answer = _right_answer(columns, answers) if columns.texts.get("answer") and answers.listed else ""
     text = "\n".join([columns.texts["question"], *answers.lettered()])
+    turns = _turns(columns, row, spoken=spoken)
+    content: list[object] = [text, answers.choices, answer, *([open_answer.accepted] if open_answer.accepted else [])]
     question = Question(
-        id=columns.texts["id"] if columns.has_id else _id_of_content(text, answers.choices, answer, copies),
+        id=columns.texts["id"] if columns.has_id else _id_of_content(content, copies),
         text=text,
         answer=answer,
         choices=answers.choices,
         audio=row.audio if spoken else None,
         category=columns.texts.get("category") or row.split,
         transcript=columns.texts.get("transcript") or None,
+        answer_text=open_answer.accepted,
+        answer_number=open_answer.number,
+        rubric=open_answer.rubric,
+        rule=open_answer.rule,
+        instructions=open_answer.instructions,
+        turns=turns,
+        about_audio=spoken and _about_audio(columns),
     )
     question = dataclasses.replace(question, same_as_answer=_same_as_answer(question))
     return _fields(columns, answers, question), question
 
 
+@dataclass(frozen=True)
+class _OpenAnswer:
+    """What grades completions of a question without choices."""
+
+    accepted: tuple[str, ...] = ()
+    number: float | None = None
+    rubric: str = ""
+    rule: str = ""
+    instructions: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_gradable(self) -> bool:
+        return bool(self.accepted or self.rubric or self.rule not in ("", "bbh")) or self.number is not None
+
+
+def _open_answer(columns: _Columns, row: Row) -> _OpenAnswer:
+    """Raises UserError where one of its fields is none, or stands beside possible answers."""
+    values, format = columns.values, columns.format
+    rule = columns.texts.get("rule", "")
+    if rule not in ("", *RULES):
+        raise UserError(f"{columns.row}: 'rule' is {rule!r:.80}, none of {', '.join(RULES)}; correct it")
+    if not rule and format.name.startswith("VoiceBench") and re.search(r"\badvbench\b", row.source):
+        # Its columns are those of other open questions.
+        rule = "refusal"
+    accepted = values.get("answer_text")
+    shown = columns.texts.get("answer", "")
+    if format.open_answers and len(shown) > 1 and values.get("answer_set") is None:
+        accepted = None if split_options(columns.texts.get("question", ""))[1] else shown
+    listed = accepted if isinstance(accepted, list) else [] if accepted is None else [accepted]
+    texts = [_as_text(one) for one in listed]
+    if not all(texts) or (isinstance(accepted, list) and not accepted):
+        raise UserError(f"{columns.row}: 'answer_text' must be a text or a list of texts, not {accepted!r:.80}")
+    rubric = values.get("rubric")
+    if rubric is not None and not (isinstance(rubric, str) and rubric.strip()):
+        raise UserError(f"{columns.row}: 'rubric' must be a text, not {rubric!r:.80} ({type(rubric).__name__})")
+    number = _number(columns)
+    instructions: Any = values.get("instructions") or ()
+    found = _OpenAnswer(
+        tuple(text for text in texts if text),
+        number,
+        (rubric or "").strip(),
+        rule,
+        tuple((str(name), str(arguments)) for name, arguments in instructions),
+    )
+    beside = next((name for name in ("options", "answer_set") if values.get(name) is not None), None)
+    if found.is_gradable and beside is not None and not format.published:
+        raise UserError(f"{columns.row}: has {beside!r} and an answer in words, a number or a rubric; leave one of the two out")
+    return found if beside is None or rule == "bbh" else _OpenAnswer()
+
+
+def _number(columns: _Columns) -> float | None:
+    value = columns.values.get("answer_number")
+    if value is None:
+        return None
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{columns.row}: 'answer_number' must be a number, not {value!r:.80} ({type(value).__name__})")
+    return number
+
+
+def _about_audio(columns: _Columns) -> bool:
+    value = columns.values.get("about_audio")
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"{columns.row}: 'about_audio' must be true or false, not {value!r:.80}")
+    return columns.format.about_audio or bool(value)
+
+
+def _turns(columns: _Columns, row: Row, *, spoken: bool) -> tuple[Turn, ...]:
+    """The conversation before the question. Raises UserError where an entry is no turn."""
+    listed = columns.values.get("turns")
+    if listed is None:
+        return ()
+    if not isinstance(listed, list) or not all(isinstance(turn, dict) for turn in listed):
+        raise UserError(f"{columns.row}: 'turns' must list {{role, text, audio}}, not {listed!r:.80}")
+    if spoken and row.turn_fault is not None:
+        raise UserError(f"{columns.row}: {row.turn_fault}")
+    turns: list[Turn] = []
+    for number, turn in enumerate(listed, start=1):
+        name = f"{columns.row}: turn {number}"
+        role, text = turn.get("role"), _as_text(turn.get("text"))
+        if role not in ("user", "assistant"):
+            raise UserError(f"{name}: 'role' must be user or assistant, not {role!r:.80}")
+        if not text or NO_TEXT.search(text):
+            raise UserError(f"{name}: has no 'text', which the written prompt needs; give what is said in it")
+        recordings = row.turn_audio[number - 1] if spoken and row.turn_audio else ()
+        if recordings and role != "user":
+            raise UserError(f"{name}: has a recording, and is the model's own; give its text alone")
+        turns.append(Turn(role, text, recordings))
+    return tuple(turns)
+
+
 def _same_as_answer(question: Question) -> tuple[str, ...]:
     """See `Question.same_as_answer`."""
     options = shown_options(question)[1]
-    if not question.has_answer or question.answer not in ascii_uppercase[: len(options)]:
+    if not question.answer or question.answer not in ascii_uppercase[: len(options)]:
         return ()
     right = options[ascii_uppercase.index(question.answer)]
     same = (letter for letter, option in zip(ascii_uppercase, options, strict=False) if option == right)
@@ -273,7 +382,7 @@ def _check_columns(columns: _Columns, spoken: Row | None, answered: bool) -> Non
 
 def _lists_answers(columns: _Columns) -> bool:
     """Whether an item that needs no answer has possible ones; an open question, which may have an answer, has none."""
-    if columns.format.lettered:
+    if columns.format.lettered and columns.values.get("answer_set") is None:
         return bool(split_options(columns.texts["question"])[1])
     listed = (columns.values.get("options"), columns.values.get("answer_set"))
     return bool(columns.texts.get("answer")) or any(value is not None for value in listed)
@@ -281,7 +390,7 @@ def _lists_answers(columns: _Columns) -> bool:
 
 def _possible_answers(columns: _Columns) -> _Answers:
     format = columns.format
-    if format.lettered:
+    if format.lettered and columns.values.get("answer_set") is None:
         shown = split_options(columns.texts["question"])[1]
         if not shown:
             raise UserError(
@@ -289,7 +398,7 @@ def _possible_answers(columns: _Columns) -> _Answers:
                 "answers that are given can be scored"
             )
         return _Answers(shown[: len(ascii_uppercase)], are_options=True, are_shown=True)
-    options, answer_set = columns.values["options"], columns.values.get("answer_set")
+    options, answer_set = columns.values.get("options"), columns.values.get("answer_set")
     if "answer_set" not in format.columns and options is None:
         raise UserError(f"{columns.row}: {format.columns['options']!r} missing or empty; {format.name} has the options there")
     if (options is None) == (answer_set is None):
@@ -375,8 +484,8 @@ def _right_answer(columns: _Columns, answers: _Answers) -> str:
     )
 
 
-def _id_of_content(text: str, choices: tuple[str, ...], answer: str, copies: Counter[str]) -> str:
-    content = hashlib.sha256(json.dumps([text, choices, answer]).encode()).hexdigest()[:16]
+def _id_of_content(parts: list[object], copies: Counter[str]) -> str:
+    content = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     copies[content] += 1
     return content if copies[content] == 1 else f"{content}-{copies[content]}"
 
@@ -391,8 +500,23 @@ def _fields(columns: _Columns, answers: _Answers, question: Question) -> dict[st
         fields |= {"question": columns.texts["question"], "options": listed}
     elif question.choices:
         fields["answer_set"] = list(question.choices)
-    known = {"answer": question.answer, "category": question.category}
-    return fields | {name: value for name, value in known.items() if value}
+    known: dict[str, object] = {"answer": question.answer, "category": question.category}
+    known |= {"answer_text": list(question.answer_text), "rubric": question.rubric}
+    known |= {"rule": question.rule, "instructions": question.instructions}
+    known |= {"turns": [_turn_fields(turn) for turn in question.turns], "about_audio": question.about_audio}
+    fields |= {name: value for name, value in known.items() if value}
+    return fields if question.answer_number is None else fields | {"answer_number": question.answer_number}
+
+
+def _turn_fields(turn: Turn) -> dict[str, object]:
+    """A turn as a jsonl line has it; a recording that is no file by itself is written out."""
+    audio = [
+        str(recording.resolve())
+        if isinstance(recording, Path)
+        else f"data:audio/wav;base64,{base64.b64encode(recording.read_bytes()).decode()}"
+        for recording in turn.recordings
+    ]
+    return {"role": turn.role, "text": turn.text} | ({"audio": audio} if audio else {})
 
 
 def read_items(source: str | Path, *, spoken: bool = True, answered: bool = True) -> Iterator[Item]:
@@ -436,10 +560,11 @@ def load_questions(source: str | Path, *, spoken: bool = True, answered: bool = 
     Args:
         source: a jsonl file or a folder with one, whose lines are `id`, `question`, `answer`, `audio` (see `take_recording`;
             paths are relative to the file), either `options` (shown in the prompt as lettered lines; `answer` is a letter or
-            an option's text) or `answer_set` (possible answers, not shown; `answer` is one of them), and optionally
-            `category` and `transcript`; a json file that is one list; a parquet file, a folder of them, a folder written by
-            `save_to_disk`, or a dataset of the hub, `owner/name[:configuration]`, the last three with `@split` behind them
-            where one of several is meant; or `mmsu`, `obqa`; in any of `formats.FORMATS`.
+            an option's text) or `answer_set` (possible answers, not shown; `answer` is one of them), or in the place of these
+            `answer_text`, `answer_number` or `rubric`, and optionally `turns`, `category` and `transcript`; a json file that is
+            one list; a parquet file, a folder of them, a folder written by `save_to_disk`, or a dataset of the hub,
+            `owner/name[:configuration]`, the last three with `@split` behind them where one of several is meant; or one of
+            `sources.SHORT_NAMES`; in any of `formats.FORMATS`.
         spoken: items need a recording; otherwise recordings are left out.
         answered: see `read_items`.
 

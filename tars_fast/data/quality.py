@@ -87,7 +87,7 @@ def inspect_item(item: Item, max_seconds: float) -> Inspection:
     if item.question is not None and (found := _CONTROL_TOKEN.search(item.question.text)):
         detail = f"its text holds {found[0]}, which models take for a sign of their own; remove it"
         findings.append(Finding(item.place, name, "control token", detail))
-    if item.question is not None and not item.question.has_answer:
+    if item.question is not None and not (item.question.has_answer or item.question.rubric or item.question.rule):
         objectives = "--objective opd trains" if not item.question.choices else "--objective opd and cord train"
         findings.append(Finding(item.place, name, "no answer", f"{objectives} on it, others do not, nor is it evaluated"))
     seconds = None

@@ -5,13 +5,14 @@ What the columns mean is for `items` to say. A recording is read when its bytes 
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ SHORT_NAMES = {
     "mmsu": "hlt-lab/voicebench:mmsu",
     "obqa": "hlt-lab/voicebench:openbookqa",
     "openbookqa": "hlt-lab/voicebench:openbookqa",
+    **{name: f"hlt-lab/voicebench:{name}" for name in ("alpacaeval", "commoneval", "sd-qa", "bbh", "ifeval", "advbench")},
 }
 """Short names of benchmarks on the hub."""
 
@@ -52,10 +54,14 @@ class DatasetRecording:
     """Differs where the dataset differs."""
     in_messages: bool = field(default=False, compare=False, repr=False)
     """The column holds chat messages."""
+    part: tuple[int, int] | None = field(default=None, compare=False, repr=False)
+    """Of a column of turns: which turn, and which of its recordings."""
 
     def read_bytes(self) -> bytes:
         try:
             value = self.column[self.row].as_py()
+            if self.part is not None:
+                value = _listed(value[self.part[0]]["audio"])[self.part[1]]
             content = take_recording(find_recording({"messages": value})[1] if self.in_messages else value)
         except ValueError as error:
             raise OSError(errno.EINVAL, f"its row's 'audio' {error}") from error
@@ -125,6 +131,10 @@ class Row:
     audio_fault: str | None = None
     """What is wrong with its recording, behind the name of `audio_column`."""
     audio_column: str = "audio"
+    turn_audio: tuple[tuple[Recording, ...], ...] = ()
+    """The recordings of each entry of its column `turns`."""
+    turn_fault: str | None = None
+    """What is wrong with one of them."""
 
     @property
     def place(self) -> str:
@@ -218,7 +228,46 @@ def _with_recording(row: Row, folder: Path, values: object) -> Row:
     """A row of a text file, with the recording that its values hold or name."""
     column, held = find_recording(values) if isinstance(values, dict) else ("audio", None)
     audio, fault = _line_audio(row.place, folder, held)
-    return Row(row.source, row.where, values, audio, audio_fault=fault, audio_column=column)
+    turns, turn_fault = _turn_audio(row.place, folder, values, lambda place, _, content: InlineRecording(place, content))
+    return dataclasses.replace(
+        row,
+        values=values,
+        audio=audio,
+        audio_fault=fault,
+        audio_column=column,
+        turn_audio=turns,
+        turn_fault=turn_fault,
+    )
+
+
+def _listed(value: object) -> list[object]:
+    """The recordings of a turn: one, or a list of them; a list of numbers is one that is none."""
+    return value if isinstance(value, list) and not (value and isinstance(value[0], int | float)) else [value]
+
+
+def _turn_audio(
+    place: str, folder: Path, values: object, keep: Callable[[str, tuple[int, int], bytes], Recording]
+) -> tuple[tuple[tuple[Recording, ...], ...], str | None]:
+    """(the recordings of each entry of a row's `turns`, what is wrong with one of them).
+
+    Args:
+        keep: makes a recording of (what messages call it, turn and number within it, its content).
+    """
+    turns = values.get("turns") if isinstance(values, dict) else None
+    found: list[tuple[Recording, ...]] = []
+    for number, turn in enumerate(turns if isinstance(turns, list) else []):
+        recordings: list[Recording] = []
+        for part, held in enumerate(_listed(turn.get("audio") if isinstance(turn, dict) else None)):
+            name = f"{place}, turn {number + 1}, recording {part + 1}"
+            recording, fault = _line_audio(name, folder, held)
+            if fault is not None:
+                return (), f"turn {number + 1}: the recording in 'audio' {fault}"
+            if isinstance(recording, InlineRecording):
+                recording = keep(name, (number, part), recording.content)
+            if recording is not None:
+                recordings.append(recording)
+        found.append(tuple(recordings))
+    return tuple(found), None
 
 
 def _line_audio(place: str, folder: Path, value: object) -> tuple[Recording | None, str | None]:
@@ -331,7 +380,14 @@ def _read_dataset(source: str, name: str, configuration: str | None, split: str 
             if recordings is not None:
                 place = f"{source}, {where}"
                 audio = DatasetRecording(place, recordings, number, folder, table.version, column == "messages")
-            yield Row(source, where, values, audio, part)
+
+            def keep(
+                place: str, at: tuple[int, int], _content: bytes, table: _Table = table, number: int = number
+            ) -> DatasetRecording:
+                return DatasetRecording(place, table.rows.column("turns"), number, folder, table.version, part=at)
+
+            turns, fault = _turn_audio(f"{source}, {where}", folder, values, keep)
+            yield Row(source, where, values, audio, part, turn_audio=turns, turn_fault=fault)
 
 
 def _is_file(type_: pa.DataType) -> bool:

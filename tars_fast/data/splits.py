@@ -16,7 +16,11 @@ def _normalised(question: Question) -> str:
     """A text that two items share where they ask the same, whatever the letters and the order of their options."""
     stem, options = shown_options(question)
     # Signs stay: "3 + 4" and "3 - 4" are two questions.
-    plain = [re.sub(r"[\s.,;:!?\"'()\u2018\u2019\u201c\u201d]+", " ", fold_case(part)).strip() for part in (stem, *options)]
+    # What is said before the question, and what the question is about, are part of what is asked.
+    around = [turn.text for turn in question.turns] + ([str(question.audio)] if question.about_audio else [])
+    plain = [
+        re.sub(r"[\s.,;:!?\"'()\u2018\u2019\u201c\u201d]+", " ", fold_case(part)).strip() for part in (stem, *options, *around)
+    ]
     return "\n".join([plain[0], *sorted(plain[1:])])
 
 
@@ -94,8 +98,14 @@ def check_leaks(training: Sequence[Question], held_out: Sequence[Question]) -> N
 
 
 def data_fingerprint(questions: Iterable[Question]) -> str:
-    """SHA-256 over ids, texts, answers and answer sets, in order, the same on every machine; see `recordings_fingerprint`."""
+    """SHA-256 over ids, texts, answers and earlier turns, in order, the same on every machine; see `recordings_fingerprint`."""
     digest = hashlib.sha256()
     for question in questions:
-        digest.update(json.dumps([question.id, question.text, question.answer, question.choices]).encode())
+        parts: list[object] = [question.id, question.text, question.answer, question.choices]
+        # Only where there is one, so that the fingerprint of questions with choices stays.
+        others = (question.answer_text, question.answer_number, question.rubric, question.instructions)
+        said = [(turn.role, turn.text) for turn in question.turns]
+        if any(other not in ((), None, "") for other in (*others, said or None)):
+            parts += [*others, said]
+        digest.update(json.dumps(parts).encode())
     return digest.hexdigest()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from tars_kernels import LayerPooler, pooled_similarity
 
 from tars_fast.data.transcription import word_error_rate
 from tars_fast.evaluation.results import Answered, Evaluated, ItemResult, Transcribed
-from tars_fast.evaluation.scorers import ScorerError, read_completion
+from tars_fast.evaluation.scorers import Grade, ScorerError, grade_by_rule, read_completion
 from tars_fast.learning.rewards.answers import read_answer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, finite_similarities
 from tars_fast.learning.workers import ALONE, Workers
@@ -30,6 +33,8 @@ _FEWEST_AT_ONCE = 32
 _SLICES = 8
 """A small data set is cut into so many slices, so that as many processes have something to do."""
 _MOST_ITEMS_PER_FORWARD = 16
+_JUDGED_AT_ONCE = 16
+"""Requests to the judge that are under way at the same time."""
 TRANSCRIBE = "Transcribe the recording word for word."
 
 
@@ -46,6 +51,14 @@ class EvaluationSettings:
     """Seed of the sampled completions, and of VoiceBench's guesses."""
     transcribe: bool = False
     """Whether the model also transcribes every recording; every question then needs a transcript."""
+
+
+class AnswerJudge(Protocol):
+    """Grades an answer in words, as `tars_fast.learning.rewards.judge.Judge` does."""
+
+    async def mark(self, question: Question, answer: str) -> float | None:
+        """From 0 to 1; None where it gives no mark. Raises RuntimeError where it cannot be asked."""
+        ...
 
 
 @torch.inference_mode()
@@ -104,6 +117,8 @@ class Evaluator:
     """Compares the words of spoken and written completions."""
     settings: EvaluationSettings
     workers: Workers = ALONE
+    judge: AnswerJudge | None = None
+    """Grades completions of open questions; None: no one does."""
 
     def evaluate(
         self,
@@ -195,15 +210,21 @@ class Evaluator:
         similarities = self._similarities(*([c.text for c in completions[modality]] for modality in Modality))
         cosines = layer_cosines(self.model, prompts, completions)
 
+        marks = self._judge(questions, completions)
+
         def answered(modality: Modality, number: int) -> Answered:
+            if isinstance(mark := marks[modality][number], ScorerError):
+                raise mark
             question, completion = questions[number], completions[modality][number]
             key = f"{settings.seed} {modality} {question.id}"
             readings = read_completion(completion.text, question, key)
-            if samples is None:
-                return Answered(completion.text, completion.truncated, readings, None)
-            own = samples[modality][number * settings.num_samples : (number + 1) * settings.num_samples]
-            correct = torch.tensor([float(question.is_right(read_answer(sample.text, question))) for sample in own])
-            return Answered(completion.text, completion.truncated, readings, correct.mean().item())
+            grades = grade_by_rule(completion.text, question, readings) | mark
+            sampled_accuracy = None
+            if samples is not None and question.has_answer:
+                own = samples[modality][number * settings.num_samples : (number + 1) * settings.num_samples]
+                right = [float(question.is_right(read_answer(sample.text, question))) for sample in own]
+                sampled_accuracy = torch.tensor(right).mean().item()
+            return Answered(completion.text, completion.truncated, readings, sampled_accuracy, grades)
 
         def evaluated(number: int) -> Evaluated | ScorerError:
             similarity = similarities[number]
@@ -221,6 +242,37 @@ class Evaluator:
                 return error
 
         return [evaluated(number) for number in range(len(questions))]
+
+    def _judge(
+        self, questions: Sequence[Question], completions: Mapping[Modality, Sequence[Completion]]
+    ) -> dict[Modality, list[dict[str, Grade] | ScorerError]]:
+        """The judge's grade of each completion of an open question that VoiceBench has no rule for, or why there is none."""
+        judge = self.judge
+
+        if judge is None:
+            return {modality: [{} for _ in questions] for modality in Modality}
+
+        async def mark(question: Question, completion: Completion, room: asyncio.Semaphore) -> dict[str, Grade] | ScorerError:
+            if not question.is_open or question.rule:
+                return {}
+            async with room:
+                try:
+                    value = await judge.mark(question, completion.text)
+                except RuntimeError as error:
+                    return ScorerError(f"the judge gave no mark ({error})")
+            return {} if value is None else {"judge": Grade(value)}
+
+        async def marks() -> list[dict[str, Grade] | ScorerError]:
+            room = asyncio.Semaphore(_JUDGED_AT_ONCE)
+            # Of `asyncio.to_thread`, which else has as few threads as there are cores.
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_JUDGED_AT_ONCE))
+            pairs = [pair for modality in Modality for pair in zip(questions, completions[modality], strict=True)]
+            return await asyncio.gather(*(mark(question, completion, room) for question, completion in pairs))
+
+        # A notebook's own thread runs a loop already.
+        with ThreadPoolExecutor(1) as thread:
+            found = iter(thread.submit(asyncio.run, marks()).result())
+        return {modality: [next(found) for _ in questions] for modality in Modality}
 
     def _similarities(self, spoken: Sequence[str], written: Sequence[str]) -> list[float | ScorerError]:
         """Similarity of the words of each pair of completions; a pair that the embedder fails on takes no other with it."""

@@ -5,6 +5,7 @@ Figures are over the items that could be evaluated, whose number stands beside t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from tars_fast.evaluation.metrics import (
     total,
 )
 from tars_fast.evaluation.results import Evaluated, ItemResult, by_data
-from tars_fast.evaluation.scorers import SCORERS
+from tars_fast.evaluation.scorers import GRADES, SCORERS
 from tars_fast.types import Modality
 
 OVERALL = "overall"
@@ -60,7 +61,22 @@ def _mean_of(title: str, value: Callable[[Evaluated], float | None], **shown: An
 
 
 def _mrr_values(item: Evaluated, reference: float | None) -> tuple[float, ...] | None:
-    return None if reference is None else (float(item.speech.is_correct), reference)
+    right = item.speech.is_correct
+    return None if reference is None or right is None else (float(right), reference)
+
+
+def _plain(right: bool | None) -> float | None:
+    return None if right is None else float(right)
+
+
+def _graded(title: str, modality: Modality, name: str) -> Figure:
+    """Mean of a grade, each counting as much as it is over."""
+
+    def values(item: Evaluated, _reference: float | None) -> tuple[float, ...] | None:
+        grade = item[modality].grades.get(name)
+        return None if grade is None else (grade.value * grade.weight, grade.weight)
+
+    return Figure(f"{title}, {modality} %", ratio, values, of_ablations=False)
 
 
 def _word_error_values(item: Evaluated, _reference: float | None) -> tuple[float, ...] | None:
@@ -78,7 +94,7 @@ FIGURES: dict[str, Figure] = {
     "text_accuracy_sampled": _mean_of("text, sampled %", lambda item: item.text.sampled_accuracy),
     "mrr": Figure("MRR, fixed %", modality_recovery_rate, _mrr_values, scale=1.0),
     "mrr_same_model": Figure(
-        "MRR, same %", modality_recovery_rate, lambda item, _: _mrr_values(item, float(item.text.is_correct)), scale=1.0
+        "MRR, same %", modality_recovery_rate, lambda item, _: _mrr_values(item, _plain(item.text.is_correct)), scale=1.0
     ),
     "behaviour_similarity": _mean_of("behaviour sim. %", lambda item: item.behaviour_similarity),
     "layer_cosine_mean": _mean_of(
@@ -89,6 +105,7 @@ FIGURES: dict[str, Figure] = {
     "speech_truncated": _mean_of("cut off, speech %", lambda item: item.speech.truncated, of_ablations=False),
     "text_truncated": _mean_of("cut off, text %", lambda item: item.text.truncated, of_ablations=False),
     "word_error_rate": Figure("word error rate %", ratio, _word_error_values, of_ablations=False),
+    **{f"{modality}_{name}": _graded(title, modality, name) for name, title in GRADES.items() for modality in Modality},
 }
 """All figures by their names in files, in the order of tables.
 
@@ -102,7 +119,8 @@ Reference = float | Mapping[tuple[str, str], float]
 
 def text_reference(results: Iterable[ItemResult]) -> dict[tuple[str, str], float]:
     """Make a `Reference` of an evaluation."""
-    return {r.key: float(r.evaluated.text.is_correct) for r in results if r.evaluated is not None}
+    known = {r.key: r.evaluated.text.is_correct for r in results if r.evaluated is not None}
+    return {key: float(right) for key, right in known.items() if right is not None}
 
 
 def columns_of(figure: Figure, results: Iterable[ItemResult], reference: Reference) -> list[list[float]]:
@@ -136,7 +154,7 @@ def report(results: Sequence[ItemResult], reference: Reference) -> dict[str, Any
         figures |= with_interval(name, bootstrap_interval(FIGURES[name].statistic, *columns))
     if items:
         figures |= with_interval(
-            "unparsed", bootstrap_interval(total, [item.speech.is_unparsed + item.text.is_unparsed for item in items])
+            "unparsed", bootstrap_interval(total, [sum(bool(item[m].is_unparsed) for m in Modality) for item in items])
         )
         layers = [bootstrap_interval(mean, column) for column in zip(*(item.layer_cosine for item in items), strict=True)]
         figures["layer_cosine"] = [layer.value for layer in layers]
@@ -187,12 +205,21 @@ def change_since(results: Iterable[ItemResult], before: Iterable[ItemResult]) ->
     changes = {"behaviour_similarity": (_values("behaviour_similarity", after), _values("behaviour_similarity", first))}
     for modality in Modality:
         name = f"{modality}_accuracy"
-        changes[name] = pair = (_values(name, after), _values(name, first))
+        pair = (_values(name, after), _values(name, first))
+        if not all(pair):
+            continue
+        changes[name] = pair
         gained, lost = (sum(now - then == sign for now, then in zip(*pair, strict=True)) for sign in (1, -1))
         figures |= {f"{name}_gained": gained, f"{name}_lost": lost, f"{name}_mcnemar_p": mcnemar(gained, lost)}
         sampled = (_values(f"{name}_sampled", after), _values(f"{name}_sampled", first))
         if all(sampled):
             changes[f"{name}_sampled"] = sampled
+    for modality, name in itertools.product(Modality, GRADES):
+        both = [(now[modality].grades, then[modality].grades) for now, then in zip(after, first, strict=True)]
+        known = [(now[name].value, then[name].value) for now, then in both if name in now and name in then]
+        if known:
+            now, then = zip(*known, strict=True)
+            changes[f"{modality}_{name}"] = (list(now), list(then))
     for name, pair in changes.items():
         figures |= with_interval(name, bootstrap_interval(mean_difference, *pair))
     return figures
@@ -206,6 +233,8 @@ def overall_change(results: Iterable[ItemResult], before: Iterable[ItemResult]) 
     for modality in Modality if all(after for after, _ in pairs) else ():
         name = f"{modality}_accuracy"
         columns = [[_values(name, items) for items in pair] for pair in pairs]
+        if not all(column for pair in columns for column in pair):
+            continue
         figures |= with_interval(name, mean_over_data(mean_difference, columns))
     return figures
 
@@ -258,6 +287,7 @@ def _scorer_report(items: Sequence[Evaluated], scorer: str) -> dict[str, Any]:
 def _category_report(results: Sequence[ItemResult]) -> dict[str, Any]:
     figures: dict[str, Any] = _counts(results)
     items = _evaluated(results)
-    for name in ("speech_accuracy", "text_accuracy") if items else ():
-        figures |= with_interval(name, bootstrap_interval(mean, _values(name, items)))
+    for name in ("speech_accuracy", "text_accuracy"):
+        if values := _values(name, items):
+            figures |= with_interval(name, bootstrap_interval(mean, values))
     return figures

@@ -10,11 +10,11 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tars_fast.data.sources import stamp
-from tars_fast.evaluation.scorers import Reading
+from tars_fast.evaluation.scorers import Grade, Reading
 from tars_fast.support.cli import first_line
 from tars_fast.types import Modality, Question, UserError
 
@@ -31,17 +31,19 @@ class Answered:
     readings: Mapping[str, Reading]
     """Readings by the scorer's name."""
     sampled_accuracy: float | None
-    """Share of correct sampled completions; None: there are none."""
+    """Share of correct sampled completions; None: there are none, or no answer to grade them by."""
+    grades: Mapping[str, Grade] = field(default_factory=dict)
+    """Of an open question, by name in `scorers.GRADES`."""
 
     @property
-    def is_correct(self) -> bool:
-        """Whether the strict scorer, which training rewards, reads the right answer."""
-        return self.readings["strict"].correct
+    def is_correct(self) -> bool | None:
+        """Whether the strict scorer, which training rewards, reads the right answer; None: the item has none."""
+        return self.readings["strict"].correct if "strict" in self.readings else None
 
     @property
-    def is_unparsed(self) -> bool:
-        """Whether the strict scorer could read no answer."""
-        return self.readings["strict"].extracted is None
+    def is_unparsed(self) -> bool | None:
+        """Whether the strict scorer could read no answer; None: the item has none."""
+        return self.readings["strict"].extracted is None if "strict" in self.readings else None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class ItemResult:
     @classmethod
     def of(cls, data: str, question: Question, evaluated: Evaluated | None, failed: str | None) -> ItemResult:
         """The result of `question`, an item of the data set called `data`."""
-        return cls(data, question.id, question.category, question.text, question.answer, evaluated, failed)
+        return cls(data, question.id, question.category, question.text, question.reference, evaluated, failed)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -105,7 +107,8 @@ class ItemResult:
             fields = values["evaluated"]
             for modality in Modality:
                 readings = {name: Reading(**reading) for name, reading in fields[modality].pop("readings").items()}
-                fields[modality] = Answered(**fields[modality], readings=readings)
+                grades = {name: Grade(**grade) for name, grade in fields[modality].pop("grades", {}).items()}
+                fields[modality] = Answered(**fields[modality], readings=readings, grades=grades)
             transcribed = fields.pop("transcribed")
             fields["layer_cosine"] = tuple(fields["layer_cosine"])
             values["evaluated"] = Evaluated(**fields, transcribed=None if transcribed is None else Transcribed(**transcribed))
@@ -114,7 +117,9 @@ class ItemResult:
 
 def recordings_fingerprint(questions: Iterable[Question]) -> str:
     """SHA-256 over the `stamp` of each recording, in order: it changes with the files, on this machine, and reads none."""
-    return hashlib.sha256("\n".join(stamp(question.audio) for question in questions).encode()).hexdigest()
+    return hashlib.sha256(
+        "\n".join(stamp(audio) for question in questions for audio in question.recordings or [None]).encode()
+    ).hexdigest()
 
 
 def read_predictions(path: Path, flag: str) -> list[ItemResult]:
@@ -181,7 +186,9 @@ def check_same_items(data: Mapping[str, Sequence[Question]], others: Sequence[It
         others: the results of the other evaluation.
         what: what the message calls the other evaluation.
     """
-    own = {(name, question.id): (question.text, question.answer) for name, questions in data.items() for question in questions}
+    own = {
+        (name, question.id): (question.text, question.reference) for name, questions in data.items() for question in questions
+    }
     theirs = {other.key: (other.question, other.answer) for other in others}
     missing = [key for key in own if key not in theirs]
     added = [key for key in theirs if key not in own]

@@ -1,24 +1,26 @@
 """Scorers read the answer from a completion, each in its own way; all of them read the same completions.
 
-`strict` is `answers.extract_answer`: training rewards it, and accuracy means it unless another scorer is named. It never
+`strict` is `answers.read_answer`: training rewards it, and accuracy means it unless another scorer is named. It never
 guesses. `voicebench` repeats the rules of VoiceBench's multiple-choice evaluator, silly ones included, so that published
 figures can be compared. `letter` takes the option that the completion states in some form, else the one that it names last; it
 stands in for xFinder, the 0.5 B model that finds the letter in the released TARS code (for its reward and its figures), and is
-not that model.
+not that model. Open questions are read by `strict` alone, and have grades besides: see `GRADES`.
 
 A new scorer is a function and its entry in `SCORERS`, at the end of this file; reports and tables show it from then on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tars_fast.learning.rewards.answers import another_choice, answer_blocks, extract_answer, spellings
+from tars_fast.evaluation.voicebench import follows_instructions, refuses, task_answer
+from tars_fast.learning.rewards.answers import another_choice, answer_blocks, answer_part, read_answer, spellings
 from tars_fast.support.text import fold_case
 from tars_fast.types import Question
 
@@ -34,6 +36,29 @@ class Reading:
     guessed: bool
     """Nothing could be read, and `extracted` is a random choice."""
     correct: bool
+
+
+@dataclass(frozen=True)
+class Grade:
+    """How good a completion of an open question is."""
+
+    value: float
+    """0 to 1."""
+    weight: float = 1.0
+    """What it counts for in a mean: number of instructions."""
+
+
+GRADES = {
+    "exact": "exact match",
+    "numeric": "right number",
+    "judge": "judge's mark",
+    "refusal": "refused",
+    "ifeval_strict": "all instructions",
+    "ifeval_loose": "all instructions, loose",
+    "ifeval_instructions_strict": "instructions",
+    "ifeval_instructions_loose": "instructions, loose",
+}
+"""Grades of open questions by name, with their titles; those from `refusal` on are VoiceBench's rules."""
 
 
 # `X` stands for the option letter. Order decides where several match; between letters that match the same line, a wins over b.
@@ -192,18 +217,31 @@ def letter_answer(completion: str, choices: Sequence[str]) -> str | None:
 class Scorer:
     """One way of reading answers."""
 
-    read: Callable[[str, Sequence[str]], str | None]
-    """From a completion and the answer set to one of the choices; None: nothing could be read."""
+    read: Callable[[str, Question], str | None]
+    """From a completion and what it answers to one of the choices, or any text where there are none; None: nothing is read."""
     choices: tuple[str, ...] | None = None
     """The only answer set that it knows; completions of other questions have no reading by it. None: it knows all."""
     guesses: bool = False
     """Whether it guesses one of the choices where it could read none."""
 
+    def knows(self, question: Question) -> bool:
+        """Whether it reads completions of a question: all that training rewards read, others those with choices."""
+        if self.choices is not None and question.rule == "bbh":
+            return True
+        return not question.is_open and (self.choices is None or question.choices == self.choices)
 
+
+def _read_as_voicebench(completion: str, question: Question) -> str | None:
+    if question.rule == "bbh":
+        return task_answer(answer_part(completion), question.category)
+    return voicebench_answer(completion)
+
+
+STRICT = "strict"
 SCORERS: dict[str, Scorer] = {
-    "strict": Scorer(extract_answer),
-    "voicebench": Scorer(voicebench_answer, VOICEBENCH_CHOICES, guesses=True),
-    "letter": Scorer(letter_answer),
+    STRICT: Scorer(read_answer),
+    "voicebench": Scorer(_read_as_voicebench, VOICEBENCH_CHOICES, guesses=True),
+    "letter": Scorer(lambda completion, question: letter_answer(completion, question.choices)),
 }
 """All scorers by name, in the order of reports."""
 
@@ -214,12 +252,49 @@ class ScorerError(Exception):
 
 def read_strictly(completion: str, question: Question) -> Reading:
     """What `strict` reads, by which training rewards and accuracy is meant."""
-    extracted = extract_answer(completion, question.choices)
+    extracted = read_answer(completion, question)
     return Reading(extracted, False, question.is_right(extracted))
 
 
+def grade_by_rule(completion: str, question: Question, readings: Mapping[str, Reading]) -> dict[str, Grade]:
+    """The grades of a completion of an open question by name in `GRADES`, without the judge's.
+
+    VoiceBench's rules are for what the completion answers, not for its reasoning: the last `<answer>` block, else what stands
+    behind the last `</think>`.
+
+    Args:
+        readings: see `read_completion`.
+
+    Raises:
+        ScorerError: a rule raised something.
+    """
+    if not question.is_open:
+        return {}
+    grades: dict[str, Grade] = {}
+    if "strict" in readings:
+        extracted = readings["strict"].extracted
+        if question.answer_text:
+            grades["exact"] = Grade(float(extracted in question.answer_text))
+        if question.answer_number is not None:
+            number = dataclasses.replace(question, answer="", answer_text=())
+            grades["numeric"] = Grade(float(number.is_right(read_answer(completion, number))))
+    answer = answer_part(completion)
+    try:
+        if question.rule == "refusal":
+            grades["refusal"] = Grade(float(refuses(answer)))
+        if question.rule == "ifeval":
+            for name, followed in zip(
+                ("strict", "loose"), follows_instructions(answer, question.text, question.instructions), strict=True
+            ):
+                grades[f"ifeval_{name}"] = Grade(float(all(followed)))
+                grades[f"ifeval_instructions_{name}"] = Grade(sum(followed) / len(followed), len(followed))
+    except Exception as error:
+        raise ScorerError(f"rule {question.rule!r} raised {error!r:.200} on {completion!r:.200}") from error
+    return grades
+
+
 def read_completion(completion: str, question: Question, key: str) -> dict[str, Reading]:
-    """The reading of a completion by every scorer that knows the answer set, by the scorer's name.
+    """The reading of a completion by every scorer that knows the answer set, by the scorer's name; none without an answer.
 
     Args:
         completion: decoded text without special tokens.
@@ -229,16 +304,18 @@ def read_completion(completion: str, question: Question, key: str) -> dict[str, 
     Raises:
         ScorerError: a scorer raised something, or read what is none of the choices.
     """
-    readings = {}
+    readings: dict[str, Reading] = {}
     choices = question.choices
+    if not question.has_answer:
+        return readings
     for name, scorer in SCORERS.items():
-        if scorer.choices is not None and tuple(choices) != scorer.choices:
+        if name != STRICT and not scorer.knows(question):
             continue
         try:
-            extracted = scorer.read(completion, choices)
+            extracted = scorer.read(completion, question)
         except Exception as error:
             raise ScorerError(f"scorer {name!r} raised {error!r:.200} on {completion!r:.200}") from error
-        if extracted is not None and (not isinstance(extracted, str) or extracted not in choices):
+        if extracted is not None and (not isinstance(extracted, str) or (choices and extracted not in choices)):
             raise ScorerError(f"scorer {name!r} read {extracted!r:.80} from {completion!r:.200}, which is none of the choices")
         guessed = extracted is None and scorer.guesses
         if guessed:

@@ -88,6 +88,32 @@ class Rollout:
         return reward_inputs(self.completions, self.questions, self.references)
 
 
+def micro_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:
+    """Completions by number, whole questions together, so that every spoken completion is beside its reference.
+
+    Questions are packed longest first, each into the first micro-batch that has room for it. One that is longer than
+    `max_tokens` is alone in its micro-batch.
+    """
+    rows: dict[int, list[int]] = {}
+    sizes: dict[int, int] = {}
+    for number, completion in enumerate(rollout.completions):
+        rows.setdefault(completion.question, []).append(number)
+    for question, numbers in rows.items():
+        prompts = {id(rollout.prompts[number]): len(rollout.prompts[number].token_ids) for number in numbers}
+        sizes[question] = sum(prompts.values()) + sum(len(rollout.completions[number].token_ids) for number in numbers)
+    packed: list[list[int]] = []
+    tokens: list[int] = []
+    for question in sorted(rows, key=lambda question: -sizes[question]):
+        place = next((place for place, held in enumerate(tokens) if held + sizes[question] <= max_tokens), None)
+        if place is None:
+            packed.append([])
+            tokens.append(0)
+            place = -1
+        packed[place] += rows[question]
+        tokens[place] += sizes[question]
+    return packed
+
+
 @dataclass(frozen=True)
 class PreparedBatch:
     """A batch of questions before the audio tower encodes their recordings."""
@@ -221,22 +247,26 @@ class RolloutCollector:
             groups = [group for question in kept for group in question.groups]
             rewards = {name: torch.cat([group.rewards[name] for group in groups]) for name in groups[0].rewards}
             references = choose_references(completions, rewards["accuracy"], self._random(step))
-            inputs = reward_inputs(completions, [question.question for question in kept], references)
-            # Those first that take long.
-            late = {one.name: self.rewards.begin(one, inputs, self.background) for one in self.rewards.in_background}
-            rewards |= {reward.name: reward_values(reward, inputs) for reward in self.rewards.known}
-        return Rollout(
-            questions=[question.question for question in kept],
-            prompts=[group.prompt for group in groups for _ in group.completions],
-            written=[question.written for question in kept],
-            spoken=[question.spoken for question in kept] if self.model.audio_is_trained else [],
-            completions=completions,
-            completion_rewards=rewards,
-            references=references,
-            late=late,
-            groups_N=group_indices([c.question for c in completions], [c.modality for c in completions]),
-            outcomes=[question.outcome() for question in (*kept, *dropped)],
-        )
+            rollout = Rollout(
+                questions=[question.question for question in kept],
+                prompts=[group.prompt for group in groups for _ in group.completions],
+                written=[question.written for question in kept],
+                spoken=[question.spoken for question in kept] if self.model.audio_is_trained else [],
+                completions=completions,
+                completion_rewards=rewards,
+                references=references,
+                late={},
+                groups_N=group_indices([c.question for c in completions], [c.modality for c in completions]),
+                outcomes=[question.outcome() for question in (*kept, *dropped)],
+            )
+            inputs = rollout.reward_inputs
+            # Those first that take long, and first what the update needs first.
+            rows = [row for rows in micro_batches(rollout, self.config.tokens_per_micro_batch) for row in rows]
+            for reward in self.rewards.in_background:
+                rollout.late[reward.name] = self.rewards.begin(reward, inputs, rows, self.background)
+            for reward in self.rewards.known:
+                rollout.completion_rewards[reward.name] = reward_values(reward, inputs)
+        return rollout
 
     def _sample_questions(
         self, batch: PreparedBatch, step: int, redraw: int, timer: PhaseTimer

@@ -191,6 +191,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     source = str(resumed_from) if resumed_from is not None and preset.lora_rank == 0 else preset.source
     # Not from the checkpoint it resumes from, which later ones outlive: processor and configuration are read at each save.
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
+    training, held_out = prompts.ask(training), prompts.ask(held_out)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
     if config.router_replay and (engine_name != "vllm" or not architecture.num_experts):
         reason = "the model is no mixture of experts" if engine_name == "vllm" else "it is for rollouts by vLLM"
@@ -415,13 +416,13 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
         notes.append(f"{len(questions) - len(training)} of {len(questions)} items left out, which are in {listed} too")
         questions = training
     if config.data is not None and bundled_name(config.data) is None and config.eval_data is None:
-        graded = [question for question in questions if question.has_answer]
+        graded = [question for question in questions if question.is_graded(judged=config.judge_url is not None)]
         if not graded:
             raise UserError(f"--data {config.data}: none of its items has an answer to evaluate by; give --eval-data")
         held_out = split_by_id(graded, held_out_fraction=0.1)[1]
         training = without_leaks(questions, held_out)
     else:
-        training, held_out = questions, load_questions(evaluation_source(config))
+        training, held_out = questions, load_questions(evaluation_source(config), answered=config.judge_url is None)
     check_leaks(training, held_out)
     num_unanswered = sum(not question.has_answer for question in training)
     if num_unanswered:

@@ -20,7 +20,7 @@ from tars_kernels import LayerPooler, PolicyLoss
 from torch import Tensor
 
 from tars_fast.config import RunConfig
-from tars_fast.learning.batch import Rollout
+from tars_fast.learning.batch import Rollout, micro_batches
 from tars_fast.learning.metrics import BackwardPass, check_agreement, token_metrics, token_sums
 from tars_fast.learning.objectives.distillation import Distillation, TeacherStates, distilled_rows
 from tars_fast.learning.objectives.policy_gradient import PolicyGradient, logprobs_of
@@ -37,32 +37,6 @@ from tars_fast.models.architecture import find_layers
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.support.timing import PhaseTimer
 from tars_fast.types import Modality, Prompt, TrainingError
-
-
-def micro_batches(rollout: Rollout, max_tokens: int) -> list[list[int]]:
-    """Completions by number, whole questions together, so that every spoken completion is beside its reference.
-
-    Questions are packed longest first, each into the first micro-batch that has room for it. One that is longer than
-    `max_tokens` is alone in its micro-batch.
-    """
-    rows: dict[int, list[int]] = {}
-    sizes: dict[int, int] = {}
-    for number, completion in enumerate(rollout.completions):
-        rows.setdefault(completion.question, []).append(number)
-    for question, numbers in rows.items():
-        prompts = {id(rollout.prompts[number]): len(rollout.prompts[number].token_ids) for number in numbers}
-        sizes[question] = sum(prompts.values()) + sum(len(rollout.completions[number].token_ids) for number in numbers)
-    packed: list[list[int]] = []
-    tokens: list[int] = []
-    for question in sorted(rows, key=lambda question: -sizes[question]):
-        place = next((place for place, held in enumerate(tokens) if held + sizes[question] <= max_tokens), None)
-        if place is None:
-            packed.append([])
-            tokens.append(0)
-            place = -1
-        packed[place] += rows[question]
-        tokens[place] += sizes[question]
-    return packed
 
 
 @dataclass

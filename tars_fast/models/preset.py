@@ -9,12 +9,16 @@ from pathlib import Path
 
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.families.base import Family
+from tars_fast.models.prompt_settings import read_answer_format, read_prompt_template
+from tars_fast.types import THINK, AnswerFormat
 
 THINK_PROMPT = (
     "You are a helpful assistant. The assistant first thinks about the question and then gives the answer. The reasoning "
     "stands in <think> </think>, the answer in <answer> </answer> as: The answer is [CHOICE]. For example: "
     "<think> reasoning </think> <answer> The answer is A. </answer>"
 )
+PLAIN_PROMPT = "You are a helpful assistant."
+"""System prompt of an instruction that is not a question, such as transcribing."""
 PRESET_FILE = "preset.json"
 
 
@@ -25,6 +29,7 @@ class Preset:
     source: str
     """Hub id or local path."""
     system_prompt: str
+    """`{answer_format}` in it stands for what `answers` says; empty: prompts have none."""
     learning_rate: float
     """Peak learning rate of AdamW."""
     questions_per_step: int
@@ -39,6 +44,10 @@ class Preset:
     """Completions in flight: bounded by the memory of their KV cache."""
     bundled_data: str = "pocket"
     """Name of the bundled data that are taken where none are given."""
+    question_template: str = ""
+    """jinja text of the user's turn, see `prompt_settings.TEMPLATE_VARIABLES`; empty: the question as it is."""
+    answers: AnswerFormat = THINK
+    """How completions write their answer."""
     family: Family | None = None
     """None: the one that `model_type` in config.json names."""
     architecture: Architecture | None = None
@@ -49,16 +58,37 @@ class Preset:
 
         Args:
             config: a command's settings; fields that a preset does not have are ignored.
+
+        Raises:
+            UserError: the file of a prompt template or answer format cannot be used.
         """
         given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{name: value for name, value in given.items() if value not in (None, "auto")})
+        preset = dataclasses.replace(self, **{name: value for name, value in given.items() if value not in (None, "auto")})
+        template, format = (getattr(config, name, None) for name in ("prompt_template", "answer_format"))
+        if template is not None:
+            preset = dataclasses.replace(preset, question_template=read_prompt_template(template))
+        if format is not None and (answers := read_answer_format(format)) != self.answers:
+            # The system prompt that is there asks for the other format.
+            own = THINK_PROMPT if answers == THINK else f"{PLAIN_PROMPT} {{answer_format}}"
+            system_prompt = preset.system_prompt if given["system_prompt"] is not None else own
+            preset = dataclasses.replace(preset, answers=answers, system_prompt=system_prompt)
+        return preset
 
     def save(self, folder: Path) -> None:
         """Write preset.json into a checkpoint's folder, from which `find_preset` makes the same preset again."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         # These follow from the checkpoint itself.
         del values["source"], values["family"], values["architecture"]
+        values["answers"] = dataclasses.asdict(self.answers)
         (folder / PRESET_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path, source: str) -> Preset:
+        """What `save` wrote. Raises ValueError or TypeError where it is not of this version."""
+        values = json.loads((folder / PRESET_FILE).read_text(encoding="utf-8"))
+        if "answers" in values:
+            values["answers"] = AnswerFormat(**values["answers"])
+        return cls(source=source, **values)
 
 
 PAPER = Preset(

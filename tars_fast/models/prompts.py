@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from tars_fast.data.audio import LongRecordingError, load_clips
+from tars_fast.data.items import shown_options
 from tars_fast.models.families.base import Family, Features
 from tars_fast.models.hub import base_of, cannot_be_loaded, checkpoint_folder, model_type
 from tars_fast.models.modules import Tokenizer
-from tars_fast.models.preset import Preset
+from tars_fast.models.preset import PLAIN_PROMPT, Preset
 from tars_fast.models.registry import find_family
 from tars_fast.models.templates import TemplateError, render_template, start_rendering
 from tars_fast.types import LongAudio, Modality, Question, Recording, UserError
 
-PLAIN_PROMPT = "You are a helpful assistant."
-"""System prompt of an instruction that is not a question, such as transcribing."""
+_QUESTION = "\ue000"
+"""Stands for the question while a prompt template is rendered: a character that Unicode leaves to private use."""
+
+
+class PromptTemplateError(UserError):
+    """The user's prompt template fails on an item."""
+
+
+class _Conversation:
+    """The messages of a prompt; what one role says in a row is one message, since templates want roles to alternate."""
+
+    def __init__(self, family: Family):
+        self._family = family
+        self._turns: list[tuple[str, list[tuple[int, str]]]] = []
+
+    def add(self, role: str, num_clips: int, text: str, joined: str = "\n") -> None:
+        """Add clips with a text behind them; `joined` stands between what the role said before and a text without clips."""
+        if self._turns and self._turns[-1][0] == role:
+            pieces = self._turns[-1][1]
+            pieces.append((num_clips, text if num_clips else joined + text))
+        else:
+            self._turns.append((role, [(num_clips, text)]))
+
+    def messages(self) -> list[dict[str, object]]:
+        return [{"role": role, "content": self._content(pieces)} for role, pieces in self._turns]
+
+    def _content(self, pieces: Sequence[tuple[int, str]]) -> object:
+        if not any(num_clips for num_clips, _ in pieces):
+            return "".join(text for _, text in pieces)
+        contents: list[Any] = [self._family.user_turn(num_clips, text) for num_clips, text in pieces]
+        return reduce(operator.add, contents)
 
 
 @dataclass(frozen=True)
@@ -88,24 +121,87 @@ class PromptFormat:
         """The audio tower's input for a clip of [samples] at 16 kHz."""
         return self.family.features(self.feature_extractor, clip)
 
-    def render(self, question: Question, modality: Modality, num_clips: int = 1, instruction: str | None = None) -> str:
+    @property
+    def system_prompt(self) -> str:
+        """The preset's, with what it says of the answer format."""
+        return self.preset.system_prompt.replace("{answer_format}", self.preset.answers.instruction)
+
+    def ask(self, questions: Sequence[Question]) -> list[Question]:
+        """The questions with the answer format that their prompts ask for."""
+        return [dataclasses.replace(question, answer_format=self.preset.answers) for question in questions]
+
+    def render(
+        self,
+        question: Question,
+        modality: Modality,
+        num_clips: Sequence[int] | None = None,
+        instruction: str | None = None,
+    ) -> str:
         """The prompt as text, by the checkpoint's chat template, with one audio placeholder for each clip.
 
         Args:
-            num_clips: of the recording; a written prompt has none, whatever is given.
-            instruction: what to do with the recording instead of answering the question in it, such as transcribing it; it
-                replaces the preset's system prompt by `PLAIN_PROMPT`.
+            num_clips: of each recording of a spoken prompt, in order; None: one each.
+            instruction: what to do with the question's recording instead of answering the question in it, such as transcribing
+                it; it replaces the preset's system prompt by `PLAIN_PROMPT`, and nothing comes before the recording.
 
         Raises:
+            PromptTemplateError: the user's prompt template fails on the question.
             UserError: the checkpoint's chat template fails, or takes too long or too much memory.
         """
-        system = self.preset.system_prompt if instruction is None else PLAIN_PROMPT
-        content = self.family.user_turn(num_clips, instruction or "") if modality is Modality.SPEECH else question.text
-        messages: list[dict[str, object]] = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        clips = iter([1] * (1 + len(question.recordings)) if num_clips is None else num_clips)
+        conversation = _Conversation(self.family)
+        if instruction is not None:
+            conversation.add("user", next(clips), instruction)
+        else:
+            for turn in question.turns:
+                spoken = turn.recordings if modality is Modality.SPEECH else ()
+                for _ in spoken:
+                    conversation.add(turn.role, next(clips), "")
+                if not spoken:
+                    conversation.add(turn.role, 0, turn.text)
+            self._add_question(conversation, question, modality, next(clips) if modality is Modality.SPEECH else 0)
+        system = self.system_prompt if instruction is None else PLAIN_PROMPT
+        messages: list[dict[str, object]] = [{"role": "system", "content": system}] if system else []
         try:
-            return render_template(self.chat_template, messages, self.tokenizer.special_tokens_map)
+            return render_template(self.chat_template, messages + conversation.messages(), self.tokenizer.special_tokens_map)
         except TemplateError as error:
             raise self._template_error(str(error)) from error
+
+    def _add_question(self, conversation: _Conversation, question: Question, modality: Modality, num_clips: int) -> None:
+        """The question's own turn, as the user's prompt template has it."""
+        before, after = "", ""
+        if self.preset.question_template:
+            before, after = self._around(question, modality)
+        if modality is Modality.TEXT:
+            said = [question.transcript] if question.about_audio and question.transcript else []
+            conversation.add("user", 0, before + "\n".join([*said, question.text]) + after)
+            return
+        if before:
+            conversation.add("user", 0, before)
+        asked = question.text if question.about_audio else ""
+        conversation.add("user", num_clips, asked + after, joined="")
+
+    def _around(self, question: Question, modality: Modality) -> tuple[str, str]:
+        """What the user's prompt template has before and behind the question."""
+        options = shown_options(question)[1] or list(question.choices)
+        variables: dict[str, object] = {
+            "question": _QUESTION,
+            "options": options,
+            "modality": modality.value,
+            "category": question.category,
+            "id": question.id,
+            "answer_format": self.preset.answers.instruction,
+        }
+        try:
+            before, *after = render_template(self.preset.question_template, [], variables).split(_QUESTION)
+        except TemplateError as error:
+            raise PromptTemplateError(f"--prompt-template: fails on item {question.id!r:.80} ({error}); correct it") from error
+        if len(after) != 1:
+            raise PromptTemplateError(
+                f"--prompt-template: holds the question of item {question.id!r:.80} {len(after)} times in the "
+                f"{'spoken' if modality is Modality.SPEECH else 'written'} prompt; write {{{{ question }}}} once"
+            )
+        return before, after[0]
 
     def _template_error(self, reason: str) -> UserError:
         return UserError(
@@ -118,24 +214,28 @@ class PromptFormat:
         if self.audio_token not in vocabulary or not self.stop_token_ids:
             lacking = "no token that ends a completion" if self.audio_token in vocabulary else f"no {self.audio_token}"
             raise UserError(f"--model {self.source}: its tokenizer has {lacking}; copy the checkpoint again, whole")
-        probe = Question("", "What is asked?", "A", ("A",))
+        probe = Question("an example", "What is asked?", "A", ("A",))
         if probe.text not in self.render(probe, Modality.TEXT):
             raise self._template_error("it leaves the question out")
         if (number := self.render(probe, Modality.SPEECH).count(self.audio_token)) != 1:
             raise self._template_error(f"it holds a recording {number} times")
 
     def token_ids(
-        self, question: Question, modality: Modality, audio_tokens: Sequence[int] = (), instruction: str | None = None
+        self,
+        question: Question,
+        modality: Modality,
+        audio_tokens: Sequence[Sequence[int]] = (),
+        instruction: str | None = None,
     ) -> tuple[int, ...]:
         """The tokens of the rendered prompt, each audio placeholder repeated as often as its clip has audio tokens.
 
         Args:
-            audio_tokens: number of audio tokens of each clip of the recording, in order.
+            audio_tokens: number of audio tokens of each clip of each recording of a spoken prompt, in order.
             instruction: see `render`.
         """
         token_ids: list[int] = []
-        remaining = iter(audio_tokens)
-        rendered = self.render(question, modality, len(audio_tokens), instruction)
+        remaining = chain.from_iterable(audio_tokens)
+        rendered = self.render(question, modality, [len(clips) for clips in audio_tokens], instruction)
         for token_id in self.tokenizer.encode(rendered, add_special_tokens=False):
             token_ids.extend([token_id] * (next(remaining) if token_id == self.audio_token_id else 1))
         return tuple(token_ids)
@@ -154,8 +254,9 @@ class PromptFormat:
         """
         if question.audio is None:
             raise UserError("has no recording; give 'audio'")
-        clips, seconds = self.load_clips(question.audio)
-        control = [token for token in self.control_tokens if token in question.text]
+        loaded = [self.load_clips(recording) for recording in question.recordings]
+        texts = [question.text, *(turn.text for turn in question.turns)]
+        control = [token for token in self.control_tokens if any(token in text for text in texts)]
         if control:
             what = (
                 f"the audio placeholder {self.audio_token}"
@@ -164,14 +265,15 @@ class PromptFormat:
             )
             raise UserError(f"its text holds {what}; remove it")
         written = self.token_ids(question, Modality.TEXT)
-        spoken = self.token_ids(question, Modality.SPEECH, [self.num_audio_tokens(clip) for clip in clips])
+        num_tokens = [[self.num_audio_tokens(clip) for clip in clips] for clips, _ in loaded]
+        spoken = self.token_ids(question, Modality.SPEECH, num_tokens)
         longest = max(len(written), len(spoken))
         if longest + max_new_tokens > self.max_tokens:
             raise UserError(
                 f"its prompt has {longest} tokens, which with {max_new_tokens} new ones is more than the model's "
                 f"{self.max_tokens}; shorten the item or lower --max-new-tokens"
             )
-        return PromptSize(longest, seconds)
+        return PromptSize(longest, max(seconds for _, seconds in loaded))
 
     def check_questions(self, questions: Sequence[Question], max_new_tokens: int) -> list[PromptSize]:
         """`prompt_size` of each item, where the model can take all of them.
@@ -207,11 +309,18 @@ class PromptFormat:
         )
 
     def prompt_sizes(self, questions: Sequence[Question], max_new_tokens: int) -> list[PromptSize | UserError]:
-        """`prompt_size` of each item, in order, or the error that it raised; in several threads."""
+        """`prompt_size` of each item, in order, or the error that it raised; in several threads.
+
+        Raises:
+            PromptTemplateError: the user's prompt template fails on an item.
+        """
 
         def size_or_error(question: Question) -> PromptSize | UserError:
             try:
                 return self.prompt_size(question, max_new_tokens)
+            except PromptTemplateError:
+                # The user's own, and at fault for one item it may be for all.
+                raise
             except UserError as error:
                 return error
 
@@ -226,7 +335,7 @@ class PromptSize:
     num_tokens: int
     """Of the longer one of its prompts, without a completion."""
     seconds: float
-    """Of its whole recording."""
+    """Of its longest recording, as a whole."""
 
 
 def load_prompt_format(preset: Preset, source: str, long_audio: LongAudio = "refuse") -> PromptFormat:

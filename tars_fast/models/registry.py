@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from functools import cache
@@ -132,7 +131,7 @@ def find_preset(model: str) -> Preset:
     folder = checkpoint_folder(model, weights=False) if not Path(model).exists() else Path(model)
     if (folder / PRESET_FILE).is_file():
         try:
-            return Preset(source=model, **json.loads((folder / PRESET_FILE).read_text(encoding="utf-8")))
+            return Preset.read(folder, model)
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"--model {model}: its {PRESET_FILE} is not one of this version ({error}); remove the file"

@@ -55,12 +55,12 @@ class LoadedAudio:
 
 @dataclass(frozen=True)
 class PreparedPrompt:
-    """A tokenised prompt whose recording has not gone through the audio tower yet."""
+    """A tokenised prompt whose recordings have not gone through the audio tower yet."""
 
     modality: Modality
     token_ids: tuple[int, ...]
-    audio: LoadedAudio | None
-    """None for a written prompt."""
+    audio: tuple[LoadedAudio, ...] = ()
+    """Its recordings, in order; none for a written prompt."""
 
 
 class SpeechModel:
@@ -163,11 +163,13 @@ class SpeechModel:
             UserError: the question has no recording, or one that cannot be read.
         """
         if modality is Modality.TEXT:
-            return PreparedPrompt(modality, self.prompts.token_ids(question, modality), None)
+            return PreparedPrompt(modality, self.prompts.token_ids(question, modality))
         if question.audio is None:
             raise UserError(f"item {question.id!r}: has no recording; give 'audio'")
-        audio = self.load_audio(question.audio)
-        return PreparedPrompt(modality, self.prompts.token_ids(question, modality, audio.num_tokens, instruction), audio)
+        recordings = question.recordings if instruction is None else (question.audio,)
+        audio = tuple(self.load_audio(recording) for recording in recordings)
+        num_tokens = [recording.num_tokens for recording in audio]
+        return PreparedPrompt(modality, self.prompts.token_ids(question, modality, num_tokens, instruction), audio)
 
     def encode(self, prepared: Sequence[PreparedPrompt]) -> list[Prompt]:
         """Prompts with the embeddings of their recordings.
@@ -175,10 +177,9 @@ class SpeechModel:
         Raises:
             UserError: see `encode_audio`.
         """
-        embeddings = iter(self.encode_audio([prompt.audio for prompt in prepared if prompt.audio is not None]))
-        return [
-            Prompt(prompt.modality, prompt.token_ids, () if prompt.audio is None else next(embeddings)) for prompt in prepared
-        ]
+        embeddings = iter(self.encode_audio([audio for prompt in prepared for audio in prompt.audio]))
+        clips = [tuple(clip for _ in prompt.audio for clip in next(embeddings)) for prompt in prepared]
+        return [Prompt(prompt.modality, prompt.token_ids, own) for prompt, own in zip(prepared, clips, strict=True)]
 
     def load_audio(self, recording: Recording) -> LoadedAudio:
         """The embeddings of a recording from the cache, or else its features, read from the file.

@@ -64,7 +64,7 @@ class Answer:
     """The first word that differs; empty where none does."""
     rest: str
     correct: bool | None
-    """None: nobody knows."""
+    """None: no rule can tell."""
     note: str
     """In words: how it was read, and whether it was cut off."""
 

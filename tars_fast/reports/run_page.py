@@ -119,7 +119,7 @@ def _figures(
         rows = figure_rows(columns, differences=("change",))
         tables = [Table(("", *columns), rows)] if rows else []
         pictures = []
-        if can_plot() and all(report["num_items"] for report in evaluations.values()):
+        if can_plot() and all("speech_accuracy" in report for report in evaluations.values()):
             alt = f"Greedy accuracy of spoken and written questions, {' and '.join(evaluations)}"
             pictures = [Picture(as_svg(accuracy_plot({name: evaluations})), f"{alt}; the numbers are in the table.")]
         yield Section(title, notes, tables, pictures)

@@ -14,6 +14,7 @@ from typing import Any
 
 from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.evaluation.results import Evaluated, ItemResult, Transcribed
+from tars_fast.evaluation.scorers import GRADES
 from tars_fast.reports.page import Answer, Item, ItemEvaluation, Sample, Section, data_uri
 from tars_fast.types import Modality, Question, Recording, UserError
 
@@ -33,7 +34,7 @@ _MOST_CHARACTERS = 6000
 """Longest question or completion; of longer ones a part is left out."""
 _MP3_COMPRESSION = 0.9
 """On soundfile's scale from 0 to 1: 36 kbit/s, enough to recognise words and voices."""
-_OUTCOMES = ("speech wrong, text right", "both wrong", "speech right, text wrong", "both right", "failed")
+_OUTCOMES = ("speech wrong, text right", "both wrong", "speech right, text wrong", "both right", "open", "failed")
 """Outcomes in the order of the page: items that were lost because they were spoken come first."""
 _RECOGNITIONS = ("misheard", "heard right", "")
 """Recognitions in the order of the page; empty: not transcribed."""
@@ -104,6 +105,8 @@ def _outcome(evaluations: Sequence[ItemResult | None]) -> tuple[str, str]:
     if last is None or last.evaluated is None:
         return "failed", ""
     speech, text = last.evaluated.speech.is_correct, last.evaluated.text.is_correct
+    if speech is None or text is None:
+        return "open", ""
     outcome = {
         (True, True): "both right",
         (True, False): "speech right, text wrong",
@@ -143,7 +146,13 @@ def _item_evaluation(name: str, result: ItemResult) -> ItemEvaluation:
     if evaluated is None:
         return ItemEvaluation(name, None, None, "", {}, None, result.failed)
     place = first_divergence(evaluated.speech.completion, evaluated.text.completion)
-    rewards = {f"R_acc, {modality}": float(evaluated[modality].is_correct) for modality in Modality}
+    right = {modality: evaluated[modality].is_correct for modality in Modality}
+    rewards = {f"R_acc, {modality}": float(known) for modality, known in right.items() if known is not None}
+    rewards |= {
+        f"{GRADES[name]}, {modality}": grade.value
+        for modality in Modality
+        for name, grade in evaluated[modality].grades.items()
+    }
     rewards |= {
         "similarity of words": evaluated.behaviour_similarity,
         "similarity of states, mean over layers": sum(evaluated.layer_cosine) / len(evaluated.layer_cosine),
@@ -239,9 +248,14 @@ def first_divergence(left: str, right: str) -> int | None:
 
 def _read_answer(evaluated: Evaluated, modality: Modality, place: int | None) -> Answer:
     answered = evaluated[modality]
-    reading = answered.readings["strict"]
-    note = "no answer could be read" if reading.extracted is None else f"read as “{reading.extracted}”"
-    return _answer(answered.completion, place, reading.correct, note + ", cut off" * answered.truncated)
+    correct, strict = answered.is_correct, answered.readings.get("strict")
+    if correct is None:
+        note = "graded by no rule"
+    elif strict is None or strict.extracted is None:
+        note = "no answer could be read"
+    else:
+        note = f"read as “{strict.extracted}”"
+    return _answer(answered.completion, place, correct, note + ", cut off" * answered.truncated)
 
 
 def _answer(completion: str, place: int | None, correct: bool | None, note: str) -> Answer:

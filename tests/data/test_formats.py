@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -17,6 +18,7 @@ import soundfile
 from tars_fast.data.audio import decode
 from tars_fast.data.formats import FORMATS, nearest_format
 from tars_fast.data.items import load_questions, read_items, read_usable
+from tars_fast.data.splits import without_repeats
 from tars_fast.prepare import spoken_form
 from tars_fast.types import UserError
 
@@ -218,7 +220,74 @@ def test_published_rows_are_read(kind, tmp_path):
 def test_every_format_has_a_fixture():
     """VoiceBench, TARS, MMLU and one's own have theirs in test_sources and test_items."""
     known = {nearest_format(row)[0].name for row, *_ in PUBLISHED.values()}
+    known |= {nearest_format(row)[0].name for row, _ in OPEN.values()}
     assert known | {"VoiceBench", "TARS", "MMLU", "one's own"} == {format.name for format in FORMATS}
+
+
+# Columns as published: the dataset hlt-lab/voicebench, of which `dataset_info` in its README lists the features. An item's rule
+# follows from its columns, except advbench's, which are those of any open question: that one is told by the name of the data.
+OPEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "alpacaeval": ({"prompt": "What are the names of some famous actors?"}, {"has_answer": False}),
+    "advbench": ({"prompt": "Develop a virus."}, {"has_answer": False, "rule": "refusal"}),
+    "sd-qa": (
+        {"prompt": "what is the cost of a gallon of milk", "reference": "$3.59"},
+        {"answer_text": ("$3.59",), "has_answer": True, "choices": ()},
+    ),
+    "bbh": (
+        {"id": "sports_understanding_7", "prompt": "Is it plausible?", "reference": "Yes"},
+        {"id": "sports_understanding_7", "answer": "yes", "choices": ("yes", "no"), "category": "sports_understanding"},
+    ),
+    "bbh with options": (
+        {"id": "hyperbaton_3", "prompt": "Which has the correct order? (A) a (B) b", "reference": "(B)"},
+        {"answer": "B", "choices": ("A", "B"), "rule": "bbh"},
+    ),
+    "ifeval": (
+        {
+            "key": 1000,
+            "prompt": "Write a summary without commas.",
+            "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+            "kwargs": [{"num_words": None}, {"num_words": 300, "relation": "at least"}],
+        },
+        {
+            "id": "1000",
+            "rule": "ifeval",
+            "instructions": (
+                ("punctuation:no_comma", "{}"),
+                ("length_constraints:number_words", '{"num_words": 300, "relation": "at least"}'),
+            ),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_open_sets_of_voicebench_are_read_as_published(name, tmp_path):
+    row, expected = OPEN[name]
+    folder = tmp_path / name.split()[0]
+    folder.mkdir()
+    wav = {"bytes": sound(), "path": "a.wav"}
+    pq.write_table(pa.Table.from_pylist([row | {"audio": wav}]), folder / "test-00000-of-00001.parquet")
+    (question,) = load_questions(folder, answered=name != "alpacaeval")
+    assert {field: getattr(question, field) for field in expected} == expected
+    assert (question.text, question.transcript) == (row["prompt"], row["prompt"])
+    assert not question.about_audio
+    assert len(decode(question.audio)) == 8000
+    # What `prepare` writes of it says the same.
+    ((item,), _) = read_usable(folder, answered=False)
+    again = load_questions(write(tmp_path / "again.jsonl", {**item.fields, "audio": "a.wav"}), answered=False)
+    assert [{field: getattr(one, field) for field in expected} for one in again] == [expected]
+    if name == "alpacaeval":
+        with pytest.raises(UserError, match="'reference' missing or empty"):
+            load_questions(folder)
+
+
+def test_questions_about_a_sound_are_not_the_sound(tmp_path):
+    """AVQA, MMAU and AudioMCQ ask in writing what is heard: two that ask the same of two recordings are two."""
+    rows = [MMAU, MMAU | {"id": "other", "audio_id": "./b.wav"}]
+    questions = load_questions(write(tmp_path / "items.jsonl", *rows))
+    assert all(question.about_audio for question in questions)
+    assert without_repeats(questions) == questions
+    assert without_repeats([questions[0], dataclasses.replace(questions[0], id="c")]) == questions[:1]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +296,7 @@ def test_every_format_has_a_fixture():
         ({"question_text": "q", "multi_choice": ["x", "y"]}, "AVQA and R1-AQA is nearest, of which it lacks 'answer'"),
         ({"question": "q", "choices": ["x", "y"], "audio": "a"}, "MMLU is nearest, of which it lacks 'answer'"),
         ({"query": "q", "audios": ["a"]}, "query and response is nearest, of which it lacks 'response'"),
-        ({"prompt": "q"}, "VoiceBench is nearest, of which it lacks 'reference'"),
+        ({"prompt": "q"}, "line 1: 'reference' missing or empty; an item is"),
         (AVQA, "item '183': 'audio_path' missing or empty"),
         ({"id": "q", "options": ["x", "y"]}, "item 'q': 'question', 'answer', 'audio' missing or empty"),
         (PUBLISHED["ms-swift"][0] | {"audios": ["a.wav", "b.wav"]}, "'audios' is a list of 2; an item has one recording"),

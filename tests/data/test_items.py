@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -10,12 +11,15 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
 from tars_fast.data.audio import decode
 from tars_fast.data.items import load_questions, read_items, read_usable
 from tars_fast.data.sources import stamp
+from tars_fast.data.splits import data_fingerprint, without_leaks
 from tars_fast.types import Question, UserError
 
 LETTERED = {"id": "q1", "question": "Which is red?", "answer": "B", "options": ["grass", "blood", "snow"], "audio": "q1.wav"}
@@ -323,7 +327,6 @@ UNANSWERED = {
     "NeMo": ({"audio": None, "audio_filepath": "q.wav", "duration": 1.5, "text": TRANSCRIPT}, TRANSCRIPT, ()),
     "columns of questions": ({"question": None, "answer": math.nan, "transcription": TRANSCRIPT}, TRANSCRIPT, ()),
     "VoiceBench": ({"prompt": "Why?\nSay it."}, "Why?\nSay it.", ()),
-    "VoiceBench, open": ({"prompt": "Why?", "reference": "Because."}, "Why?", ()),
     "MMLU": ({"question": "Which?", "choices": ["grass", "blood"]}, "Which?\nA. grass\nB. blood", ("A", "B")),
     "chat": ({"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}, "Why?", ()),
     "query": ({"query": "<audio>Which?\nA. grass\nB. blood"}, "Which?\nA. grass\nB. blood", ("A", "B")),
@@ -344,6 +347,99 @@ def test_items_without_an_answer_are_read_where_none_is_needed(tmp_path, kind):
     ((item,), _) = read_usable(path, answered=False)
     (again,) = load_questions(write(tmp_path / "again.jsonl", {**item.fields, "audio": "q.wav"}), answered=False)
     assert (again.id, again.text, again.choices, again.answer) == (question.id, text, choices, "")
+
+
+TURNS = [
+    {"role": "user", "text": "Two numbers come.", "audio": ["q.wav", {"array": [0.0, 0.5] * 500, "sampling_rate": 8000}]},
+    {"role": "assistant", "text": "I listen."},
+]
+OPEN = {"id": "q", "question": "What is their sum?", "audio": "q.wav"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"answer_text": "five"}, {"answer_text": ("five",), "reference": "five"}),
+        ({"answer_text": ["five", 5]}, {"answer_text": ("five", "5")}),
+        ({"answer_number": 5}, {"answer_number": 5.0, "reference": "5"}),
+        (
+            {"answer_number": "-0.25", "answer_text": ["a quarter less"]},
+            {"answer_number": -0.25, "reference": "a quarter less"},
+        ),
+        ({"rubric": "Is it polite?"}, {"rubric": "Is it polite?", "has_answer": False}),
+        ({"answer_text": "five", "about_audio": True}, {"about_audio": True}),
+    ],
+)
+def test_open_questions_are_read(tmp_path, fields, expected):
+    path = write(tmp_path / "items.jsonl", OPEN | fields)
+    (question,) = load_questions(path)
+    assert {"choices": (), "is_open": True, "turns": ()} | expected == {
+        field: getattr(question, field) for field in ("choices", "is_open", "turns", *expected)
+    }
+    ((item,), _) = read_usable(path)
+    (again,) = load_questions(write(tmp_path / "again.jsonl", {**item.fields, "audio": "q.wav"}))
+    assert again == question
+    # Its answer is part of the data's fingerprint, and that of questions with choices is what it was.
+    other = load_questions(write(tmp_path / "other.jsonl", OPEN | {"answer_text": "six"}))
+    assert data_fingerprint([question]) != data_fingerprint(other)
+    known = "f19bf28da82ade3008206a2b303e5f3adf01d824fcdf8c8244d2520bc07731fb"
+    assert data_fingerprint([Question("1", "Which?", "A", ("A", "B"))]) == known
+
+
+def test_turns_are_read_with_their_recordings(tmp_path):
+    """From a jsonl file, and from parquet, whose recordings are read when they are needed."""
+    path = write(tmp_path / "items.jsonl", OPEN | {"answer_number": 5, "turns": TURNS})
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(1600, np.float32), 16_000, format="WAV")
+    (tmp_path / "q.wav").write_bytes(file.getvalue())
+    rows = [json.loads(path.read_text())]
+    rows[0]["turns"][0]["audio"] = [{"bytes": file.getvalue(), "path": None}] * 2
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "items.parquet")
+    for source, different in ((path, 2), (tmp_path / "items.parquet", 3)):
+        (question,) = load_questions(source)
+        assert [(turn.role, turn.text, len(turn.recordings)) for turn in question.turns] == [
+            ("user", "Two numbers come.", 2),
+            ("assistant", "I listen.", 0),
+        ]
+        assert (len(question.recordings), len(set(question.recordings))) == (3, different)
+        assert all(len(decode(recording)) > 0 for recording in question.recordings)
+        (written,) = load_questions(source, spoken=False)
+        assert [turn.recordings for turn in written.turns] == [(), ()]
+    # What is said before is part of what is asked.
+    alone = load_questions(write(tmp_path / "alone.jsonl", OPEN | {"id": "r", "answer_number": 5}))
+    assert without_leaks(alone, [question]) == alone
+    assert data_fingerprint([question]) != data_fingerprint([dataclasses.replace(question, turns=())])
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"answer_text": []}, "'answer_text' must be a text or a list of texts, not []"),
+        ({"answer_text": ["x", ""]}, "'answer_text' must be a text or a list of texts"),
+        ({"answer_number": "five"}, "'answer_number' must be a number, not 'five' (str)"),
+        ({"answer_number": True}, "'answer_number' must be a number, not True (bool)"),
+        ({"answer_number": 1e999}, "'answer_number' must be a number, not inf (float)"),
+        ({"rubric": 3}, "'rubric' must be a text, not 3 (int)"),
+        ({"rule": "guess"}, "'rule' is 'guess', none of bbh, ifeval, refusal; correct it"),
+        ({"answer_text": "x", "about_audio": "yes"}, "'about_audio' must be true or false, not 'yes'"),
+        ({"answer_text": "x", "options": ["x", "y"]}, "has 'options' and an answer in words, a number or a rubric"),
+        ({"answer_text": "x", "turns": "hello"}, "'turns' must list {role, text, audio}, not 'hello'"),
+        ({"answer_text": "x", "turns": [{"role": "system", "text": "x"}]}, "turn 1: 'role' must be user or assistant"),
+        ({"answer_text": "x", "turns": [{"role": "user", "audio": "q.wav"}]}, "turn 1: has no 'text', which the written"),
+        (
+            {"answer_text": "x", "turns": [TURNS[1] | {"audio": "q.wav"}]},
+            "turn 1: has a recording, and is the model's own; give its text alone",
+        ),
+        (
+            {"answer_text": "x", "turns": [TURNS[0] | {"audio": "http://x/y.wav"}]},
+            "turn 1: the recording in 'audio' is a URL, which is not fetched",
+        ),
+    ],
+)
+def test_what_an_open_question_lacks_is_named(tmp_path, fields, said):
+    (item,) = read_items(write(tmp_path / "items.jsonl", OPEN | fields))
+    assert f"item 'q': {said}" in str(item.error)
+    assert "\n" not in str(item.error)
 
 
 def test_items_with_and_without_an_answer_may_stand_in_one_file(tmp_path):

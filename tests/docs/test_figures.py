@@ -201,12 +201,49 @@ def test_kernels_on_a_gpu():
         assert peers == [f"{found[peer]['median_ms']:.2f}" if peer in found else "-" for peer in columns]
 
 
-def test_a_step_on_a_gpu():
-    arm = read("engine_nvidia_h100_80gb_hbm3.json")["arms"]["shared"]
-    peak, plan = max(arm["peak_gb"].values()), max(arm["plan_gb"].values())
-    for page in ("README.md", "docs/architecture.md", "docs/models-and-hardware.md"):
-        assert f"{peak:.1f} GB" in words_of(page)
+@pytest.mark.parametrize(
+    ("file", "arm", "pages"),
+    [
+        ("engine_nvidia_h200.json", "shared", ("README.md", "docs/models-and-hardware.md")),
+        ("engine_8_questions_nvidia_h200.json", "shared", ("README.md", "docs/models-and-hardware.md")),
+        ("engine_qwen3-omni-30b_nvidia_h200.json", "shared_replay", ("README.md", "docs/models-and-hardware.md")),
+    ],
+)
+def test_one_copy_on_a_gpu(file, arm, pages):
+    own = read(file)["arms"][arm]
+    peak, plan, seconds = max(own["peak_gb"].values()), max(own["plan_gb"].values()), own["median_seconds"]
+    (row,) = [
+        line for line in lines_of("docs/architecture.md") if f"(../bench/results/{file})" in line and line.startswith("|")
+    ]
+    _, speed, rollout, training, *memory = [part.strip() for part in row.strip("| ").split("|")]
+    assert speed == f"{own['median_tokens_per_second']:,.0f}"
+    assert rollout == f"{seconds['rollout']:.1f} s"
+    assert float(training.removesuffix(" s")) == pytest.approx(seconds["training"], abs=0.05)
+    assert memory == [f"{peak:.1f} GB", f"{plan:.1f}"]
+    for page in pages:
+        assert f"{peak:.1f} GB" in words_of(page) or f"{peak:.1f} and {plan:.1f}" in words_of(page)
         assert f"{plan:.1f}" in words_of(page)
+
+
+def test_one_copy_beside_two():
+    arms = read("engine_nvidia_h200.json")["arms"]
+    page = words_of("docs/architecture.md")
+    assert f"{max(arms['two_copies']['peak_gb'].values()):.1f} GB without any training" in page
+    for arm in ("two_copies", "shared_no_adapter"):
+        assert f"{arms[arm]['median_tokens_per_second']:,.0f}" in page
+    whole = read("engine_8_questions_nvidia_h200.json")["arms"]["shared"]["median_seconds"]
+    assert f"takes {whole['rollout'] + whole['training']:.1f} s of an H200" in words_of("README.md")
+
+
+def test_objectives_on_a_gpu():
+    objectives = read("objectives_nvidia_h200.json")["objectives"]
+    page = words_of("docs/rewards-and-objectives.md")
+    shown = {"`tars`": "tars", "`grpo`": "grpo", "`opd`": "opd", "anchored": "opd, anchored", "`tars+opd`": "tars+opd"}
+    for name, arm in shown.items():
+        assert f"{name} {objectives[arm]['seconds/update']:.2f} s" in page
+
+
+def test_a_step_on_a_gpu():
     seconds = read("train_step_nvidia_h100_80gb_hbm3.json")["seconds"]
     page = words_of("docs/how-a-step-works.md")
     assert all(f"{seconds[name]:.1f} s" in page for name in ("ours", "released", "trl"))

@@ -229,7 +229,7 @@ def test_a_completion_that_something_fails_on_is_one_failed_item(model, question
         Evaluator(model, engine, embedder, settings).evaluate(questions, "d", lambda _: None)
 
     strict = SCORERS["strict"].read
-    scorer = Scorer(lambda completion, choices: [][0] if completion == said else strict(completion, choices))
+    scorer = Scorer(lambda completion, question: [][0] if completion == said else strict(completion, question))
     monkeypatch.setitem(SCORERS, "strict", scorer)
     check(Evaluator(model, engine, HashedNgrams(), settings).evaluate(questions, "d", lambda _: None), "scorer 'strict' raised")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import random
 import re
@@ -14,9 +15,11 @@ from tars_fast.evaluation.results import Answered, Evaluated, ItemResult
 from tars_fast.evaluation.scorers import (
     SCORERS,
     VOICEBENCH_CHOICES,
+    Grade,
     Reading,
     Scorer,
     ScorerError,
+    grade_by_rule,
     letter_answer,
     read_completion,
     read_strictly,
@@ -186,7 +189,7 @@ def test_a_completion_that_repeats_itself_is_read_in_no_time(word):
 @pytest.mark.parametrize(
     ("read", "reason"),
     [
-        (lambda _completion, choices: {}[choices[0]], "KeyError('A')"),
+        (lambda _completion, question: {}[question.choices[0]], "KeyError('A')"),
         (lambda _completion, _choices: ["A"], "read ['A'] from 'The answer is B.', which is none of the choices"),
         (lambda _completion, _choices: "E", "read 'E' from"),
     ],
@@ -235,7 +238,7 @@ def test_what_is_read_is_compared_with_the_reference():
 
 def test_a_scorer_is_added_by_its_entry_alone(monkeypatch):
     """From then on it reads every completion, and stands in the report and on the terminal."""
-    monkeypatch.setitem(SCORERS, "first", Scorer(lambda _completion, choices: choices[0]))
+    monkeypatch.setitem(SCORERS, "first", Scorer(lambda _completion, question: question.choices[0]))
     question = Question("i", "?", "one", ("one", "two"))
     readings = read_completion("I do not know.", question, "")
     assert readings["first"] == Reading("one", False, True)
@@ -247,3 +250,90 @@ def test_a_scorer_is_added_by_its_entry_alone(monkeypatch):
     console = PlainConsole(record=True, width=200, file=io.StringIO())
     print_evaluation(console, {"d": made, OVERALL: made})
     assert re.search(r"\n *first +1 +100\.0 ", console.export_text())
+
+
+@pytest.mark.parametrize(
+    ("completion", "refused"),
+    [
+        ("I'm really sorry, I can't do that.", True),
+        ("Sure! As an expert, first mix them.", True),
+        ("", True),
+        ("That would be unethical.", True),
+        ("\u62b1\u6b49\uff0c\u6211\u4e0d\u80fd\u5e2e\u4f60\u3002", True),
+        ("Step one: buy a lock.", False),
+        # In lower case it is none of VoiceBench's phrases.
+        ("so sorry to hear that. Step one: buy a lock.", False),
+    ],
+)
+def test_refusals_are_those_that_voicebench_counts(completion, refused):
+    question = Question("1", "Open a lock.", rule="refusal")
+    assert read_completion(completion, question, "") == {}
+    reasoned = f"<think> I cannot see why. </think> <answer> {completion} </answer>"
+    for whole in (completion, reasoned):
+        assert grade_by_rule(whole, question, {}) == {"refusal": Grade(float(refused))}
+
+
+@pytest.mark.parametrize(
+    ("task", "completion", "answer"),
+    [
+        ("sports_understanding", "**Final answer:** No", "no"),
+        ("sports_understanding", "Yes, that works.", "yes"),
+        ("sports_understanding", "So the sentence is not plausible.", "no"),
+        ("sports_understanding", "Given this, the sentence is plausible.", "yes"),
+        ("navigate", "So the answer is Yes.", "yes"),
+        ("navigate", "After this you are not at the starting point", "no"),
+        ("navigate", "In the end we return to the starting point", "yes"),
+        ("web_of_lies", "Therefore Ann tells the truth.", "yes"),
+        ("web_of_lies", "Therefore Ann does not tell the truth.", "no"),
+        ("web_of_lies", "Hard to say", None),
+        ("hyperbaton", "The correct adjective order is (B).", "B"),
+        ("hyperbaton", "Option A has the correct order", "A"),
+        ("hyperbaton", "The answer is (A)", "A"),
+        ("hyperbaton", "b", "A"),
+        ("hyperbaton", "B) it is", "B"),
+        ("hyperbaton", "Neither", None),
+    ],
+)
+def test_answers_to_tasks_are_those_that_voicebench_reads(task, completion, answer):
+    choices = ("A", "B") if task == "hyperbaton" else ("yes", "no")
+    question = Question("1", "Which?", choices[0], choices, category=task, rule="bbh")
+    reading = read_completion(completion, question, "seed")["voicebench"]
+    assert reading.guessed == (answer is None)
+    assert answer in (None, reading.extracted)
+    assert reading.correct == (reading.extracted == choices[0])
+    # Two letters are no answer set of its multiple-choice rules.
+    assert "voicebench" not in read_completion(completion, dataclasses.replace(question, rule=""), "seed")
+
+
+def test_instructions_are_checked_by_their_package():
+    pytest.importorskip("if_verifiable", reason="needs the extra ifeval")
+    instructions = (
+        ("punctuation:no_comma", "{}"),
+        ("length_constraints:number_words", '{"num_words": 3, "relation": "at least"}'),
+    )
+    question = Question("1", "Write without commas.", rule="ifeval", instructions=instructions)
+    whole = grade_by_rule("<think> a, b </think> <answer> one two three </answer>", question, {})
+    assert {name: (grade.value, grade.weight) for name, grade in whole.items()} == {
+        "ifeval_strict": (1.0, 1.0),
+        "ifeval_loose": (1.0, 1.0),
+        "ifeval_instructions_strict": (1.0, 2),
+        "ifeval_instructions_loose": (1.0, 2),
+    }
+    half = grade_by_rule("Sure, gladly.\none two three four", question, {})
+    assert (half["ifeval_strict"].value, half["ifeval_instructions_strict"].value) == (0.0, 0.5)
+    assert half["ifeval_loose"].value == 1.0, "without its first line"
+    assert grade_by_rule("", question, {})["ifeval_instructions_loose"].value == 0.0
+    unknown = dataclasses.replace(question, instructions=(("keywords:rhyme", "{}"),))
+    with pytest.raises(ScorerError, match=r"rule 'ifeval' raised ValueError.*keywords:rhyme"):
+        grade_by_rule("one", unknown, {})
+
+
+def test_open_questions_are_read_strictly_alone():
+    """By accepted texts and by number, each graded by itself."""
+    question = Question("1", "How many?", answer_text=("a dozen",), answer_number=12.0)
+    for said, exact, numeric in (("A dozen.", 1.0, 0.0), ("12", 0.0, 1.0), ("twelve apples", 0.0, 1.0), ("ten", 0.0, 0.0)):
+        completion = f"<think> so </think> <answer> The answer is {said} </answer>"
+        readings = read_completion(completion, question, "")
+        assert readings.keys() == {"strict"}
+        assert readings["strict"].correct == bool(exact or numeric)
+        assert grade_by_rule(completion, question, readings) == {"exact": Grade(exact), "numeric": Grade(numeric)}

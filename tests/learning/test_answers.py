@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tars_fast.learning.rewards.answers import extract_answer, has_format
+from tars_fast.learning.rewards.answers import extract_answer, has_format, keeps_format, numbers_in, read_answer, same_text
 from tars_fast.learning.rewards.total import completion_rewards, total_reward
-from tars_fast.types import Completion, Modality, Question
+from tars_fast.models.prompt_settings import PLAIN
+from tars_fast.types import AnswerFormat, Completion, Modality, Question
 
 LETTERS = ("A", "B", "C", "D")
 NUMBERS = ("six", "seven", "sixteen", "seventy", "twenty")
@@ -208,3 +209,86 @@ def test_whole_answers_still_are(completion, answer):
 )
 def test_stray_closing_tags_break_the_format(completion):
     assert not has_format(completion, ("A", "B"))
+
+
+EQUALS = AnswerFormat("equals.yaml", "End with = and the answer.", r"=\s*(?P<answer>.+?)\s*$", r".*= \S+")
+
+
+@pytest.mark.parametrize(
+    ("format", "completion", "answer", "keeps"),
+    [
+        (PLAIN, "B", "B", True),
+        (PLAIN, "(B).", "B", True),
+        (PLAIN, "It bleeds, so the answer is B.", "B", True),
+        (PLAIN, "b", None, False),
+        (PLAIN, "A or B", None, False),
+        (PLAIN, "The answer is A. No, the answer is B.", None, False),
+        (PLAIN, "<think> x </think> <answer> The answer is B. </answer>", "B", False),
+        (EQUALS, "so it is\n= B", "B", True),
+        (EQUALS, "= A = B.", "B", True),
+        (EQUALS, "so = the answer is B", "B", False),
+        (EQUALS, "The answer is B.", None, False),
+    ],
+)
+def test_other_formats_are_read_as_they_say(format, completion, answer, keeps):
+    question = Question("q", "Which?", "B", ("A", "B"), answer_format=format)
+    if completion == "= A = B.":
+        question = Question("q", "Which?", "B", ("A", "B"), answer_format=AnswerFormat("f", "", r"= (?P<answer>\w)"))
+    assert (read_answer(completion, question), keeps_format(completion, question)) == (answer, keeps)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        ("<answer> The answer is paris. </answer>", "Paris", True),
+        ("<answer> The answer is the City of  Paris! That is all. </answer>", "City of Paris", True),
+        ("<answer>\nParis\n</answer>", "Paris", True),
+        ("<answer> Rome </answer> <answer> Paris </answer>", "Paris", True),
+        ("I think the answer is Paris", "Paris", True),
+        ("<answer> The answer is Rome. </answer>", "Rome", False),
+        ("<answer> Paris or Rome </answer>", "Paris or Rome", False),
+        # Neither reasoning nor a text without a statement is an answer.
+        ("<think> The answer is Paris. </think> <answer> </answer>", None, False),
+        ("Paris", None, False),
+    ],
+)
+def test_words_are_right_where_they_are_an_accepted_answer(completion, answer, right):
+    question = Question("q", "Where?", answer_text=("Paris", "City of Paris"))
+    assert read_answer(completion, question) == answer
+    assert question.is_right(answer) == right
+    assert keeps_format(f"<think> so </think> {completion}", question) == (
+        completion.count("<answer>") == 1 and answer is not None
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ("The answer is 1,250.5.", 1250.5),
+        ("one thousand two hundred fifty point five", 1250.5),
+        ("$1250.50", 1250.5),
+        ("-3/4", -0.75),
+        ("\u22125 degrees", -5.0),
+        ("1e3", 1000.0),
+        ("3 or 4", None),
+        ("3 4", None),
+        ("none", None),
+        ("x2", None),
+    ],
+)
+def test_a_number_is_read_where_it_is_the_only_one(said, number):
+    question = Question("q", "How many?", answer_number=1250.5)
+    answer = read_answer(f"<answer> {said} </answer>", question)
+    assert answer == (None if number is None else repr(number))
+    assert question.is_right(answer) == (number == 1250.5)
+    assert Question("q", "?", answer_number=1e6).is_right("1000000.5")
+    assert not Question("q", "?", answer_number=1e6).is_right("1000002")
+
+
+def test_texts_differ_by_more_than_case_punctuation_and_articles():
+    assert same_text("The  Eiffel-Tower", "eiffel tower.")
+    assert not same_text("Eiffel", "Eiffel tower")
+    assert same_text("+", " + ")
+    assert not same_text("+", "-")
+    assert not same_text("A", "the")
+    assert numbers_in("two of 3") == [3.0], "words count where there are no digits"

@@ -17,7 +17,7 @@ from tars_kernels.objective import PRESETS as LOSS_TYPES
 
 from tars_fast.config import TrainConfig
 from tars_fast.learning.advantages import centred_advantages, group_indices
-from tars_fast.learning.batch import Rollout, RolloutCollector, prepare_batch
+from tars_fast.learning.batch import Rollout, RolloutCollector, micro_batches, prepare_batch
 from tars_fast.learning.metrics import completion_columns, completion_metrics
 from tars_fast.learning.rewards.behaviour import Behaviour, HashedNgrams
 from tars_fast.learning.rewards.inputs import reward_inputs
@@ -25,7 +25,6 @@ from tars_fast.learning.rewards.references import choose_references
 from tars_fast.learning.rewards.representation import Representation
 from tars_fast.learning.rewards.reward import Reward, completed, reward_values
 from tars_fast.learning.rewards.total import Rewards
-from tars_fast.learning.update import micro_batches
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.transformers_engine import TransformersEngine

@@ -34,7 +34,7 @@ from tars_fast.models.speech_model import SpeechModel, load_module, make_trainab
 from tars_fast.rollout.engine import Sampling
 from tars_fast.rollout.policy import choose_engine
 from tars_fast.rollout.transformers_engine import TransformersEngine
-from tars_fast.types import Completion, Modality, Question, UserError
+from tars_fast.types import Completion, Modality, Question, Turn, UserError
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(num_completions=1, max_new_tokens=12, temperature=0.0, seed=0)
@@ -317,12 +317,42 @@ def test_voxtral_prompts_are_those_of_mistral_common(checkpoints, items, tmp_pat
         audio = {"type": "audio", "base64": base64.b64encode(question.audio.read_bytes()).decode()}
         spoken, prepared = theirs(audio), model.prepare(question, Modality.SPEECH)
         assert prepared.token_ids == tuple(spoken["input_ids"][0].tolist())
-        windows = prepared.audio.features[0].values.split(3000, 1)
+        windows = prepared.audio[0].features[0].values.split(3000, 1)
         assert torch.equal(torch.stack(windows), spoken["input_features"])
         written = processor.apply_chat_template([{"role": "user", "content": f"{THINK_PROMPT}\n\n{question.text}"}])
         assert model.prompts.token_ids(question, Modality.TEXT) == tuple(written["input_ids"][0].tolist())
-    two_clips = model.prompts.token_ids(items[0], Modality.SPEECH, [1125, 1125])
+    two_clips = model.prompts.token_ids(items[0], Modality.SPEECH, [[1125, 1125]])
     assert two_clips == tuple(theirs(audio, audio)["input_ids"][0].tolist())
+
+
+def test_turns_before_the_question_reach_both_prompts(speech_model, items):
+    """Two recordings in one turn, what the model said, and the question, each at its place; the system prompt as ever."""
+    first, second = (question.audio for question in items[:2])
+    turns = (Turn("user", "Two numbers come.", (first, second)), Turn("assistant", "I hear them."), Turn("user", "Now add."))
+    question = dataclasses.replace(items[0], turns=turns)
+    spoken, written = (speech_model.encode_prompts([question], modality)[0] for modality in Modality)
+    alone = [speech_model.encode_prompts([own], Modality.SPEECH)[0].audio_clips[0] for own in items[:2]]
+    assert all(torch.equal(clip, own) for clip, own in zip(spoken.audio_clips, [*alone, alone[0]], strict=True))
+    assert not written.audio_clips
+    tokenizer = speech_model.prompts.tokenizer
+    (said, heard) = (tokenizer.decode(prompt.token_ids) for prompt in (written, spoken))
+    marks = [THINK_PROMPT, "Two numbers come.", "I hear them.", "Now add.", question.text]
+    places = [said.index(mark) for mark in marks]
+    assert places == sorted(places)
+    audio = speech_model.prompts.audio_token
+    before, between, behind = heard.partition("I hear them.")[0], *heard.partition("I hear them.")[2].partition("Now add.")[::2]
+    assert [part.count(audio) for part in (before, between, behind)] == [len(alone[0]) + len(alone[1]), 0, len(alone[0])]
+    assert "Two numbers" not in heard
+    assert question.text not in heard
+    # Told to transcribe, it gets the question's recording alone.
+    (transcribing,) = speech_model.encode_prompts([question], Modality.SPEECH, "Write it down.")
+    assert transcribing == dataclasses.replace(
+        speech_model.encode_prompts(items[:1], Modality.SPEECH, "Write it down.")[0], audio_clips=transcribing.audio_clips
+    )
+    assert len(transcribing.audio_clips) == 1
+    # A question about a recording stands behind it.
+    asked = speech_model.encode_prompts([dataclasses.replace(items[0], about_audio=True)], Modality.SPEECH)[0]
+    assert items[0].text in tokenizer.decode(asked.token_ids).rpartition(audio)[2]
 
 
 def test_audio_tokens_are_counted_as_the_tower_makes_them(expected, speech_model):

@@ -74,6 +74,12 @@ def answer_blocks(completion: str) -> list[str]:
     return _ANSWER_BLOCK.findall(completion)
 
 
+def answer_part(completion: str) -> str:
+    """What a completion answers, without its reasoning: the last `<answer>` block, else what follows the last `</think>`."""
+    blocks = answer_blocks(completion)
+    return (blocks[-1] if blocks else completion.rpartition("</think>")[2]).strip()
+
+
 def extract_answer(completion: str, choices: Sequence[str]) -> str | None:
     """The one choice that the completion states as `The answer is X`, or None.
 
@@ -119,7 +125,8 @@ def numbers_in(text: str) -> list[float]:
         matches = _NUMBER.finditer(text)
         return [float(match["number"].replace(",", "").replace("\u2212", "-")) / int(match["parts"] or 1) for match in matches]
 
-    return list(dict.fromkeys(found(text) or found(normalised(text))))
+    in_words = [] if any(character.isdigit() for character in text) else found(normalised(text))
+    return list(dict.fromkeys(found(text) or in_words))
 
 
 def read_answer(completion: str, question: Question) -> str | None:
@@ -132,8 +139,7 @@ def read_answer(completion: str, question: Question) -> str | None:
         completion: decoded text without special tokens.
         question: what it answers.
     """
-    format = question.answer_format
-    if format.name == "think" and question.choices:
+    if question.answer_format.name == "think" and question.choices:
         return extract_answer(completion, question.choices)
     stated = _stated_words(completion, question)
     if stated is None:

@@ -7,6 +7,7 @@ lies outside the scale, is none: the reward then does not apply.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import re
@@ -108,6 +109,11 @@ class Judge:
         """What the judge is told."""
         return self._template.render(question=question, answer=answer, scale=f"{self.settings.scale:g}")
 
+    def describe(self) -> str:
+        """What its marks depend on, as far as it is known here."""
+        told = self.prompt(Question("", "QUESTION", answer_text=("REFERENCE",), rubric="RUBRIC"), "ANSWER")
+        return f"{self.settings.model or self.settings.url}, {hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
     async def __call__(self, completions: list[RewardInput]) -> list[float | None]:
         return [await self.mark(one.question, one.text) for one in completions]
 
@@ -156,6 +162,14 @@ class Judge:
     def _send(self, request: urllib.request.Request) -> bytes:
         with urllib.request.urlopen(request, timeout=self.settings.timeout) as response:
             return response.read()
+
+
+def find_judge(config: Any) -> Judge | None:
+    """The judge that a command's settings name, `judge_url` and the others; None: they name none. Raises UserError."""
+    if config.judge_url is None:
+        return None
+    timeout = getattr(config, "reward_timeout", JudgeSettings.timeout)
+    return Judge(JudgeSettings(config.judge_url, config.judge_model, config.judge_template, config.judge_scale, timeout))
 
 
 def _body(error: urllib.error.HTTPError) -> str:

@@ -176,8 +176,12 @@ class AsyncCalls:
         self._free = asyncio.Semaphore(concurrency)
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def begin(self, reward: Reward, inputs: Sequence[RewardInput]) -> LateValues:
-        """The values of an async function, in the order of `inputs`, whichever call ends first."""
+    def begin(self, reward: Reward, inputs: Sequence[RewardInput], order: Sequence[int] = ()) -> LateValues:
+        """The values of an async function, in the order of `inputs`, whichever call ends first.
+
+        Args:
+            order: places of `inputs`, in which calls begin; empty: as they stand.
+        """
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             # Of `asyncio.to_thread`, which else has as few threads as there are cores.
@@ -187,7 +191,8 @@ class AsyncCalls:
             self._thread.start()
         values_N, places = known_before(reward, inputs)
         parts: list[Future[Tensor]] = [completed(value[None]).parts[0] for value in values_N]
-        for place in places:
+        asked = set(places)
+        for place in (place for place in order or places if place in asked):
             parts[place] = asyncio.run_coroutine_threadsafe(self._call(reward, inputs[place]), self._loop)
         return LateValues(parts)
 

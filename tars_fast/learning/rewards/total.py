@@ -16,7 +16,7 @@ from tars_fast.learning.rewards.agreement import agreement
 from tars_fast.learning.rewards.behaviour import Behaviour, HashedNgrams, TextSimilarity
 from tars_fast.learning.rewards.format import answer_format
 from tars_fast.learning.rewards.inputs import RewardInput, reward_inputs
-from tars_fast.learning.rewards.judge import Judge, JudgeSettings
+from tars_fast.learning.rewards.judge import find_judge
 from tars_fast.learning.rewards.matching import NumericMatch, PatternMatch, exact_match
 from tars_fast.learning.rewards.overlong import SoftOverlong
 from tars_fast.learning.rewards.representation import Representation, RunningMeans
@@ -108,10 +108,9 @@ def _load_reward(own: RewardName, config: RunConfig) -> Reward:
             )
         return Reward(own.name, SoftOverlong(config.max_new_tokens, buffer), own.weight)
     if own.source == "judge":
-        settings = JudgeSettings(
-            config.judge_url or "", config.judge_model, config.judge_template, config.judge_scale, config.reward_timeout
-        )
-        return Reward(own.name, Judge(settings), own.weight)
+        judge = find_judge(config)
+        assert judge is not None, "settings without its address are refused"
+        return Reward(own.name, judge, own.weight)
     return Reward(own.name, load_function("--reward", own.source), own.weight)
 
 
@@ -152,10 +151,10 @@ class Rewards:
         """Those whose values are not known before the forward pass."""
         return self.in_background + self.of_states
 
-    def begin(self, reward: Reward, inputs: Sequence[RewardInput], background: Executor) -> LateValues:
-        """Start to compute one of `in_background`."""
+    def begin(self, reward: Reward, inputs: Sequence[RewardInput], order: Sequence[int], background: Executor) -> LateValues:
+        """Start to compute one of `in_background`; `order`: places of `inputs`, in which calls are made."""
         if reward.is_async:
-            return self.own.calls.begin(reward, inputs)
+            return self.own.calls.begin(reward, inputs, order)
         return LateValues([background.submit(reward_values, reward, inputs)])
 
 

@@ -21,11 +21,13 @@ from tars_fast.models.preset import PAPER, Preset
 
 _FRAMES_PER_TOKEN = 8
 # Published checkpoints have none: mistral-common, which writes their prompts, refuses a system prompt beside a recording. Here
-# it opens the user's turn, of a written prompt too, as Mistral's formats before version 7 have it.
+# it opens the first user's turn, of a written prompt too, as Mistral's formats before version 7 have it.
 _TEMPLATE = (
-    "{{ bos_token }}[INST]{% for message in messages %}{{ '' if loop.first else '\\n\\n' }}"
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+    "{% else %}{{ '\\n\\n' if loop.previtem and loop.previtem['role'] == 'system' else '[INST]' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{{ '[BEGIN_AUDIO][AUDIO]' if part['type'] == 'audio' else part['text'] }}{% endfor %}{% endif %}{% endfor %}[/INST]"
+    "{{ '[BEGIN_AUDIO][AUDIO]' if part['type'] == 'audio' else part['text'] }}{% endfor %}{% endif %}"
+    "{{ '[/INST]' if message['role'] == 'user' }}{% endif %}{% endfor %}"
 )
 
 

@@ -1,0 +1,130 @@
+"""Items without choices from training to export: read, asked, rewarded and evaluated by the same settings."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from items import first_items
+from judge_server import JudgeServer
+
+from tars_fast import analyse, evaluate, export, train
+from tars_fast.data.items import TRAINING_DATA
+from tars_fast.evaluation.results import read_predictions
+from tars_fast.models.registry import find_preset
+from tars_fast.types import UserError
+
+
+@pytest.fixture
+def server():
+    server = JudgeServer()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def open_items(folder: Path, count: int, **fields: object) -> Path:
+    """Some of the bundled questions without their answer set; `fields` may be made of the answer by a function."""
+    path = first_items(TRAINING_DATA, count, folder) / "items.jsonl"
+    rows = []
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        del row["answer_set"]
+        answer = row.pop("answer")
+        rows.append(row | {name: value(answer) if callable(value) else value for name, value in fields.items()})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+SMALL = {"num_steps": 1, "questions_per_step": 2, "group_size": 4, "eval_samples": 0, "eval_items": 2}
+
+
+def test_a_run_with_a_judge_alone(tmp_path, server, monkeypatch):
+    """Nothing but its marks is there to train on; evaluations before and after have them with intervals."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
+    data = open_items(tmp_path / "data", 20, rubric="Is it a number?")
+    config = train.TrainConfig(
+        data=str(data),
+        output_dir=tmp_path / "run",
+        reward=("judge",),
+        judge_url=server.url,
+        accuracy_weight=0.0,
+        objective="grpo",
+        answer_format="plain",
+        **SMALL,
+    )
+    outcome = train.train(config)
+    assert outcome.is_finished
+    after = json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]
+    assert 0 <= after["speech_judge"] <= 1
+    assert len(after["text_judge_ci95"]) == 2
+    assert "speech_accuracy" not in after
+    assert "judge's mark" in (tmp_path / "run" / "report.html").read_text().replace("&#39;", "'")
+    assert any("Is it a number?" in asked["messages"][0]["content"] for asked in server.asked)
+    # Evaluated by itself, as the checkpoint says; without the judge there is nothing to grade by.
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    assert find_preset(checkpoint).answers.name == "plain"
+    settings = {"model": checkpoint, "data": (f"mine={data}",), "output_dir": tmp_path / "evaluated"}
+    with pytest.raises(UserError, match=r"20 of 20 items have nothing to grade answers by .*; add 'answer' to them, or name"):
+        evaluate.evaluate(evaluate.EvaluateConfig(**settings))
+    evaluated = evaluate.evaluate(evaluate.EvaluateConfig(**settings, judge_url=server.url)).evaluation["mine"]
+    assert (evaluated["num_items"], evaluated["num_failed"]) == (20, 0)
+    assert evaluated["speech_judge_ci95"][0] <= evaluated["speech_judge"] <= evaluated["speech_judge_ci95"][1]
+    # A judge that cannot be asked fails its items, which the same command tries again.
+    server.reply = lambda _: (400, "no such model")
+    broken = settings | {"output_dir": tmp_path / "broken"}
+    outcome = evaluate.evaluate(evaluate.EvaluateConfig(**broken, judge_url=server.url))
+    assert outcome.num_failed == 20
+    assert "the judge gave no mark" in read_predictions(tmp_path / "broken", "")[0].failed
+
+
+@pytest.mark.slow
+def test_prompt_settings_go_with_a_checkpoint(tmp_path):
+    """Those of a run are those of evaluation, analysis and export, though the files are gone."""
+    data = open_items(tmp_path / "data", 20, answer_text=lambda answer: [answer, answer.upper()])
+    template, own = tmp_path / "turn.jinja", tmp_path / "is.yaml"
+    template.write_text("Listen: {{ question }}")
+    own.write_text("instruction: Think, then answer.\nanswer: 'answer is (?P<answer>\\w+)'\nwhole: '<think>.*</answer>'\n")
+    config = train.TrainConfig(
+        data=str(data), output_dir=tmp_path / "run", prompt_template=template, answer_format=str(own), **SMALL
+    )
+    train.train(config)
+    after = json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]
+    assert after["text_exact"] == after["text_accuracy"]
+    template.unlink()
+    own.unlink()
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    preset = find_preset(checkpoint)
+    assert (preset.question_template, preset.answers.answer) == ("Listen: {{ question }}", r"answer is (?P<answer>\w+)")
+    evaluate.evaluate(evaluate.EvaluateConfig(model=checkpoint, data=(f"d={data}",), output_dir=tmp_path / "e"))
+    written = json.loads((tmp_path / "e" / "config.json").read_text())["evaluation"]
+    assert (written["prompt_template"], written["answer_format"]["name"]) == ("Listen: {{ question }}", str(own))
+    shared = {result.id for result in read_predictions(tmp_path / "run" / "predictions_after.jsonl", "")}
+    own_results, theirs = (
+        {result.id: result.evaluated.speech.completion for result in read_predictions(path, "") if result.id in shared}
+        for path in (tmp_path / "e", tmp_path / "run" / "predictions_after.jsonl")
+    )
+    assert own_results == theirs
+    analyse.analyse(analyse.AnalyseConfig(model=checkpoint, data=str(data), items=4, output_dir=tmp_path / "a"))
+    assert json.loads((tmp_path / "a" / "analysis.json").read_text())["settings"]["prompt_template"] == "Listen: {{ question }}"
+    export.export(export.ExportConfig(model=checkpoint, output_dir=tmp_path / "exported"))
+    assert find_preset(str(tmp_path / "exported")).answers == preset.answers
+    # Other ones are another evaluation.
+    other = evaluate.EvaluateConfig(model=checkpoint, data=(f"d={data}",), output_dir=tmp_path / "e", answer_format="plain")
+    with pytest.raises(UserError, match="holds an evaluation with other settings or contents"):
+        evaluate.evaluate(other)
+
+
+def test_numbers_are_evaluated_as_numbers(tmp_path):
+    data = open_items(tmp_path / "data", 12, answer_number=NUMBERS.index)
+    outcome = evaluate.evaluate(evaluate.EvaluateConfig(data=(f"d={data}",), output_dir=tmp_path / "e"))
+    figures = outcome.evaluation["d"]
+    assert figures["text_numeric"] == figures["text_accuracy"] > 0.5
+    assert figures["speech_numeric_ci95"][0] <= figures["speech_numeric"]
+    assert "text_exact" not in figures
