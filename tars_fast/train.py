@@ -6,15 +6,15 @@ One step of `run_steps`:
    written one. The engine samples from the trainer's own weights, so there is nothing to synchronise.
 2. Rewards (`learning/rewards/`): every completion earns R_acc + 0.5 R_fmt for its answer and its format. A spoken one also
    earns R_rep and R_beh: how close its hidden states and its words are to a correct written completion of the same question.
+   `--reward` adds functions of a user's own.
 3. Advantages (`learning/advantages.py`): rewards are centred within (question, modality).
 4. Forward pass (`learning/update.py`): one packed pass over every token. The last hidden states give the log-probabilities;
    those of all layers, pooled while the layers run, give R_rep. So rewards and advantages are complete after this pass only.
 5. Update: clipped asymmetric policy loss (DAPO), normalised by the unmasked tokens of the whole batch; backward pass; AdamW.
    Other objectives have other terms (`learning/objectives/`).
 
-Left out on purpose: a second model as the reference of KL (`--kl-coef` takes this one with its adapter off), a value model,
-division by the rewards' standard deviation, a separate forward pass for the old log-probabilities (the first update's own pass
-has them).
+Left out on purpose: a second model as the reference of KL (`--kl-coef` takes this one with its adapter off), a value model, a
+separate forward pass for the old log-probabilities (the first update's own pass has them).
 """
 # ruff: noqa: E402
 

@@ -71,6 +71,9 @@ MAY_CHANGE_ON_RESUME = {
     "audio_cache_gb",
     "audio_cache_dir",
     "audio_cache_dir_gb",
+    "reward_concurrency",
+    "reward_timeout",
+    "judge_url",
 }
 """Settings that a resumed run may change."""
 
@@ -426,7 +429,8 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
     check_leaks(training, held_out)
     num_unanswered = sum(not question.has_answer for question in training)
     if num_unanswered:
-        notes.append(f"{num_unanswered} of {len(training)} training items have no answer, and no rewards")
+        rewards = "R_acc and R_fmt" if config.own_rewards else "rewards"
+        notes.append(f"{num_unanswered} of {len(training)} training items have no answer, and no {rewards}")
     return training, choose_by_id(held_out, config.eval_items), notes
 
 

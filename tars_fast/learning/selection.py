@@ -88,6 +88,11 @@ def check_selection(config: TrainConfig, questions_per_step: int, questions: Seq
         raise UserError(
             f"--select gap: --objective {config.objective} samples no written completions; take --select kl or disagreement"
         )
+    if config.max_redraws and not config.accuracy_weight:
+        raise UserError(
+            f"--max-redraws {config.max_redraws}: goes by right answers, which --accuracy-weight 0 does not train on; leave it "
+            "out"
+        )
     setting = f"--select {config.select}" if config.select != "all" else f"--max-redraws {config.max_redraws}"
     needs_answers = config.select in ("gap", "disagreement") or config.max_redraws
     if needs_answers and not any(question.has_answer for question in questions):

@@ -210,13 +210,13 @@ class Learner:
             of_states = {}
             if pooled:
                 pooled_LND = torch.cat(pooled, dim=1)
+                if self.means is not None:
+                    is_speech_N = torch.tensor([one.modality is Modality.SPEECH for one in completions])
+                    self.means.add(self._chosen(pooled_LND, self.config.representation_layers), is_speech_N)
                 for reward in self.rewards.of_states:
                     states = self._chosen(pooled_LND, reward.layers).unbind(1)
                     inputs = reward_inputs(completions, rollout.questions, references, states)
                     of_states[reward.name] = reward_values(reward, inputs)
-                if self.means is not None:
-                    is_speech_N = torch.tensor([one.modality is Modality.SPEECH for one in completions])
-                    self.means.add(self._chosen(pooled_LND, self.config.representation_layers), is_speech_N)
             scored.record_rewards(rows, of_states)
 
     def backward(self, scored: ScoredRollout, batch: MicroBatch, teacher: TeacherStates | None = None) -> list[BackwardPass]:

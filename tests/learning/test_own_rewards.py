@@ -26,6 +26,7 @@ from tars_fast.learning.rewards.matching import NumericMatch, PatternMatch, exac
 from tars_fast.learning.rewards.overlong import SoftOverlong
 from tars_fast.learning.rewards.reward import AsyncCalls, Reward, RewardError, reward_values
 from tars_fast.learning.rewards.total import RESERVED_NAMES, Rewards, load_own_rewards, total_reward
+from tars_fast.learning.selection import check_selection
 from tars_fast.train import train
 from tars_fast.types import Completion, Modality, Question, UserError
 
@@ -64,7 +65,7 @@ def test_what_a_function_gets():
 
 @pytest.mark.parametrize("given", [
     lambda inputs: [1, None, 0.5, True],
-    lambda inputs: (1, None, np.float32(0.5), torch.tensor(1.0)),
+    lambda inputs: (np.True_, None, np.float32(0.5), torch.tensor(1.0)),
     lambda inputs: torch.tensor([1, 0, 0.5, 1]),
     lambda inputs: np.array([1, 0, 0.5, 1]),
 ])  # fmt: skip
@@ -87,6 +88,8 @@ def raises_for_more(inputs):
         (lambda inputs: [0, float("nan"), 0, 0], "is nan for a completion of item 'a': 'The answer is one.'"),
         (lambda inputs: [0, 0, 0, -float("inf")], "is -inf for a completion of item 'b': 'written'"),
         (lambda inputs: [1e300] * 4, r"is 1e\+300 for a completion of item 'a'"),
+        (lambda inputs: [10**400] * 4, r"is 1000\d+ for a completion of item 'a'"),
+        (lambda inputs: [2 + 1j] * 4, r"is \(2\+1j\) for a completion of item 'a'"),
         (lambda inputs: [0, [], 0, 0], r"is \[\] for a completion of item 'a'"),
         (raises_for_more, r"raised ZeroDivisionError\('division by zero'\) for a completion of item 'b': 'more'"),
         (lambda inputs: {}[len(inputs) == 4 and 3], r"raised KeyError\(3\) for a completion|raised KeyError\(3\) for 4"),
@@ -196,6 +199,8 @@ def test_what_cannot_be_loaded(config, tmp_path, monkeypatch):
             load_own_rewards(dataclasses.replace(config, reward=(f"mine:{name}",)))
     with pytest.raises(UserError, match="two rewards are called 'f'"):
         load_own_rewards(dataclasses.replace(config, reward=("one:f", "two:f")))
+    with pytest.raises(UserError, match="--max-redraws 1: goes by right answers, which --accuracy-weight 0"):
+        check_selection(dataclasses.replace(config, max_redraws=1, accuracy_weight=0.0), 4, QUESTIONS)
     with pytest.raises(UserError, match="--overlong-tokens 41: more than --max-new-tokens 40"):
         load_own_rewards(dataclasses.replace(config, reward=("overlong",), overlong_tokens=41))
 
@@ -285,12 +290,18 @@ def test_async_functions_that_fail(calls, function, said):
         late.of([2])
 
 
-def test_calls_that_hang_do_not_keep_a_run_from_ending():
+async def blocks(completions):
+    time.sleep(2)
+
+
+@pytest.mark.parametrize("function", [hangs, blocks])
+def test_calls_that_hang_do_not_keep_a_run_from_ending(function, monkeypatch):
+    monkeypatch.setattr("tars_fast.learning.rewards.reward._PATIENCE", 0.2)
     calls = AsyncCalls(concurrency=2, timeout=600)
-    calls.begin(Reward("mine", hangs), INPUTS)
+    calls.begin(Reward("mine", function), INPUTS)
     began = time.monotonic()
     calls.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 1.5
 
 
 MIXED = """
@@ -306,7 +317,7 @@ async def later(completions):
 
 @asks_for(layers="2-3")
 def norm(completions):
-    return [float(c.states.norm()) for c in completions]
+    return [float(c.states.mul_(2).norm()) / 2 for c in completions]
 
 @asks_for(reference=True, background=True)
 def near(completions):
@@ -470,7 +481,8 @@ async def f(completions):
         train(
             run_config(data, tmp_path, source, "f=0.25", num_steps=3, output_dir=again, resume=True, advantage="standardised")
         )
-    train(dataclasses.replace(config, output_dir=again, resume=True))
+    # Where the calls go and how many may is no part of what a run is.
+    train(dataclasses.replace(config, output_dir=again, resume=True, reward_concurrency=3, reward_timeout=5.0))
     figures = [
         [
             {name: value for name, value in json.loads(line).items() if not name.startswith("seconds/")}

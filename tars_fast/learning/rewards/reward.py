@@ -8,7 +8,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -21,6 +21,8 @@ from tars_fast.support.timing import is_out_of_memory
 from tars_fast.types import Modality, TrainingError
 
 _LARGEST = torch.finfo(torch.float32).max
+_PATIENCE = 5
+"""Seconds for calls to end once they are cancelled."""
 
 
 class RewardError(TrainingError):
@@ -84,8 +86,7 @@ def reward_values(reward: Reward, inputs: Sequence[RewardInput]) -> Tensor:
     asked = [inputs[place] for place in places]
     if asked:
         with _explained(reward, asked):
-            returned = reward.function(list(asked))
-        values_N[places] = _checked(reward, asked, returned)
+            values_N[places] = _checked(reward, asked, reward.function(list(asked)))
     return values_N
 
 
@@ -97,7 +98,8 @@ def _explained(reward: Reward, asked: Sequence[RewardInput]) -> Iterator[None]:
         raise
     # `sys.exit` too, which would end the run without a word.
     except (Exception, SystemExit) as error:
-        if is_out_of_memory(error):
+        # Elsewhere, where a judge runs, memory is not ours.
+        if not reward.is_async and is_out_of_memory(error):
             raise
         one = asked[0] if len(asked) == 1 or reward.is_async else _culprit(reward, asked)
         if one is None:
@@ -129,13 +131,20 @@ def _checked(reward: Reward, asked: Sequence[RewardInput], returned: Any) -> Ten
     for one, value in zip(asked, values, strict=True):
         if value is None:
             continue
-        value = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
-        if not isinstance(value, Real) or not abs(float(value)) <= _LARGEST:
+        if _as_float(value) is None:
             raise RewardError(
                 f"reward {reward.name!r} is {value!r:.100} for a completion of item {one.question.id!r}: {one.text!r:.200}; "
                 "give a finite number, or None"
             )
-    return torch.tensor([math.nan if value is None else float(value) for value in values])
+    return torch.tensor([math.nan if (number := _as_float(value)) is None else number for value in values])
+
+
+def _as_float(value: Any) -> float | None:
+    """A number that fp32 has; None for anything else. A bool counts as a number, a text does not."""
+    number: Any = value.item() if getattr(value, "ndim", None) == 0 else value
+    is_real = isinstance(number, Real)
+    # Comparisons of whole numbers have no bound, and none with NaN is true.
+    return float(number) if is_real and -_LARGEST <= number <= _LARGEST else None
 
 
 @dataclass(frozen=True)
@@ -202,22 +211,23 @@ class AsyncCalls:
             try:
                 async with asyncio.timeout(self._timeout):
                     with _explained(reward, [one]):
-                        returned = await function([one])
+                        return _checked(reward, [one], await function([one]))
             except TimeoutError as error:
                 raise RewardError(
                     f"reward {reward.name!r} took longer than --reward-timeout {self._timeout:g} s for a completion of item "
                     f"{one.question.id!r}: {one.text!r:.200}"
                 ) from error
-        return _checked(reward, [one], returned)
 
     def close(self) -> None:
         """Stop what is under way, and end the thread."""
         if self._loop is None:
             return
-        asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        # A function that blocks its thread, against the rules of async ones, is left to end with the process.
+        with suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result(_PATIENCE)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
         self._loop = None
         self._executor.shutdown(wait=False, cancel_futures=True)
 

@@ -131,7 +131,8 @@ class Rewards:
         self.means = RunningMeans() if config.representation_centre else None
         """Of R_rep; None where it compares states as they are."""
         self.own = own or load_own_rewards(config)
-        others = list(self.own.rewards)
+        # In front of a user's own, which might change the states that they are given.
+        others = []
         if config.parts.uses_agreement:
             others.append(Reward("agreement", agreement))
         if config.samples_text:
@@ -139,6 +140,7 @@ class Rewards:
             others.append(Reward("representation", representation, weights.get("representation", 0.0)))
         if "behaviour" in weights:
             others.append(Reward("behaviour", Behaviour(text_similarity or HashedNgrams()), weights["behaviour"]))
+        others += self.own.rewards
         self.known: list[Reward] = [reward for reward in others if not reward.is_late]
         """Known before the forward pass, beside those of `completion_rewards`."""
         self.in_background: list[Reward] = [reward for reward in others if reward.in_background]
