@@ -277,7 +277,7 @@ def test_a_run_with_evaluations_on_the_way_resumes_bit_for_bit(validated, small_
 def test_a_run_stops_early_where_nothing_gets_better_and_keeps_the_best(small_eval, tmp_path, monkeypatch, capsys):
     """Best after its first step, by figures that are made up; resumed it does not go on."""
     values = iter([0.2, 0.7, 0.7, 0.6, 0.9])
-    monkeypatch.setattr("tars_fast.train.curve_point", lambda _: {"validation/text_accuracy": next(values)})
+    monkeypatch.setattr("tars_fast.evaluation.training_run.curve_point", lambda _: {"validation/text_accuracy": next(values)})
     items = first_items(HELD_OUT_DATA, 2, tmp_path / "validation")
     config = small_config(tmp_path / "run", small_eval, num_steps=8, eval_every=1, validation_data=str(items), eval_samples=0)
     config = dataclasses.replace(config, keep_best="text_accuracy", early_stop=2, save_every=1, keep_checkpoints=1)
@@ -574,7 +574,7 @@ def test_settings_of_a_run_leave_nothing_open(tmp_path):
     assert open_fields == {
         "data", "eval_data", "kv_cache_gb", "lora_targets", "max_logprob_diff", "audio_cache_dir", "eval_items",
         "validation_data", "keep_best", "push_to_hub", "judge_url", "judge_model", "judge_template", "overlong_tokens",
-        "reward_pattern",
+        "reward_pattern", "system_prompt", "prompt_template", "answer_format",
     }  # fmt: skip
     assert {name for name, value in vars(run).items() if value is None} <= open_fields
     with pytest.raises(TypeError, match="output_dir"):
