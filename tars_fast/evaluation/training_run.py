@@ -61,5 +61,7 @@ def validate(run: Run, warn: Callable[[str], None], num_completed: int) -> dict[
     if failed:
         warn(f"{len(failed)} of {len(results)} validation items failed; the first, {failed[0].id!r}: {failed[0].failed}")
     metrics = {"step": num_completed} | curve_point(results)
+    if config.keep_best is not None and f"validation/{config.keep_best}" not in metrics:
+        warn(f"--keep-best {config.keep_best}: the validation items give no such figure after {num_completed} steps")
     run.best.record(metrics)
     return metrics | {"seconds/evaluation": time.perf_counter() - started}
