@@ -32,6 +32,12 @@ BestMetric = Literal[
     "text_accuracy_sampled",
     "mrr_same_model",
     "behaviour_similarity",
+    "speech_exact",
+    "text_exact",
+    "speech_numeric",
+    "text_numeric",
+    "speech_judge",
+    "text_judge",
 ]
 """Figures of an evaluation by which a checkpoint can be the best; larger is better."""
 _EMBEDDER_BYTES = int(1.2e9)

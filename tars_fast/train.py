@@ -27,21 +27,17 @@ from tars_fast.support.cli import FAILED, INTERRUPTED, answer_early, run_command
 answer_early(__name__, TrainConfig, "python -m tars_fast.train")
 
 import dataclasses
-import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from tars_kernels import use_reference
 
-from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
-from tars_fast.evaluation.figures import change_since, curve_point, report, text_reference
-from tars_fast.evaluation.results import PREDICTIONS, ItemResult, read_own
+from tars_fast.evaluation.training_run import evaluate_now, read_before, validate
 from tars_fast.learning.loader import LoadedRollout, RolloutLoader
 from tars_fast.learning.metrics import (
     LOOKED_BACK,
@@ -52,8 +48,7 @@ from tars_fast.learning.metrics import (
     completion_metrics,
 )
 from tars_fast.learning.optimizer import learning_rate_at
-from tars_fast.learning.rewards.judge import find_judge
-from tars_fast.learning.run import Interrupt, Run, evaluation_source, open_run, plan_run, profiled
+from tars_fast.learning.run import Interrupt, Run, open_run, plan_run, profiled
 from tars_fast.learning.samples import choose_samples
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.selection import outcomes_of
@@ -61,17 +56,10 @@ from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import join_workers
 from tars_fast.models.memory import describe
 from tars_fast.models.publish import HubRepository
-from tars_fast.models.registry import find_preset, list_checkpoints
+from tars_fast.models.registry import find_preset
 from tars_fast.reports.log import RunLog
 from tars_fast.reports.loggers import check_loggers
-from tars_fast.reports.model_card import CardSubject, model_card
-from tars_fast.reports.plots import ACCURACY_PLOT, accuracy_plot, can_plot, write_png
-from tars_fast.reports.run_page import write_progress, write_report
-from tars_fast.reports.tables import describe_point, print_summary
-from tars_fast.support.files import write_atomically
-from tars_fast.support.progress import item_progress
-from tars_fast.support.timing import explain_out_of_memory
-from tars_fast.types import Question
+from tars_fast.reports.training_run import publish, show_validation, write_evaluation
 
 
 @dataclass(frozen=True)
@@ -83,7 +71,8 @@ class TrainOutcome:
     is_finished: bool
     """False: it was interrupted, and can be resumed."""
     evaluation: dict[str, dict[str, Any]] | None
-    """The content of evaluation.json: `before`, `after`, `change`. None where the run was interrupted, and in all processes but
+    """The content of evaluation.json: `before`, `after`, `change`, with `--keep-best` also `best`, and `stopped` after
+    `--early-stop`. None where the run was interrupted, and in all processes but
     the first."""
 
     @property
@@ -108,8 +97,8 @@ def train(config: TrainConfig) -> TrainOutcome:
         if run.num_completed:
             before = read_before(run)
         else:
-            before = evaluate_now(run, log, "before")
-            if start := validate(run, log, 0):
+            before = evaluate_now(run, log.console, "before")
+            if start := validate(run, log.warn, 0):
                 log.write(start)
                 show_validation(run, log, start)
         interrupt = Interrupt()
@@ -122,11 +111,9 @@ def train(config: TrainConfig) -> TrainOutcome:
                     file=sys.stderr,
                 )
             return TrainOutcome(run.config.output_dir, False, None)
-        after = evaluate_now(run, log, "after")
+        after = evaluate_now(run, log.console, "after")
         # Only the first process reports. Were another to fail meanwhile, torchrun would end it in the middle of its report.
-        evaluation = write_evaluation(run, log, before, after) if workers.is_first else None
-        if evaluation is not None:
-            publish(run, log, hub, list_checkpoints(run.config.output_dir)[-1][0], evaluation)
+        evaluation = write_evaluation(run, log, before, after, hub) if workers.is_first else None
         return TrainOutcome(run.config.output_dir, True, evaluation)
 
 
@@ -159,7 +146,7 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt, hub: HubRepository | 
             metrics = {"step": step + 1, "learning_rate": learning_rate_at(config, step)} | metrics
             metrics |= step_metrics(run, scored, loaded, step) | {"seconds/step": time.perf_counter() - started}
             metrics |= learner.written_kl(step + 1)
-            validated = validate(run, log, step + 1)
+            validated = validate(run, log.warn, step + 1)
             metrics |= validated
             history.append(metrics)
             log.step(metrics)
@@ -235,96 +222,6 @@ def step_metrics(run: Run, scored: ScoredRollout | None, loaded: LoadedRollout, 
     metrics = completion_metrics(columns) | run.selection.record(step, [outcome for part in outcomes for outcome in part])
     beside = {f"beside/{name.removeprefix('seconds/')}": seconds for name, seconds in loaded.seconds.items()}
     return metrics | run.learner.timer.take() | beside
-
-
-def evaluate_now(run: Run, log: RunLog, when: str) -> list[ItemResult]:
-    """Answer the evaluation items and write predictions_<when>.jsonl."""
-    log.say(f"evaluating {when} training")
-    with item_progress(log.console, len(run.data.held_out)) as advance:
-        results = answer_items(run, run.data.held_out, run.evaluation_name, advance)
-    if run.workers.is_first:
-        path = run.config.output_dir / f"predictions_{when}.jsonl"
-        write_atomically(path, "".join(result.to_line() for result in results))
-    return results
-
-
-def answer_items(
-    run: Run, questions: Sequence[Question], name: str, advance: Callable[[int], None] = lambda _: None
-) -> list[ItemResult]:
-    """See `Evaluator.evaluate`. Nothing that training draws or remembers is touched."""
-    config = run.config
-    settings = EvaluationSettings(config.max_new_tokens, config.eval_samples, config.temperature, config.seed)
-    evaluator = Evaluator(run.model, run.engine, run.text_similarity, settings, run.workers, find_judge(config))
-    with explain_out_of_memory("evaluation"):
-        return evaluator.evaluate(questions, name, advance)
-
-
-def validate(run: Run, log: RunLog, num_completed: int) -> dict[str, float]:
-    """Figures of the validation items after so many steps, also for `run.best`; empty where it is not time for them."""
-    config = run.config
-    if not config.eval_every or (num_completed % config.eval_every and num_completed != config.num_steps):
-        return {}
-    started = time.perf_counter()
-    results = answer_items(run, run.data.validation, "validation")
-    failed = [result for result in results if result.failed is not None]
-    if failed:
-        log.warn(f"{len(failed)} of {len(results)} validation items failed; the first, {failed[0].id!r}: {failed[0].failed}")
-    metrics = {"step": num_completed} | curve_point(results)
-    run.best.record(metrics)
-    return metrics | {"seconds/evaluation": time.perf_counter() - started}
-
-
-def show_validation(run: Run, log: RunLog, metrics: Mapping[str, float]) -> None:
-    """Say what `validate` found, and write the report as far as the run has come."""
-    num_items = len(run.data.validation)
-    log.say(f"after {metrics['step']} steps, {num_items} validation items: {', '.join(describe_point(metrics))}")
-    if run.workers.is_first:
-        write_progress(run.config.output_dir, int(metrics["step"]), run.data.training)
-
-
-def publish(
-    run: Run, log: RunLog, hub: HubRepository | None, step: int, evaluation: Mapping[str, Any] = MappingProxyType({})
-) -> None:
-    """Upload a checkpoint with its model card, where that is asked for; what goes wrong is a warning."""
-    if hub is None:
-        return
-    config, model = run.config, run.model
-    dtype = None if config.lora_rank else str(model.module.dtype).removeprefix("torch.")
-    merge_first = model.family.adapter_folder if config.lora_rank else ""
-    subject = CardSubject(hub.name.partition("/")[2], config.model, dtype, merge_first)
-    settings = json.loads((config.output_dir / "config.json").read_text(encoding="utf-8"))
-    card = model_card(subject, settings, evaluation)
-    if (problem := hub.push(config.output_dir / f"checkpoint-{step}", card, f"after {step} steps")) is not None:
-        log.warn(problem)
-
-
-def read_before(run: Run) -> list[ItemResult]:
-    """What the evaluation before training gave, of all items. Raises UserError, with the command that makes it again."""
-    config, path = run.config, run.config.output_dir / "predictions_before.jsonl"
-    source = evaluation_source(config)
-    remedy = (
-        f"python -m tars_fast.evaluate --model {config.model} --data {run.evaluation_name}={source} --samples "
-        f"{config.eval_samples} --output-dir DIR, and copy DIR/{PREDICTIONS} to it"
-    )
-    return read_own(path, run.evaluation_name, run.data.held_out, remedy)
-
-
-def write_evaluation(run: Run, log: RunLog, before: list[ItemResult], after: list[ItemResult]) -> dict[str, dict[str, Any]]:
-    """Write evaluation.json, the figure and the report; returns the first one's content."""
-    output_dir, reference = run.config.output_dir, text_reference(before)
-    parts = {"before": report(before, reference), "after": report(after, reference)}
-    evaluation = parts | {"change": change_since(after, before)}
-    if run.best.metric is not None:
-        evaluation["best"] = {"step": run.best.step, "metric": run.best.metric, "value": run.best.value}
-    last_step = list_checkpoints(output_dir)[-1][0]
-    if last_step < run.config.num_steps:
-        evaluation["stopped"] = {"step": last_step}
-    write_atomically(output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
-    if can_plot() and all("speech_accuracy" in part for part in parts.values()):
-        write_png(output_dir / ACCURACY_PLOT, accuracy_plot({"held-out items": parts}))
-    write_report(output_dir, {run.evaluation_name: run.data.held_out}, training=run.data.training)
-    print_summary(log, evaluation, output_dir)
-    return evaluation
 
 
 def command(config: TrainConfig) -> int:

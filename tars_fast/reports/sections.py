@@ -31,6 +31,9 @@ _ENDS = 10
 _ON_VALIDATION = {
     "Greedy accuracy": {"speech": "speech_accuracy", "text": "text_accuracy"},
     "Accuracy of samples": {"speech": "speech_accuracy_sampled", "text": "text_accuracy_sampled"},
+    "Exact match": {"speech": "speech_exact", "text": "text_exact"},
+    "Right number": {"speech": "speech_numeric", "text": "text_numeric"},
+    "Judge's mark": {"speech": "speech_judge", "text": "text_judge"},
     "Similarity of completions": {"words": "behaviour_similarity"},
     "Answers that cannot be read": {"speech": "speech_unparsed", "text": "text_unparsed"},
 }

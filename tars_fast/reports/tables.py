@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -63,13 +64,15 @@ def figure_cell(report: Mapping[str, Any], name: str, sign: str = "", ends_spec:
 
 
 def describe_point(metrics: Mapping[str, float]) -> list[str]:
-    """The accuracies of a `curve_point` in words."""
-    names = ("speech_accuracy", "text_accuracy")
-    reports = {}
-    for name in names:
+    """The accuracies of a `curve_point` and the grades of open questions, in words."""
+    described = []
+    for what, modality in itertools.product(("accuracy", "exact", "numeric", "judge"), Modality):
+        name = f"{modality}_{what}"
         value, low, high = (metrics.get(f"validation/{name}{end}") for end in ("", "/low", "/high"))
-        reports[name] = {name: value, f"{name}_ci95": None if low is None or high is None else [low, high]}
-    return [f"{FIGURES[name].title} {figure_cell(reports[name], name)}" for name in names]
+        if value is not None:
+            report = {name: value, f"{name}_ci95": None if low is None or high is None else [low, high]}
+            described.append(f"{FIGURES[name].title} {figure_cell(report, name)}")
+    return described
 
 
 def shown(

@@ -18,10 +18,11 @@ import torch
 from items import first_items
 
 from tars_fast import evaluate
-from tars_fast.config import RunConfig, TrainConfig
+from tars_fast.config import BestMetric, RunConfig, TrainConfig
 from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA, load_questions
 from tars_fast.data.splits import data_fingerprint, split_by_id
+from tars_fast.evaluation.figures import FIGURES
 from tars_fast.evaluation.results import read_predictions
 from tars_fast.export import ExportConfig, find_evaluation, run_of
 from tars_fast.learning.metrics import check_progress
@@ -276,8 +277,13 @@ def test_a_run_with_evaluations_on_the_way_resumes_bit_for_bit(validated, small_
 
 def test_a_run_stops_early_where_nothing_gets_better_and_keeps_the_best(small_eval, tmp_path, monkeypatch, capsys):
     """Best after its first step, by figures that are made up; resumed it does not go on."""
-    values = iter([0.2, 0.7, 0.7, 0.6, 0.9])
-    monkeypatch.setattr("tars_fast.train.curve_point", lambda _: {"validation/text_accuracy": next(values)})
+
+    def point_of(_results):
+        value = next(values)
+        return {} if value is None else {"validation/text_accuracy": value}
+
+    values = iter([0.2, 0.7, None, 0.6, 0.9])
+    monkeypatch.setattr("tars_fast.evaluation.training_run.curve_point", point_of)
     items = first_items(HELD_OUT_DATA, 2, tmp_path / "validation")
     config = small_config(tmp_path / "run", small_eval, num_steps=8, eval_every=1, validation_data=str(items), eval_samples=0)
     config = dataclasses.replace(config, keep_best="text_accuracy", early_stop=2, save_every=1, keep_checkpoints=1)
@@ -287,7 +293,9 @@ def test_a_run_stops_early_where_nothing_gets_better_and_keeps_the_best(small_ev
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert evaluation["best"] == {"step": 1, "metric": "text_accuracy", "value": 0.7}
     assert evaluation["stopped"] == {"step": 3}
-    assert "stopped early, after 3 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stopped early, after 3 steps" in said
+    assert said.count("--keep-best text_accuracy: the validation items give no such figure after 2 steps") == 1
     assert command(dataclasses.replace(config, resume=True)) == 0
     assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3]
     # The model card has the figures of the last checkpoint, whichever step that is.
@@ -298,6 +306,7 @@ def test_a_run_stops_early_where_nothing_gets_better_and_keeps_the_best(small_ev
 
 
 def test_validation_items_are_neither_trained_on_nor_held_out(small_eval, tmp_path):
+    assert set(get_args(BestMetric)) <= FIGURES.keys()
     config = TrainConfig(eval_every=1)
     training, held_out, _ = load_data(config)
     again, validation = load_validation(config, training, held_out)
@@ -574,7 +583,7 @@ def test_settings_of_a_run_leave_nothing_open(tmp_path):
     assert open_fields == {
         "data", "eval_data", "kv_cache_gb", "lora_targets", "max_logprob_diff", "audio_cache_dir", "eval_items",
         "validation_data", "keep_best", "push_to_hub", "judge_url", "judge_model", "judge_template", "overlong_tokens",
-        "reward_pattern",
+        "reward_pattern", "system_prompt", "prompt_template", "answer_format",
     }  # fmt: skip
     assert {name for name, value in vars(run).items() if value is None} <= open_fields
     with pytest.raises(TypeError, match="output_dir"):

@@ -18,7 +18,7 @@ from items import first_items
 from safetensors.torch import load_file
 from steps import rollout_of, update
 
-from tars_fast.data.items import TRAINING_DATA, VALIDATION_DATA
+from tars_fast.data.items import HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA
 from tars_fast.learning.metrics import completion_columns, completion_metrics
 from tars_fast.learning.rewards.reward import completed
 from tars_fast.learning.workers import Workers
@@ -131,6 +131,7 @@ def items(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("items")
     first_items(TRAINING_DATA, 16, folder / "training")
     first_items(VALIDATION_DATA, 10, folder / "evaluation")
+    first_items(HELD_OUT_DATA, 4, folder / "validation")
     (folder / "train.py").write_text(SMALL_SLICES)
     return folder
 
@@ -144,13 +145,15 @@ def command(items: Path, run: Path, *flags: object) -> list[str]:
 @pytest.mark.parametrize(
     ("engine", "settings"),
     [
-        # With --select each process must know what the other's share has shown, and have other questions in reserve.
-        ("transformers", ("--select", "gap", "--max-redraws", "1")),
+        # With --select each process must know what the other's share has shown, and have other questions in reserve; with
+        # --keep-best both must know which step is the best.
+        ("transformers", ("--select", "gap", "--max-redraws", "1", "--eval-every", "1", "--keep-best", "text_accuracy")),
         pytest.param("vllm", (), marks=pytest.mark.vllm),
     ],
 )
 def test_two_processes_make_one_run_which_resumes(items, tmp_path, engine, settings):
     run = tmp_path / "run"
+    settings = (*settings, "--validation-data", str(items / "validation")) if settings else ()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for num_steps, more in ((4, []), (4, ["--resume"])):
         if more:
@@ -165,15 +168,16 @@ def test_two_processes_make_one_run_which_resumes(items, tmp_path, engine, setti
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("in 2 processes") == 1, "one of them speaks"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert [step["step"] for step in steps] == [*range(0 if settings else 1, 5)]
     earlier = [json.loads(line) for line in resumed_from]
     for one, two in zip(steps, earlier, strict=True):
         same = [name for name in one if not name.startswith("seconds/")]
         assert {name: one[name] for name in same} == {name: two[name] for name in same}
-    assert max(step["logprob_diff_max"] for step in steps) < 1e-3
+    assert max(step["logprob_diff_max"] for step in steps if step["step"]) < 1e-3
     if settings:
         drawn = [json.loads(line)["num_drawn"] for line in (run / "selection.jsonl").read_text().splitlines()]
-        assert sum(drawn) == sum(step["sampled/questions"] for step in steps) > 16
+        assert sum(drawn) == sum(step["sampled/questions"] for step in steps if step["step"]) > 16
+        assert all("validation/text_accuracy/low" in step for step in steps)
     predictions = [json.loads(line)["id"] for line in (run / "predictions_after.jsonl").read_text().splitlines()]
     assert predictions == [json.loads(line)["id"] for line in (items / "evaluation" / "items.jsonl").read_text().splitlines()]
     assert len(load_file(run / "checkpoint-4" / "model.safetensors")) > 10
