@@ -6,7 +6,8 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -35,6 +36,17 @@ class JudgeServer(ThreadingHTTPServer):
         with self._lock:
             self._running += change
             self.most = max(self.most, self._running)
+
+
+@contextmanager
+def judge_server() -> Iterator[JudgeServer]:
+    """One that answers until the context is left."""
+    with JudgeServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -4,7 +4,7 @@
 - `ifeval` (ifeval.py): which of an item's instructions a completion follows, checked by the package if-verifiable, which brings
   Google's checks as VoiceBench copied them (arXiv 2311.07911).
 - `bbh` (bbh.py): which of an item's two answers a completion gives. Its phrases that any model could write are here, written
-  anew as patterns; those that it took whole from answers of single models are left out, about a hundred.
+  anew as patterns; those that it took whole from answers of single models are left out.
 
 Left out: PEDANT for `sd-qa` (qa.py), whose package fetches pickled classifiers and runs what they hold; a judge, which
 VoiceBench asks beside it, and exact match stand in its place. Scores of `alpacaeval` and `commoneval` (open.py) are a judge's.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 
 import pytest
 from items import first_items
-from judge_server import JudgeServer
+from judge_server import judge_server
 
 from tars_fast import analyse, evaluate, export, train
 from tars_fast.data.items import TRAINING_DATA
@@ -19,13 +18,8 @@ from tars_fast.types import UserError
 
 @pytest.fixture
 def server():
-    server = JudgeServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with judge_server() as server:
+        yield server
 
 
 def open_items(folder: Path, count: int, **fields: object) -> Path:

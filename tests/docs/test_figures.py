@@ -74,29 +74,47 @@ def test_the_arms():
     assert "+1.7 [-1.7, +5.4], five seeds each, p = 0.83" in words_of("README.md")
 
 
-def test_the_other_objectives():
-    ablation = read("evidence_pocket/ablation.json")
-    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in lines_of("docs/ablations.md") if line.startswith("|")]
-    tables = {" ".join(row[:2]): row[2:] for row in rows if len(row) == 8}
-    names = {"grpo_4e-4": "`grpo` 4e-4", "tars_8e-4": "`tars` 8e-4", "opd_4e-4": "`opd` 4e-4", "start": "before training "}
-    names["opd-anchored_8e-4"] = "`opd`, `--text-anchor kl` 8e-4"
+@pytest.mark.parametrize(("task", "table"), [("pocket", "| arm | rate |"), ("pocket-hard", "| arm of `pocket-hard` | rate |")])
+def test_the_other_objectives(task, table):
+    ablation = read(f"evidence_{task}/ablation.json")
+    lines = lines_of("docs/ablations.md")
+    (head,) = [number for number, line in enumerate(lines) if line.startswith(table)]
+    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in lines[head + 2 : head + 7]]
+    (start, *arms) = rows
     keys = ("speech_accuracy_sampled", "speech_accuracy", "text_accuracy_sampled", "text_accuracy")
-    minus = ablation["minus_grpo_4e-4"]
-    for arm, figures in {"start": ablation["start"], **ablation["arms"]}.items():
-        row = tables[names[arm]]
-        assert row[:4] == [cell(figures, key) for key in keys]
-        if arm in minus:
-            assert row[4] == cell(minus[arm], "speech_accuracy_sampled", "+")
-            assert float(row[5]) == pytest.approx(minus[arm]["speech_accuracy_sampled_p_holm"], rel=0.05)
-    best, text = minus["opd-anchored_8e-4"], words_of("README.md")
-    assert f"ends at {100 * ablation['arms']['opd-anchored_8e-4']['speech_accuracy']:.1f} % greedy" in text
+    assert start[2:6] == [cell(ablation["start"], key) for key in keys]
+    names = {"`grpo`": "grpo", "`tars`": "tars", "`opd`": "opd", "`opd`, `--text-anchor kl`": "opd-anchored"}
+    chosen = read(f"evidence_{task}_rates.json")["arms"]
+    baseline = f"grpo_{chosen['grpo']['chosen']}"
+    minus = ablation[f"minus_{baseline}"]
+    assert set(ablation["arms"]) == {f"{names[name]}_{rate}" for name, rate, *_ in arms}
+    for name, rate, *figures, difference, p in arms:
+        arm = f"{names[name]}_{rate}"
+        assert chosen[names[name]]["chosen"] == rate
+        assert figures == [cell(ablation["arms"][arm], key) for key in keys]
+        if arm != baseline:
+            assert difference == cell(minus[arm], "speech_accuracy_sampled", "+")
+            assert float(p) == pytest.approx(minus[arm]["speech_accuracy_sampled_p_holm"], rel=0.05)
+
+
+def test_the_other_objectives_in_short():
+    easier, harder = (read(f"evidence_{task}/ablation.json") for task in ("pocket", "pocket-hard"))
+    text, page = words_of("README.md"), words_of("docs/ablations.md")
+    best = easier["minus_grpo_4e-4"]["opd-anchored_8e-4"]
+    assert f"ends at {100 * easier['arms']['opd-anchored_8e-4']['speech_accuracy']:.1f} % greedy" in text
     low, high = (100 * bound for bound in best["speech_accuracy_sampled_ci95"])
     assert f"{100 * best['speech_accuracy_sampled']:.1f} points above plain GRPO ([{low:+.1f}, {high:+.1f}]" in text
     assert f"text greedy {100 * best['text_accuracy']:+.1f}, with half the sampled tokens" in text
-    sampled = [round(ablation["arms"][arm]["sampled_tokens"], -3) for arm in ("opd-anchored_8e-4", "grpo_4e-4")]
-    assert "({:,.0f} against {:,.0f}".format(*sampled) in words_of("docs/ablations.md")
-    chosen = read("evidence_pocket_rates.json")["arms"]
-    assert {f"{arm}_{own['chosen']}" for arm, own in chosen.items()} == set(ablation["arms"])
+    ends = [100 * harder["arms"][arm]["speech_accuracy_sampled"] for arm in ("opd-anchored_4e-4", "grpo_4e-4")]
+    begins = 100 * harder["start"]["speech_accuracy_sampled"]
+    best = harder["minus_grpo_4e-4"]["opd-anchored_4e-4"]
+    assert f"starts at {begins:.1f} %, it ends at {ends[0]:.1f} % and plain GRPO at {ends[1]:.1f} %" in text
+    assert f"({cell(best, 'speech_accuracy_sampled', '+')}), text greedy {100 * best['text_accuracy']:+.1f}" in text
+    assert f"rises by {ends[0] - begins:.1f} points where plain GRPO rises by {ends[1] - begins:.1f}" in page
+    for ablation, arms in ((easier, ("opd-anchored_8e-4", "grpo_4e-4")), (harder, ("opd-anchored_4e-4", "grpo_4e-4"))):
+        assert "{:,.0f} against {:,.0f}".format(*(round(ablation["arms"][arm]["sampled_tokens"], -3) for arm in arms)) in page
+        seeds = [ablation["arms"][arm]["speech_accuracy_sampled_by_seed"] for arm in arms]
+        assert min(seeds[0]) > max(seeds[1]), "in every seed"
 
 
 def test_routing_with_and_without_replay():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
-from judge_server import JudgeServer
+from judge_server import JudgeServer, judge_server
 
 from tars_fast.learning.rewards import judge as judge_module
 from tars_fast.learning.rewards.inputs import reward_inputs
@@ -21,13 +19,8 @@ def server(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     # The next try would wait as long as for a real one.
     monkeypatch.setattr(judge_module, "_WAIT", 0.01)
-    server = JudgeServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with judge_server() as server:
+        yield server
 
 
 def marks(server: JudgeServer, texts: list[str], concurrency: int = 8, **settings) -> list[float | None]:
