@@ -21,14 +21,13 @@ from dataclasses import dataclass, field
 
 import torch
 from engine import timed
-from tars_kernels import linear_logprob, pool_sequences
+from tars_kernels import linear_logprob, pool_sequences, pooled_similarity
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.advantages import centred_advantages
 from tars_fast.learning.batch import Rollout
-from tars_fast.learning.rewards.representation import representation_rewards
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.types import Prompt
 
@@ -178,7 +177,10 @@ def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
 
 def rewards_and_advantages(rollout: Rollout, pooled_LND: Tensor, config: RunConfig) -> tuple[Tensor, Tensor]:
     """([N] rewards, [N] advantages) on the host (docs/method.md, Rewards and Advantages)."""
-    representation_N = representation_rewards(pooled_LND, rollout.references).cpu()
+    pairs = [(row, reference) for row, reference in enumerate(rollout.references) if reference is not None]
+    representation_N = torch.zeros(len(rollout.references))
+    cosines = pooled_similarity(pooled_LND, torch.tensor(pairs, device=pooled_LND.device))
+    representation_N[[row for row, _ in pairs]] = cosines.mean(-1).cpu()
     rewards_N = (
         rollout.completion_rewards["accuracy"]
         + 0.5 * rollout.completion_rewards["format"]

@@ -171,6 +171,8 @@ def load_function(flag: str, name: str) -> Callable[..., Any]:
     """
     module, _, function = name.rpartition(":")
     try:
+        if not (module and function):
+            raise ValueError("no module and function")
         found = getattr(_import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), function)
         if not callable(found):
             raise TypeError(f"{function} is {type(found).__name__}, no function")

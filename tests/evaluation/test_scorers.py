@@ -27,6 +27,7 @@ from tars_fast.evaluation.scorers import (
 )
 from tars_fast.learning.rewards.accuracy import accuracy
 from tars_fast.learning.rewards.answers import extract_answer, has_format
+from tars_fast.learning.rewards.inputs import reward_inputs
 from tars_fast.reports.tables import print_evaluation
 from tars_fast.support.console import PlainConsole
 from tars_fast.types import Completion, Modality, Question
@@ -221,7 +222,7 @@ def test_either_of_two_options_with_the_answers_text_is_right():
         completion = f"The answer is {letter}."
         assert {reading.correct for reading in read_completion(completion, question, "").values()} == {right}
         assert read_strictly(completion, question).correct is right
-        assert accuracy(Completion(0, Modality.TEXT, (), (), completion, False), question) == right
+        assert accuracy(reward_inputs([Completion(0, Modality.TEXT, (), (), completion, False)], [question])) == [right]
     assert not read_strictly("no idea", question).correct
 
 

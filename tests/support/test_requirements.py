@@ -70,7 +70,9 @@ def imported(folder: str) -> dict[str, bool]:
 def test_everything_imported_is_declared_where_it_is_needed():
     used = imported("tars_fast")
     train = set(requirements.supported("train"))
-    optional = {extra: requirements.supported(extra).keys() - train for extra in ("analysis", "log", "speech", "vllm")}
+    optional = {
+        extra: requirements.supported(extra).keys() - train for extra in ("analysis", "ifeval", "log", "speech", "vllm")
+    }
     assert used.keys() | {"triton"} == train.union(*optional.values()), "declared and imported differ"
     assert {name for name, at_top in used.items() if at_top} <= train, "what an extra brings is imported where it is used"
     kernels = imported("kernels/tars_kernels")
