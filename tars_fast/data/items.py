@@ -238,18 +238,30 @@ def _open_answer(columns: _Columns, row: Row) -> _OpenAnswer:
     if rubric is not None and not (isinstance(rubric, str) and rubric.strip()):
         raise UserError(f"{columns.row}: 'rubric' must be a text, not {rubric!r:.80} ({type(rubric).__name__})")
     number = _number(columns)
-    instructions: Any = values.get("instructions") or ()
     found = _OpenAnswer(
         tuple(text for text in texts if text),
         number,
         (rubric or "").strip(),
         rule,
-        tuple((str(name), str(arguments)) for name, arguments in instructions),
+        _instructions(columns),
     )
     beside = next((name for name in ("options", "answer_set") if values.get(name) is not None), None)
     if found.is_gradable and beside is not None and not format.published:
         raise UserError(f"{columns.row}: has {beside!r} and an answer in words, a number or a rubric; leave one of the two out")
     return found if beside is None or rule == "bbh" else _OpenAnswer()
+
+
+def _instructions(columns: _Columns) -> tuple[tuple[str, str], ...]:
+    listed = columns.values.get("instructions")
+    pairs: Any = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
+    try:
+        found = tuple((name, arguments) for name, arguments in pairs)
+        are_right = all(isinstance(name, str) and isinstance(json.loads(arguments), dict) for name, arguments in found)
+    except (TypeError, ValueError):
+        are_right = False
+    if not are_right:
+        raise UserError(f"{columns.row}: 'instructions' must list [name, arguments as a JSON object], not {listed!r:.80}")
+    return found
 
 
 def _number(columns: _Columns) -> float | None:

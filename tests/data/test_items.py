@@ -420,6 +420,8 @@ def test_turns_are_read_with_their_recordings(tmp_path):
         ({"answer_number": True}, "'answer_number' must be a number, not True (bool)"),
         ({"answer_number": 1e999}, "'answer_number' must be a number, not inf (float)"),
         ({"rubric": 3}, "'rubric' must be a text, not 3 (int)"),
+        ({"instructions": "x"}, "'instructions' must list [name, arguments as a JSON object], not 'x'"),
+        ({"instructions": [["a", "[]"]]}, "'instructions' must list [name, arguments as a JSON object], not [['a', '[]']]"),
         ({"rule": "guess"}, "'rule' is 'guess', none of bbh, ifeval, refusal; correct it"),
         ({"answer_text": "x", "about_audio": "yes"}, "'about_audio' must be true or false, not 'yes'"),
         ({"answer_text": "x", "options": ["x", "y"]}, "has 'options' and an answer in words, a number or a rubric"),

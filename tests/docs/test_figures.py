@@ -253,6 +253,18 @@ def test_one_copy_beside_two():
     assert f"takes {whole['rollout'] + whole['training']:.1f} s of an H200" in words_of("README.md")
 
 
+def test_what_rewards_cost():
+    run = read("rewards_cpu.json")
+    page = words_of("docs/adding-a-reward.md")
+    assert (
+        f"add {1000 * run['python']['added_seconds_reward']:.1f} ms, {run['python']['added_percent_of_step']:.2f} % of a step"
+        in page
+    )
+    waits, overlaps = (run["judge"][arm]["seconds/after sampling"] for arm in ("waits", "overlaps"))
+    assert f"needs {run['judge']['waits']['seconds/wait']:.1f} s for the {run['judge']['answers']} answers" in page
+    assert f"what follows sampling takes {waits:.1f} s, beside the passes, as training has it, {overlaps:.1f} s" in page
+
+
 def test_objectives_on_a_gpu():
     objectives = read("objectives_nvidia_h200.json")["objectives"]
     page = words_of("docs/rewards-and-objectives.md")
