@@ -419,10 +419,7 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
         notes.append(f"{len(questions) - len(training)} of {len(questions)} items left out, which are in {listed} too")
         questions = training
     if config.data is not None and bundled_name(config.data) is None and config.eval_data is None:
-        graded = [question for question in questions if question.is_graded(judged=config.judge_url is not None)]
-        if not graded:
-            raise UserError(f"--data {config.data}: none of its items has an answer to evaluate by; give --eval-data")
-        held_out = split_by_id(graded, held_out_fraction=0.1)[1]
+        held_out = split_by_id(_graded(config, questions, "--eval-data"), held_out_fraction=0.1)[1]
         training = without_leaks(questions, held_out)
     else:
         training, held_out = questions, load_questions(evaluation_source(config), answered=config.judge_url is None)
@@ -432,6 +429,14 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
         rewards = "R_acc and R_fmt" if config.own_rewards else "rewards"
         notes.append(f"{num_unanswered} of {len(training)} training items have no answer, and no {rewards}")
     return training, choose_by_id(held_out, config.eval_items), notes
+
+
+def _graded(config: TrainConfig, questions: Sequence[Question], flag: str) -> list[Question]:
+    """Those that an evaluation of this run has a figure for; `flag` names other items to evaluate on."""
+    graded = [question for question in questions if question.is_graded(judged=config.judge_url is not None)]
+    if not graded:
+        raise UserError(f"--data {config.data}: none of its items has an answer to evaluate by; give {flag}")
+    return graded
 
 
 def load_validation(
@@ -446,15 +451,12 @@ def load_validation(
     if source is None and config.data is None:
         name = find_preset(config.model).bundled_data
     if source is None and name is None:
-        graded = [question for question in training if question.has_answer]
-        if not graded:
-            raise UserError(f"--data {config.data}: none of its items has an answer to evaluate by; give --validation-data")
         # Without --eval-data the first tenth is held out already.
         fraction = 0.2 if config.eval_data is None else 0.1
-        validation = split_by_id(graded, fraction, "--validation-data")[1]
+        validation = split_by_id(_graded(config, training, "--validation-data"), fraction, "--validation-data")[1]
         return without_leaks(training, validation), choose_by_id(validation, config.eval_items)
     source = or_bundled(source or name, "validation")
-    validation = load_questions(source)
+    validation = load_questions(source, answered=config.judge_url is None)
     check_leaks(training, validation)
     unseen = without_leaks(validation, held_out)
     if len(unseen) < len(validation):

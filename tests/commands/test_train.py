@@ -332,6 +332,10 @@ def test_validation_items_are_neither_trained_on_nor_held_out(small_eval, tmp_pa
     unanswered = [dataclasses.replace(question, answer="") for question in questions]
     with pytest.raises(UserError, match="none of its items has an answer to evaluate by; give --validation-data"):
         load_validation(own, unanswered, [])
+    # With a judge, items with a rubric alone are evaluated, as those held out are.
+    judged = dataclasses.replace(own, reward=("judge",), judge_url="http://localhost:8000/v1")
+    for_a_judge = [dataclasses.replace(question, choices=(), rubric="Is it kind?") for question in unanswered]
+    assert load_validation(judged, for_a_judge, [])[1]
 
 
 def run_interrupted(config: TrainConfig, during_step: int) -> int:
