@@ -219,14 +219,18 @@ def test_much_nonsense_never_gives_a_traceback(folder, prompts, lines):
 
 def test_the_rows_are_near_enough_to_be_read(folder, prompts):
     """Nonsense that is always refused at the first look would show nothing."""
+    wanted = {"usable", "bad item", "unreadable"}
     seen: set[str] = set()
 
-    @settings(max_examples=60, derandomize=True, **COMMON)
+    # Which rows come first is another with every release of hypothesis.
+    @settings(max_examples=1000, derandomize=True, **COMMON)
     @given(LINES)
     def look(line: str) -> None:
+        if seen >= wanted:
+            return
         path = folder / "items.jsonl"
         path.write_text(line, encoding="utf-8", errors="surrogatepass")
         seen.update(read(path, prompts))
 
     look()
-    assert seen >= {"usable", "bad item", "unreadable"}
+    assert seen >= wanted
