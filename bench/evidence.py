@@ -33,7 +33,7 @@ ARMS = {
     "rep": "objective=tars,behaviour_weight=0",
     "beh": "objective=tars,representation_weight=0",
     "tars": "objective=tars",
-    "opd": "objective=opd",
+    "opd": "objective=opd,text_anchor=none",
     "opd-anchored": "objective=opd,text_anchor=kl",
     "opd-moving": "objective=opd,teacher=moving,text_anchor=kl",
     # As many completions of a question as the arms that sample written ones too.
