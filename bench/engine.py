@@ -245,7 +245,7 @@ def run_shared(
     lora_rank = arm.lora_rank
     prompts = load_prompt_format(PRESETS["pocket"], source)
     given = TrainConfig(
-        lora_rank=8, max_new_tokens=shape.max_new_tokens, tokens_per_micro_batch=1024 * shape.num_questions,
+        objective="tars", lora_rank=8, max_new_tokens=shape.max_new_tokens, tokens_per_micro_batch=1024 * shape.num_questions,
         rollout_batch_size=8 * shape.num_questions, gradient_checkpointing=True, questions_per_step=shape.num_questions,
         max_logprob_diff=10.0,
     )  # fmt: skip

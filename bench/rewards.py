@@ -167,7 +167,7 @@ def main() -> None:
     preset = PRESETS["pocket"]
     model = load_model(preset, preset.source, choose_device("auto", "auto", uses_lora=False)[0], torch.float32)
     make_trainable(model, lora_rank=0, lora_alpha=32.0, freeze_audio=True, gradient_checkpointing=False)
-    config = TrainConfig().resolve(preset, output_dir=Path(), tokens_per_micro_batch=4096)
+    config = TrainConfig(objective="tars").resolve(preset, output_dir=Path(), tokens_per_micro_batch=4096)
     report: dict[str, object] = {
         "python": python_rewards(model, config, arguments.repeats),
         "judge": judge(model, config, arguments.repeats),

@@ -33,7 +33,9 @@ def model() -> SpeechModel:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> RunConfig:
-    return TrainConfig().resolve(PRESETS["pocket"], output_dir=tmp_path_factory.mktemp("run"), tokens_per_micro_batch=4096)
+    return TrainConfig(objective="tars").resolve(
+        PRESETS["pocket"], output_dir=tmp_path_factory.mktemp("run"), tokens_per_micro_batch=4096
+    )
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ class Workload:
         settings = {"questions_per_step": self.num_questions, "group_size": self.group_size, "lora_rank": self.lora_rank}
         settings |= {"gradient_checkpointing": self.gradient_checkpointing, "max_new_tokens": self.max_new_tokens or None}
         # Clipping would hide a wrong normaliser; made-up log-probabilities differ from the trainer's on purpose.
-        given = TrainConfig(**settings, max_grad_norm=1e9, max_logprob_diff=1.0)
+        given = TrainConfig(**settings, objective="tars", max_grad_norm=1e9, max_logprob_diff=1.0)
         # Nothing is written, and every contender sets its own micro-batch.
         return given.resolve(PRESETS["pocket"], output_dir=Path(), tokens_per_micro_batch=1)
 

@@ -51,14 +51,14 @@ from tars_fast.types import Question, UserError
 
 ARMS: dict[str, dict[str, str]] = {
     "grpo": {"objective": "grpo"},
-    "rep": {"behaviour_weight": "0"},
-    "beh": {"representation_weight": "0"},
-    "tars": {},
-    "opd": {"objective": "opd", "text_anchor": "kl"},
-    "opd-moving": {"objective": "opd", "teacher": "moving", "text_anchor": "kl"},
+    "rep": {"objective": "tars", "behaviour_weight": "0"},
+    "beh": {"objective": "tars", "representation_weight": "0"},
+    "tars": {"objective": "tars"},
+    "opd": {},
+    "opd-moving": {"teacher": "moving"},
     "cord": {"objective": "cord", "teacher": "moving", "text_anchor": "kl"},
     "tars+opd": {"objective": "tars+opd"},
-    **{f"rep-{part}": {"behaviour_weight": "0", "representation_layers": part} for part in LAYER_PARTS},
+    **{f"rep-{part}": {"objective": "tars", "behaviour_weight": "0", "representation_layers": part} for part in LAYER_PARTS},
 }
 """Settings that differ from the defaults of `tars_fast.train`: the paper's arms, other objectives, and those of its Fig. 3."""
 _TRAIN = "python -m tars_fast.train"

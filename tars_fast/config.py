@@ -181,7 +181,7 @@ class TrainConfig:
     group_size: int = 8
     """Completions of a question, half from the spoken and half from the written prompt."""
     learning_rate: float | None = None
-    """Peak learning rate of AdamW. None: the preset's (pocket 4e-4, pocket-hard 2e-4, others 2e-5)."""
+    """Peak learning rate of AdamW. None: the preset's (pocket 8e-4, pocket-hard 4e-4, others 2e-5)."""
     warmup_fraction: float = 0.01
     """Part of the steps over which the learning rate rises linearly; afterwards it falls linearly to 0."""
     weight_decay: float = 0.01
@@ -192,9 +192,9 @@ class TrainConfig:
     """Sampling temperature of rollouts; log-probabilities are taken at the same temperature."""
     max_new_tokens: int | None = None
     """Longest completion, in tokens; longer ones are cut off and left out of the loss. None: the preset's (40 / 1024)."""
-    objective: str = "tars"
-    """What the loss consists of, joined by +: tars, the paper's policy gradient; grpo, the same without R_rep and R_beh; opd,
-    for spoken completions distillation from the model that is given the written prompt, which needs no answers; cord, that with
+    objective: str = "opd"
+    """What the loss consists of, joined by +: opd, for spoken completions distillation from the model that is given the written
+    prompt, which needs no answers; tars, the paper's policy gradient; grpo, the same without R_rep and R_beh; cord, opd with
     CORD's weights of tokens beside a policy gradient on agreement with written answers. docs/method.md has their formulas."""
     teacher: Literal["frozen", "moving", "ema"] = "frozen"
     """Whose distributions opd and cord take as targets: frozen, the model before training (with LoRA the adapter switched off,
@@ -215,9 +215,10 @@ class TrainConfig:
     """Of jsd: the part of the teacher in the mixture."""
     distil_truncated: bool = False
     """Distil on completions that were cut off too."""
-    text_anchor: Literal["none", "kl", "rollouts"] = "none"
+    text_anchor: Literal["auto", "none", "kl", "rollouts"] = "auto"
     """What holds written answers where opd distils: kl, the KL to the model before training of the same completions behind the
-    written prompt; rollouts, written completions with a policy gradient on R_base, as in grpo."""
+    written prompt; rollouts, written completions with a policy gradient on R_base, as in grpo; none. auto: kl, but none where
+    another objective beside opd trains on written completions."""
     text_anchor_weight: float = 1.0
     """Weight of --text-anchor kl in the loss."""
     watch_every: int = 5
@@ -424,7 +425,7 @@ class TrainConfig:
         for flag, value in (("--teacher-decay", self.teacher_decay), ("--distil-beta", self.distil_beta)):
             if not 0 < value < 1:
                 raise UserError(f"{flag} {value}: must lie between 0 and 1, both excluded")
-        if self.text_anchor != "none" and not objective.distils:
+        if self.text_anchor in ("kl", "rollouts") and not objective.distils:
             raise UserError(
                 f"--text-anchor {self.text_anchor}: --objective {self.objective} trains written completions itself; it is for "
                 "opd and cord"
@@ -481,7 +482,7 @@ class TrainConfig:
             (("teacher_decay",), self.keeps_average, "--teacher ema"),
             (("distil_divergence", "distil_truncated"), self.has_divergence_loss, "--distil-as loss of opd or cord"),
             (("distil_beta",), self.has_divergence_loss and self.distil_divergence == "jsd", "--distil-divergence jsd"),
-            (("text_anchor_weight",), self.text_anchor == "kl", "--text-anchor kl"),
+            (("text_anchor_weight",), self.anchors_by_kl, "--text-anchor kl"),
             (("representation_weight", "behaviour_weight"), parts.uses_alignment, "tars in --objective"),
             (("representation_layers", "representation_centre"), self.samples_text, "written completions, as of tars or grpo"),
             (("reward_scaling",), self.samples_text, "a reward, as of tars, grpo or cord"),
@@ -515,6 +516,12 @@ class TrainConfig:
         return self.parts.has_policy_gradient or self.text_anchor == "rollouts"
 
     @property
+    def anchors_by_kl(self) -> bool:
+        """Whether written distributions are held to those of the model before training."""
+        is_alone = self.parts.distils and not self.parts.has_policy_gradient
+        return self.text_anchor == "kl" or (self.text_anchor == "auto" and is_alone)
+
+    @property
     def has_divergence_loss(self) -> bool:
         """Whether a teacher's distributions are compared whole."""
         return self.parts.distils and self.distil_as == "loss"
@@ -542,7 +549,7 @@ class TrainConfig:
     @property
     def needs_start(self) -> bool:
         """Whether a step looks at the distributions of the model before training."""
-        return self.parts.distils and (self.teacher == "frozen" or self.text_anchor == "kl")
+        return self.parts.distils and (self.teacher == "frozen" or self.anchors_by_kl)
 
     @property
     def exchanges_weights(self) -> bool:

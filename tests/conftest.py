@@ -110,7 +110,7 @@ def questions():
 
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
-    return TrainConfig(questions_per_step=4, num_steps=4).resolve(
+    return TrainConfig(objective="tars", questions_per_step=4, num_steps=4).resolve(
         PRESETS["pocket"], output_dir=tmp_path, tokens_per_micro_batch=4096
     )
 

@@ -542,7 +542,8 @@ def check_output(config: RunConfig, settings: Mapping[str, object], earlier: Map
     """Raises UserError where the folder holds another run, or with --resume one whose settings differ from `earlier` ones."""
     if earlier:
         # Runs of earlier versions did not write down what came later: it was then as the defaults are.
-        earlier = {**TrainConfig().to_json(), "objective": "tars", "rewards": settings["rewards"], **earlier}
+        then = {"objective": "tars", "text_anchor": "none", "rewards": settings["rewards"]}
+        earlier = {**TrainConfig().to_json(), **then, **earlier}
         changed = sorted(name for name in settings if name not in MAY_CHANGE_ON_RESUME and earlier.get(name) != settings[name])
         if changed:
             # Hashes help nobody, and follow from another setting where one changed.

@@ -314,7 +314,7 @@ class Learner:
             unknown |= {"clip/low", "clip/high"}
         if self.distillation is None:
             unknown.add("divergence/speech")
-        if self.config.text_anchor != "kl":
+        if not self.config.anchors_by_kl:
             unknown.add("divergence/text")
         if not self.config.samples_text:
             unknown.add("entropy/text")

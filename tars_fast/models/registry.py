@@ -28,7 +28,7 @@ FAMILIES = (
 _POCKET = Preset(
     source=str(ASSETS / "pocket"),
     system_prompt="Think, then answer.",
-    learning_rate=4e-4,
+    learning_rate=8e-4,
     questions_per_step=32,
     max_new_tokens=40,
     num_steps=160,
@@ -42,8 +42,7 @@ PRESETS: dict[str, Preset] = {
     "pocket-hard": dataclasses.replace(
         _POCKET,
         source=str(ASSETS / "pocket-hard"),
-        # Half of pocket's; not tuned.
-        learning_rate=2e-4,
+        learning_rate=4e-4,
         max_new_tokens=48,
         num_steps=120,
         bundled_data="pocket-hard",

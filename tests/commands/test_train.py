@@ -47,6 +47,7 @@ def small_eval(tmp_path_factory) -> Path:
 
 def small_config(output_dir: Path, small_eval: Path, **changes) -> TrainConfig:
     config = TrainConfig(
+        objective="tars",
         output_dir=output_dir,
         data=small_eval.with_name("training"),
         eval_data=small_eval,

@@ -100,8 +100,11 @@ SETTINGS = [
     (["--clip-high", "-0.1"], ["--clip-high -0.1", "must be 0 or greater"]),
     (["--loss-type", "cispo"], ["--clip-high 0.28", "with --loss-type cispo it is the largest ratio itself; give 1 or more"]),
     (["--loss-type", "vespo", "--importance-level", "sequence"], ["--importance-level sequence", "vespo", "leave it out"]),
-    (["--kl-coef", "0.01"], ["--kl-coef 0.01", "full fine-tuning has none; add --lora-rank 8"]),
-    (["--kl-coef", "0.01", "--lora-rank", "4", "--rollout-ahead", "1"], ["--kl-coef 0.01", "or --rollout-ahead 0"]),
+    (["--objective", "tars", "--kl-coef", "0.01"], ["--kl-coef 0.01", "full fine-tuning has none; add --lora-rank 8"]),
+    (
+        ["--objective", "grpo", "--kl-coef", "0.01", "--lora-rank", "4", "--rollout-ahead", "1"],
+        ["--kl-coef 0.01", "or --rollout-ahead 0"],
+    ),
     (["--entropy-coef", "-1"], ["--entropy-coef -1", "must be 0 or greater"]),
     (["--temperature", "0"], ["--temperature 0", "must be greater than 0"]),
     (["--learning-rate", "nan"], ["--learning-rate nan", "must be greater than 0"]),
@@ -190,7 +193,10 @@ def test_item(folder, run, part, change, fragments):
     ("change", "flags", "fragments"),
     [
         pytest.param(
-            {"answer": ""}, [], ["'answer' missing or empty; an item is", "; --objective opd needs no answers"], id="tars"
+            {"answer": ""},
+            ["--objective", "tars"],
+            ["'answer' missing or empty; an item is", "; --objective opd needs no answers"],
+            id="tars",
         ),
         pytest.param(
             {"answer": None}, ["--objective", "grpo+opd"], ["'answer' missing", "; --objective opd needs no answers"], id="grpo"

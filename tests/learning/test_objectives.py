@@ -33,7 +33,7 @@ from tars_fast.types import Completion, Modality, Question, TrainingError, UserE
 @pytest.fixture
 def opd(config):
     # Gradients as they are, not scaled down.
-    return dataclasses.replace(config, objective="opd", teacher="moving", max_grad_norm=1e9)
+    return dataclasses.replace(config, objective="opd", teacher="moving", text_anchor="none", max_grad_norm=1e9)
 
 
 def log_distributions(model, prompts, completions):
@@ -409,7 +409,7 @@ def test_objectives_add_up():
         ({"objective": "opd+opd"}, r"--objective opd\+opd: opd is in it already"),
         ({"objective": "tars+grpo"}, r"--objective tars\+grpo: grpo is in it already"),
         ({"objective": "cord+opd"}, r"--objective cord\+opd: opd is in it already"),
-        ({"text_anchor": "kl"}, "--text-anchor kl: --objective tars trains written completions itself"),
+        ({"objective": "tars", "text_anchor": "kl"}, "--text-anchor kl: --objective tars trains written completions itself"),
         (
             {"objective": "grpo+opd", "text_anchor": "rollouts"},
             "--text-anchor rollouts: .* samples written completions already",
@@ -417,7 +417,10 @@ def test_objectives_add_up():
         ({"objective": "opd", "teacher_decay": 1.0}, r"--teacher-decay 1.0: must lie between 0 and 1"),
         ({"objective": "opd", "distil_beta": 0.0}, r"--distil-beta 0.0: must lie between 0 and 1"),
         ({"objective": "cord", "distil_as": "sequence"}, "--distil-as sequence: --objective cord weighs tokens"),
-        ({"teacher": "moving"}, "--teacher moving: has no effect without opd or cord in --objective; leave it out"),
+        (
+            {"objective": "tars", "teacher": "moving"},
+            "--teacher moving: has no effect without opd or cord in --objective; leave it out",
+        ),
         ({"objective": "grpo", "max_written_kl": 0.5}, "--max-written-kl 0.5: has no effect without opd or cord"),
         ({"objective": "opd", "teacher_decay": 0.9}, "--teacher-decay 0.9: has no effect without --teacher ema"),
         (
@@ -429,7 +432,11 @@ def test_objectives_add_up():
             "--distil-truncated True: has no effect without --distil-as loss",
         ),
         ({"objective": "opd", "distil_beta": 0.3}, "--distil-beta 0.3: has no effect without --distil-divergence jsd"),
-        ({"objective": "opd", "text_anchor_weight": 2.0}, "--text-anchor-weight 2.0: has no effect without --text-anchor kl"),
+        (
+            {"text_anchor": "none", "text_anchor_weight": 2.0},
+            "--text-anchor-weight 2.0: has no effect without --text-anchor kl",
+        ),
+        ({"objective": "tars+opd", "text_anchor_weight": 2.0}, "--text-anchor-weight 2.0: has no effect without"),
         ({"objective": "grpo", "behaviour_weight": 2.0}, "--behaviour-weight 2.0: has no effect without tars"),
         ({"objective": "opd", "representation_centre": True}, "--representation-centre True: has no effect without written"),
         ({"objective": "opd", "reward_scaling": "rank"}, "--reward-scaling rank: has no effect without a reward"),
@@ -499,10 +506,10 @@ def test_the_plan_counts_copies_of_weights():
         return workload.resident["reference weights"], workload.num_trained
 
     for settings, bytes_each in (
-        ({"lora_rank": 0}, 0),
+        ({"lora_rank": 0, "objective": "tars"}, 0),
         ({"lora_rank": 0, "objective": "opd"}, 2),
-        ({"lora_rank": 0, "objective": "opd", "teacher": "moving"}, 0),
-        ({"lora_rank": 0, "objective": "opd", "teacher": "moving", "text_anchor": "kl"}, 2),
+        ({"lora_rank": 0, "objective": "opd", "teacher": "moving", "text_anchor": "none"}, 0),
+        ({"lora_rank": 0, "objective": "opd", "teacher": "moving"}, 2),
         ({"lora_rank": 0, "objective": "opd", "teacher": "ema", "text_anchor": "kl"}, 8),
         ({"objective": "opd"}, 0),
         ({"objective": "opd", "teacher": "ema"}, 4),

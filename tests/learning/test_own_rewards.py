@@ -151,11 +151,14 @@ def test_names_and_weights(text, expected):
     ("settings", "said"),
     [
         ({"objective": "opd", "reward": ("exact",)}, "--reward exact: --objective opd trains on no reward"),
-        ({"reward": ("judge",)}, "--reward judge: needs --judge-url"),
-        ({"reward": ("judge",), "judge_url": "localhost:8000"}, "--judge-url localhost:8000: is no address"),
+        ({"objective": "tars", "reward": ("judge",)}, "--reward judge: needs --judge-url"),
+        ({"objective": "tars", "reward": ("judge",), "judge_url": "localhost:8000"}, "--judge-url localhost:8000: is no"),
         ({"judge_url": "http://x"}, "--judge-url http://x: has no effect without --reward judge"),
-        ({"reward": ("pattern",)}, "--reward pattern: needs --reward-pattern"),
-        ({"reward": ("pattern",), "reward_pattern": "("}, r"--reward-pattern \(: is no regular expression"),
+        ({"objective": "tars", "reward": ("pattern",)}, "--reward pattern: needs --reward-pattern"),
+        (
+            {"objective": "tars", "reward": ("pattern",), "reward_pattern": "("},
+            r"--reward-pattern \(: is no regular expression",
+        ),
         ({"numeric_tolerance": 0.1}, "--numeric-tolerance 0.1: has no effect without --reward numeric"),
         ({"overlong_tokens": 3}, "--overlong-tokens 3: has no effect without --reward overlong"),
         ({"reward_timeout": 3.0}, "--reward-timeout 3.0: has no effect without --reward"),
@@ -442,7 +445,7 @@ def data(tmp_path_factory) -> SimpleNamespace:
 def run_config(data, tmp_path, source: str, name: str, **settings) -> TrainConfig:
     (tmp_path / "mine.py").write_text(source)
     small = {"num_steps": 2, "questions_per_step": 2, "group_size": 4, "eval_samples": 0, "save_every": 1, "device": "cpu"}
-    small |= {"data": str(data.training), "eval_data": str(data.held_out), "output_dir": tmp_path / "run"}
+    small |= {"objective": "tars", "data": str(data.training), "eval_data": str(data.held_out), "output_dir": tmp_path / "run"}
     return TrainConfig(**small | settings, reward=(f"{tmp_path}/mine.py:{name}",))
 
 

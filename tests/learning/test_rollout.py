@@ -264,7 +264,14 @@ def metrics_of(run) -> list[dict[str, float]]:
 @pytest.fixture
 def settings(tmp_path, ahead) -> TrainConfig:
     data = str(first_items(TRAINING_DATA, 16, tmp_path / "training"))
-    common = {"questions_per_step": 4, "eval_items": 8, "eval_samples": 0, "device": "cpu", "learning_rate": 1e-3}
+    common = {
+        "objective": "tars",
+        "questions_per_step": 4,
+        "eval_items": 8,
+        "eval_samples": 0,
+        "device": "cpu",
+        "learning_rate": 1e-3,
+    }
     return TrainConfig(output_dir=tmp_path / "run", data=data, eval_data="pocket", num_steps=4, rollout_ahead=1, **common)
 
 
@@ -325,7 +332,8 @@ def test_sampling_ahead_where_memory_does_not_allow(settings, monkeypatch):
         ("vllm", {"objective": "opd", "teacher": "ema"}, "--objective opd: .* use --rollout-ahead 0$"),
         ("transformers", {"objective": "opd", "lora_rank": 4}, "--objective opd: .* use --engine vllm or --rollout-ahead 0"),
         ("vllm", {"objective": "opd", "lora_rank": 4}, None),
-        ("vllm", {"objective": "opd", "teacher": "moving"}, None),
+        ("vllm", {"objective": "opd", "teacher": "moving"}, "--objective opd: .* use --rollout-ahead 0$"),
+        ("vllm", {"objective": "opd", "teacher": "moving", "text_anchor": "none"}, None),
     ],
 )
 def test_sampling_ahead_of_weights_that_a_teacher_takes_the_place_of(settings, monkeypatch, engine, changes, message):

@@ -158,9 +158,15 @@ def test_a_damaged_state_is_refused(config, damage):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"select": "gap"}, "--select gap: a step of --questions-per-step 40 takes all 40 training items, .*lower it"),
+        (
+            {"select": "gap", "objective": "tars"},
+            "--select gap: a step of --questions-per-step 40 takes all 40 training items, .*lower it",
+        ),
         ({"max_redraws": 2}, "--max-redraws 2: a step of --questions-per-step 40 takes all 40 training items"),
-        ({"select": "kl"}, "--select kl: --objective tars computes no divergence .*--select gap or disagreement"),
+        (
+            {"select": "kl", "objective": "tars"},
+            "--select kl: --objective tars computes no divergence .*--select gap or disagreement",
+        ),
         ({"select": "gap", "objective": "opd"}, "--select gap: --objective opd samples no written .*--select kl or disag"),
         ({"select": "disagreement", "questions_per_step": 8}, "--select disagreement: goes by right answers, and no .*kl"),
         ({"max_redraws": 1, "questions_per_step": 8}, "--max-redraws 1: goes by right answers, and no training item has one"),
@@ -246,6 +252,7 @@ def test_a_run_that_selects_resumes_bit_for_bit(tmp_path, capsys):
         data=str(first_items(TRAINING_DATA, 12, tmp_path / "training")),
         eval_data=str(first_items(VALIDATION_DATA, 2, tmp_path / "evaluation")),
         output_dir=tmp_path / "run",
+        objective="tars",
         select="gap",
         max_redraws=1,
         questions_per_step=2,

@@ -35,7 +35,7 @@ from tars_fast.models.packed_attention import PackedGroups, use_packed_attention
 from tars_fast.models.registry import PRESETS, architecture_of
 from tars_fast.support.text import GB
 
-PAPER = TrainConfig().workload(PRESETS["qwen2-audio-7b"], PRESETS["qwen2-audio-7b"].architecture, "vllm", 2)
+PAPER = TrainConfig(objective="tars").workload(PRESETS["qwen2-audio-7b"], PRESETS["qwen2-audio-7b"].architecture, "vllm", 2)
 
 
 def count(module: torch.nn.Module) -> int:

@@ -76,7 +76,7 @@ class Distillation:
         packed = self.model.pack([rollout.written[completion.question] for completion in completions], completions)
         teacher_TD = self._states(self.config.teacher, packed)
         start_TD = None
-        if self.config.text_anchor == "kl":
+        if self.config.anchors_by_kl:
             start_TD = teacher_TD if self.config.teacher == "frozen" else self._states("frozen", packed)
         return TeacherStates(rows, packed, teacher_TD, start_TD)
 
