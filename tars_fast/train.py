@@ -1,6 +1,6 @@
 """TARS: GRPO that aligns the speech-conditioned with the text-conditioned policy (arXiv 2601.05543; docs/method.md).
 
-One step of `run_steps`:
+One step of `run_steps` with `--objective tars`:
 
 1. Rollout (`learning/loader.py`): half of each question's group of completions is sampled from its spoken prompt, half from its
    written one. The engine samples from the trainer's own weights, so there is nothing to synchronise.
@@ -11,7 +11,9 @@ One step of `run_steps`:
 4. Forward pass (`learning/update.py`): one packed pass over every token. The last hidden states give the log-probabilities;
    those of all layers, pooled while the layers run, give R_rep. So rewards and advantages are complete after this pass only.
 5. Update: clipped asymmetric policy loss (DAPO), normalised by the unmasked tokens of the whole batch; backward pass; AdamW.
-   Other objectives have other terms (`learning/objectives/`).
+
+Other objectives have other terms (`learning/objectives/`). The default, on-policy distillation, samples from spoken prompts alone;
+what the model makes of the same completions behind the written prompts takes the place of 2 and 3.
 
 Left out on purpose: a second model as the reference of KL (`--kl-coef` takes this one with its adapter off), a value model, a
 separate forward pass for the old log-probabilities (the first update's own pass has them).

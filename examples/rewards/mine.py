@@ -1,4 +1,4 @@
-"""A reward of one's own: `python -m tars_fast.train --reward ./examples/rewards/mine.py:brief=0.5`."""
+"""A reward of one's own: `python -m tars_fast.train --objective tars --reward ./examples/rewards/mine.py:brief=0.5`."""
 
 
 def brief(completions):
