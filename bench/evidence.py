@@ -27,7 +27,7 @@ from tars_fast.ablate import AblateConfig, ablate
 
 RESULTS = Path(__file__).parent / "results"
 RATES = {"pocket": ("2e-4", "4e-4", "8e-4"), "pocket-hard": ("1e-4", "2e-4", "4e-4")}
-"""The rate of the task's preset, half of it and twice it; the same for all arms."""
+"""The same for all arms: the rate that each preset had when the grid was laid, half of it and twice it."""
 ARMS = {
     "grpo": "objective=grpo",
     "rep": "objective=tars,behaviour_weight=0",
@@ -142,19 +142,20 @@ def main() -> None:
                 shutil.copy(folder / name, target / name)
         print(f"written to {target}")
         return
-    ablation = compare(task, what, by_rate(arms, RATES[task]), arguments, f"{task}@validation")
     results_file = RESULTS / f"evidence_{task}_{what}.json"
-    earlier = json.loads(results_file.read_text())["arms"] if results_file.is_file() else {}
-    result = {
-        "command": shlex.join(["python", *sys.argv]),
-        "seeds": arguments.seeds,
-        "num_steps": arguments.num_steps,
-        "provenance": ablation["provenance"],
-        "start": {name: value for name, value in ablation["start"].items() if name.endswith("accuracy_sampled")},
-        # Arms of an earlier command stay.
-        "arms": earlier | {name: choose_rate(ablation, name, RATES[task]) for name in arms},
-    }
-    save(results_file, result)
+    # Arm by arm, so that what is there when time is over is kept; those of an earlier command stay.
+    for name, settings in arms.items():
+        ablation = compare(task, what, by_rate({name: settings}, RATES[task]), arguments, f"{task}@validation")
+        earlier = json.loads(results_file.read_text())["arms"] if results_file.is_file() else {}
+        result = {
+            "command": shlex.join(["python", *sys.argv]),
+            "seeds": arguments.seeds,
+            "num_steps": arguments.num_steps,
+            "provenance": ablation["provenance"],
+            "start": {key: value for key, value in ablation["start"].items() if key.endswith("accuracy_sampled")},
+            "arms": earlier | {name: choose_rate(ablation, name, RATES[task])},
+        }
+        save(results_file, result)
 
 
 if __name__ == "__main__":
