@@ -30,6 +30,8 @@ EVALUATION_TOKENS = 16_384
 """Most tokens in one forward pass of the evaluation."""
 UPDATE_BYTES = 16
 """Bytes that `StochasticAdamW` needs for each weight of the parameter it updates, beside weights, gradients and moments."""
+GRADIENT_BUCKET_BYTES = 32 * 2**20
+"""Most bytes of gradients that several processes sum at once, unless a single one is larger."""
 _LOGIT_TOKENS, _PRODUCT_TOKENS = 512, 1024
 """Tokens whose float32 logits and whose probabilities `tars_kernels.linear_policy_loss` keeps at a time."""
 _MOST_TOKENS = {True: 16_384, False: 4096}
