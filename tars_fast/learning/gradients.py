@@ -1,8 +1,8 @@
-"""The gradients of all processes, summed in buckets, in full fine-tuning while the last backward pass of an update still runs.
+"""The gradients of all processes, summed in buckets, in full fine-tuning while the update's last backward pass still runs.
 
-With LoRA every process takes the optimiser's step, so each gets the sum, in one flat bucket a dtype: there are hundreds of small
-gradients. Where the optimiser is sharded (`make_optimizer`) a gradient goes to the process that owns its parameter alone, and the
-others forget theirs as soon as it is on its way.
+With LoRA every process takes the optimiser's step, so each gets the sum, in one flat bucket a dtype: there are hundreds of
+small gradients. Where the optimiser is sharded (`make_optimizer`) a gradient goes to the process that owns its parameter alone,
+and the others forget theirs as soon as it is on its way.
 
 DistributedDataParallel reduces in buckets too, but gives every gradient to all processes, and only in backward passes through a
 module that it wraps; here the layers and the head are called one by one.
@@ -47,7 +47,9 @@ class GradientSum:
             owners = {number: rank for rank, share in enumerate(shares) for number in share}
             # A backward pass begins with the last layer.
             backwards = list(reversed(list(enumerate(parameters))))
-            self._buckets = make_buckets([(parameter, owners[number]) for number, parameter in backwards], GRADIENT_BUCKET_BYTES)
+            self._buckets = make_buckets(
+                [(parameter, owners[number]) for number, parameter in backwards], GRADIENT_BUCKET_BYTES
+            )
         else:
             self._buckets = make_buckets([(parameter, None) for parameter in parameters], None)
         self._num_sent = 0

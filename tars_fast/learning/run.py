@@ -218,6 +218,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         data.longest_prompt,
         on_gpu=device.type == "cuda",
     )
+    workload = dataclasses.replace(workload, num_processes=workers.size)
     check_selection(config, preset.questions_per_step, data.training)
     earlier = read_settings(output_dir) if config.resume else {}
     plan = plan_memory(workload, available_bytes(device))
