@@ -11,7 +11,7 @@ module that it wraps; here the layers and the head are called one by one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tars_fast.learning.optimizer import held_parameters, numbered, own_part
-from tars_fast.learning.workers import Workers, explain_loss
+from tars_fast.learning.workers import Workers
 from tars_fast.models.memory import GRADIENT_BUCKET_BYTES
 
 
@@ -38,10 +38,10 @@ class GradientSum:
     def __init__(self, optimizer: torch.optim.Optimizer, workers: Workers):
         parameters, own = held_parameters(optimizer), held_parameters(own_part(optimizer))
         self._workers = workers
-        self._is_sharded = own_part(optimizer) is not optimizer
+        self.is_sharded = own_part(optimizer) is not optimizer
         self.own = own
         """Those whose sum this process gets."""
-        if self._is_sharded:
+        if self.is_sharded:
             numbers = numbered(parameters)
             shares = workers.gather([numbers[parameter] for parameter in own])
             owners = {number: rank for rank, share in enumerate(shares) for number in share}
@@ -62,7 +62,7 @@ class GradientSum:
         Every process sends them in the same order, so that one waits for those before it. A process that has fewer backward
         passes than others, or none, sends what is left in `finish`.
         """
-        if not (is_last and self._is_sharded):
+        if not (is_last and self.is_sharded):
             yield
             return
         missing = [len(bucket.parameters) for bucket in self._buckets]
@@ -83,6 +83,9 @@ class GradientSum:
             for hook in hooks:
                 hook.remove()
 
+    def _together(self) -> AbstractContextManager[None]:
+        return self._workers.together() if self._workers.size > 1 else nullcontext()
+
     def _send_next(self) -> None:
         bucket = self._buckets[self._num_sent]
         self._num_sent += 1
@@ -93,11 +96,10 @@ class GradientSum:
         if self._workers.size == 1:
             return
         flat = _flattened([parameter.grad for parameter in bucket.parameters if parameter.grad is not None])
-        with explain_loss():
-            if bucket.owner is None:
-                work = torch.distributed.all_reduce(flat, async_op=True)
-            else:
-                work = torch.distributed.reduce(flat, bucket.owner, async_op=True)
+        if bucket.owner is None:
+            work = torch.distributed.all_reduce(flat, async_op=True)
+        else:
+            work = torch.distributed.reduce(flat, bucket.owner, async_op=True)
         self._sent.append(work)
         is_kept = bucket.owner in (None, self._workers.rank)
         sizes = [parameter.numel() for parameter in bucket.parameters]
@@ -106,9 +108,9 @@ class GradientSum:
 
     def finish(self) -> None:
         """Send what is left, zeros for parameters without a gradient, and wait; then only `own` have a gradient, the sum."""
-        while self._num_sent < len(self._buckets):
-            self._send_next()
-        with explain_loss():
+        with self._together():
+            while self._num_sent < len(self._buckets):
+                self._send_next()
             for work in self._sent:
                 work.wait()
         self._sent.clear()
@@ -117,10 +119,10 @@ class GradientSum:
     def clip(self, max_norm: float) -> Tensor:
         """Scale the sums so that the norm of all is at most `max_norm`; returns the norm before, the same in all processes."""
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.own if parameter.grad is not None])
-        if self._is_sharded:
+        if self.is_sharded:
             # A process without parameters has its norm of 0 on the CPU.
             square = norm.float().square().to(self._buckets[0].parameters[0].device)
-            with explain_loss():
+            with self._together():
                 torch.distributed.all_reduce(square)
             norm = square.sqrt()
         torch.nn.utils.clip_grads_with_norm_(self.own, max_norm, norm)

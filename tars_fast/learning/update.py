@@ -34,7 +34,7 @@ from tars_fast.learning.rewards.representation import RunningMeans
 from tars_fast.learning.rewards.reward import reward_values
 from tars_fast.learning.rewards.total import Rewards
 from tars_fast.learning.scored import ScoredRollout
-from tars_fast.learning.workers import ALONE, Workers, explain_loss
+from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.architecture import find_layers
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.support.timing import PhaseTimer
@@ -303,7 +303,7 @@ class Learner:
             metrics = self._token_metrics(scored, losses) | self._routing_metrics() | {"grad_norm": grad_norm.item()}
             self._check(metrics, scored)
             if self.counts.num_tokens or self.counts.num_distilled:
-                with explain_loss() if self.workers.size > 1 else nullcontext():
+                with self.workers.together() if self.gradients.is_sharded else nullcontext():
                     self.optimizer.step()
                 self.references.follow()
         if self.means is not None:

@@ -38,6 +38,16 @@ class Workers:
         """The one that writes and speaks for all."""
         return self.rank == 0
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around every call that all processes take part in.
+
+        Raises:
+            TrainingError: another process has ended.
+        """
+        with _explain_loss():
+            yield
+
     def share(self, items: Sequence[Item]) -> list[Item]:
         """This process's items; as even as can be."""
         return list(items[self.rank :: self.size])
@@ -53,7 +63,7 @@ class Workers:
             return [value]
         # One for each process to put its own in the place of.
         gathered = [value] * self.size
-        with explain_loss():
+        with self.together():
             torch.distributed.all_gather_object(gathered, value)
         return gathered
 
@@ -68,7 +78,7 @@ ALONE = Workers()
 
 
 @contextmanager
-def explain_loss() -> Iterator[None]:
+def _explain_loss() -> Iterator[None]:
     """Raises TrainingError where the processes lose each other, because one of them has ended."""
     try:
         yield

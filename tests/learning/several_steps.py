@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from conftest import new_model
 from tars_fast.config import RunConfig
@@ -92,6 +93,31 @@ def take_steps(case: Case, config: RunConfig, rollouts: list[Rollout | None], wo
     return Taken(trained(learner), grad_norms, sent, sum(held["exp_avg"].numel() for held in moments), state)
 
 
+def step_on_given_gradients(workers: Workers, dtype: torch.dtype) -> tuple[torch.Tensor, list[float]]:
+    """(weights after three steps, norms), where each of two processes has a part of every gradient, or one has both.
+
+    The parts are multiples of 1/16, so that their sum is exact. Last comes a gradient that is not finite, without a step.
+    """
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(40, 30), (30,), (64, 64), (1,), (50, 20), (30, 40)]
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    optimizer = make_optimizer(parameters, 0.01, 5, sharded=workers.size > 1)
+    optimizer.param_groups[0]["lr"] = 1e-3
+    sums = gradients.GradientSum(optimizer, workers)
+    norms = []
+    for step in range(4):
+        for parameter in parameters:
+            parts = torch.randint(-8, 8, (2, *parameter.shape), generator=generator) / 16
+            parameter.grad = (parts.sum(0) if workers.size == 1 else parts[workers.rank]).to(dtype)
+        if step == 3 and workers.rank == workers.size - 1:
+            parameters[2].grad[0, 0] = torch.nan
+        sums.finish()
+        norms.append(sums.clip(1e6).item())
+        if step < 3:
+            optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in parameters]), norms
+
+
 if __name__ == "__main__":
     given, result = sys.argv[1:]
     gradients.GRADIENT_BUCKET_BYTES = 200_000
@@ -99,4 +125,5 @@ if __name__ == "__main__":
     with join_workers() as joined, open(given, "rb") as file:
         cases, run_config, shares = pickle.load(file)
         taken = {name: vars(take_steps(case, run_config, shares[joined.rank], joined)) for name, case in cases.items()}
-        torch.save(taken, f"{result}{joined.rank}")
+        given_gradients = [step_on_given_gradients(joined, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        torch.save((taken, given_gradients), f"{result}{joined.rank}")
