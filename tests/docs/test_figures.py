@@ -81,6 +81,15 @@ def test_the_arms():
     assert "+1.7 [-1.7, +5.4], five seeds each, p = 0.83" in words_of("README.md")
 
 
+def test_what_summing_and_sharing_out_cost():
+    report, page = read("sharding_cpu.json"), words_of("docs/several-gpus.md")
+    lora, full = (report["reduction"][name]["ratio_to_one_by_one"] for name in ("lora", "full"))
+    step = report["step"]["ratio_to_replicated"]["shared out"]["median"]
+    assert f"one bucket takes {lora['one bucket']['median']:.2f} times as long as one call each" in page
+    assert f"buckets to their owners {full['to owners']['median']:.1f} times as long as one call each" in page
+    assert f"takes {step:.2f} times as long as one where" in page
+
+
 def test_full_fine_tuning_on_several_cards():
     """The table is what `plan` computes now."""
     lines = lines_of("docs/models-and-hardware.md")
