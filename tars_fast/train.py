@@ -181,12 +181,13 @@ def update_policy(
     learner.start_update(scored)
     losses: list[BackwardPass] = []
     if scored is not None:
-        for rows in learner.micro_batches(scored):
-            losses += train_micro_batch(learner, scored, rows)
+        micro_batches = learner.micro_batches(scored)
+        for rows in micro_batches:
+            losses += train_micro_batch(learner, scored, rows, is_last=rows is micro_batches[-1])
     return learner.optimizer_step(scored, losses, finish_sampling)
 
 
-def train_micro_batch(learner: Learner, scored: ScoredRollout, rows: list[int]) -> list[BackwardPass]:
+def train_micro_batch(learner: Learner, scored: ScoredRollout, rows: list[int], *, is_last: bool) -> list[BackwardPass]:
     """Steps 4, 2, 3 and 5 for the completions `rows` of a rollout; an empty list where none of them has a gradient."""
     # Where the objective distils: what the model makes of the same completions behind their written prompts.
     teacher = learner.teacher_states(scored, rows)
@@ -196,7 +197,8 @@ def train_micro_batch(learner: Learner, scored: ScoredRollout, rows: list[int]) 
         # 2 and 3. R_rep from these states; with it R and the advantages are complete.
         learner.complete_rewards(scored, states)
     # 5. The loss and its backward pass. The first update's log-probabilities are kept as the old ones of later updates.
-    return learner.backward(scored, states, teacher)
+    # Several processes send their gradients during the last backward pass of an update.
+    return learner.backward(scored, states, teacher, is_last=is_last)
 
 
 def report_failures(run: Run, log: RunLog, loaded: LoadedRollout, step: int, loader: RolloutLoader) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ import torch
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.batch import Rollout, RolloutCollector, prepare_batch
+from tars_fast.learning.rewards.reward import completed
 from tars_fast.learning.rewards.total import Rewards
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.update import Learner
@@ -38,6 +40,30 @@ def rollout_of(
         rollout, left_out = collector.collect(batch, step, PhaseTimer(model.device))
     assert not left_out
     return rollout
+
+
+def divided_rollout(
+    model: SpeechModel, shares: Sequence[Sequence[Question]], config: RunConfig
+) -> tuple[list[Rollout], Rollout]:
+    """(rollouts of two processes, each of its share of the questions; the same completions as one process would have them)."""
+    rollouts = [rollout_of(model, share, config, workers=Workers(rank, 2)) for rank, share in enumerate(shares)]
+    first, second = rollouts
+    num_completions, num_questions = len(first.completions), len(shares[0])
+    moved = [dataclasses.replace(one, question=one.question + num_questions) for one in second.completions]
+    whole = rollout_of(model, [question for share in shares for question in share], config)
+    whole.prompts = first.prompts + second.prompts
+    whole.written = first.written + second.written
+    whole.completions = first.completions + moved
+    whole.references = first.references + [None if r is None else r + num_completions for r in second.references]
+    whole.late = {
+        "behaviour": completed(torch.cat([one.late["behaviour"].of(range(len(one.completions))) for one in rollouts]))
+    }
+    whole.questions = first.questions + second.questions
+    whole.groups_N = torch.cat([first.groups_N, second.groups_N + first.groups_N.max() + 1])
+    whole.completion_rewards = {
+        name: torch.cat([one.completion_rewards[name] for one in rollouts]) for name in first.completion_rewards
+    }
+    return rollouts, whole
 
 
 def update(

@@ -25,7 +25,7 @@ from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, s
 from tars_fast.learning.best import BestStep
 from tars_fast.learning.objectives.references import References
 from tars_fast.learning.objectives.watch import WrittenWatch
-from tars_fast.learning.optimizer import make_optimizer
+from tars_fast.learning.optimizer import gather_state, make_optimizer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
 from tars_fast.learning.rewards.total import Rewards, load_own_rewards, reward_weights
 from tars_fast.learning.rewards.trial import try_rewards
@@ -144,6 +144,7 @@ class Run:
                 "the weights are not finite; lower --learning-rate; the last checkpoint, if there is one, is good"
             )
         self.workers.check_same(parameters)
+        gather_state(self.learner.optimizer)
         if self.workers.is_first:
             config, learner = self.config, self.learner
             extra = learner.extra() | self.selection.extra() | self.best.extra()
@@ -217,6 +218,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         data.longest_prompt,
         on_gpu=device.type == "cuda",
     )
+    workload = dataclasses.replace(workload, num_processes=workers.size)
     check_selection(config, preset.questions_per_step, data.training)
     earlier = read_settings(output_dir) if config.resume else {}
     plan = plan_memory(workload, available_bytes(device))
@@ -349,7 +351,8 @@ def make_learner(
     Raises:
         UserError: it does not fit, or the model before training, which the objective needs, cannot be loaded any more.
     """
-    optimizer = make_optimizer(model.trainable_parameters(), config.weight_decay, config.seed)
+    sharded = workers.size > 1 and config.lora_rank == 0
+    optimizer = make_optimizer(model.trainable_parameters(), config.weight_decay, config.seed, sharded=sharded)
     references = References(model, config, is_resumed=resumed_from is not None)
     learner = Learner(model, optimizer, config, workers, references, rewards)
     if resumed_from is None:

@@ -1,6 +1,6 @@
 """Data-parallel training: each process (`torchrun`) samples and trains its share of every step's questions.
 
-All processes hold the same trained parameters and take the same optimiser step, on gradients summed over all of them.
+All processes hold the same trained parameters, whose steps are taken on gradients summed over all of them (`gradients.py`).
 """
 
 from __future__ import annotations
@@ -38,6 +38,16 @@ class Workers:
         """The one that writes and speaks for all."""
         return self.rank == 0
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around every call that all processes take part in.
+
+        Raises:
+            TrainingError: another process has ended.
+        """
+        with _explain_loss():
+            yield
+
     def share(self, items: Sequence[Item]) -> list[Item]:
         """This process's items; as even as can be."""
         return list(items[self.rank :: self.size])
@@ -53,17 +63,9 @@ class Workers:
             return [value]
         # One for each process to put its own in the place of.
         gathered = [value] * self.size
-        with _explain_loss():
+        with self.together():
             torch.distributed.all_gather_object(gathered, value)
         return gathered
-
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace the gradient of every parameter by the sum of all processes' ones."""
-        if self.size == 1:
-            return
-        with _explain_loss():
-            for parameter in parameters:
-                torch.distributed.all_reduce(parameter.grad)
 
     def check_same(self, parameters: Iterable[nn.Parameter]) -> None:
         """Raises TrainingError where the processes no longer hold the same parameters, bit for bit."""

@@ -190,7 +190,11 @@ def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[
     state = _read_state(folder)
     try:
         optimizer.load_state_dict(state["optimizer"])
-        for parameter, held in optimizer.state.items():
+        own = getattr(optimizer, "optim", optimizer)
+        if own is not optimizer:
+            # A sharded one keeps what it has loaded twice.
+            optimizer.state.clear()
+        for parameter, held in own.state.items():
             if held["exp_avg"].shape != parameter.shape:
                 raise ValueError(f"of {tuple(held['exp_avg'].shape)}, not {tuple(parameter.shape)} weights")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
