@@ -133,6 +133,7 @@ def run(workers, changes, questions):
     small = {{"questions_per_step": 5, "group_size": 4}}
     settings = TrainConfig(num_steps=1 + changes.get("rollout_ahead", 0), **small, **changes)
     config = settings.resolve(PRESETS["pocket"], output_dir={folder!r}, tokens_per_micro_batch=4096)
+    torch.manual_seed(0)
     model = new_model(lora_rank=config.lora_rank, freeze_audio=config.freeze_audio)
     rewards, selection = Rewards(config), Selection(questions, config, [len(q.text) for q in questions])
     learner = Learner(model, torch.optim.SGD(model.trainable_parameters(), lr=0.0), config, workers, None, rewards)
@@ -146,7 +147,8 @@ def run(workers, changes, questions):
             own = None if scored is None else (completion_columns(scored), outcomes_of(scored))
             parts = [part for part in workers.gather(own) if part is not None]
             metrics |= completion_metrics([columns for columns, _ in parts])
-            outcomes = sorted((vars(one) for _, found in parts for one in found), key=lambda one: one["id"])
+            known = [one for _, outcomes in parts for one in outcomes]
+            outcomes = sorted((one.id, one.num_completions, one.num_tokens, one.speech, one.text) for one in known)
             ids = [] if scored is None else sorted(question.id for question in scored.rollout.questions)
             shares.append(workers.gather(ids))
             gradient = torch.cat([parameter.grad.flatten() for parameter in model.trainable_parameters()])
@@ -206,8 +208,8 @@ def test_who_trains_on_a_question_changes_no_result(tmp_path, names):
                 torch.testing.assert_close(gradient_2, gradient, rtol=1e-4, atol=1e-6)
                 assert gradient.abs().max() > 1e-4
                 assert metrics.keys() == metrics_2.keys()
-                for key, value in metrics.items():
+                # It says which groups went through a backward pass, which goes by what else was in the micro-batch.
+                for key in [key for key in metrics if not key.startswith("without_backward/")]:
+                    value = metrics[key]
                     assert metrics_2[key] == pytest.approx(value, rel=1e-4, abs=1e-5), (name, key)
-                assert [one["id"] for one in outcomes] == [one["id"] for one in outcomes_2]
-                for one, two in zip(outcomes, outcomes_2, strict=True):
-                    assert two == pytest.approx(one, rel=1e-4), name
+                assert outcomes_2 == outcomes
