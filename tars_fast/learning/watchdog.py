@@ -102,7 +102,7 @@ class Watchdog:
         self._closed = threading.Event()
         self._threads = [
             threading.Thread(target=work, args=arguments, name="watchdog", daemon=True)
-            for work, arguments in ((self._beat, (self._connect(),)), (self._watch, ()))
+            for work, arguments in ((self._beat, (self.connect(),)), (self._watch, ()))
         ]
         for thread in self._threads:
             thread.start()
@@ -126,7 +126,11 @@ class Watchdog:
         finally:
             del self._waits[channel]
 
-    def _connect(self) -> Store:
+    def write(self, store: Store, number: int) -> None:
+        """The beat of this number, to a store that `connect` gave."""
+        store.set(str(self._rank), json.dumps([number, place_now(), dict(self._calls)]))
+
+    def connect(self) -> Store:
         # A connection of its own, because a call on the process group's may hold that one for long.
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return PrefixStore(f"watchdog/{self._run}", TCPStore(address, port, is_master=False))
@@ -136,7 +140,7 @@ class Watchdog:
         while not self._closed.is_set():
             number += 1
             try:
-                store.set(str(self._rank), json.dumps([number, place_now(), dict(self._calls)]))
+                self.write(store, number)
                 if self._waits and store.check([_VERDICT]):
                     _end(store.get(_VERDICT).decode())
             # The process that holds the store has ended, and with it the run.
@@ -174,7 +178,7 @@ class Watchdog:
 
     def _look(self, channel: str, wait: _Wait, answer: SimpleQueue[str | None]) -> None:
         try:
-            store = self._connect()
+            store = self.connect()
             earlier = self._read(store)
             time.sleep(3 * self._period)
             verdict = describe_wait(channel, wait.place, wait.seconds, (earlier, self._read(store)))
