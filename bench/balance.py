@@ -168,7 +168,7 @@ def main() -> None:
     }
     results["training"] = [
         {"ranks": ranks, "questions a rank": per_rank, "deviation over mean": deviation} | simulate(ranks, per_rank, deviation)
-        for deviation, numbers in ((0.5, (1, 2, 4, 16)), (0.25, (4,)), (1.0, (4,)))
+        for deviation, numbers in ((0.5, (1, 2, 4, 8)), (0.25, (4,)), (1.0, (4,)))
         for per_rank in numbers
         for ranks in NUM_RANKS
     ]
