@@ -326,6 +326,9 @@ class TrainConfig:
     router_replay: bool = False
     """Of a mixture of experts: the trainer sends each token through the experts that vLLM chose when it sampled, where rounding
     would send some through others. Weights and gradients of the router stay the trainer's own."""
+    collective_timeout: float = 600.0
+    """Of several processes: seconds that one waits for another. Then all that wait end with status 1 and say which one has not
+    come, and in which phase it is."""
     max_logprob_diff: float | None = None
     """Mean |trainer - rollout| log-probability, in nats a token, beyond which training stops; not checked for batches that
     --rollout-ahead sampled with older weights. None: 0.01, in bfloat16 0.1."""
@@ -387,7 +390,7 @@ class TrainConfig:
         positive += ("num_steps", "questions_per_step", "learning_rate", "max_new_tokens", "temperature", "updates_per_rollout")
         positive += ("distil_weight", "text_anchor_weight", "max_written_kl", "keep_checkpoints")
         positive += ("max_grad_norm", "tokens_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
-        positive += ("reward_concurrency", "reward_timeout", "judge_scale", "overlong_tokens")
+        positive += ("reward_concurrency", "reward_timeout", "collective_timeout", "judge_scale", "overlong_tokens")
         check_numbers(self, positive=(*positive, "lora_alpha"))
         not_negative = ["representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples"]
         not_negative += ("accuracy_weight", "format_weight", "numeric_tolerance")

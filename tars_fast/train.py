@@ -48,6 +48,7 @@ from tars_fast.learning.metrics import (
     check_written,
     completion_columns,
     completion_metrics,
+    heartbeat_metrics,
 )
 from tars_fast.learning.optimizer import learning_rate_at
 from tars_fast.learning.run import Interrupt, Run, open_run, plan_run, profiled
@@ -91,7 +92,8 @@ def train(config: TrainConfig) -> TrainOutcome:
         TrainingError: training cannot go on; the last checkpoint is good.
     """
     check_loggers(config.log)
-    with use_reference(config.kernels == "reference"), join_workers() as workers, open_run(config, workers) as run:
+    joined = join_workers(config.collective_timeout)
+    with use_reference(config.kernels == "reference"), joined as workers, open_run(config, workers) as run:
         log = RunLog(run.config.output_dir if workers.is_first else None, run.config.num_steps, run.num_completed, config.log)
         log.say(run.describe())
         # Before what takes long: an account that may not write there is the user's to put right.
@@ -220,12 +222,15 @@ def report_failures(run: Run, log: RunLog, loaded: LoadedRollout, step: int, loa
 
 
 def step_metrics(run: Run, scored: ScoredRollout | None, loaded: LoadedRollout, step: int) -> dict[str, float]:
-    """Metrics of a step's completions, of all processes, and where the time of this process went; updates `run.selection`."""
-    gathered = run.workers.gather(None if scored is None else (completion_columns(scored), outcomes_of(scored)))
-    columns, outcomes = zip(*(part for part in gathered if part is not None), strict=True)
+    """Metrics of a step's completions, of all processes, and where the time of this one and of all went; updates
+    `run.selection`."""
+    seconds = run.learner.timer.take()
+    beside = {f"beside/{name.removeprefix('seconds/')}": value for name, value in loaded.seconds.items()}
+    own = None if scored is None else (completion_columns(scored), outcomes_of(scored))
+    gathered = run.workers.gather((own, seconds | beside))
+    columns, outcomes = zip(*(part for part, _ in gathered if part is not None), strict=True)
     metrics = completion_metrics(columns) | run.selection.record(step, [outcome for part in outcomes for outcome in part])
-    beside = {f"beside/{name.removeprefix('seconds/')}": seconds for name, seconds in loaded.seconds.items()}
-    return metrics | run.learner.timer.take() | beside
+    return metrics | seconds | beside | heartbeat_metrics([seconds for _, seconds in gathered])
 
 
 def command(config: TrainConfig) -> int:

@@ -9,10 +9,11 @@ Shapes: N completions of a batch, ordered by question.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -169,10 +170,23 @@ class SampledQuestion:
     """The completions of one question."""
 
     question: Question
-    spoken: PreparedPrompt
+    spoken: PreparedPrompt | None
+    """Where the audio tower is trained and encodes it again; else None."""
     written: Prompt
     groups: list[SampledGroup]
     """Spoken and, where the objective samples written completions, written."""
+    references: list[int | None] = field(default_factory=list)
+    """Of each completion, counted within the question; see `choose_references`."""
+
+    @property
+    def completions(self) -> list[Completion]:
+        return [completion for group in self.groups for completion in group.completions]
+
+    @property
+    def num_tokens(self) -> int:
+        """That the trainer's forward pass has: of its prompts, each once, and completions."""
+        prompts = sum(len(group.prompt.token_ids) for group in self.groups)
+        return prompts + sum(len(completion.token_ids) for completion in self.completions)
 
     @property
     def disagrees(self) -> bool:
@@ -183,9 +197,15 @@ class SampledQuestion:
     def outcome(self) -> Outcome:
         graded = self.groups if self.question.has_answer else []
         accuracies = [group.rewards["accuracy"].mean().item() for group in graded]
-        completions = [completion for group in self.groups for completion in group.completions]
-        num_tokens = sum(len(completion.token_ids) for completion in completions)
-        return Outcome(self.question.id, len(completions), num_tokens, *accuracies)
+        num_tokens = sum(len(completion.token_ids) for completion in self.completions)
+        return Outcome(self.question.id, len(self.completions), num_tokens, *accuracies)
+
+
+def completions_of(sampled: Sequence[SampledQuestion]) -> list[Completion]:
+    """[N] those of all questions, `Completion.question` counts these."""
+    return [
+        replace(completion, question=number) for number, question in enumerate(sampled) for completion in question.completions
+    ]
 
 
 @dataclass(frozen=True)
@@ -199,6 +219,8 @@ class RolloutCollector:
     background: ThreadPoolExecutor
     """Threads for what needs no device."""
     workers: Workers = ALONE
+    exchange: Callable[[Sequence[SampledQuestion]], list[SampledQuestion]] | None = None
+    """Gives questions to processes with fewer tokens, and takes theirs; None: each trains on what it has sampled."""
 
     def collect(
         self, batch: PreparedBatch, step: int, timer: PhaseTimer, reserve: Sequence[Question] = ()
@@ -211,15 +233,10 @@ class RolloutCollector:
                 or all wrong, spoken and written; where it is used up, these stay.
 
         Raises:
-            UnusableBatchError: no recording could be used.
+            UnusableBatchError: no recording could be used, and no other process gave a question.
         """
         config = self.config
         sampled, warnings = self._sample_questions(batch, step, 0, timer)
-        if not sampled:
-            raise UnusableBatchError(
-                f"no recording of this step could be used ({warnings[0]}); is the folder of --data still there? The last step "
-                "is saved: put the recordings back and continue with --resume"
-            )
         num_wanted = len(sampled)
         waiting = list(reserve)
         for redraw in range(1, config.max_redraws + 1):
@@ -232,29 +249,48 @@ class RolloutCollector:
             sampled, warnings = sampled + more, warnings + left_out
         # Stable: questions stay in the order in which they were drawn.
         by_use = sorted(sampled, key=lambda question: not question.disagrees) if len(sampled) > num_wanted else sampled
-        return self._rollout(by_use[:num_wanted], by_use[num_wanted:], step, timer), warnings
+        kept = self._with_references(by_use[:num_wanted], step)
+        if self.exchange is not None:
+            with timer.phase("exchange"):
+                kept = self.exchange(kept)
+        if not kept:
+            raise UnusableBatchError(
+                f"no recording of this step could be used ({warnings[0]}); is the folder of --data still there? The last step "
+                "is saved: put the recordings back and continue with --resume"
+            )
+        return self._rollout(kept, by_use[num_wanted:], timer), warnings
 
-    def _rollout(
-        self, kept: Sequence[SampledQuestion], dropped: Sequence[SampledQuestion], step: int, timer: PhaseTimer
-    ) -> Rollout:
+    def _with_references(self, sampled: Sequence[SampledQuestion], step: int) -> list[SampledQuestion]:
+        """Drawn where they were sampled, so that they are the same wherever they are trained on."""
+        completions = completions_of(sampled)
+        accuracies = [group.rewards["accuracy"] for question in sampled for group in question.groups]
+        if not completions:
+            return []
+        references = iter(choose_references(completions, torch.cat(accuracies), self._random(step)))
+        first, chosen = 0, []
+        for question in sampled:
+            own = [None if (reference := next(references)) is None else reference - first for _ in question.completions]
+            first += len(own)
+            chosen.append(replace(question, references=own))
+        return chosen
+
+    def _rollout(self, kept: Sequence[SampledQuestion], dropped: Sequence[SampledQuestion], timer: PhaseTimer) -> Rollout:
         with timer.phase("reward"):
-            completions = [
-                replace(completion, question=number)
-                for number, question in enumerate(kept)
-                for group in question.groups
-                for completion in group.completions
-            ]
+            completions = completions_of(kept)
             groups = [group for question in kept for group in question.groups]
-            rewards = {name: torch.cat([group.rewards[name] for group in groups]) for name in groups[0].rewards}
-            references = choose_references(completions, rewards["accuracy"], self._random(step))
+            firsts = accumulate((len(question.completions) for question in kept[:-1]), initial=0)
             rollout = Rollout(
                 questions=[question.question for question in kept],
                 prompts=[group.prompt for group in groups for _ in group.completions],
                 written=[question.written for question in kept],
-                spoken=[question.spoken for question in kept] if self.model.audio_is_trained else [],
+                spoken=[question.spoken for question in kept if question.spoken is not None],
                 completions=completions,
-                completion_rewards=rewards,
-                references=references,
+                completion_rewards={name: torch.cat([group.rewards[name] for group in groups]) for name in groups[0].rewards},
+                references=[
+                    None if reference is None else first + reference
+                    for first, question in zip(firsts, kept, strict=True)
+                    for reference in question.references
+                ],
                 late={},
                 groups_N=group_indices([c.question for c in completions], [c.modality for c in completions]),
                 outcomes=[question.outcome() for question in (*kept, *dropped)],
@@ -282,7 +318,8 @@ class RolloutCollector:
         prompts = encoded.prompts if self.config.samples_text else encoded.prompts[::2]
         groups = self._sample(prompts, questions, seed, timer)
         groups_of = [groups[start : start + step_by] for start in range(0, len(groups), step_by)]
-        spoken = [prompt for place in encoded.usable if isinstance(prompt := batch.spoken[place], PreparedPrompt)]
+        prepared = [prompt for place in encoded.usable if isinstance(prompt := batch.spoken[place], PreparedPrompt)]
+        spoken = prepared if self.model.audio_is_trained else [None] * len(prepared)
         parts = zip(questions, spoken, encoded.prompts[1::2], groups_of, strict=True)
         return [SampledQuestion(*part) for part in parts], encoded.warnings
 

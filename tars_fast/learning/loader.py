@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tars_fast.config import RunConfig
+from tars_fast.learning.balance import QuestionExchange, even_shares
 from tars_fast.learning.batch import PreparedBatch, Rollout, RolloutCollector, UnusableBatchError, prepare_batch
 from tars_fast.learning.rewards.total import Rewards
 from tars_fast.learning.selection import Selection
@@ -88,7 +89,12 @@ class RolloutLoader(AbstractContextManager[Any]):
         self._threads = ExitStack()
         self._background = self._threads.enter_context(background_threads(2))
         self._sampler = self._threads.enter_context(ThreadPoolExecutor(1, "sampler"))
-        self._collector = RolloutCollector(model, engine, rewards, config, self._background, workers)
+        exchange = None
+        if workers.size > 1:
+            # Sampling ahead exchanges in a thread of its own.
+            by_id = {question.id: question for question in selection.questions}
+            exchange = QuestionExchange(model, by_id, workers.beside("sampling"))
+        self._collector = RolloutCollector(model, engine, rewards, config, self._background, workers, exchange)
 
     def __exit__(self, *_exception: object) -> None:
         futures: list[Future[Any]] = [*self._prepared.values(), *self._sampled.values()]
@@ -152,4 +158,6 @@ class RolloutLoader(AbstractContextManager[Any]):
 
     def _questions(self, numbers: list[int]) -> list[Question]:
         """This process's share of these questions."""
-        return [self._selection.questions[number] for number in self._workers.share(numbers)]
+        tokens = [self._selection.prompt_tokens[number] for number in numbers]
+        share = even_shares(tokens, self._workers.size)[self._workers.rank]
+        return [self._selection.questions[numbers[place]] for place in share]

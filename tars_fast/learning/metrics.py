@@ -5,6 +5,7 @@ Shapes: N completions, G groups.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -195,6 +196,24 @@ def _spread(columns: Mapping[str, Tensor], modalities: Sequence[tuple[Modality, 
             groups_N = columns["group"][known_N].unique(return_inverse=True)[1]
             squares_N = centred_advantages(values_N[known_N], groups_N).double().square()
             metrics[f"deviation/{name}/{modality}"] = group_means(squares_N, groups_N).sqrt().mean().item()
+    return metrics
+
+
+def heartbeat_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """How evenly several processes work: of the seconds of each phase the least, the median and the most that one of them took.
+
+    Args:
+        parts: of every process its `seconds/<phase>`, and what went on `beside` an earlier step; a phase that it was not in
+            took it 0 s.
+    """
+    if len(parts) == 1:
+        return {}
+    names = sorted({name for part in parts for name in part})
+    phases = {name.removeprefix("seconds/"): [part.get(name, 0.0) for part in parts] for name in names}
+    metrics: dict[str, float] = {}
+    for phase, values in phases.items():
+        figures = {"min": min(values), "median": statistics.median(values), "max": max(values)}
+        metrics |= {f"heartbeat/{phase}/{figure}": value for figure, value in figures.items()}
     return metrics
 
 

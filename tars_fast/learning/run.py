@@ -74,6 +74,7 @@ MAY_CHANGE_ON_RESUME = {
     "reward_concurrency",
     "reward_timeout",
     "judge_url",
+    "collective_timeout",
 }
 """Settings that a resumed run may change."""
 
@@ -91,6 +92,8 @@ class RunData:
     """Tokens of the longest prompt."""
     validation: list[Question] = dataclasses.field(default_factory=list)
     """Items for the evaluations while it trains; empty without `--eval-every`."""
+    prompt_tokens: list[int] = dataclasses.field(default_factory=list)
+    """Of each training item."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +258,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
             model.routing.set_replay(replays=config.router_replay)
         model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
         text_similarity = load_text_similarity(run_config.behaviour_model, device)
-        selection = Selection(data.training, run_config)
+        selection = Selection(data.training, run_config, data.prompt_tokens)
         best = BestStep(config.keep_best, config.early_stop)
         with _explain_damage(resumed_from):
             prepare_model(run_config, model, workload.adapted_layers, resumed_from)
@@ -489,7 +492,8 @@ def keep_usable(config: TrainConfig, prompts: PromptFormat, data: RunData, worke
     if not training or not held_out or (data.validation and not validation):
         raise UserError(f"--skip-unusable: {left_out}; nothing is left to train or to evaluate on")
     notes = [note for note in (*data.notes, left_out, prompts.long_audio_notice(list(usable.values()))) if note is not None]
-    return RunData(training, held_out, notes, max(size.num_tokens for size in usable.values()), validation)
+    longest = max(size.num_tokens for size in usable.values())
+    return RunData(training, held_out, notes, longest, validation, [usable[q.id].num_tokens for q in training])
 
 
 def choose_micro_batch(config: TrainConfig, earlier: Mapping[str, Any], plan: MemoryPlan, workers: Workers) -> int:

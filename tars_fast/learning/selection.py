@@ -121,10 +121,14 @@ class Selection:
     """The questions of each step, and what is known of them.
 
     `plan` and `record` are called once a step, in the order of the steps; between them other threads may read the batches.
+
+    Args:
+        prompt_tokens: of each question, by which several processes share a batch; empty: by number.
     """
 
-    def __init__(self, questions: Sequence[Question], config: RunConfig):
+    def __init__(self, questions: Sequence[Question], config: RunConfig, prompt_tokens: Sequence[int] = ()):
         self.questions = questions
+        self.prompt_tokens = prompt_tokens or [1] * len(questions)
         self._config = config
         self._numbers = {question.id: number for number, question in enumerate(questions)}
         self._batches: dict[int, tuple[list[int], list[int]]] = {}

@@ -6,17 +6,22 @@ All processes hold the same trained parameters, whose steps are taken on gradien
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from tars_fast.learning.watchdog import Watchdog
 from tars_fast.support.cli import FAILED, first_line
 from tars_fast.support.locks import locked
 from tars_fast.support.timing import is_out_of_memory
@@ -25,6 +30,9 @@ from tars_fast.types import TrainingError, UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_GRACE = 300.0
+"""Seconds after which torch gives up a call that the watchdog should have ended, in words that name nobody."""
+
 
 @dataclass(frozen=True)
 class Workers:
@@ -32,20 +40,37 @@ class Workers:
 
     rank: int = 0
     size: int = 1
+    channel: str = "step"
+    """Calls of all processes through one channel come in the same order everywhere; another thread has another one."""
+    group: ProcessGroup | None = field(default=None, repr=False)
+    """What these calls go through; None: the default one."""
+    watchdog: Watchdog | None = field(default=None, repr=False)
+    """Ends calls that take too long."""
 
     @property
     def is_first(self) -> bool:
         """The one that writes and speaks for all."""
         return self.rank == 0
 
+    def beside(self, channel: str) -> Workers:
+        """The same processes with another channel, for another thread's calls; waits for all of them."""
+        if self.size == 1:
+            return self
+        limit = None if self.watchdog is None else timedelta(seconds=self.watchdog.timeout + _GRACE)
+        with self.together():
+            return replace(self, channel=channel, group=torch.distributed.new_group(timeout=limit, backend="gloo"))
+
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around every call that all processes take part in.
+        """Around every call that all processes take part in; where a device computes it, it has ended at the block's end.
 
         Raises:
             TrainingError: another process has ended.
         """
-        with _explain_loss():
+        with ExitStack() as stack:
+            if self.watchdog is not None:
+                stack.enter_context(self.watchdog.waiting(self.channel))
+            stack.enter_context(_explain_loss())
             yield
 
     def share(self, items: Sequence[Item]) -> list[Item]:
@@ -64,8 +89,25 @@ class Workers:
         # One for each process to put its own in the place of.
         gathered = [value] * self.size
         with self.together():
-            torch.distributed.all_gather_object(gathered, value)
+            torch.distributed.all_gather_object(gathered, value, self.group)
         return gathered
+
+    def exchange(self, given: Mapping[int, Item]) -> dict[int, Item]:
+        """What other processes gave this one, by their rank; waits for all of them.
+
+        Args:
+            given: what each process is to get, by rank; it may be pickled, and be on the host only.
+        """
+        parts = [pickle.dumps(given[rank]) if rank in given else b"" for rank in range(self.size)]
+        sent = torch.tensor([len(part) for part in parts])
+        received = torch.empty_like(sent)
+        with self.together():
+            torch.distributed.all_to_all_single(received, sent, group=self.group)
+            content = torch.empty(int(received.sum()), dtype=torch.uint8)
+            joined = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8) if sent.any() else content.new_empty(0)
+            torch.distributed.all_to_all_single(content, joined, received.tolist(), sent.tolist(), self.group)
+        pieces = content.split(received.tolist())
+        return {rank: pickle.loads(piece.numpy().tobytes()) for rank, piece in enumerate(pieces) if len(piece)}
 
     def check_same(self, parameters: Iterable[nn.Parameter]) -> None:
         """Raises TrainingError where the processes no longer hold the same parameters, bit for bit."""
@@ -135,10 +177,14 @@ def _ended_in_one_line() -> Iterator[None]:
 
 
 @contextmanager
-def join_workers() -> Iterator[Workers]:
+def join_workers(timeout: float = 1800.0) -> Iterator[Workers]:
     """For the length of the block one of the processes that `torchrun` started; alone, where it started none.
 
     Each process sees one GPU only, as if it were alone on the machine. Must come before anything asks CUDA.
+
+    Args:
+        timeout: seconds that a call of all processes may take; then those that wait in it end with status 1 and a line that
+            names those that have not come.
 
     Raises:
         UserError: the environment speaks of several processes that cannot find each other; each would be a run of its own.
@@ -157,10 +203,14 @@ def join_workers() -> Iterator[Workers]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
     # Objects travel by gloo; gradients by NCCL where they are on a GPU.
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout + _GRACE))
     try:
         with _ended_in_one_line():
-            yield Workers(torch.distributed.get_rank(), size)
+            workers = Workers(torch.distributed.get_rank(), size)
+            run = workers.gather(uuid.uuid4().hex)[0]
+            with closing(Watchdog(workers.rank, size, timeout, run)) as watchdog:
+                yield replace(workers, watchdog=watchdog)
     finally:
         # vLLM, where it ran here, has ended the group with itself.
         if torch.distributed.is_initialized():

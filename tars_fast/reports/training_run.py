@@ -18,6 +18,7 @@ from tars_fast.reports.plots import ACCURACY_PLOT, accuracy_plot, can_plot, writ
 from tars_fast.reports.run_page import write_progress, write_report
 from tars_fast.reports.tables import describe_point, print_summary
 from tars_fast.support.files import write_atomically
+from tars_fast.support.timing import entered
 
 
 def show_validation(run: Run, log: RunLog, metrics: Mapping[str, float]) -> None:
@@ -40,7 +41,9 @@ def publish(
     subject = CardSubject(hub.name.partition("/")[2], config.model, dtype, merge_first)
     settings = json.loads((config.output_dir / "config.json").read_text(encoding="utf-8"))
     card = model_card(subject, settings, evaluation)
-    if (problem := hub.push(config.output_dir / f"checkpoint-{step}", card, f"after {step} steps")) is not None:
+    with entered("upload"):
+        problem = hub.push(config.output_dir / f"checkpoint-{step}", card, f"after {step} steps")
+    if problem is not None:
         log.warn(problem)
 
 

@@ -1,7 +1,8 @@
-"""Seconds by phase, and what to lower where a phase runs out of memory."""
+"""Seconds by phase, where a process is, and what to lower where a phase runs out of memory."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,6 +11,34 @@ from contextlib import contextmanager
 import torch
 
 from tars_fast.types import TrainingError
+
+_running: dict[int, list[str]] = {}
+"""By thread the phases that it is in, the innermost last."""
+_left: dict[int, str] = {}
+"""By thread the phase that it was in last."""
+
+
+@contextmanager
+def entered(phase: str) -> Iterator[None]:
+    """For the length of the block this thread is in a phase, as `place_now` says."""
+    thread = threading.get_ident()
+    phases = _running.setdefault(thread, [])
+    phases.append(phase)
+    try:
+        yield
+    finally:
+        _left[thread] = phases.pop()
+
+
+def place_now() -> str:
+    """Where this process is: `in 'forward'`, with the phases of other threads too, or `behind 'forward'`; may be asked from
+    any thread."""
+    main = threading.main_thread().ident
+    assert main is not None, "it runs"
+    phases = [running[-1:] for _, running in sorted(_running.copy().items(), key=lambda item: item[0] != main)]
+    if any(phases):
+        return "in " + " and ".join(repr(phase) for (phase,) in filter(None, phases))
+    return f"behind {_left[main]!r}" if main in _left else "at its start"
 
 
 class PhaseTimer:
@@ -42,6 +71,7 @@ SETTINGS_BY_PHASE = {
     "loading the model": "--kv-cache-gb, or use --dtype bfloat16",
     "encode": "--questions-per-step",
     "rollout": "--kv-cache-gb, --rollout-batch-size or --max-new-tokens",
+    "exchange": "--questions-per-step",
     "reward": "--questions-per-step, or use --behaviour-model hashed-ngrams",
     "teacher": "--tokens-per-micro-batch or --max-new-tokens",
     "forward": "--tokens-per-micro-batch or --max-new-tokens, or add --gradient-checkpointing True",
@@ -64,13 +94,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_out_of_memory(phase: str) -> Iterator[None]:
-    """Name phase and remedy when the block runs out of memory.
+    """Name phase and remedy when the block, which is `entered`, runs out of memory.
 
     Raises:
         TrainingError: in the place of torch's error; any other passes.
     """
     try:
-        yield
+        with entered(phase):
+            yield
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise TrainingError(

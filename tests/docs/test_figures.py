@@ -340,3 +340,78 @@ def test_an_update_by_objective():
         f"{seconds['opd, anchored']:.2f} s, `tars+opd` {seconds['tars+opd']:.2f} s"
     )
     assert said in words_of("docs/rewards-and-objectives.md")
+
+
+def test_scaling_on_one_card_and_apart():
+    """The table of measured times, and what follows from a line through them."""
+    page, lines = words_of("docs/scaling.md"), lines_of("docs/scaling.md")
+    measured = {
+        1: read("engine_nvidia_h200.json")["arms"]["shared"],
+        8: read("engine_8_questions_nvidia_h200.json")["arms"]["shared"],
+    }
+    seconds = {k: (arm["median_seconds"]["rollout"], arm["median_seconds"]["training"]) for k, arm in measured.items()}
+    (fixed, each), (start, token) = (
+        (first - (last - first) / 7, (last - first) / 7) for first, last in zip(seconds[1], seconds[8], strict=True)
+    )
+    assert f"{fixed:.2f} s + {each:.2f} s a question" in page
+    assert f"the longer of {fixed:.2f} s + {each:.2f} s x k / f and {start:.2f} s + {token:.2f} s x k / (1 - f)" in page
+    together = {k: sum(both) for k, both in seconds.items()}
+    assert f"takes {together[8]:.2f} s on one card and {together[1]:.2f} s on eight, {together[8] / together[1]:.1f}" in page
+    assert f"the longer of the two: {max(seconds[8]):.2f} s" in page
+    gains = []
+    for k, (rollout, training) in seconds.items():
+        assert f"| {k} | {rollout:.2f} s | {training:.2f} s | {together[k]:.2f} s |" in lines
+        parts = [part / 1000 for part in range(1, 1000)]
+        best, part = min((max(fixed + each * k / f, start + token * k / (1 - f)), f) for f in parts)
+        assert f"| {k} | {together[k]:.2f} s | {best:.2f} s (f = {part:.2f}) | {100 * fixed / together[k]:.0f} % |" in lines
+        gains.append(together[k] / best)
+        if k == 1:
+            assert together[k] - best < 1.24, "more than is won"
+    assert f"Apart is {gains[0]:.2f} and {gains[1]:.2f} times as fast" in page
+    peak = max(measured[1]["peak_gb"].values())
+    two = max(read("engine_nvidia_h200.json")["arms"]["two_copies"]["peak_gb"].values())
+    assert f"{peak:.1f} GB instead of {two:.1f} GB" in page
+
+
+def test_idle_time_and_512_cards():
+    page, lines = words_of("docs/scaling.md"), lines_of("docs/scaling.md")
+    result = read("balance.json")
+    rows = {(row["ranks"], row["questions a rank"]): row for row in result["training"] if row["deviation over mean"] == 0.5}
+    for ranks in (8, 64, 512):
+        row = rows[ranks, 4]
+        idle = [f"{100 * row[name]:.1f} %" for name in ("idle by number", "idle exchanged")]
+        assert f"| {ranks} | {' | '.join(idle)} | {100 * row['part of questions moved']:.0f} % |" in lines
+    after = {per_rank: f"{100 * rows[512, per_rank]['idle exchanged']:.0f} %" for per_rank in (1, 2, 8)}
+    assert f"nothing can move: {after[1]} of 512" in page
+    assert f"With two it falls to {after[2]}, with eight to {after[8]}." in page
+    four = rows[512, 4]
+    prompts = [f"{100 * four[name]:.0f} %" for name in ("idle of prompts by tokens", "idle of prompts by number")]
+    assert f"{prompts[0]} instead of {prompts[1]} is idle" in page
+    assert f"{100 * four['idle of sampling']:.0f} % of the time is idle at four" in page
+    assert f"An exchange moves {four['megabytes moved a process']:.1f} MB a process" in page
+    assert f"| {four['megabytes moved a process'] / 1000:.4f} GB |" in page
+    assert f"found in {four['milliseconds to find moves'] / 1000:.1f} s" in page
+    assert f"costs {result['two processes']['watching a call, microseconds']:.1f} microseconds a call" in page
+    seconds = read("engine_8_questions_nvidia_h200.json")["arms"]["shared"]["median_seconds"]
+    idle = [rows[512, 8][name] for name in ("idle by number", "idle exchanged")]
+    assert f"idle is {100 * idle[0]:.1f} % by number and {100 * idle[1]:.1f} % by tokens" in page
+    steps = [seconds["rollout"] + seconds["training"] / (1 - part) for part in idle]
+    assert f"{steps[0]:.2f} s by number and {steps[1]:.2f} s by tokens, {512 * 8 / steps[1]:.0f} questions a second" in page
+
+
+def test_communication():
+    page = words_of("docs/scaling.md")
+    preset = PRESETS["qwen2-audio-7b"]
+    adapters, full = (
+        TrainConfig(lora_rank=rank).workload(
+            TrainConfig(lora_rank=rank).as_preset(preset), preset.architecture, "vllm", dtype_bytes=2
+        )
+        for rank in (8, 0)
+    )
+    assert f"{adapters.gradients / 1e6:.1f} MB are {adapters.num_trained:,} weights" in page
+    assert f"{full.gradients / 1e9:.1f} GB are {full.num_trained / 1e9:.2f} billion weights in bfloat16" in page
+    for sent in (2 * adapters.gradients, 2 * full.gradients):
+        sent = 511 / 512 * sent / 1e9
+        digits = 2 if sent < 1 else 1
+        assert f"| {sent:.{digits}f} GB | {sent / 12.5:.2f} s | {sent / 50:.2f} s |" in page
+    assert f"{full.gradients / 1e9 / 12.5:.2f} s at 12.5 GB/s, more than is won" in page

@@ -154,9 +154,13 @@ def test_two_processes_make_one_run_which_resumes(items, tmp_path, engine, setti
     assert [step["step"] for step in steps] == [*range(0 if settings else 1, 5)]
     earlier = [json.loads(line) for line in resumed_from]
     for one, two in zip(steps, earlier, strict=True):
-        same = [name for name in one if not name.startswith("seconds/")]
+        same = [name for name in one if not name.startswith(("seconds/", "heartbeat/"))]
         assert {name: one[name] for name in same} == {name: two[name] for name in same}
     assert max(step["logprob_diff_max"] for step in steps if step["step"]) < 1e-3
+    for step in steps[-4:]:
+        seconds = [step[f"heartbeat/rollout/{figure}"] for figure in ("min", "median", "max")]
+        assert 0 < seconds[0] < seconds[1] < seconds[2]
+        assert step["heartbeat/exchange/max"] > 0
     if settings:
         drawn = [json.loads(line)["num_drawn"] for line in (run / "selection.jsonl").read_text().splitlines()]
         assert sum(drawn) == sum(step["sampled/questions"] for step in steps if step["step"]) > 16

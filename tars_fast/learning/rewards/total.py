@@ -33,7 +33,7 @@ COMPLETION_REWARDS = (
 RESERVED_NAMES = {
     *("reward", "length", "truncated", "is_speech", "without_reference", "trained", "group", "centred", "staleness"),
     *("entropy", "disagreeing", "without_backward", "divergence", "sampled", "selection", "deviation", "not_applicable"),
-    *("validation", "clip", "seconds", "beside"),
+    *("validation", "clip", "seconds", "beside", "heartbeat"),
     *("accuracy", "format", "unparsed", "representation", "behaviour", "agreement"),
 }
 """Names that a reward of a user's own may not have, because another figure of metrics.jsonl has them."""
