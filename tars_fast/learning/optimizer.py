@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from tars_fast.config import RunConfig
 
@@ -84,6 +85,7 @@ class StochasticAdamW(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 parameter = parameters[number]
                 self.state[parameter][name] = saved[name].to(parameter.device, copy=True)
+            self.state[parameters[number]]["step"] = int(saved["step"])
 
 
 def make_optimizer(parameters: list[nn.Parameter], weight_decay: float, seed: int) -> torch.optim.Optimizer:
@@ -93,6 +95,55 @@ def make_optimizer(parameters: list[nn.Parameter], weight_decay: float, seed: in
     # Fused needs no temporaries as large as all parameters; on a CPU there is no such kernel to gain from.
     fused = all(parameter.is_cuda for parameter in parameters)
     return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=fused or None)
+
+
+def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether each process holds the state of some parameters only."""
+    return isinstance(optimizer, ZeroRedundancyOptimizer)
+
+
+def _local(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimiser of the parameters whose state this process holds."""
+    own: torch.optim.Optimizer = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    return own
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What this process holds of the optimiser's state, as `<name of the parameter>.<entry>`, e.g. `head.weight.exp_avg`."""
+    states = _local(optimizer).state
+    held = {name: states.get(parameter, {}) for name, parameter in parameters.items()}
+    return {f"{name}.{entry}": torch.as_tensor(value) for name, entries in held.items() for entry, value in entries.items()}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
+) -> None:
+    """Have the optimiser go on from what `optimizer_state` returned in all processes, of which there were any number.
+
+    Args:
+        state: of all parameters, of which this process reads its own; empty before the first step.
+
+    Raises:
+        ValueError: it is not of these parameters.
+    """
+    if not state:
+        return
+    entries: dict[str, list[str]] = {name: [] for name in parameters}
+    for saved in state:
+        name, _, entry = saved.rpartition(".")
+        entries.setdefault(name, []).append(entry)
+    if others := [name for name, found in entries.items() if name not in parameters or not found]:
+        raise ValueError(f"of other weights than the model's, {len(others)} names differ, first {others[0]}")
+    local = _local(optimizer)
+    name_of = {parameter: name for name, parameter in parameters.items()}
+    held: dict[int, dict[str, Tensor]] = {}
+    for number, parameter in enumerate(parameter for group in local.param_groups for parameter in group["params"]):
+        name = name_of[parameter]
+        held[number] = {entry: state[f"{name}.{entry}"] for entry in entries[name]}
+        for value in held[number].values():
+            if value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{name} is of {tuple(value.shape)}, not {tuple(parameter.shape)} weights")
+    local.load_state_dict({"state": held, "param_groups": local.state_dict()["param_groups"]})
 
 
 def learning_rate_at(config: RunConfig, step: int) -> float:
