@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -50,6 +51,7 @@ def binary(path: Path) -> None:
     path.write_bytes(bytes(range(256)) * 8)
 
 
+SHARD = "optimizer/shard-00001-of-00001.safetensors"
 DAMAGES = (cut, empty, remove, other_json, list_in_json, binary)
 
 
@@ -121,6 +123,17 @@ def copy(run: Path, folder: Path) -> Path:
             "checkpoint-2/trainer_state.pt",
             remove,
             r"checkpoint-2 is damaged \(trainer_state.pt: .*checkpoint-1 is whole",
+            marks=pytest.mark.slow,
+        ),
+        (
+            f"checkpoint-2/{SHARD}",
+            cut,
+            r"checkpoint-2 is damaged \(shard-00001-of-00001.safetensors: .*checkpoint-1 is whole",
+        ),
+        pytest.param(
+            f"checkpoint-2/{SHARD}",
+            remove,
+            r"checkpoint-2 is damaged \(shard-00001-of-00001.safetensors: .*checkpoint-1 is whole",
             marks=pytest.mark.slow,
         ),
         pytest.param(
@@ -195,14 +208,37 @@ def test_a_run_goes_on_from_the_whole_checkpoint(full, data, tmp_path):
     assert resume(full, data, run) == ""
 
 
+def test_resume_if_exists_leaves_a_damaged_checkpoint_out(full, data, tmp_path):
+    run = copy(full, tmp_path)
+    cut(run / "checkpoint-2" / SHARD)
+    said = io.StringIO()
+    with redirect_stdout(said):
+        assert train.train(config_of(data, run, "--lora-rank", "0", "--resume-if-exists")).is_finished
+    assert "warning: " in said.getvalue()
+    assert f"{run}/checkpoint-2 is damaged (shard-00001-of-00001.safetensors: " in said.getvalue()
+    assert "is left out; it is called checkpoint-2.damaged now" in said.getvalue()
+    assert (run / "evaluation.json").read_text() == (full / "evaluation.json").read_text()
+    assert read_metrics(run) == read_metrics(full)
+    assert fault_of(run / "checkpoint-2") is None
+
+
+def test_resume_if_exists_begins_where_nothing_is_and_minutes_pass(data, tmp_path):
+    """A checkpoint after every step, by the clock alone."""
+    config = config_of(data, tmp_path / "run", "--resume-if-exists", "--save-minutes", "0.00001")
+    config = dataclasses.replace(config, save_every=100, num_steps=3)
+    assert train.train(config).is_finished
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
 @pytest.mark.slow
 def test_a_state_of_another_step_or_model_is_none(full, lora, data, tmp_path):
     run = copy(full, tmp_path)
     shutil.copy(run / "checkpoint-1" / "trainer_state.pt", run / "checkpoint-2")
     assert fault_of(run / "checkpoint-2") == "trainer_state.pt: of another step"
-    shutil.copy(lora / "checkpoint-2" / "trainer_state.pt", run / "checkpoint-2")
-    assert "checkpoint-2 is damaged (trainer_state.pt: " in resume(full, data, run)
     shutil.copy(full / "checkpoint-2" / "trainer_state.pt", run / "checkpoint-2")
+    shutil.copy(lora / "checkpoint-2" / SHARD, run / "checkpoint-2" / SHARD)
+    assert "checkpoint-2 is damaged (state of the optimiser: of other weights" in resume(full, data, run)
+    shutil.copy(full / "checkpoint-2" / SHARD, run / "checkpoint-2" / SHARD)
     shutil.copy(lora / "checkpoint-2" / "adapter_model.safetensors", run / "checkpoint-2" / "model.safetensors")
     assert "checkpoint-2 is damaged (" in resume(full, data, run)
 
