@@ -2,7 +2,7 @@
 
 One to three agents of torchrun, each with one training process, stand for machines; they meet in a store of this script's. At
 random, in a rollout, a backward pass, the optimiser's step, a checkpoint or while loading, SIGKILL ends a training process, an
-agent, an agent with its process (a machine), or all of them; then machines come and go, so that one to three are there. All start
+agent, an agent with its process (a machine), or all of them; then machines come and go: one to three are there. All start
 the same command, with `--resume-if-exists`. A run that comes to its end must have every step once, and every item once in each
 epoch, whatever the number of processes was; at no kill may more be lost than the steps since the last checkpoint. FILE lists
 every kill; the same command goes on where it was stopped.
