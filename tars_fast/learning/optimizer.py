@@ -132,6 +132,8 @@ def make_optimizer(
     if not sharded:
         return make(parameters, lr=0.0, weight_decay=weight_decay)
 
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     # Views of buckets would take the parameters away from the engine.
     return ZeroRedundancyOptimizer(parameters, make, parameters_as_bucket_view=False, lr=0.0, weight_decay=weight_decay)
 
