@@ -135,7 +135,13 @@ def make_optimizer(
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     # Views of buckets would take the parameters away from the engine.
-    return ZeroRedundancyOptimizer(parameters, make, parameters_as_bucket_view=False, lr=0.0, weight_decay=weight_decay)
+    return ZeroRedundancyOptimizer(
+        parameters,
+        make,  # type: ignore[arg-type]  # called with parameters and settings, which a class need not be
+        parameters_as_bucket_view=False,
+        lr=0.0,
+        weight_decay=weight_decay,
+    )
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
