@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.batch import Rollout, RolloutCollector, prepare_batch
+from tars_fast.learning.optimizer import optimizer_state
 from tars_fast.learning.rewards.reward import completed
 from tars_fast.learning.rewards.total import Rewards
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import ALONE, Workers
+from tars_fast.models.checkpoint import CheckpointPart, PendingCheckpoint
 from tars_fast.models.speech_model import SpeechModel
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.transformers_engine import TransformersEngine
@@ -77,6 +80,16 @@ def update(
     else:
         scored = learner.begin_rollout(rollout)
     return scored, update_policy(learner, scored)
+
+
+def save_checkpoint(output_dir: Path, step: int, model: SpeechModel, optimizer: torch.optim.Optimizer, extra=None) -> Path:
+    """A checkpoint of a single process, waited for."""
+    part = CheckpointPart.copy(step, model, optimizer_state(optimizer, model.trainable_by_name()), extra=extra)
+    pending = PendingCheckpoint(output_dir, part, model)
+    if (failure := pending.failure()) is not None:
+        pending.discard()
+        raise failure
+    return pending.complete()
 
 
 def base_rewards(rollout: Rollout) -> torch.Tensor:

@@ -94,6 +94,7 @@ class StochasticAdamW(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 parameter = parameters[number]
                 self.state[parameter][name] = saved[name].to(parameter.device, copy=True)
+            self.state[parameters[number]]["step"] = int(saved["step"])
 
 
 def held_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -112,10 +113,9 @@ def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return own
 
 
-def gather_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let the first process have the state of a sharded optimiser whole, for a checkpoint; must be called by all."""
-    if own_part(optimizer) is not optimizer:
-        optimizer.consolidate_state_dict()  # type: ignore[attr-defined]
+def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether each process holds the state of some parameters only."""
+    return own_part(optimizer) is not optimizer
 
 
 def make_optimizer(
@@ -140,6 +140,44 @@ def make_optimizer(
 
     # Views of buckets would take the parameters away from the engine.
     return ZeroRedundancyOptimizer(parameters, make, parameters_as_bucket_view=False, lr=0.0, weight_decay=weight_decay)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What this process holds of the optimiser's state, as `<name of the parameter>.<entry>`, e.g. `head.weight.exp_avg`."""
+    states = own_part(optimizer).state
+    held = {name: states.get(parameter, {}) for name, parameter in parameters.items()}
+    return {f"{name}.{entry}": torch.as_tensor(value) for name, entries in held.items() for entry, value in entries.items()}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
+) -> None:
+    """Have the optimiser go on from what `optimizer_state` returned in all processes, of which there were any number.
+
+    Args:
+        state: of all parameters, of which this process reads its own; empty before the first step.
+
+    Raises:
+        ValueError: it is not of these parameters.
+    """
+    if not state:
+        return
+    entries: dict[str, list[str]] = {name: [] for name in parameters}
+    for saved in state:
+        name, _, entry = saved.rpartition(".")
+        entries.setdefault(name, []).append(entry)
+    if others := [name for name, found in entries.items() if name not in parameters or not found]:
+        raise ValueError(f"of other weights than the model's, {len(others)} names differ, first {others[0]}")
+    local = own_part(optimizer)
+    name_of = {parameter: name for name, parameter in parameters.items()}
+    held: dict[int, dict[str, Tensor]] = {}
+    for number, parameter in enumerate(held_parameters(local)):
+        name = name_of[parameter]
+        held[number] = {entry: state[f"{name}.{entry}"] for entry in entries[name]}
+        for value in held[number].values():
+            if value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{name} is of {tuple(value.shape)}, not {tuple(parameter.shape)} weights")
+    local.load_state_dict({"state": held, "param_groups": local.state_dict()["param_groups"]})
 
 
 def learning_rate_at(config: RunConfig, step: int) -> float:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from tars_fast.support.cli import FAILED, first_line
+from tars_fast.support.cli import FAILED, PREEMPTED, first_line
 from tars_fast.support.locks import locked
 from tars_fast.support.timing import is_out_of_memory
 from tars_fast.types import TrainingError, UserError
@@ -93,13 +93,13 @@ def _explain_loss() -> Iterator[None]:
 
 
 @contextmanager
-def locked_by_first(folder: Path, workers: Workers) -> Iterator[None]:
+def locked_by_first(folder: Path, workers: Workers, patience: float = 0.0) -> Iterator[None]:
     """See `locked`: the first process holds the lock for all. Raises UserError in all of them."""
     with ExitStack() as stack:
         refusal = None
         if workers.is_first:
             try:
-                stack.enter_context(locked(folder))
+                stack.enter_context(locked(folder, patience))
             except UserError as error:
                 refusal = error
         refusal = workers.gather(refusal)[0]
@@ -113,6 +113,34 @@ def _digest(parameter: Tensor) -> int:
     """A sum of bit patterns, which changes if any one element changes."""
     kind = {4: torch.int32, 2: torch.int16}[parameter.element_size()]
     return int(parameter.detach().contiguous().view(kind).sum(dtype=torch.int64))
+
+
+def is_under_torchrun() -> bool:
+    """Whether torchrun has started this process, and starts another one in its place where it fails."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def preempted_status() -> int:
+    """What a process ends with that has made room on SIGUSR1; torchrun would start one that fails again at once."""
+    return 0 if is_under_torchrun() else PREEMPTED
+
+
+@contextmanager
+def preempted_in_one_line() -> Iterator[None]:
+    """Within the block SIGUSR1, by which a cluster wants its machines back, ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: object) -> None:
+        os.write(2, b"stopped: SIGUSR1 wants the machine back; start the same command again\n")
+        os._exit(preempted_status())
+
+    previous = signal.signal(signal.SIGUSR1, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
 
 
 @contextmanager

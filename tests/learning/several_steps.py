@@ -14,7 +14,7 @@ from conftest import new_model
 from tars_fast.config import RunConfig
 from tars_fast.learning import gradients
 from tars_fast.learning.batch import Rollout
-from tars_fast.learning.optimizer import gather_state, held_parameters, make_optimizer, own_part
+from tars_fast.learning.optimizer import held_parameters, make_optimizer, optimizer_state, own_part
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import Workers, join_workers
 from tars_fast.train import update_policy
@@ -51,8 +51,8 @@ class Taken:
     """Elements of each reduction, and whether a backward pass was running when it began."""
     num_moments: int
     """That this process held."""
-    state: dict[str, Any] | None
-    """Of the optimiser, whole."""
+    state: dict[str, torch.Tensor]
+    """See `optimizer_state`."""
 
 
 def trained(learner: Learner) -> torch.Tensor:
@@ -88,8 +88,7 @@ def take_steps(case: Case, config: RunConfig, rollouts: list[Rollout | None], wo
     assert places == [parameter.data_ptr() for parameter in parameters]
     workers.check_same(parameters)
     moments = own_part(learner.optimizer).state.values()
-    gather_state(learner.optimizer)
-    state = learner.optimizer.state_dict() if workers.is_first else None
+    state = optimizer_state(learner.optimizer, learner.model.trainable_by_name())
     return Taken(trained(learner), grad_norms, sent, sum(held["exp_avg"].numel() for held in moments), state)
 
 
