@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tars_fast.learning.optimizer import held_parameters, numbered, own_part
+from tars_fast.learning.optimizer import held_parameters, is_sharded, numbered, own_part
 from tars_fast.learning.workers import Workers
 from tars_fast.models.memory import GRADIENT_BUCKET_BYTES
 
@@ -38,18 +38,16 @@ class GradientSum:
     def __init__(self, optimizer: torch.optim.Optimizer, workers: Workers):
         parameters, own = held_parameters(optimizer), held_parameters(own_part(optimizer))
         self._workers = workers
-        self.is_sharded = own_part(optimizer) is not optimizer
+        self.is_sharded = is_sharded(optimizer)
         self.own = own
         """Those whose sum this process gets."""
         if self.is_sharded:
             numbers = numbered(parameters)
             shares = workers.gather([numbers[parameter] for parameter in own])
             owners = {number: rank for rank, share in enumerate(shares) for number in share}
+            placed = [(parameter, owners[number]) for parameter, number in numbers.items()]
             # A backward pass begins with the last layer.
-            backwards = list(reversed(list(enumerate(parameters))))
-            self._buckets = make_buckets(
-                [(parameter, owners[number]) for number, parameter in backwards], GRADIENT_BUCKET_BYTES
-            )
+            self._buckets = make_buckets(placed[::-1], GRADIENT_BUCKET_BYTES)
         else:
             self._buckets = make_buckets([(parameter, None) for parameter in parameters], None)
         self._num_sent = 0

@@ -113,6 +113,11 @@ def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return own
 
 
+def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether each process holds the state of some parameters only."""
+    return own_part(optimizer) is not optimizer
+
+
 def make_optimizer(
     parameters: list[nn.Parameter], weight_decay: float, seed: int, *, sharded: bool = False
 ) -> torch.optim.Optimizer:
@@ -174,7 +179,7 @@ def load_optimizer_state(
     local = own_part(optimizer)
     name_of = {parameter: name for name, parameter in parameters.items()}
     held: dict[int, dict[str, Tensor]] = {}
-    for number, parameter in enumerate(parameter for group in local.param_groups for parameter in group["params"]):
+    for number, parameter in enumerate(held_parameters(local)):
         name = name_of[parameter]
         held[number] = {entry: state[f"{name}.{entry}"] for entry in entries[name]}
         for value in held[number].values():

@@ -17,7 +17,7 @@ from enum import IntEnum
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.best import BestStep
-from tars_fast.learning.optimizer import optimizer_state
+from tars_fast.learning.optimizer import is_sharded, optimizer_state
 from tars_fast.learning.selection import Selection
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import is_under_torchrun
@@ -91,7 +91,7 @@ class Saver:
         workers = learner.workers
         workers.check_same(trained.values())
         self._last_save, self._kept_step = time.monotonic(), self._best.step
-        shard = (workers.rank, workers.size) if learner.gradients.is_sharded else (0, 1)
+        shard = (workers.rank, workers.size) if is_sharded(learner.optimizer) else (0, 1)
         if not workers.is_first and shard == (0, 1):
             # All that there is to write is the first process's.
             return

@@ -52,7 +52,7 @@ class Taken:
     num_moments: int
     """That this process held."""
     state: dict[str, torch.Tensor]
-    """What this process held of the optimiser's, by name."""
+    """See `optimizer_state`."""
 
 
 def trained(learner: Learner) -> torch.Tensor:
