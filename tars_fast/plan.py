@@ -28,6 +28,12 @@ class PlanConfig:
     """Memory of the GPU, in GB (1e9 bytes)."""
     gpus: int = 1
     """How many such GPUs, each with a process of its own."""
+    objective: str = "opd"
+    """What the loss consists of: opd, tars, grpo, cord, joined by +."""
+    teacher: Literal["frozen", "moving", "ema"] = "frozen"
+    """Whose distributions opd and cord take as targets; in full fine-tuning frozen and ema are copies of what is trained."""
+    text_anchor: Literal["auto", "none", "kl", "rollouts"] = "auto"
+    """What holds written answers where opd distils; kl looks at the model before training, as a frozen teacher does."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """What samples rollouts. auto: vLLM where it can serve the policy."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -61,6 +67,7 @@ class PlanConfig:
 
 _SHARED = ["lora_rank", "lora_targets", "group_size", "max_new_tokens", "rollout_batch_size", "tokens_per_micro_batch"]
 _SHARED += ("rollout_ahead", "gradient_checkpointing", "behaviour_model", "model", "dtype", "engine", "kv_cache_gb")
+_SHARED += ("objective", "teacher", "text_anchor")
 
 
 def plan(config: PlanConfig) -> int:

@@ -113,7 +113,7 @@ def test_full_fine_tuning_on_several_cards():
     for row in rows:
         name, *shown = (part.strip() for part in row.split("|")[1:-1])
         model, number = re.fullmatch(r"`(.*)`, (\d+)", name).groups()
-        config = TrainConfig(model=model, lora_rank=0)
+        config = TrainConfig(model=model, lora_rank=0, objective="tars")
         preset = config.as_preset(PRESETS[model])
         workload = replace(config.workload(preset, preset.architecture, "vllm", 2), num_processes=int(number))
         plan = plan_memory(workload, 80 * GB)
