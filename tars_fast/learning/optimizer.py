@@ -167,7 +167,8 @@ def load_optimizer_state(
     for saved in state:
         name, _, entry = saved.rpartition(".")
         entries.setdefault(name, []).append(entry)
-    if others := [name for name, found in entries.items() if name not in parameters or not found]:
+    expected = sorted(next(iter(entries.values())))
+    if others := [name for name, found in entries.items() if name not in parameters or sorted(found) != expected]:
         raise ValueError(f"of other weights than the model's, {len(others)} names differ, first {others[0]}")
     local = own_part(optimizer)
     name_of = {parameter: name for name, parameter in parameters.items()}
