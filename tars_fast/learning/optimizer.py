@@ -139,14 +139,9 @@ def make_optimizer(
 
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    # Views of buckets would take the parameters away from the engine.
-    return ZeroRedundancyOptimizer(
-        parameters,
-        make,  # type: ignore[arg-type]  # called with parameters and settings, which a class need not be
-        parameters_as_bucket_view=False,
-        lr=0.0,
-        weight_decay=weight_decay,
-    )
+    # Any callable will do as a class. Views of buckets would take the parameters away from the engine.
+    settings: dict[str, Any] = {"optimizer_class": make, "parameters_as_bucket_view": False}
+    return ZeroRedundancyOptimizer(parameters, lr=0.0, weight_decay=weight_decay, **settings)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -1,11 +1,11 @@
 """Kill machines of an elastic run: `python tests/faults/kill_elastic.py --kills 20 --output FILE`.
 
 One to three agents of torchrun, each with one training process, stand for machines; they meet in a store of this script's. At
-random, in a rollout, a backward pass, the optimiser's step, a checkpoint or while loading, SIGKILL ends a training process, an
-agent, an agent with its process (a machine), or all of them; then machines come and go: one to three are there. All start
-the same command, with `--resume-if-exists`. A run that comes to its end must have every step once, and every item once in each
-epoch, whatever the number of processes was; at no kill may more be lost than the steps since the last checkpoint. FILE lists
-every kill; the same command goes on where it was stopped.
+random, in a rollout, a backward pass, the optimiser's step, a checkpoint or while loading, SIGKILL ends a training process,
+an agent, an agent with its process (a machine), or all of them; then machines come and go, so that one to three are there.
+All start the same command, with `--resume-if-exists`. A run that comes to its end must have every step once, and every item
+once in each epoch, whatever the number of processes was; at no kill may more be lost than the steps since the last
+checkpoint. FILE lists every kill; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ from tars_fast.support.provenance import provenance
 
 MOMENTS = ("rollout", "backward", "optimiser", "checkpoint", "loading")
 VICTIMS = ("process", "agent", "machine", "all")
+LOADED = ["tars_fast.train", "torch.distributed.launcher.api", "torch.utils.tensorboard", "matplotlib.pyplot", "accelerate"]
+LOADED += ["transformers.models.qwen2_audio.modeling_qwen2_audio", "transformers.models.auto.processing_auto", "tyro"]
+"""What each training process would otherwise import anew."""
 MAX_MACHINES = 3
 QUESTIONS_PER_STEP = 4
 SAVE_EVERY = 2
@@ -91,7 +94,7 @@ def lead(settings: list[str], folder: Path, meeting: str, port: int) -> None:
         run_id=meeting,
         rdzv_backend="c10d",
         rdzv_endpoint=f"localhost:{port}",
-        rdzv_configs={"is_host": False, "last_call_timeout": 1, "keep_alive_interval": 1, "timeout": 600},
+        rdzv_configs={"is_host": False, "last_call_timeout": 5, "keep_alive_interval": 1, "timeout": 600},
         max_restarts=1000,
         monitor_interval=0.1,
         start_method="fork",
@@ -111,11 +114,11 @@ class ElasticRuns:
     def __init__(self, folder: Path, num_steps: int):
         self.settings = settings_of(make_data(folder), num_steps)
         self.settings[self.settings.index("--questions-per-step") + 1] = str(QUESTIONS_PER_STEP)
-        self.settings += ["--save-every", str(SAVE_EVERY), "--resume-if-exists", "--log", "tensorboard"]
+        self.settings += ["--save-every", str(SAVE_EVERY), "--resume-if-exists"]
         self.folder, self.num_steps, self.run = folder, num_steps, folder / "run"
         self.ids = sorted(question.id for question in load_questions(str(folder / "training")))
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tars_fast.train", "torch.distributed.launcher.api"])
+        self._context.set_forkserver_preload(LOADED)
         self._agents: list[BaseProcess] = []
         self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self._num_meetings = 0
