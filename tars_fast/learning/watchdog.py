@@ -200,7 +200,7 @@ class Watchdog:
 def _end(verdict: str) -> None:
     """End the process, whose main thread is in a call that nobody can interrupt."""
     line = (
-        f"stopped: {verdict}; start the same command again, train with --resume; where a call may take so long, raise "
+        f"stopped: {verdict}; start the same command again, train with --resume and, where a call may take so long, a higher "
         "--collective-timeout\n"
     )
     os.write(2, line.encode())
