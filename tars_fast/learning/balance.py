@@ -173,4 +173,5 @@ class QuestionExchange:
 
 
 def _on(prompt: Prompt, device: torch.device) -> Prompt:
-    return replace(prompt, audio_clips=tuple(clip.to(device) for clip in prompt.audio_clips))
+    # A view would take the whole of what the audio tower has encoded with it.
+    return replace(prompt, audio_clips=tuple(clip.to(device, copy=True) for clip in prompt.audio_clips))

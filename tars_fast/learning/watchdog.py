@@ -24,7 +24,7 @@ from queue import Empty, SimpleQueue
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # imported there from C++
 
-from tars_fast.support.cli import FAILED
+from tars_fast.support.cli import FAILED, first_line
 from tars_fast.support.timing import place_now
 
 _BEATS = 100
@@ -165,10 +165,7 @@ class Watchdog:
         try:
             verdict = answer.get(timeout=_PATIENCE + 10 * self._period)
         except Empty:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            verdict = (
-                f"a call {wait.place} has not ended for {wait.seconds:.0f} s, and the run's store at {where} does not answer"
-            )
+            verdict = f"a call {wait.place} has not ended for {wait.seconds:.0f} s, and the run's store does not answer"
         if self._waits.get(channel) is not wait:
             return
         if verdict is None:
@@ -188,9 +185,8 @@ class Watchdog:
                 time.sleep(3 * self._period)
             answer.put(verdict)
         except RuntimeError as error:
-            answer.put(
-                f"a call {wait.place} has not ended for {wait.seconds:.0f} s, and the run's store fails ({error!s:.100})"
-            )
+            waited = f"a call {wait.place} has not ended for {wait.seconds:.0f} s"
+            answer.put(f"{waited}, and the run's store does not answer ({first_line(error):.100})")
 
     def _read(self, store: Store) -> list[Beat | None]:
         names = [str(rank) for rank in range(self._size)]
@@ -200,7 +196,7 @@ class Watchdog:
 def _end(verdict: str) -> None:
     """End the process, whose main thread is in a call that nobody can interrupt."""
     line = (
-        f"stopped: {verdict}; start the same command again, train with --resume; where a call may take so long, raise "
+        f"stopped: {verdict}; start the same command again, train with --resume and, where a call may take so long, a higher "
         "--collective-timeout\n"
     )
     os.write(2, line.encode())

@@ -23,7 +23,7 @@ timer = PhaseTimer(torch.device("cpu"))
 with join_workers({timeout}) as workers:
     sampling = workers.beside("sampling")
     assert workers.gather(workers.rank) == [*range(workers.size)]
-    if workers.rank == workers.size - 1:
+    if workers.rank == {late_rank} % workers.size:
         with timer.phase("rollout"):
             {late}
     with timer.phase("optimiser"):
@@ -38,7 +38,7 @@ FREEZE = "time.sleep(0.5); os.kill(os.getpid(), signal.SIGSTOP)"
 
 def start(num_processes: int, tmp_path, **parts: object) -> list[subprocess.Popen[str]]:
     script = tmp_path / "waiting.py"
-    script.write_text(WAITING.format(**{"timeout": 2.0, "call": "workers.gather(None)", **parts}))
+    script.write_text(WAITING.format(**{"timeout": 2.0, "call": "workers.gather(None)", "late_rank": -1, **parts}))
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -83,6 +83,19 @@ def test_every_process_that_waits_names_the_one_that_is_late(tmp_path, num_waiti
     finally:
         processes[-1].kill()
         processes[-1].communicate()
+
+
+@pytest.mark.slow
+def test_a_store_that_does_not_answer_is_said(tmp_path):
+    """The first process holds it, unless torchrun does."""
+    first, second = start(2, tmp_path, late=FREEZE, late_rank=0)
+    try:
+        _, stderr = second.communicate(timeout=120)
+        assert second.returncode == 1
+        assert "stopped: a call in 'optimiser' has not ended for 2 s, and the run's store does not answer; start" in stderr
+    finally:
+        first.kill()
+        first.communicate()
 
 
 @pytest.mark.slow
