@@ -292,7 +292,7 @@ class Learner:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             self.workers.sum_gradients(parameters)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+            grad_norm = self._clip_gradients(parameters)
             metrics = self._token_metrics(scored, losses) | self._routing_metrics() | {"grad_norm": grad_norm.item()}
             self._check(metrics, scored)
             if self.counts.num_tokens or self.counts.num_distilled:
@@ -304,6 +304,13 @@ class Learner:
         if scored is not None:
             scored.num_updates += 1
         return metrics
+
+    def _clip_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+        """Hold the gradients to `--max-grad-norm`; returns their norm before, that of all processes' parts."""
+        parallel = self.model.parallel
+        if parallel is None:
+            return torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        return parallel.clip_gradients(self.model.module, self.config.max_grad_norm)
 
     def _token_metrics(self, scored: ScoredRollout | None, losses: Sequence[BackwardPass]) -> dict[str, float]:
         """Of all processes."""

@@ -1,0 +1,134 @@
+"""One of two processes that hold half of a model's weights each, held to the whole model.
+
+`torchrun half_of_the_weights.py CHECKPOINT`, with the folder of tests on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from steps import gradients, rollout_of, update
+from torch import nn
+
+from tars_fast.config import RunConfig, TrainConfig
+from tars_fast.data.items import TRAINING_DATA, load_questions
+from tars_fast.learning.batch import Rollout
+from tars_fast.models.prompts import load_prompt_format
+from tars_fast.models.registry import PRESETS
+from tars_fast.models.speech_model import SpeechModel, load_module, make_trainable
+from tars_fast.models.tensor_parallel import TensorParallel
+from tars_fast.models.weights import move_buffers
+from tars_fast.types import Modality
+
+CPU = torch.device("cpu")
+
+
+def halved(whole: SpeechModel) -> SpeechModel:
+    """The model of which this process has a half, cut from `whole`."""
+    prompts = whole.prompts
+    module = prompts.family.on_meta(prompts.config, torch.float32)
+    parallel = TensorParallel(dist.group.WORLD, CPU)
+    parallel.cut(module, prompts.family)
+    module.tie_weights()
+    weights = dict(whole.module.named_parameters(remove_duplicate=False))
+    placed: dict[int, nn.Parameter] = {}
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        part = nn.Parameter(parallel.part(name, weights[name].detach()).clone(), requires_grad=False)
+        assert part.shape == parameter.shape, name
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, placed.setdefault(id(parameter), part))
+    move_buffers(module, CPU)
+    return SpeechModel(module.eval(), prompts, parallel)
+
+
+def compare(whole: SpeechModel, half: SpeechModel, rollout, config) -> None:
+    """Metrics, log-probabilities, rewards of pooled states and gradients of a step, and the weights after it."""
+    parallel = half.parallel
+    scored, metrics = update(whole, rollout, config, learning_rate=0.1)
+    own_scored, own_metrics = update(half, rollout, config, learning_rate=0.1)
+    assert own_metrics.keys() == metrics.keys()
+    for name, value in metrics.items():
+        assert abs(own_metrics[name] - value) <= 1e-4 * max(1.0, abs(value)), (name, own_metrics[name], value)
+    for name in ("logprobs", "entropies"):
+        for own, expected in zip(getattr(own_scored, name), getattr(scored, name), strict=True):
+            torch.testing.assert_close(own, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(own_scored.rewards_N, scored.rewards_N, rtol=0, atol=1e-4)
+    assert gradients(whole).norm() > 1e-3
+    parts = dict(half.module.named_parameters())
+    for name, parameter in whole.module.named_parameters():
+        assert parts[name].requires_grad == parameter.requires_grad, name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parts[name].grad, parallel.part(name, parameter.grad), rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(parts[name], parallel.part(name, parameter), rtol=1e-4, atol=1e-5, msg=name)
+    state = parallel.whole_state(half.module.state_dict())
+    if parallel.rank == 0:
+        for name, value in whole.module.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def as_if_answered(rollout: Rollout) -> Rollout:
+    """With rewards that differ, of completions that were not cut off; a model that has learned nothing earns none."""
+    completions = [dataclasses.replace(one, truncated=False) for one in rollout.completions]
+    written = {one.question: row for row, one in enumerate(completions) if one.modality is Modality.TEXT}
+    return dataclasses.replace(
+        rollout,
+        completions=completions,
+        completion_rewards=rollout.completion_rewards | {"accuracy": torch.arange(len(completions)) % 2.0},
+        references=[written[one.question] if one.modality is Modality.SPEECH else None for one in completions],
+    )
+
+
+def trained(model: SpeechModel, lora_rank: int, *, checkpointed: bool = False) -> SpeechModel:
+    torch.manual_seed(0)
+    make_trainable(model, lora_rank=lora_rank, lora_alpha=32.0, freeze_audio=True, gradient_checkpointing=checkpointed)
+    return model
+
+
+def same_adapters(whole: SpeechModel, half: SpeechModel) -> None:
+    """Give both the same LoRA weights; B is 0 at first, which would leave A without a gradient."""
+    parts = dict(half.module.named_parameters())
+    for name, parameter in whole.module.named_parameters():
+        if ".lora_" in name:
+            parameter.data.normal_(0.0, 0.05, generator=torch.Generator().manual_seed(len(name)))
+            parts[name].data.copy_(half.parallel.part(name, parameter.data))
+
+
+def settings() -> RunConfig:
+    """A policy gradient with an entropy bonus, both distillations, and R_rep."""
+    return TrainConfig(
+        questions_per_step=2, num_steps=4, group_size=4, max_new_tokens=8, objective="tars+opd", text_anchor="kl",
+        entropy_coef=0.01, max_logprob_diff=100.0,
+    ).resolve(PRESETS["pocket"], output_dir=Path("unused"), tokens_per_micro_batch=4096)  # fmt: skip
+
+
+def main(source: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    prompts = load_prompt_format(PRESETS["pocket"], source)
+    config, questions = settings(), load_questions(TRAINING_DATA)[:2]
+    for lora_rank in (0, 4):
+        whole = SpeechModel(load_module(prompts, source, CPU, torch.float32), prompts)
+        half = halved(whole)
+        trained(half, lora_rank, checkpointed=True)
+        trained(whole, lora_rank)
+        if lora_rank:
+            # Whole matrices are drawn: processes that share a layer's inputs do not have the same half of it twice.
+            drawn = next(own for name, own in half.module.named_parameters() if "o_proj.lora_A" in name)
+            halves = [torch.empty_like(drawn) for _ in range(2)]
+            dist.all_gather(halves, drawn.detach())
+            assert not torch.equal(*halves)
+            same_adapters(whole, half)
+        rollout = as_if_answered(rollout_of(whole, questions, config))
+        for _ in range(2):
+            compare(whole, half, copy.deepcopy(rollout), config)
+    dist.destroy_process_group()
+    print("equal")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
