@@ -89,7 +89,11 @@ def train(config: TrainConfig) -> TrainOutcome:
         TrainingError: training cannot go on; the last checkpoint is good.
     """
     check_loggers(config.log)
-    with use_reference(config.kernels == "reference"), join_workers() as workers, open_run(config, workers) as run:
+    with (
+        use_reference(config.kernels == "reference"),
+        join_workers(config.tensor_parallel) as workers,
+        open_run(config, workers) as run,
+    ):
         log = RunLog(run.config.output_dir if workers.is_first else None, run.config.num_steps, run.num_completed, config.log)
         log.say(run.describe())
         # Before what takes long: an account that may not write there is the user's to put right.

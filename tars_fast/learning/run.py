@@ -33,7 +33,7 @@ from tars_fast.learning.selection import Selection, check_selection
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import Workers, locked_by_first
 from tars_fast.models.adapters import load_adapter_weights
-from tars_fast.models.architecture import find_layers
+from tars_fast.models.architecture import Architecture, find_layers
 from tars_fast.models.audio_cache import make_cache_folder
 from tars_fast.models.checkpoint import (
     check_room,
@@ -48,6 +48,7 @@ from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
 from tars_fast.models.registry import architecture_of, family_of, find_preset, list_checkpoints
 from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
+from tars_fast.models.tensor_parallel import sharding_refusal
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.policy import available_bytes, choose_engine, load_model_and_engine
 from tars_fast.support.cli import first_line, new_output_folder
@@ -74,6 +75,7 @@ MAY_CHANGE_ON_RESUME = {
     "reward_concurrency",
     "reward_timeout",
     "judge_url",
+    "tensor_parallel",
 }
 """Settings that a resumed run may change."""
 
@@ -124,11 +126,13 @@ class Run:
         """One line for the terminal."""
         config, model = self.config, self.model
         processes = "" if self.workers.size == 1 else f" in {self.workers.size} processes"
+        if config.tensor_parallel > 1:
+            processes = f" in {config.tensor_parallel} processes with a part of the weights each"
         num_trainable = sum(parameter.numel() for parameter in model.trainable_parameters())
         return (
             f"{config.model} on {model.device}{processes}, {model.module.dtype}, {model.attention} over micro-batches of "
             f"{config.tokens_per_micro_batch:,} tokens, rollouts by {self.engine.name}, "
-            f"{num_trainable:,} trainable parameters; "
+            f"{num_trainable:,} trainable parameters{'' if model.parallel is None else ' in each'}; "
             f"{len(self.data.training)} training and {len(self.data.held_out)} evaluation items; writing to {config.output_dir}"
         )
 
@@ -143,11 +147,12 @@ class Run:
             raise TrainingError(
                 "the weights are not finite; lower --learning-rate; the last checkpoint, if there is one, is good"
             )
-        self.workers.check_same(parameters)
-        if self.workers.is_first:
+        self.workers.check_same(self.model.same_everywhere())
+        if self.workers.is_first or self.model.parallel is not None:
             config, learner = self.config, self.learner
             extra = learner.extra() | self.selection.extra() | self.best.extra()
             save_checkpoint(config.output_dir, num_completed, self.model, learner.optimizer, extra)
+        if self.workers.is_first:
             remove_outdated(config.output_dir, config.keep_checkpoints, self.best.step)
             self.selection.write(config.output_dir)
         # The others wait until it is written.
@@ -196,6 +201,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     training, held_out = prompts.ask(training), prompts.ask(held_out)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
+    check_parallel(config, architecture, engine_name)
     if config.router_replay and (engine_name != "vllm" or not architecture.num_experts):
         reason = "the model is no mixture of experts" if engine_name == "vllm" else "it is for rollouts by vLLM"
         raise UserError(f"--router-replay: {reason}; leave it out")
@@ -278,6 +284,17 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         yield Run(run_config, data, learner, engine, text_similarity, selection, num_completed, best)
 
 
+def check_parallel(config: TrainConfig, architecture: Architecture, engine_name: str) -> None:
+    """Raises UserError where `--tensor-parallel` asks for parts of weights that this model or engine does not have."""
+    if config.tensor_parallel == 1:
+        return
+    refusal: str | None = "needs rollouts by vLLM; add --engine vllm"
+    if engine_name == "vllm":
+        refusal = sharding_refusal(architecture, config.tensor_parallel)
+    if refusal is not None:
+        raise UserError(f"--tensor-parallel {config.tensor_parallel}: {refusal}")
+
+
 def check_architecture(checkpoint: Path, prompts: PromptFormat) -> None:
     """Raises UserError where a checkpoint's config.json is of another model; transformers fills gaps with large defaults."""
     try:
@@ -312,6 +329,7 @@ def plan_run(config: TrainConfig) -> MemoryPlan:
     architecture = architecture_of(preset)
     find_layers(config.representation_layers, architecture.num_layers)
     engine_name = choose_engine(config.engine, family_of(preset), device, dtype, preset.lora_rank)
+    check_parallel(config, architecture, engine_name)
     on_gpu = device.type == "cuda"
     total = torch.cuda.mem_get_info(device)[1] if on_gpu else available_bytes(device)
     return plan_memory(config.workload(preset, architecture, engine_name, dtype.itemsize, on_gpu=on_gpu), total)
@@ -334,7 +352,7 @@ def prepare_model(config: RunConfig, model: SpeechModel, lora_targets: Collectio
         gradient_checkpointing=config.gradient_checkpointing,
     )
     if resumed_from is not None and config.lora_rank:
-        load_adapter_weights(model.module, model.family, resumed_from)
+        load_adapter_weights(model.module, model.family, resumed_from, model.parallel)
 
 
 def make_learner(
@@ -354,7 +372,7 @@ def make_learner(
     learner = Learner(model, optimizer, config, workers, references, rewards)
     if resumed_from is None:
         return learner, 0, {}
-    return learner, *load_trainer_state(resumed_from, optimizer)
+    return learner, *load_trainer_state(resumed_from, optimizer, model)
 
 
 def load_extra(extra: Mapping[str, Any], resumed_from: Path, parts: Sequence[Learner | Selection | BestStep]) -> None:

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from tars_fast.models.tensor_parallel import check_number
 from tars_fast.support.cli import FAILED, first_line
 from tars_fast.support.locks import locked
 from tars_fast.support.timing import is_out_of_memory
@@ -32,11 +33,14 @@ class Workers:
 
     rank: int = 0
     size: int = 1
+    tensor_rank: int = 0
+    """Among the processes that have a part of the weights each and do the same on it; these count as one in `rank`, `size`."""
+    tensor_size: int = 1
 
     @property
     def is_first(self) -> bool:
         """The one that writes and speaks for all."""
-        return self.rank == 0
+        return self.rank == 0 and self.tensor_rank == 0
 
     def share(self, items: Sequence[Item]) -> list[Item]:
         """This process's items; as even as can be."""
@@ -48,11 +52,15 @@ class Workers:
         return [shares[number % self.size][number // self.size] for number in range(len(items))]
 
     def gather(self, value: Item) -> list[Item]:
-        """What every process gave, by rank; waits for all of them."""
-        if self.size == 1:
+        """What every process gave, by rank, at which those with parts of one copy of the weights are one; waits for all."""
+        return self._gather_all(value)[:: self.tensor_size]
+
+    def _gather_all(self, value: Item) -> list[Item]:
+        number = self.size * self.tensor_size
+        if number == 1:
             return [value]
         # One for each process to put its own in the place of.
-        gathered = [value] * self.size
+        gathered = [value] * number
         with _explain_loss():
             torch.distributed.all_gather_object(gathered, value)
         return gathered
@@ -67,7 +75,8 @@ class Workers:
 
     def check_same(self, parameters: Iterable[nn.Parameter]) -> None:
         """Raises TrainingError where the processes no longer hold the same parameters, bit for bit."""
-        digests = self.gather([_digest(parameter) for parameter in parameters] if self.size > 1 else [])
+        is_alone = self.size * self.tensor_size == 1
+        digests = self._gather_all([] if is_alone else [_digest(parameter) for parameter in parameters])
         if any(digest != digests[0] for digest in digests):
             raise TrainingError("the processes' parameters have come apart; the last checkpoint is good")
 
@@ -133,16 +142,21 @@ def _ended_in_one_line() -> Iterator[None]:
 
 
 @contextmanager
-def join_workers() -> Iterator[Workers]:
+def join_workers(tensor_parallel: int = 1) -> Iterator[Workers]:
     """For the length of the block one of the processes that `torchrun` started; alone, where it started none.
 
     Each process sees one GPU only, as if it were alone on the machine. Must come before anything asks CUDA.
 
+    Args:
+        tensor_parallel: how many have a part of the weights each; 1, or all of them.
+
     Raises:
-        UserError: the environment speaks of several processes that cannot find each other; each would be a run of its own.
+        UserError: the environment speaks of several processes that cannot find each other; each would be a run of its own. Or
+            there are more or fewer than `tensor_parallel`.
     """
     given = os.environ.get("WORLD_SIZE", "1")
     if given == "1":
+        check_number(tensor_parallel, 1)
         yield ALONE
         return
     if not given.isdecimal() or "LOCAL_RANK" not in os.environ:
@@ -151,6 +165,8 @@ def join_workers() -> Iterator[Workers]:
             "WORLD_SIZE for a single one"
         )
     size = int(given)
+    if tensor_parallel > 1:
+        check_number(tensor_parallel, size)
     local = int(os.environ["LOCAL_RANK"])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
@@ -158,7 +174,8 @@ def join_workers() -> Iterator[Workers]:
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with _ended_in_one_line():
-            yield Workers(torch.distributed.get_rank(), size)
+            rank = torch.distributed.get_rank()
+            yield Workers(rank, size) if tensor_parallel == 1 else Workers(tensor_rank=rank, tensor_size=size)
     finally:
         # vLLM, where it ran here, has ended the group with itself.
         if torch.distributed.is_initialized():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tars_fast.models.families.base import Family
 from tars_fast.models.hub import adapter_config, checkpoint_folder, read_adapter_config
 from tars_fast.models.modules import PolicyModule
+from tars_fast.models.tensor_parallel import TensorParallel
 from tars_fast.support.cli import first_line
 from tars_fast.types import UserError
 
@@ -97,10 +98,17 @@ def load_adapter(module: nn.Module, family: Family, source: str) -> None:
     module.requires_grad_(False).eval()
 
 
-def load_adapter_weights(module: nn.Module, family: Family, folder: Path) -> None:
-    """Load a checkpoint's weights into the adapter that `module` has. Raises UserError where they do not fit."""
+def load_adapter_weights(module: nn.Module, family: Family, folder: Path, parallel: TensorParallel | None = None) -> None:
+    """Load a checkpoint's weights into the adapter that `module` has. Raises UserError where they do not fit.
+
+    Args:
+        parallel: see `SpeechModel`.
+    """
     with _errors_as_user_errors(str(folder)):
-        _set_weights(module, _read_adapter(family, folder)[1])
+        weights = _read_adapter(family, folder)[1]
+        if parallel is not None:
+            weights = {name: parallel.part(name, value) for name, value in weights.items()}
+        _set_weights(module, weights)
 
 
 def merge_adapter(module: nn.Module, family: Family, folder: Path) -> PolicyModule:
@@ -131,8 +139,12 @@ def merge_adapter(module: nn.Module, family: Family, folder: Path) -> PolicyModu
     return merged
 
 
-def save_adapter(module: nn.Module, folder: Path) -> None:
-    """Write the adapter of `module` into `folder`, in the files that peft and transformers read."""
+def save_adapter(module: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write the adapter of `module` into `folder`, in the files that peft and transformers read.
+
+    Args:
+        state: in the place of the module's own `state_dict`, which may hold parts of the weights only.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -143,7 +155,8 @@ def save_adapter(module: nn.Module, folder: Path) -> None:
     config.target_modules = sorted(name for name, layer in module.named_modules() if hasattr(layer, "lora_A"))
     config.save_pretrained(folder)
     # With "auto" peft compares vocabularies with the base on the hub, over the network.
-    weights = get_peft_model_state_dict(module, save_embedding_layers=False)
+    held = None if state is None else dict(state)
+    weights = get_peft_model_state_dict(module, held, save_embedding_layers=False)
     weights = {_PREFIX + name: value.detach().to("cpu").contiguous() for name, value in weights.items()}
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 

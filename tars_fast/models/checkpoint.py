@@ -24,18 +24,35 @@ from tars_fast.types import UserError
 _STATE = "trainer_state.pt"
 
 
-def save_model(model: SpeechModel, folder: Path) -> None:
-    """Write what transformers and vLLM load: the weights, or only the adapter if there is one, and the processor."""
+def save_model(model: SpeechModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write what transformers and vLLM load: the weights, or only the adapter if there is one, and the processor.
+
+    Args:
+        state: the whole weights of a module that has parts of them, see `whole_weights`.
+    """
     module, prompts = model.module, model.prompts
     if has_adapter(module):
-        save_adapter(module, folder)
+        save_adapter(module, folder, state)
     else:
-        _save_weights(module, prompts, folder)
+        _save_weights(module, prompts, folder, module.state_dict() if state is None else state)
     copy_processor(prompts.source, folder)
     prompts.preset.save(folder)
 
 
-def _save_weights(module: PolicyModule, prompts: PromptFormat, folder: Path) -> None:
+def whole_weights(model: SpeechModel) -> dict[str, Tensor] | None:
+    """All weights that training changes, in the first of the processes that have parts of them, which all call this.
+
+    None where this process has all of them.
+    """
+    if model.parallel is None:
+        return None
+    state = model.module.state_dict()
+    if has_adapter(model.module):
+        state = {name: value for name, value in state.items() if ".lora_" in name}
+    return model.parallel.whole_state(state)
+
+
+def _save_weights(module: PolicyModule, prompts: PromptFormat, folder: Path, state: Mapping[str, Tensor]) -> None:
     """Write the weights under the names of published checkpoints; vLLM does not know those that transformers 5 writes."""
     from huggingface_hub import save_torch_state_dict
 
@@ -44,7 +61,7 @@ def _save_weights(module: PolicyModule, prompts: PromptFormat, folder: Path) -> 
     is_nested = bool(family.nested_config) and family.nested_config in written
     weights: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
-    for name, value in module.state_dict().items():
+    for name, value in state.items():
         # Tied weights are written once. Views of an engine's fused weights are copied, so that each is a tensor of its own.
         if (value.data_ptr(), value.shape) not in seen:
             seen.add((value.data_ptr(), value.shape))
@@ -70,7 +87,8 @@ def checkpoint_bytes(model: SpeechModel, extra: Mapping[str, object] | None = No
     tensors = {value.data_ptr(): value.nbytes for name, value in model.module.state_dict().items() if ".lora_" in name}
     if not has_adapter(model.module):
         tensors = {value.data_ptr(): value.nbytes for value in model.module.state_dict().values()}
-    return trainable + sum(tensors.values())
+    # Of parts, which are written as a whole, at most.
+    return (trainable + sum(tensors.values())) * (1 if model.parallel is None else model.parallel.size)
 
 
 def check_room(
@@ -101,6 +119,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint-<steps>/`, see `save_model`, with the optimiser's state.
 
+    Processes that have parts of the weights all call it, and the first writes.
+
     Args:
         extra: what else a resumed run needs, by name: tensors, numbers, strings, lists and dictionaries of them.
 
@@ -108,11 +128,16 @@ def save_checkpoint(
         CannotWriteError: the disk is full, or the folder cannot be written to.
     """
     target = output_dir / f"checkpoint-{num_completed}"
+    weights, moments, parallel = whole_weights(model), optimizer.state_dict(), model.parallel
+    if parallel is not None:
+        moments = parallel.whole_optimizer_state(moments, model.trained_names())
+        if parallel.rank:
+            return target
     with atomic_folder(target, checkpoint_bytes(model, extra)) as folder:
-        save_model(model, folder)
+        save_model(model, folder, weights)
         # By a file of Python's, whose error says that the disk is full; torch's own does not.
         with (folder / _STATE).open("wb") as file:
-            state = {"num_completed": num_completed, "optimizer": optimizer.state_dict(), "extra": dict(extra or {})}
+            state = {"num_completed": num_completed, "optimizer": moments, "extra": dict(extra or {})}
             torch.save(state, file)
     return target
 
@@ -181,15 +206,23 @@ def _read_state(checkpoint: Path, *, mmap: bool = False) -> dict[str, Any]:
     return torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+def load_trainer_state(
+    folder: Path, optimizer: torch.optim.Optimizer, model: SpeechModel | None = None
+) -> tuple[int, dict[str, Any]]:
     """Load the optimiser's state; returns the number of completed steps and the `extra` of `save_checkpoint`.
+
+    Args:
+        model: one that may have parts of the weights only, so that its optimiser has parts of the state.
 
     Raises:
         UserError: it is not of these weights.
     """
     state = _read_state(folder)
     try:
-        optimizer.load_state_dict(state["optimizer"])
+        moments = state["optimizer"]
+        if model is not None and model.parallel is not None:
+            moments = model.parallel.part_of_optimizer_state(moments, model.trained_names())
+        optimizer.load_state_dict(moments)
         for parameter, held in optimizer.state.items():
             if held["exp_avg"].shape != parameter.shape:
                 raise ValueError(f"of {tuple(held['exp_avg'].shape)}, not {tuple(parameter.shape)} weights")

@@ -75,11 +75,13 @@ class Workload:
     trains: bool = True
     """False: evaluation only, without optimiser."""
     on_gpu: bool = True
+    tensor_parallel: int = 1
+    """Processes that have a part of the language model's weights each; all else of it is planned as if whole."""
 
     @property
     def weights(self) -> int:
         """Bytes of the one copy of the weights; vLLM pads the vocabulary."""
-        text = self.architecture.num_text_parameters(padded=self.engine == "vllm")
+        text = self.architecture.num_text_parameters(padded=self.engine == "vllm") // self.tensor_parallel
         return (text + self.architecture.num_other_parameters) * self.dtype_bytes
 
     @property
@@ -92,7 +94,7 @@ class Workload:
         """Parameters that the optimiser updates."""
         if self.lora_rank:
             return self.architecture.num_lora_parameters(self.lora_rank, self.adapted_layers)
-        return self.architecture.num_text_parameters()
+        return self.architecture.num_text_parameters() // self.tensor_parallel
 
     @property
     def adapters(self) -> int:
@@ -128,7 +130,7 @@ class Workload:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return self.architecture.kv_bytes_per_token(self.dtype_bytes)
+        return self.architecture.kv_bytes_per_token(self.dtype_bytes) // self.tensor_parallel
 
     @property
     def sequence_bytes(self) -> int:
@@ -232,7 +234,7 @@ class Workload:
         streams = 1 + self.distils
         chunk = streams * _LOGIT_TOKENS * 4 + _PRODUCT_TOKENS * self.dtype_bytes
         states = (1 + streams) * max(tokens, self.question_tokens) * shape.hidden_size * self.dtype_bytes
-        return chunk * shape.vocabulary_size + states
+        return chunk * shape.vocabulary_size // self.tensor_parallel + states
 
 
 def engine_rank(rank: int) -> int:
@@ -293,7 +295,7 @@ def plan_memory(workload: Workload, device_bytes: int) -> MemoryPlan:
     usable = int(_USABLE * device_bytes)
     training = workload.resident | {"gradients": workload.gradients}
     # `StochasticAdamW` computes one parameter at a time in float32; the embedding is the largest.
-    largest = workload.architecture.vocabulary_size * workload.architecture.hidden_size
+    largest = workload.architecture.vocabulary_size * workload.architecture.hidden_size // workload.tensor_parallel
     update = 0 if workload.lora_rank or workload.dtype_bytes == 4 else UPDATE_BYTES * largest
     stepping = training | {"float32 update": update}
     free = usable - sum(rollout.values())

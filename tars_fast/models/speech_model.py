@@ -147,6 +147,14 @@ class SpeechModel:
         """What the optimiser updates, see `make_trainable`."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
+    def trained_names(self) -> list[str]:
+        """Their names, in the same order."""
+        return [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
+    def same_everywhere(self) -> list[nn.Parameter]:
+        """Those of them that every process holds alike."""
+        return self.trainable_parameters() if self.parallel is None else self.parallel.whole_parameters(self.module)
+
     def trainable_for_text(self) -> dict[str, nn.Parameter]:
         """Those of them that a written prompt goes through, by name: without audio tower and projector."""
         heard = {id(parameter) for part in self.audio_parts for parameter in part.parameters()}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -46,14 +46,9 @@ class Placement(NamedTuple):
     """Of a whole parameter: whether every process finds a part of the sum that its gradient is."""
 
 
-def sharding_refusal(architecture: Architecture, config: Any, size: int) -> str | None:
-    """Why a model's weights cannot be cut into `size` parts, with the remedy; None where they can.
-
-    Args:
-        config: of the family's `model_class`.
-    """
-    plan = _plan_of(config)
-    if architecture.num_experts or set(plan.values()) != {"colwise", "rowwise"}:
+def sharding_refusal(architecture: Architecture, size: int) -> str | None:
+    """Why a model's weights cannot be cut into `size` parts, with the remedy; None where they can."""
+    if architecture.num_experts or architecture.fused_layers or architecture.normed_attention:
         return "layers of this architecture cannot be cut yet; leave it out"
     counts = {
         "attention heads": architecture.num_heads,
@@ -66,6 +61,14 @@ def sharding_refusal(architecture: Architecture, config: Any, size: int) -> str 
             divisor = math.gcd(*counts.values())
             return f"the model's {number} {name} cannot be shared evenly; give a divisor of {divisor}, or leave it out"
     return None
+
+
+def check_number(size: int, started: int) -> None:
+    """Raises UserError unless as many processes were started as are to share the weights."""
+    if started != size:
+        raise UserError(
+            f"--tensor-parallel {size}: needs {size} processes, {started} started; torchrun --nproc-per-node {size} starts them"
+        )
 
 
 def _plan_of(config: Any) -> dict[str, str]:
@@ -99,10 +102,8 @@ class TensorParallel:
         """
         world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         started = 1 if world is None else dist.get_world_size(world)
-        if world is None or started != size:
-            raise UserError(
-                f"--tensor-parallel {size}: {started} processes were started; start as many by torchrun --nproc-per-node {size}"
-            )
+        check_number(size, started)
+        assert world is not None, "one process has whole weights"
         return cls(world, device)
 
     def cut(self, module: PolicyModule, family: Family) -> None:
@@ -201,6 +202,31 @@ class TensorParallel:
             if place not in found:
                 found[place] = self.whole(name, value)
         return {name: found[value.data_ptr(), value.shape] for name, value in state.items()}
+
+    def whole_optimizer_state(self, state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """`whole` of what an optimiser holds, see `Optimizer.state_dict`; on other processes than the first nothing of use.
+
+        Args:
+            names: of the parameters, in the optimiser's order.
+        """
+        return self._each_moment(state, names, self.whole)
+
+    def part_of_optimizer_state(self, state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """This process's part of what `whole_optimizer_state` returned."""
+        return self._each_moment(state, names, self.part)
+
+    def _each_moment(
+        self, state: Mapping[str, Any], names: Sequence[str], change: Callable[[str, Tensor], Tensor]
+    ) -> dict[str, Any]:
+        held = {
+            number: {
+                # A step's number has no parts.
+                entry: change(names[number], value) if isinstance(value, Tensor) and value.ndim else value
+                for entry, value in moments.items()
+            }
+            for number, moments in state["state"].items()
+        }
+        return {**state, "state": held}
 
     def redraw_adapters(self, module: nn.Module) -> None:
         """Draw new LoRA weights whole and keep a part: peft has drawn them at the width of the part, the same everywhere."""
