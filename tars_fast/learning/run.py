@@ -288,9 +288,9 @@ def check_parallel(config: TrainConfig, architecture: Architecture, engine_name:
     """Raises UserError where `--tensor-parallel` asks for parts of weights that this model or engine does not have."""
     if config.tensor_parallel == 1:
         return
-    refusal: str | None = "needs rollouts by vLLM; add --engine vllm"
-    if engine_name == "vllm":
-        refusal = sharding_refusal(architecture, config.tensor_parallel)
+    if engine_name != "vllm":
+        raise UserError(f"--tensor-parallel {config.tensor_parallel}: needs rollouts by vLLM; add --engine vllm")
+    refusal = sharding_refusal(architecture, config.tensor_parallel)
     if refusal is not None:
         raise UserError(f"--tensor-parallel {config.tensor_parallel}: {refusal}")
 

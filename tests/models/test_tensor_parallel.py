@@ -1,0 +1,94 @@
+"""Weights in parts on several processes: what is cut where, and that two halves compute what the whole does."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoints import MAKERS
+from halves import run_halves
+
+from tars_fast.models.prompts import load_prompt_format
+from tars_fast.models.registry import PRESETS
+from tars_fast.models.tensor_parallel import TensorParallel, sharding_refusal
+from tars_fast.types import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield TensorParallel(dist.group.WORLD, CPU)
+    dist.destroy_process_group()
+
+
+def test_parameters_are_cut_as_vllm_cuts_them(alone):
+    prompts = load_prompt_format(PRESETS["pocket"], PRESETS["pocket"].source)
+    # As the second of two, without the first.
+    alone.rank, alone.size = 1, 2
+    module = prompts.family.on_meta(prompts.config)
+    whole = dict(module.named_parameters(remove_duplicate=False))
+    shapes = {name: parameter.shape for name, parameter in whole.items()}
+    alone.cut(module, prompts.family)
+    layer = f"{prompts.family.language_model}.layers.0"
+    cut = {"self_attn.q_proj.weight": 0, "self_attn.k_proj.weight": 0, "self_attn.q_proj.bias": 0, "mlp.up_proj.weight": 0}
+    cut |= {"self_attn.o_proj.weight": 1, "mlp.down_proj.weight": 1}
+    for name, dim in cut.items():
+        parameter = module.get_parameter(f"{layer}.{name}")
+        assert alone.placement(f"{layer}.{name}") == (dim, False)
+        assert parameter.shape[dim] * 2 == shapes[f"{layer}.{name}"][dim]
+        values = torch.arange(shapes[f"{layer}.{name}"].numel()).view(shapes[f"{layer}.{name}"])
+        assert torch.equal(alone.part(f"{layer}.{name}", values), values.chunk(2, dim)[1])
+    assert alone.placement(f"{layer}.input_layernorm.weight") == (None, False)
+    for place, (matrix_a, matrix_b) in {
+        "self_attn.q_proj": ((None, True), (0, False)),
+        "mlp.down_proj": ((1, False), (None, True)),
+    }.items():
+        for adapter in (".default", ""):
+            assert alone.placement(f"{layer}.{place}.lora_A{adapter}.weight") == matrix_a
+            assert alone.placement(f"{layer}.{place}.lora_B{adapter}.weight") == matrix_b
+        assert alone.placement(f"{layer}.{place}.base_layer.weight").dim == cut[f"{place}.weight"]
+
+
+def test_the_padding_of_a_vocabulary_has_no_probability(alone):
+    """vLLM pads a vocabulary to a multiple of 64 and cuts it then; the last part ends in padding."""
+    alone.rank, alone.size, alone._rows = 1, 2, 32
+    assert alone.first_row == 32
+    part = alone.part_of_bias(torch.arange(50.0))
+    assert torch.equal(part[:18], torch.arange(32.0, 50.0))
+    assert torch.equal(part[18:], torch.full((14,), -torch.inf))
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "said"),
+    [
+        (2, {}, None),
+        (2, {"num_experts": 8}, "cannot be cut yet"),
+        (2, {"fused_layers": True}, "cannot be cut yet"),
+        (2, {"normed_attention": True}, "cannot be cut yet"),
+        (8, {}, "4 key and value heads cannot be shared evenly; give a divisor of 4"),
+        (3, {"num_heads": 30, "num_key_value_heads": 6, "intermediate_size": 12}, "tokens of the padded vocabulary"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(size, changes, said):
+    architecture = dataclasses.replace(PRESETS["qwen2.5-omni-7b"].architecture, **changes)
+    reason = sharding_refusal(architecture, size)
+    assert reason is None if said is None else said in reason
+
+
+def test_as_many_processes_as_parts():
+    with pytest.raises(UserError, match="--tensor-parallel 2: needs 2 processes, 1 started"):
+        TensorParallel.of_all(2, CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pocket", "voxtral"])
+def test_two_halves_compute_what_the_whole_does(name, tmp_path):
+    """Full fine-tuning and LoRA, with gradient checkpointing; the bundled model ties its head."""
+    source = PRESETS["pocket"].source if name == "pocket" else MAKERS[name](tmp_path)
+    run_halves(Path(__file__).with_name("half_of_the_weights.py"), source)
