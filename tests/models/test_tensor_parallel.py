@@ -11,6 +11,7 @@ import torch.distributed as dist
 from checkpoints import MAKERS
 from halves import run_halves
 
+from tars_fast.config import TrainConfig
 from tars_fast.models.prompts import load_prompt_format
 from tars_fast.models.registry import PRESETS
 from tars_fast.models.tensor_parallel import TensorParallel, sharding_refusal
@@ -55,6 +56,22 @@ def test_parameters_are_cut_as_vllm_cuts_them(alone):
         assert alone.placement(f"{layer}.{place}.base_layer.weight").dim == cut[f"{place}.weight"]
 
 
+def test_parts_are_planned_with(alone):
+    """All but norms is cut; what the memory plan counts is what is there."""
+    preset = PRESETS["pocket"]
+    prompts = load_prompt_format(preset, preset.source)
+    alone.rank, alone.size = 1, 2
+    module = prompts.family.on_meta(prompts.config)
+    alone.cut(module, prompts.family)
+    module.tie_weights()
+    architecture = prompts.family.architecture(prompts.config)
+    workload = TrainConfig(tensor_parallel=2).workload(preset, architecture, "vllm", 4)
+    whole = TrainConfig().workload(preset, architecture, "vllm", 4)
+    assert 4 * sum(parameter.numel() for parameter in module.parameters()) == pytest.approx(workload.weights, rel=0.02)
+    assert workload.kv_bytes_per_token * 2 == whole.kv_bytes_per_token
+    assert workload.optimiser * 2 == pytest.approx(whole.optimiser, rel=1e-6)
+
+
 def test_the_padding_of_a_vocabulary_has_no_probability(alone):
     """vLLM pads a vocabulary to a multiple of 64 and cuts it then; the last part ends in padding."""
     alone.rank, alone.size, alone._rows = 1, 2, 32
@@ -71,8 +88,9 @@ def test_the_padding_of_a_vocabulary_has_no_probability(alone):
         (2, {"num_experts": 8}, "cannot be cut yet"),
         (2, {"fused_layers": True}, "cannot be cut yet"),
         (2, {"normed_attention": True}, "cannot be cut yet"),
-        (8, {}, "4 key and value heads cannot be shared evenly; give a divisor of 4"),
-        (3, {"num_heads": 30, "num_key_value_heads": 6, "intermediate_size": 12}, "tokens of the padded vocabulary"),
+        (7, {}, "4 key and value heads cannot be shared evenly; give a divisor of 4"),
+        (8, {}, "28 attention heads"),
+        (6, {"num_heads": 30, "num_key_value_heads": 6, "intermediate_size": 12, "vocabulary_size": 100}, "128 tokens of the"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(size, changes, said):
