@@ -1,6 +1,7 @@
 """Data-parallel training: each process (`torchrun`) samples and trains its share of every step's questions.
 
-All processes hold the same trained parameters and take the same optimiser step, on gradients summed over all of them.
+All processes hold the same trained parameters and take the same optimiser step, on gradients summed over all of them. With
+`--tensor-parallel` they count as one, whose weights they share (`models/tensor_parallel.py`).
 """
 
 from __future__ import annotations

@@ -22,8 +22,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from tars_fast.models.architecture import VOCABULARY_MULTIPLE, Architecture
 from tars_fast.models.families.base import Family
@@ -86,6 +84,9 @@ class TensorParallel:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        # Here and below: it takes a second to load, and only runs with parts need it.
+        from torch.distributed.device_mesh import DeviceMesh
+
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._mesh = DeviceMesh.from_group(group, device.type)
@@ -299,6 +300,8 @@ class TensorParallel:
 
     def shared_input(self, states: Tensor) -> Tensor:
         """The same states, whose gradient becomes the sum of those of all processes."""
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
         if not (torch.is_grad_enabled() and states.requires_grad):
             return states
         whole = DTensor.from_local(states, self._mesh, [Replicate()], run_check=False)
@@ -306,6 +309,8 @@ class TensorParallel:
 
     def added_up(self, states: Tensor) -> Tensor:
         """The sum of all processes' states; each gets its gradient as it is."""
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
         parts = DTensor.from_local(states, self._mesh, [Partial()], run_check=False)
         return parts.redistribute(placements=[Replicate()]).to_local()
 

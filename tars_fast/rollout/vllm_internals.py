@@ -163,15 +163,18 @@ class VllmInternals:
         """What vLLM reads of torchrun's environment where the weights are in parts, as this process has it.
 
         A process sees one GPU (`join_workers`), which is its first, whatever LOCAL_RANK is. On a CPU vLLM names the memory that
-        processes share after the end of an address, which is the same for all runs of a machine.
+        processes share after the end of an address, which is the same for all runs of a machine (0.32; earlier ones have no
+        such function).
         """
         with ExitStack() as restored:
             if self._on_cpu:
-                from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+                from vllm.distributed.device_communicators import cpu_communicator
 
-                name_of, port = _CPUSHMDistributed.make_group_name, os.environ.get("MASTER_PORT", "")
-                _CPUSHMDistributed.make_group_name = staticmethod(lambda owner: f"{port}{name_of(owner)}".replace("/", ""))
-                restored.callback(setattr, _CPUSHMDistributed, "make_group_name", staticmethod(name_of))
+                shared = cpu_communicator._CPUSHMDistributed
+                name_of, port = getattr(shared, "make_group_name", None), os.environ.get("MASTER_PORT", "")
+                if name_of is not None:
+                    shared.make_group_name = staticmethod(lambda owner: f"{port}{name_of(owner)}".replace("/", ""))
+                    restored.callback(setattr, shared, "make_group_name", staticmethod(name_of))
             elif "LOCAL_RANK" in os.environ:
                 restored.callback(os.environ.__setitem__, "LOCAL_RANK", os.environ["LOCAL_RANK"])
                 os.environ["LOCAL_RANK"] = "0"
