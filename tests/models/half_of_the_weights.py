@@ -46,29 +46,44 @@ def halved(whole: SpeechModel) -> SpeechModel:
     return SpeechModel(module.eval(), prompts, parallel)
 
 
-def compare(whole: SpeechModel, half: SpeechModel, rollout, config) -> None:
-    """Metrics, log-probabilities, rewards of pooled states and gradients of a step, and the weights after it."""
+def difference(own: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest there is, of at most 1e-4."""
+    torch.testing.assert_close(own, expected, rtol=0, atol=1e-4)
+    return (own - expected).abs().max().item()
+
+
+def compare(whole: SpeechModel, half: SpeechModel, rollout, config) -> dict[str, float]:
+    """Metrics, log-probabilities, rewards of pooled states and gradients of a step, and the weights after it.
+
+    Returns:
+        the largest differences of some of them.
+    """
     parallel = half.parallel
     scored, metrics = update(whole, rollout, config, learning_rate=0.1)
     own_scored, own_metrics = update(half, rollout, config, learning_rate=0.1)
     assert own_metrics.keys() == metrics.keys()
     for name, value in metrics.items():
         assert abs(own_metrics[name] - value) <= 1e-4 * max(1.0, abs(value)), (name, own_metrics[name], value)
-    for name in ("logprobs", "entropies"):
-        for own, expected in zip(getattr(own_scored, name), getattr(scored, name), strict=True):
-            torch.testing.assert_close(own, expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(own_scored.rewards_N, scored.rewards_N, rtol=0, atol=1e-4)
+    found = {
+        name: difference(torch.cat(getattr(own_scored, name)), torch.cat(getattr(scored, name)))
+        for name in ("logprobs", "entropies")
+    }
+    found["rewards"] = difference(own_scored.rewards_N, scored.rewards_N)
+    found["gradients"] = 0.0
     assert gradients(whole).norm() > 1e-3
     parts = dict(half.module.named_parameters())
     for name, parameter in whole.module.named_parameters():
         assert parts[name].requires_grad == parameter.requires_grad, name
-        if parameter.grad is not None:
-            torch.testing.assert_close(parts[name].grad, parallel.part(name, parameter.grad), rtol=1e-4, atol=1e-5, msg=name)
+        if parameter.requires_grad:
+            part = parallel.part(name, parameter.grad)
+            torch.testing.assert_close(parts[name].grad, part, rtol=1e-4, atol=1e-5, msg=name)
+            found["gradients"] = max(found["gradients"], difference(parts[name].grad, part))
         torch.testing.assert_close(parts[name], parallel.part(name, parameter), rtol=1e-4, atol=1e-5, msg=name)
     state = parallel.whole_state(half.module.state_dict())
     if parallel.rank == 0:
         for name, value in whole.module.state_dict().items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    return found
 
 
 def as_if_answered(rollout: Rollout) -> Rollout:

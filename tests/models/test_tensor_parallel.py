@@ -81,6 +81,17 @@ def test_the_padding_of_a_vocabulary_has_no_probability(alone):
     assert torch.equal(part[18:], torch.full((14,), -torch.inf))
 
 
+def test_an_optimisers_state_is_cut_like_its_parameters(alone):
+    alone.rank, alone.size = 1, 2
+    alone._cuts = {"layer.o_proj": "rowwise"}
+    names, moments = ["layer.o_proj.weight", "norm.weight"], torch.arange(8.0).view(2, 4)
+    state = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": moments}, 1: {"exp_avg": moments[0]}}, "param_groups": []}
+    own = alone.part_of_optimizer_state(state, names)
+    assert own["state"][0]["step"] == 3
+    assert torch.equal(own["state"][0]["exp_avg"], moments[:, 2:])
+    assert torch.equal(own["state"][1]["exp_avg"], moments[0])
+
+
 @pytest.mark.parametrize(
     ("size", "changes", "said"),
     [
