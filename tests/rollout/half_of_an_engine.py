@@ -99,7 +99,8 @@ def main(source: str) -> None:
         with torch.no_grad():
             found[f"{kind}, sampled after it"] = compare_policies(engine, whole, questions)
     engine.close()
-    print("equal", json.dumps(found))
+    # In one piece: the other process writes to the same pipe.
+    sys.stdout.write(f"equal {json.dumps(found)}\n")
 
 
 if __name__ == "__main__":
