@@ -132,7 +132,21 @@ def command(items: Path, run: Path, *flags: object) -> list[str]:
     [
         # With --select each process must know what the other's share has shown, and have other questions in reserve; with
         # --keep-best both must know which step is the best.
-        ("transformers", ("--select", "gap", "--max-redraws", "1", "--eval-every", "1", "--keep-best", "text_accuracy")),
+        (
+            "transformers",
+            (
+                "--objective",
+                "tars",
+                "--select",
+                "gap",
+                "--max-redraws",
+                "1",
+                "--eval-every",
+                "1",
+                "--keep-best",
+                "text_accuracy",
+            ),
+        ),
         pytest.param("vllm", (), marks=pytest.mark.vllm),
     ],
 )
