@@ -111,7 +111,7 @@ async def slow(inputs):
 BOTH_WAYS = """
 import dataclasses, json, math, sys, torch
 sys.path[:0] = {path!r}
-from conftest import new_model
+from embedded import new_model
 from tars_fast.config import TrainConfig
 from tars_fast.data.items import TRAINING_DATA, load_questions
 from tars_fast.learning import balance, batch

@@ -27,7 +27,7 @@ from tars_fast.learning.metrics import completion_columns, completion_metrics
 ONE_STEP = """
 import pickle, sys, torch
 sys.path[:0] = {path!r}
-from conftest import new_model
+from embedded import new_model
 from tars_fast.learning.metrics import completion_columns, completion_metrics
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import join_workers
