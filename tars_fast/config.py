@@ -356,6 +356,8 @@ class TrainConfig:
     go to samples.jsonl and report.html. 0: never."""
     save_every: int = 25
     """Steps between checkpoints."""
+    save_minutes: float = 0.0
+    """Also write one after the step by which so many minutes have passed since the last. 0: by steps alone."""
     keep_checkpoints: int = 2
     """Checkpoints that stay, the newest ones; with --keep-best that of the best step besides."""
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
@@ -368,6 +370,9 @@ class TrainConfig:
     """Seeds everything that is drawn at random. Same seed, machine and settings: same metrics, bit for bit on a CPU."""
     resume: bool = False
     """Continue from the newest checkpoint in --output-dir."""
+    resume_if_exists: bool = False
+    """Continue from the newest whole checkpoint in --output-dir where there is one, begin where there is none: one command for
+    torchrun's --max-restarts and for clusters that start a job again. The number of processes may change."""
     profile: bool = False
     """Write a Chrome trace of three steps, the third to the fifth of this start (or the last ones, where fewer are left), to
     trace.json.gz in --output-dir."""
@@ -394,10 +399,13 @@ class TrainConfig:
         not_negative = ["representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples"]
         not_negative += ("accuracy_weight", "format_weight", "numeric_tolerance")
         not_negative += ("watch_every", "audio_cache_gb", "kl_coef", "entropy_coef", "max_redraws")
-        not_negative += ("eval_every", "early_stop", "sample_every")
+        not_negative += ("eval_every", "early_stop", "sample_every", "save_minutes")
         check_numbers(self, not_negative=(*not_negative, "seed"))
-        if self.resume and self.output_dir is None:
-            raise UserError("--resume: needs the --output-dir of the run to continue")
+        for flag, is_given in (("--resume", self.resume), ("--resume-if-exists", self.resume_if_exists)):
+            if is_given and self.output_dir is None:
+                raise UserError(f"{flag}: needs the --output-dir of the run to continue")
+        if self.resume and self.resume_if_exists:
+            raise UserError("--resume: --resume-if-exists continues too, or begins; leave one of them out")
         if self.group_size < 4 or self.group_size % 2:
             raise UserError(f"--group-size {self.group_size}: must be even and at least 4, two completions of each modality")
         check_layers(self.representation_layers)

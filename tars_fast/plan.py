@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,8 @@ class PlanConfig:
     """A preset, a checkpoint folder, or a name on the hub (owner/name, owner/name@revision)."""
     gpu_memory: float = 80.0
     """Memory of the GPU, in GB (1e9 bytes)."""
+    gpus: int = 1
+    """How many such GPUs, each with a process of its own."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """What samples rollouts. auto: vLLM where it can serve the policy."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -53,7 +56,7 @@ class PlanConfig:
     """Text embedder of R_beh."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, positive=("gpu_memory", "longest_prompt", "kv_cache_gb", "tokens_per_micro_batch"))
+        check_numbers(self, positive=("gpu_memory", "gpus", "longest_prompt", "kv_cache_gb", "tokens_per_micro_batch"))
 
 
 _SHARED = ["lora_rank", "lora_targets", "group_size", "max_new_tokens", "rollout_batch_size", "tokens_per_micro_batch"]
@@ -71,8 +74,10 @@ def plan(config: PlanConfig) -> int:
     workload = training.workload(
         preset, architecture_of(preset), engine, _DTYPE_BYTES[config.dtype], longest_prompt=config.longest_prompt
     )
+    workload = dataclasses.replace(workload, num_processes=config.gpus)
     result = plan_memory(workload, int(config.gpu_memory * GB))
-    print(f"{config.model} on a GPU of {config.gpu_memory:g} GB")
+    where = "a GPU" if config.gpus == 1 else f"each of {config.gpus} GPUs"
+    print(f"{config.model} on {where} of {config.gpu_memory:g} GB")
     print(describe(result))
     return 0 if result.fits else 1
 

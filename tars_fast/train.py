@@ -31,6 +31,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,17 @@ from tars_fast.learning.metrics import (
 from tars_fast.learning.optimizer import learning_rate_at
 from tars_fast.learning.run import Interrupt, Run, open_run, plan_run, profiled
 from tars_fast.learning.samples import choose_samples
+from tars_fast.learning.saving import Stop
 from tars_fast.learning.scored import ScoredRollout
 from tars_fast.learning.selection import outcomes_of
 from tars_fast.learning.update import Learner
-from tars_fast.learning.workers import join_workers
+from tars_fast.learning.workers import join_workers, preempted_in_one_line, preempted_status
 from tars_fast.models.memory import describe
 from tars_fast.models.publish import HubRepository
 from tars_fast.models.registry import find_preset
 from tars_fast.reports.log import RunLog
 from tars_fast.reports.loggers import check_loggers
-from tars_fast.reports.training_run import publish, show_validation, write_evaluation
+from tars_fast.reports.training_run import publish, save_and_publish, show_validation, write_evaluation
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class TrainOutcome:
     """The content of evaluation.json: `before`, `after`, `change`, with `--keep-best` also `best`, and `stopped` after
     `--early-stop`. None where the run was interrupted, and in all processes but
     the first."""
+    is_preempted: bool = False
+    """Whether SIGUSR1 interrupted it: the same command is to be started again."""
 
     @property
     def num_failed(self) -> int:
@@ -90,8 +94,11 @@ def train(config: TrainConfig) -> TrainOutcome:
         TrainingError: training cannot go on; the last checkpoint is good.
     """
     check_loggers(config.log)
-    joined = join_workers(config.collective_timeout)
-    with use_reference(config.kernels == "reference"), joined as workers, open_run(config, workers) as run:
+    with ExitStack() as stack:
+        stack.enter_context(preempted_in_one_line())
+        stack.enter_context(use_reference(config.kernels == "reference"))
+        workers = stack.enter_context(join_workers(config.collective_timeout))
+        run = stack.enter_context(open_run(config, workers))
         log = RunLog(run.config.output_dir if workers.is_first else None, run.config.num_steps, run.num_completed, config.log)
         log.say(run.describe())
         # Before what takes long: an account that may not write there is the user's to put right.
@@ -105,22 +112,20 @@ def train(config: TrainConfig) -> TrainOutcome:
                 show_validation(run, log, start)
         interrupt = Interrupt()
         with interrupt.deferred(), log:
-            is_finished = run_steps(run, log, interrupt, hub)
-        if not is_finished:
+            stop = run_steps(run, log, interrupt, hub)
+        if stop:
             if workers.is_first:
-                print(
-                    f"stopped; continue with the same command and --resume --output-dir {run.config.output_dir}",
-                    file=sys.stderr,
-                )
-            return TrainOutcome(run.config.output_dir, False, None)
+                how = "" if config.resume_if_exists else f" and --resume --output-dir {run.config.output_dir}"
+                print(f"stopped; continue with the same command{how}", file=sys.stderr)
+            return TrainOutcome(run.config.output_dir, False, None, stop is Stop.PREEMPTED)
         after = evaluate_now(run, log.console, "after")
         # Only the first process reports. Were another to fail meanwhile, torchrun would end it in the middle of its report.
         evaluation = write_evaluation(run, log, before, after, hub) if workers.is_first else None
         return TrainOutcome(run.config.output_dir, True, evaluation)
 
 
-def run_steps(run: Run, log: RunLog, interrupt: Interrupt, hub: HubRepository | None = None) -> bool:
-    """The training loop; returns False where it was interrupted.
+def run_steps(run: Run, log: RunLog, interrupt: Interrupt, hub: HubRepository | None = None) -> Stop:
+    """The training loop; returns whether it was interrupted before its end.
 
     With several updates a rollout, loss, gradient norm and clip fractions are logged of the last one; entropy and what compares
     trainer and engine are of the first one, which has the log-probabilities of every completion.
@@ -159,14 +164,14 @@ def run_steps(run: Run, log: RunLog, interrupt: Interrupt, hub: HubRepository | 
             check_written(metrics, config)
             check_progress(history, log.warn)
             step_done()
-            stopping = any(workers.gather(interrupt.requested))
-            is_last = step + 1 == config.num_steps or run.best.is_over
-            if stopping or is_last or (step + 1) % config.save_every == 0 or run.best.step == step + 1:
-                run.save_checkpoint(step + 1)
-                publish(run, log, hub, step + 1)
-            if stopping:
-                return False
-    return True
+            stop, is_due, saved = run.saver.agree(interrupt.stop)
+            publish(run, log, hub, saved)
+            is_last = bool(stop) or step + 1 == config.num_steps or run.best.is_over
+            if is_last or is_due or (step + 1) % config.save_every == 0 or run.best.step == step + 1:
+                save_and_publish(run, log, hub, step + 1, wait=is_last)
+            if stop:
+                return stop
+    return Stop.NO
 
 
 def update_policy(
@@ -181,12 +186,13 @@ def update_policy(
     learner.start_update(scored)
     losses: list[BackwardPass] = []
     if scored is not None:
-        for rows in learner.micro_batches(scored):
-            losses += train_micro_batch(learner, scored, rows)
+        micro_batches = learner.micro_batches(scored)
+        for rows in micro_batches:
+            losses += train_micro_batch(learner, scored, rows, is_last=rows is micro_batches[-1])
     return learner.optimizer_step(scored, losses, finish_sampling)
 
 
-def train_micro_batch(learner: Learner, scored: ScoredRollout, rows: list[int]) -> list[BackwardPass]:
+def train_micro_batch(learner: Learner, scored: ScoredRollout, rows: list[int], *, is_last: bool) -> list[BackwardPass]:
     """Steps 4, 2, 3 and 5 for the completions `rows` of a rollout; an empty list where none of them has a gradient."""
     # Where the objective distils: what the model makes of the same completions behind their written prompts.
     teacher = learner.teacher_states(scored, rows)
@@ -196,7 +202,8 @@ def train_micro_batch(learner: Learner, scored: ScoredRollout, rows: list[int]) 
         # 2 and 3. R_rep from these states; with it R and the advantages are complete.
         learner.complete_rewards(scored, states)
     # 5. The loss and its backward pass. The first update's log-probabilities are kept as the old ones of later updates.
-    return learner.backward(scored, states, teacher)
+    # Several processes send their gradients during the last backward pass of an update.
+    return learner.backward(scored, states, teacher, is_last=is_last)
 
 
 def report_failures(run: Run, log: RunLog, loaded: LoadedRollout, step: int, loader: RolloutLoader) -> None:
@@ -211,7 +218,7 @@ def report_failures(run: Run, log: RunLog, loaded: LoadedRollout, step: int, loa
     failures = [failure for failure in run.workers.gather(loaded.failure) if failure is not None]
     if len(failures) == run.workers.size:
         loader.finish_sampling()
-        run.save_checkpoint(step)
+        save_and_publish(run, log, None, step, wait=True)
         raise failures[0]
     for failure in failures:
         log.warn(f"one of {run.workers.size} processes has no rollout in this step: {failure}")
@@ -237,7 +244,7 @@ def command(config: TrainConfig) -> int:
         return 0 if plan.fits else FAILED
     outcome = train(config)
     if not outcome.is_finished:
-        return INTERRUPTED
+        return preempted_status() if outcome.is_preempted else INTERRUPTED
     return FAILED if outcome.num_failed else 0
 
 

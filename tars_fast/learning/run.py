@@ -23,12 +23,14 @@ from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import UsableItem, bundled_name, load_questions, or_bundled, read_items, read_usable
 from tars_fast.data.splits import check_leaks, choose_by_id, data_fingerprint, split_by_id, without_leaks
 from tars_fast.learning.best import BestStep
+from tars_fast.learning.likeness import check_alike, check_shared, code_fingerprint, settings_fingerprint
 from tars_fast.learning.objectives.references import References
 from tars_fast.learning.objectives.watch import WrittenWatch
-from tars_fast.learning.optimizer import make_optimizer
+from tars_fast.learning.optimizer import load_optimizer_state, make_optimizer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
 from tars_fast.learning.rewards.total import Rewards, load_own_rewards, reward_weights
 from tars_fast.learning.rewards.trial import try_rewards
+from tars_fast.learning.saving import Saver, Stop
 from tars_fast.learning.selection import Selection, check_selection
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import Workers, locked_by_first
@@ -40,8 +42,7 @@ from tars_fast.models.checkpoint import (
     is_damaged,
     latest_checkpoint,
     load_trainer_state,
-    remove_outdated,
-    save_checkpoint,
+    set_damaged_aside,
 )
 from tars_fast.models.memory import MemoryPlan, plan_memory, remedies
 from tars_fast.models.preset import Preset
@@ -56,13 +57,17 @@ from tars_fast.support.text import GB, size
 from tars_fast.support.timing import explain_out_of_memory
 from tars_fast.types import Question, TrainingError, UserError
 
+_LOCK_SECONDS = 120.0
+"""Wait of `--resume-if-exists` for a folder that another process holds."""
 PROFILED_STEPS = 3
 """Steps in the profile; the two before them, which still load and allocate, are left out."""
 MAY_CHANGE_ON_RESUME = {
     "output_dir",
     "resume",
+    "resume_if_exists",
     "device",
     "save_every",
+    "save_minutes",
     "sample_every",
     "log",
     "push_to_hub",
@@ -109,6 +114,7 @@ class Run:
     num_completed: int
     """Steps that were done before it was resumed."""
     best: BestStep
+    saver: Saver
 
     @property
     def model(self) -> SpeechModel:
@@ -135,27 +141,6 @@ class Run:
             f"{len(self.data.training)} training and {len(self.data.held_out)} evaluation items; writing to {config.output_dir}"
         )
 
-    def save_checkpoint(self, num_completed: int) -> None:
-        """One checkpoint for all processes, which must agree on what is in it.
-
-        Raises:
-            TrainingError: the weights are not finite, or the processes' ones differ; the last checkpoint is good.
-        """
-        parameters = self.model.trainable_parameters()
-        if not all(parameter.isfinite().all() for parameter in parameters):
-            raise TrainingError(
-                "the weights are not finite; lower --learning-rate; the last checkpoint, if there is one, is good"
-            )
-        self.workers.check_same(parameters)
-        if self.workers.is_first:
-            config, learner = self.config, self.learner
-            extra = learner.extra() | self.selection.extra() | self.best.extra()
-            save_checkpoint(config.output_dir, num_completed, self.model, learner.optimizer, extra)
-            remove_outdated(config.output_dir, config.keep_checkpoints, self.best.step)
-            self.selection.write(config.output_dir)
-        # The others wait until it is written.
-        self.workers.gather(None)
-
 
 @contextmanager
 def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
@@ -166,6 +151,8 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
             another process writes into, a checkpoint that cannot be read, a disk without room for the checkpoints.
         TrainingError: memory ran out.
     """
+    check_alike(workers, "code", code_fingerprint() if workers.size > 1 else {})
+    check_alike(workers, "settings", settings_fingerprint(config))
     preset = config.as_preset(find_preset(config.model))
     output_dir = config.output_dir or workers.gather(new_output_folder(config.model))[0]
     if preset.questions_per_step < workers.size:
@@ -173,7 +160,12 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
             f"--questions-per-step {preset.questions_per_step}: fewer than the {workers.size} processes; raise it, or start "
             "fewer"
         )
-    with locked_by_first(output_dir, workers), _load_run(config, preset, output_dir, workers) as run:
+    # What holds the folder may be of a run that was killed, on a machine that is still to notice it.
+    patience = _LOCK_SECONDS if config.resume_if_exists else 0.0
+    with locked_by_first(output_dir, workers, patience), ExitStack() as closed:
+        check_shared(workers, output_dir)
+        config = decide_resume(config, output_dir, workers)
+        run = closed.enter_context(_load_run(config, preset, output_dir, workers))
         try:
             yield run
         except CannotWriteError as error:
@@ -181,6 +173,14 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
             if not checkpoints:
                 raise
             raise TrainingError(f"{error}; --resume continues from {checkpoints[-1][1].name}") from error
+
+
+def decide_resume(config: TrainConfig, output_dir: Path, workers: Workers) -> TrainConfig:
+    """`--resume-if-exists` as `--resume`, or without it where there is no whole checkpoint; the first process looks for all."""
+    if not config.resume_if_exists:
+        return config
+    exists = workers.is_first and set_damaged_aside(output_dir, lambda said: print(f"warning: {said}", flush=True))
+    return dataclasses.replace(config, resume=workers.gather(exists)[0], resume_if_exists=False, output_dir=output_dir)
 
 
 @contextmanager
@@ -211,7 +211,9 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
             f"{flag}: with --rollout-ahead 1 this engine would sample while the module computes with other weights; "
             f"use {remedy}"
         )
-    data = keep_usable(config, prompts, RunData(training, held_out, notes, 0, validation), workers)
+    found = RunData(training, held_out, notes, 0, validation)
+    check_alike(workers, "data", fingerprints_of(found) if workers.size > 1 else {})
+    data = keep_usable(config, prompts, found, workers)
     workload = config.workload(
         preset,
         prompts.family.architecture(prompts.config),
@@ -220,6 +222,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         data.longest_prompt,
         on_gpu=device.type == "cuda",
     )
+    workload = dataclasses.replace(workload, num_processes=workers.size)
     check_selection(config, preset.questions_per_step, data.training)
     earlier = read_settings(output_dir) if config.resume else {}
     plan = plan_memory(workload, available_bytes(device))
@@ -278,7 +281,8 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
                 num_kept += 1
             check_room(output_dir, model, num_saves, num_kept, learner.extra())
         workers.gather(None)
-        yield Run(run_config, data, learner, engine, text_similarity, selection, num_completed, best)
+        saver = closed.enter_context(closing(Saver(run_config, learner, selection, best)))
+        yield Run(run_config, data, learner, engine, text_similarity, selection, num_completed, best, saver)
 
 
 def check_architecture(checkpoint: Path, prompts: PromptFormat) -> None:
@@ -352,12 +356,19 @@ def make_learner(
     Raises:
         UserError: it does not fit, or the model before training, which the objective needs, cannot be loaded any more.
     """
-    optimizer = make_optimizer(model.trainable_parameters(), config.weight_decay, config.seed)
+    sharded = workers.size > 1 and config.lora_rank == 0
+    optimizer = make_optimizer(model.trainable_parameters(), config.weight_decay, config.seed, sharded=sharded)
     references = References(model, config, is_resumed=resumed_from is not None)
     learner = Learner(model, optimizer, config, workers, references, rewards)
     if resumed_from is None:
         return learner, 0, {}
-    return learner, *load_trainer_state(resumed_from, optimizer)
+    trained = model.trainable_by_name()
+    num_completed, state, extra = load_trainer_state(resumed_from, list(trained))
+    try:
+        load_optimizer_state(optimizer, trained, state)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise is_damaged(resumed_from, f"state of the optimiser: {first_line(error)}") from error
+    return learner, num_completed, extra
 
 
 def load_extra(extra: Mapping[str, Any], resumed_from: Path, parts: Sequence[Learner | Selection | BestStep]) -> None:
@@ -536,10 +547,13 @@ def read_settings(output_dir: Path) -> dict[str, Any]:
 
 def settings_of_run(config: RunConfig, data: RunData) -> dict[str, object]:
     """The content of config.json: the settings, fingerprints of the data, and the weights of the reward's terms."""
-    fingerprint = {"training": data_fingerprint(data.training), "evaluation": data_fingerprint(data.held_out)}
-    if data.validation:
-        fingerprint["validation"] = data_fingerprint(data.validation)
-    return config.to_json() | {"data_fingerprint": fingerprint, "rewards": reward_weights(config)}
+    return config.to_json() | {"data_fingerprint": fingerprints_of(data), "rewards": reward_weights(config)}
+
+
+def fingerprints_of(data: RunData) -> dict[str, str]:
+    """`data_fingerprint` of each part that has items."""
+    parts = {"training": data.training, "evaluation": data.held_out, "validation": data.validation}
+    return {name: data_fingerprint(questions) for name, questions in parts.items() if questions}
 
 
 def check_output(config: RunConfig, settings: Mapping[str, object], earlier: Mapping[str, Any]) -> None:
@@ -568,26 +582,27 @@ def prepare_output(config: RunConfig, settings: Mapping[str, object]) -> None:
 
 
 class Interrupt:
-    """Ctrl-C, or the SIGTERM of a cluster, asks to stop after the step; a second Ctrl-C stops at once."""
+    """Ctrl-C, the SIGTERM of a cluster, or its SIGUSR1, asks to stop after the step; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.stop = Stop.NO
 
     def _handle(self, number: int, _frame: object) -> None:
-        if self.requested and number == signal.SIGTERM:
-            return
-        if self.requested:
+        if self.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
-        print("stopping after this step; a second Ctrl-C stops at once", file=sys.stderr)
+        if not self.stop:
+            again = "" if number == signal.SIGUSR1 else "; a second Ctrl-C stops at once"
+            print(f"stopping after this step{again}", file=sys.stderr)
+        self.stop = max(self.stop, Stop.PREEMPTED if number == signal.SIGUSR1 else Stop.INTERRUPTED)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block signals only set `requested`; outside a program's main thread nobody can handle them."""
+        """Within the block signals only set `stop`; outside a program's main thread nobody can handle them."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        previous = {number: signal.signal(number, self._handle) for number in handled}
         try:
             yield
         finally:

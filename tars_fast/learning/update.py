@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from tars_fast.config import RunConfig
 from tars_fast.learning.batch import Rollout, micro_batches
+from tars_fast.learning.gradients import GradientSum
 from tars_fast.learning.metrics import BackwardPass, check_agreement, token_metrics, token_sums
 from tars_fast.learning.objectives.distillation import Distillation, TeacherStates, distilled_rows
 from tars_fast.learning.objectives.policy_gradient import PolicyGradient, logprobs_of
@@ -54,6 +56,7 @@ class Learner:
     """None: those of `config`."""
     rewards: Rewards = field(init=False)
     references: References = field(init=False)
+    gradients: GradientSum = field(init=False)
     timer: PhaseTimer = field(init=False)
     counts: Counts = field(init=False, default=Counts(0, 0, 0))
     """Of this step's rollouts."""
@@ -66,6 +69,7 @@ class Learner:
     def __post_init__(self, made_references: References | None, made_rewards: Rewards | None) -> None:
         self.rewards = made_rewards or Rewards(self.config)
         self.timer = PhaseTimer(self.model.device)
+        self.gradients = GradientSum(self.optimizer, self.workers)
         self.references = made_references or References(self.model, self.config)
         self.policy_gradient = PolicyGradient(self.model, self.config, self.references)
         if self.config.parts.distils:
@@ -219,10 +223,15 @@ class Learner:
                     of_states[reward.name] = reward_values(reward, inputs)
             scored.record_rewards(rows, of_states)
 
-    def backward(self, scored: ScoredRollout, batch: MicroBatch, teacher: TeacherStates | None = None) -> list[BackwardPass]:
+    def backward(
+        self, scored: ScoredRollout, batch: MicroBatch, teacher: TeacherStates | None = None, *, is_last: bool = False
+    ) -> list[BackwardPass]:
         """Loss and backward pass of the completions that have a gradient; an empty list where none has one.
 
         The first update of a rollout records the log-probabilities of all its completions, the "old" ones of later ones.
+
+        Args:
+            is_last: whether nothing is added to the gradients of this update after it, so that they may be sent meanwhile.
         """
         trained = batch.with_gradient
         if trained is not None and not scored.rows_with_gradient(trained.rows):
@@ -231,7 +240,7 @@ class Learner:
             for states in batch.passes:
                 if states is not trained or not self.config.has_policy_loss:
                     self._record_logprobs(scored, states)
-        return [] if trained is None else [self._backward(scored, trained, teacher)]
+        return [] if trained is None else [self._backward(scored, trained, teacher, is_last=is_last)]
 
     @torch.no_grad()
     def _record_logprobs(self, scored: ScoredRollout, states: ForwardPass) -> None:
@@ -239,8 +248,11 @@ class Learner:
             logprobs_T, entropies_T = logprobs_of(self.model, states.hidden_TD, states.packed, self.config.temperature)
         _record(scored, states, logprobs_T, entropies_T)
 
-    def _backward(self, scored: ScoredRollout, states: ForwardPass, teacher: TeacherStates | None) -> BackwardPass:
+    def _backward(
+        self, scored: ScoredRollout, states: ForwardPass, teacher: TeacherStates | None, *, is_last: bool
+    ) -> BackwardPass:
         policy: PolicyLoss | None = None
+        is_anchored = teacher is not None and teacher.start_TD is not None
         terms: list[Tensor] = []
         with self.timer.phase("forward"):
             if self.config.has_policy_loss:
@@ -252,7 +264,7 @@ class Learner:
             if self.distillation is not None and self.config.has_divergence_loss and teacher is not None:
                 terms.append(self.distillation.loss(scored, states, teacher, self.counts))
             loss = torch.stack(terms).sum()
-        with self.timer.phase("backward"):
+        with self.timer.phase("backward"), self.gradients.sent_while_they_come(is_last and not is_anchored):
             loss.backward()
         loss = loss.detach()
         if policy is not None:
@@ -260,10 +272,10 @@ class Learner:
                 _record(scored, states, policy.logprobs, policy.entropy)
             policy = replace(policy, loss=policy.loss.detach())
         anchor_sum: Tensor | None = None
-        if self.distillation is not None and teacher is not None and teacher.start_TD is not None:
+        if self.distillation is not None and teacher is not None and is_anchored:
             with self.timer.phase("forward"):
                 anchor, anchor_sum = self.distillation.anchor_loss(teacher, self.counts)
-            with self.timer.phase("backward"):
+            with self.timer.phase("backward"), self.gradients.sent_while_they_come(is_last):
                 anchor.backward()
             loss = loss + anchor.detach()
         scored.trained_N[states.rows] = True
@@ -286,17 +298,13 @@ class Learner:
         with self.timer.phase("rollout"):
             finish_sampling()
         with self.timer.phase("optimiser"):
-            parameters = self.model.trainable_parameters()
-            for parameter in parameters:
-                # Missing gradients become 0, so that momentum and weight decay act in every process alike.
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            self.workers.sum_gradients(parameters)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+            self.gradients.finish()
+            grad_norm = self.gradients.clip(self.config.max_grad_norm)
             metrics = self._token_metrics(scored, losses) | self._routing_metrics() | {"grad_norm": grad_norm.item()}
             self._check(metrics, scored)
             if self.counts.num_tokens or self.counts.num_distilled:
-                self.optimizer.step()
+                with self.workers.together() if self.gradients.is_sharded else nullcontext():
+                    self.optimizer.step()
                 self.references.follow()
         if self.means is not None:
             # Nothing was added since where this is a later update.

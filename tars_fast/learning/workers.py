@@ -1,6 +1,6 @@
 """Data-parallel training: each process (`torchrun`) samples and trains its share of every step's questions.
 
-All processes hold the same trained parameters and take the same optimiser step, on gradients summed over all of them.
+All processes hold the same trained parameters, whose steps are taken on gradients summed over all of them (`gradients.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from tars_fast.learning.watchdog import Watchdog
-from tars_fast.support.cli import FAILED, first_line
+from tars_fast.support.cli import FAILED, PREEMPTED, first_line
 from tars_fast.support.locks import locked
 from tars_fast.support.timing import is_out_of_memory
 from tars_fast.types import TrainingError, UserError
@@ -109,14 +109,6 @@ class Workers:
         pieces = content.split(received.tolist())
         return {rank: pickle.loads(piece.numpy().tobytes()) for rank, piece in enumerate(pieces) if len(piece)}
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace the gradient of every parameter by the sum of all processes' ones."""
-        if self.size == 1:
-            return
-        with self.together():
-            for parameter in parameters:
-                torch.distributed.all_reduce(parameter.grad)
-
     def check_same(self, parameters: Iterable[nn.Parameter]) -> None:
         """Raises TrainingError where the processes no longer hold the same parameters, bit for bit."""
         digests = self.gather([_digest(parameter) for parameter in parameters] if self.size > 1 else [])
@@ -143,13 +135,13 @@ def _explain_loss() -> Iterator[None]:
 
 
 @contextmanager
-def locked_by_first(folder: Path, workers: Workers) -> Iterator[None]:
+def locked_by_first(folder: Path, workers: Workers, patience: float = 0.0) -> Iterator[None]:
     """See `locked`: the first process holds the lock for all. Raises UserError in all of them."""
     with ExitStack() as stack:
         refusal = None
         if workers.is_first:
             try:
-                stack.enter_context(locked(folder))
+                stack.enter_context(locked(folder, patience))
             except UserError as error:
                 refusal = error
         refusal = workers.gather(refusal)[0]
@@ -163,6 +155,34 @@ def _digest(parameter: Tensor) -> int:
     """A sum of bit patterns, which changes if any one element changes."""
     kind = {4: torch.int32, 2: torch.int16}[parameter.element_size()]
     return int(parameter.detach().contiguous().view(kind).sum(dtype=torch.int64))
+
+
+def is_under_torchrun() -> bool:
+    """Whether torchrun has started this process, and starts another one in its place where it fails."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def preempted_status() -> int:
+    """What a process ends with that has made room on SIGUSR1; torchrun would start one that fails again at once."""
+    return 0 if is_under_torchrun() else PREEMPTED
+
+
+@contextmanager
+def preempted_in_one_line() -> Iterator[None]:
+    """Within the block SIGUSR1, by which a cluster wants its machines back, ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: object) -> None:
+        os.write(2, b"stopped: SIGUSR1 wants the machine back; start the same command again\n")
+        os._exit(preempted_status())
+
+    previous = signal.signal(signal.SIGUSR1, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
 
 
 @contextmanager

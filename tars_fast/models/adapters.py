@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,9 +131,21 @@ def merge_adapter(module: nn.Module, family: Family, folder: Path) -> PolicyModu
     return merged
 
 
-def save_adapter(module: nn.Module, folder: Path) -> None:
-    """Write the adapter of `module` into `folder`, in the files that peft and transformers read."""
+def adapter_weights(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapter's weights on the host, under the names that peft and transformers read."""
     from peft import get_peft_model_state_dict
+
+    # With "auto" peft compares vocabularies with the base on the hub, over the network.
+    weights = get_peft_model_state_dict(module, save_embedding_layers=False)
+    return {_PREFIX + name: value.detach().to("cpu", copy=True).contiguous() for name, value in weights.items()}
+
+
+def save_adapter(module: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the adapter of `module` into `folder`, in the files that peft and transformers read.
+
+    Args:
+        weights: see `adapter_weights`.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,10 +154,7 @@ def save_adapter(module: nn.Module, folder: Path) -> None:
     # Full names, not peft's shortened ones: those are unique in this module only, which lacks the whole model's vision tower.
     config.target_modules = sorted(name for name, layer in module.named_modules() if hasattr(layer, "lora_A"))
     config.save_pretrained(folder)
-    # With "auto" peft compares vocabularies with the base on the hub, over the network.
-    weights = get_peft_model_state_dict(module, save_embedding_layers=False)
-    weights = {_PREFIX + name: value.detach().to("cpu").contiguous() for name, value in weights.items()}
-    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(dict(weights), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 @contextmanager

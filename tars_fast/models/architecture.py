@@ -78,20 +78,27 @@ class Architecture:
         attention["o_proj"], feed_forward["down_proj"] = (queries, hidden), (inner, hidden)
         return attention if self.num_experts else attention | feed_forward
 
-    def num_text_parameters(self, *, padded: bool = False) -> int:
-        """Parameters of decoder, embeddings and head.
+    def text_parameter_sizes(self, *, padded: bool = False) -> list[int]:
+        """Numbers in each parameter of decoder, embeddings and head.
 
         Args:
             padded: whether the vocabulary is padded, as engines do.
         """
-        hidden = self.hidden_size
-        layer = sum(inputs * outputs for inputs, outputs in self.linear_layers.values()) + 2 * hidden
-        layer += (self.num_heads * self.head_size + 2 * self.key_value_size) * self.biased_attention
-        layer += 2 * self.head_size * self.normed_attention
-        # Experts, and the router's row for each.
-        layer += self.num_experts * (3 * hidden * self.moe_intermediate_size + hidden)
+        hidden, inner = self.hidden_size, self.moe_intermediate_size
+        layer = [inputs * outputs for inputs, outputs in self.linear_layers.values()] + [hidden] * 2
+        if self.biased_attention:
+            layer += [self.num_heads * self.head_size] + [self.key_value_size] * 2
+        if self.normed_attention:
+            layer += [self.head_size] * 2
+        if self.num_experts:
+            # All experts of a layer are two parameters; the router has a row for each.
+            layer += [self.num_experts * size for size in (2 * hidden * inner, hidden * inner, hidden)]
         rows = self.padded_vocabulary_size if padded else self.vocabulary_size
-        return self.num_layers * layer + hidden + rows * hidden * (1 if self.tied_head else 2)
+        return self.num_layers * layer + [hidden] + [rows * hidden] * (1 if self.tied_head else 2)
+
+    def num_text_parameters(self, *, padded: bool = False) -> int:
+        """Sum of `text_parameter_sizes`."""
+        return sum(self.text_parameter_sizes(padded=padded))
 
     def find_lora_targets(self, given: str | None) -> tuple[str, ...]:
         """Names of the `linear_layers` that `--lora-targets` asks for; None: all, of a mixture of experts attention's.

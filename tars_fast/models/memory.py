@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -26,10 +28,14 @@ _FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up
 _FEED_FORWARD = frozenset({"gate_proj", "up_proj", "gate_up_proj", "down_proj"})
 _GRAPH_BYTES = int(0.6 * GB)
 """CUDA graphs and attention workspaces of vLLM; an estimate."""
+_NCCL_BYTES = int(0.5 * GB)
+"""Buffers with which NCCL sends and receives, where there are several processes; an estimate."""
 EVALUATION_TOKENS = 16_384
 """Most tokens in one forward pass of the evaluation."""
 UPDATE_BYTES = 16
 """Bytes that `StochasticAdamW` needs for each weight of the parameter it updates, beside weights, gradients and moments."""
+GRADIENT_BUCKET_BYTES = 32 * 2**20
+"""Most bytes of gradients that several processes sum at once, unless a single one is larger."""
 _LOGIT_TOKENS, _PRODUCT_TOKENS = 512, 1024
 """Tokens whose float32 logits and whose probabilities `tars_kernels.linear_policy_loss` keeps at a time."""
 _MOST_TOKENS = {True: 16_384, False: 4096}
@@ -75,6 +81,8 @@ class Workload:
     trains: bool = True
     """False: evaluation only, without optimiser."""
     on_gpu: bool = True
+    num_processes: int = 1
+    """Of the run, each on a device of its own."""
 
     @property
     def weights(self) -> int:
@@ -108,14 +116,39 @@ class Workload:
         return 4 * self.num_trained + buffers * self.dtype_bytes
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each process updates a part of the parameters only: in full fine-tuning by several."""
+        return self.num_processes > 1 and not self.lora_rank
+
+    @property
+    def num_stepped(self) -> int:
+        """Parameters that a process updates itself, at most."""
+        sizes = self.architecture.text_parameter_sizes()
+        return largest_share(sizes, self.num_processes) if self.is_sharded else self.num_trained
+
+    @property
     def optimiser(self) -> int:
-        """Bytes of AdamW's state: two float32 moments for each trained parameter."""
-        return 8 * self.num_trained if self.trains else 0
+        """Bytes of AdamW's state: two float32 moments for each parameter that this process updates."""
+        return 8 * self.num_stepped if self.trains else 0
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of one trained number: float32 for LoRA, else as the weights."""
+        return 4 if self.lora_rank else self.dtype_bytes
 
     @property
     def gradients(self) -> int:
-        """Bytes of gradients: float32 for LoRA, else in the weights' dtype."""
-        return self.num_trained * (4 if self.lora_rank else self.dtype_bytes)
+        """Bytes of gradients in a backward pass, which are all there until the last one of an update."""
+        return self.num_trained * self.gradient_bytes
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that each of several processes sends, and receives, an update.
+
+        That is what a ring needs to sum all gradients for all of them; or to sum each for its owner, and to give the owner's
+        new weights, which are as large, to the others.
+        """
+        return 2 * self.gradients * (self.num_processes - 1) // self.num_processes
 
     @property
     def resident(self) -> dict[str, int]:
@@ -124,7 +157,9 @@ class Workload:
         parts |= {"reference weights": self.reference_bytes * self.num_trained}
         context = _CONTEXT_BYTES if self.on_gpu else 0
         graphs = _GRAPH_BYTES if self.on_gpu and self.engine == "vllm" else 0
-        return parts | {"embedder of R_beh": self.embedder_bytes, "CUDA context": context, "CUDA graphs": graphs}
+        nccl = _NCCL_BYTES if self.on_gpu and self.num_processes > 1 else 0
+        parts |= {"embedder of R_beh": self.embedder_bytes, "CUDA context": context, "CUDA graphs": graphs}
+        return parts | {"NCCL buffers": nccl}
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -235,6 +270,15 @@ class Workload:
         return chunk * shape.vocabulary_size + states
 
 
+def largest_share(sizes: Iterable[int], num_processes: int) -> int:
+    """The largest sum where the next largest of `sizes` always goes to the process that has least so far, as in
+    `torch.distributed.optim.ZeroRedundancyOptimizer`."""
+    shares = [0] * num_processes
+    for one in sorted(sizes, reverse=True):
+        heapq.heapreplace(shares, shares[0] + one)
+    return max(shares)
+
+
 def engine_rank(rank: int) -> int:
     """The smallest of vLLM's ranks that is at least `rank`, or `rank` where there is none."""
     return next((known for known in ENGINE_LORA_RANKS if known >= rank), rank)
@@ -291,11 +335,15 @@ def plan_memory(workload: Workload, device_bytes: int) -> MemoryPlan:
     kv_cache = workload.given_kv_cache
     rollout = workload.resident | {"activations": workload.rollout_workspace}
     usable = int(_USABLE * device_bytes)
-    training = workload.resident | {"gradients": workload.gradients}
-    # `StochasticAdamW` computes one parameter at a time in float32; the embedding is the largest.
-    largest = workload.architecture.vocabulary_size * workload.architecture.hidden_size
-    update = 0 if workload.lora_rank or workload.dtype_bytes == 4 else UPDATE_BYTES * largest
-    stepping = training | {"float32 update": update}
+    # A bucket of gradients is there twice while it is sent; of adapters all are one bucket, after the backward pass.
+    bucket = min(GRADIENT_BUCKET_BYTES, workload.gradients) if workload.is_sharded else 0
+    training = workload.resident | {"gradients": workload.gradients, "gradient buckets": bucket}
+    # Of a sharded optimiser those of the other processes are gone by then.
+    bucket = workload.gradients if workload.num_processes > 1 and not workload.is_sharded else 0
+    stepping = workload.resident | {"gradients": workload.num_stepped * workload.gradient_bytes, "gradient buckets": bucket}
+    # `StochasticAdamW` computes one parameter at a time in float32.
+    largest = max(workload.architecture.text_parameter_sizes())
+    stepping["float32 update"] = 0 if workload.lora_rank or workload.dtype_bytes == 4 else UPDATE_BYTES * largest
     free = usable - sum(rollout.values())
     if workload.rollout_ahead:
         training |= {"activations of sampling": workload.rollout_workspace}
@@ -357,6 +405,8 @@ def remedies(plan: MemoryPlan) -> list[str]:
     """
     workload = plan.workload
     half = workload.max_new_tokens // 2
+    is_full = workload.trains and not workload.lora_rank
+    more_processes = [number for number in (2, 4, 8) if is_full and number > workload.num_processes]
     changes: list[tuple[str, str, object]] = [
         ("--rollout-ahead 0", "rollout_ahead", False),
         (f"--tokens-per-micro-batch {_FEWEST_TOKENS}", "given_micro_batch", _FEWEST_TOKENS),
@@ -364,6 +414,7 @@ def remedies(plan: MemoryPlan) -> list[str]:
         (f"--rollout-batch-size {workload.group_size // 2}", "rollout_batch_size", workload.group_size // 2),
         ("--dtype bfloat16", "dtype_bytes", 2),
         ("--lora-rank 8", "lora_rank", workload.lora_rank or 8),
+        *((f"torchrun --nproc-per-node {number}", "num_processes", number) for number in more_processes),
         ("--teacher moving --text-anchor none", "reference_bytes", 0),
         ("--behaviour-model hashed-ngrams", "embedder_bytes", 0),
         (f"--max-new-tokens {half}", "max_new_tokens", half),
@@ -420,6 +471,10 @@ def describe(plan: MemoryPlan) -> str:
         "",
         f"{name_of_unit:<24}" + "".join(f"{phase:>22}" for phase in plan.phases),
     ]
+    if workload.num_processes > 1:
+        updated = f"updates at most {workload.num_stepped / 1e9:.2f} of {workload.num_trained / 1e9:.2f} B weights and "
+        sent = f"sends {size(workload.sent_bytes)} an update"
+        lines.insert(1, f"each of {workload.num_processes} processes {updated if workload.is_sharded else ''}{sent}")
     names = list(dict.fromkeys(name for parts in plan.phases.values() for name in parts))
     for name in names:
         cells = [f"{parts[name] / unit:22.2f}" if parts.get(name) else f"{'-':>22}" for parts in plan.phases.values()]
@@ -433,7 +488,9 @@ def describe(plan: MemoryPlan) -> str:
         f"{plan.sequences_in_flight} of {workload.rollout_batch_size} completions in flight at full length",
     ]
     verdict = "fits in" if plan.fits else "does not fit in"
-    lines.append(f"{verdict} {size(plan.device_bytes)}, of which {_USABLE:.0%} are planned with")
+    excess = int(max(plan.peaks.values()) - _USABLE * plan.device_bytes)
+    too_much = f"; {size(excess)} too much" if excess > 0 else ""
+    lines.append(f"{verdict} {size(plan.device_bytes)}, of which {_USABLE:.0%} are planned with{too_much}")
     if plan.fits:
         most = limits(plan)
         lines.append(

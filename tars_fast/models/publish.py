@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from tars_fast.models.checkpoint import TRAINER_FILES
 from tars_fast.support.cli import first_line
 from tars_fast.types import UserError
 
@@ -47,7 +48,8 @@ class HubRepository:
         from huggingface_hub import CommitOperationAdd
 
         held = sorted(path for path in folder.rglob("*") if path.is_file())
-        paths = [path for path in held if path.suffix != ".pt" and path.name != "README.md"]
+        left_out = {*TRAINER_FILES, "README.md"}
+        paths = [path for path in held if path.relative_to(folder).parts[0] not in left_out]
         try:
             files = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
             files.append(CommitOperationAdd("README.md", card.encode()))

@@ -132,15 +132,18 @@ class SpeechModel:
         weights = {id(weight): weight for weight in (*self.module.parameters(), *self.module.buffers())}
         return SpeechModel(copy.deepcopy(self.module, memo=weights), self.prompts)
 
+    def trainable_by_name(self) -> dict[str, nn.Parameter]:
+        """What the optimiser updates, see `make_trainable`, by name."""
+        return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What the optimiser updates, see `make_trainable`."""
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        """`trainable_by_name` without names, in the same order."""
+        return list(self.trainable_by_name().values())
 
     def trainable_for_text(self) -> dict[str, nn.Parameter]:
         """Those of them that a written prompt goes through, by name: without audio tower and projector."""
         heard = {id(parameter) for part in self.audio_parts for parameter in part.parameters()}
-        named = self.module.named_parameters()
-        return {name: own for name, own in named if own.requires_grad and id(own) not in heard}
+        return {name: own for name, own in self.trainable_by_name().items() if id(own) not in heard}
 
     def encode_prompts(self, questions: Sequence[Question], modality: Modality, instruction: str | None = None) -> list[Prompt]:
         """Prompts of questions, with audio embeddings where `modality` is speech.

@@ -30,10 +30,10 @@ def show_validation(run: Run, log: RunLog, metrics: Mapping[str, float]) -> None
 
 
 def publish(
-    run: Run, log: RunLog, hub: HubRepository | None, step: int, evaluation: Mapping[str, Any] = MappingProxyType({})
+    run: Run, log: RunLog, hub: HubRepository | None, step: int | None, evaluation: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """Upload a checkpoint with its model card, where that is asked for; what goes wrong is a warning."""
-    if hub is None:
+    """Upload the checkpoint of `step`, if any, with its model card, where that is asked for; what goes wrong is a warning."""
+    if hub is None or step is None:
         return
     config, model = run.config, run.model
     dtype = None if config.lora_rank else str(model.module.dtype).removeprefix("torch.")
@@ -45,6 +45,14 @@ def publish(
         problem = hub.push(config.output_dir / f"checkpoint-{step}", card, f"after {step} steps")
     if problem is not None:
         log.warn(problem)
+
+
+def save_and_publish(run: Run, log: RunLog, hub: HubRepository | None, step: int, *, wait: bool) -> None:
+    """Begin to write a checkpoint once the last one is there; with `wait` this one is there too when it returns."""
+    publish(run, log, hub, run.saver.finish())
+    run.saver.start(step)
+    if wait:
+        publish(run, log, hub, run.saver.finish())
 
 
 def write_evaluation(

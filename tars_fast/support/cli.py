@@ -26,6 +26,8 @@ Config = TypeVar("Config")
 
 FAILED = 1
 MISUSED = 2
+PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h: the same command is to be started again."""
 
 
 def answer_early(name: str, config_class: type[Config], program: str) -> None:

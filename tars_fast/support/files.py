@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -119,6 +119,28 @@ def append(path: Path, text: str) -> None:
             raise
 
 
+def partial_of(target: Path) -> Path:
+    """The folder that has the contents of `target` until they are whole."""
+    return target.with_name(target.name + PARTIAL)
+
+
+def flush(paths: Iterable[Path]) -> None:
+    """Have these files and folders on disk when this returns, with the mode that the user's umask asks for."""
+    for path in paths:
+        if path.suffix == ".safetensors":
+            make_readable(path)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def complete_folder(target: Path) -> None:
+    """Give a folder whose contents are whole, and on disk, its name in the place of `partial_of`."""
+    if target.exists():
+        remove_folder(target)
+    partial_of(target).rename(target)
+
+
 @contextmanager
 def atomic_folder(target: Path, num_bytes: int | None = None) -> Iterator[Path]:
     """Yields a temporary folder, which is renamed to `target` when the block has ended without error and all is on disk.
@@ -126,20 +148,14 @@ def atomic_folder(target: Path, num_bytes: int | None = None) -> Iterator[Path]:
     Raises:
         CannotWriteError: see `explain_cannot_write`.
     """
-    partial = target.with_name(target.name + PARTIAL)
+    partial = partial_of(target)
     with explain_cannot_write(target, num_bytes):
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
             yield partial
-            make_readable(*partial.glob("*.safetensors"))
-            for path in [*partial.rglob("*"), partial]:
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
-            if target.exists():
-                remove_folder(target)
-            partial.rename(target)
+            flush([*partial.rglob("*"), partial])
+            complete_folder(target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,11 +20,14 @@ LOCK = ".lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Keep `folder`, which is made where it is missing, to this process for the length of the block.
 
     The lock is the system's: it ends with the process, however that ends. A folder that was made and is still empty at the end
     is removed.
+
+    Args:
+        patience: seconds to wait for another process that holds it.
 
     Raises:
         UserError: another process holds it, or it cannot be written to.
@@ -31,7 +35,7 @@ def locked(folder: Path) -> Iterator[None]:
     is_new = not os.path.lexists(folder)
     make_output_folder(folder)
     with explain_cannot_write(folder):
-        file = _lock(folder)
+        file = _lock(folder, time.monotonic() + patience)
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -48,7 +52,7 @@ def locked(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _lock(folder: Path) -> TextIO:
+def _lock(folder: Path, deadline: float) -> TextIO:
     while True:
         file = (folder / LOCK).open("a+", encoding="utf-8")
         try:
@@ -57,6 +61,9 @@ def _lock(folder: Path) -> TextIO:
             file.seek(0)
             holder = file.read(100) or "another process"
             file.close()
+            if time.monotonic() < deadline:
+                time.sleep(0.5)
+                continue
             raise UserError(f"--output-dir {folder}: {holder} is writing there; wait for it, or name another folder") from error
         except OSError:
             # Some network file systems have no locks.

@@ -9,11 +9,11 @@ import pytest
 import torch
 from checkpoints import BY_DECODER, MAKERS
 from safetensors.torch import load_file, save_file
+from steps import save_checkpoint
 
 from tars_fast.data.items import HELD_OUT_DATA, load_questions
 from tars_fast.export import ExportConfig, export
 from tars_fast.models.adapters import has_adapter
-from tars_fast.models.checkpoint import save_checkpoint
 from tars_fast.models.prompts import PLAIN_PROMPT
 from tars_fast.models.registry import find_preset
 from tars_fast.models.speech_model import load_model, load_module, make_trainable

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 
 from tars_fast.config import TrainConfig
+from tars_fast.models.memory import plan_memory
 from tars_fast.models.registry import PRESETS
+from tars_fast.support.text import GB
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -75,6 +79,37 @@ def test_the_arms():
         assert tables[arm][3] == cell(figures, "speech_accuracy", "+")
         assert float(tables[arm][4]) == pytest.approx(figures["speech_accuracy_p_holm"], abs=0.005)
     assert "+1.7 [-1.7, +5.4], five seeds each, p = 0.83" in words_of("README.md")
+
+
+def test_what_summing_and_sharing_out_cost():
+    report, page = read("sharding_cpu.json"), words_of("docs/several-gpus.md")
+    lora, full = (report["reduction"][name]["ratio_to_one_by_one"] for name in ("lora", "full"))
+    step = report["step"]["ratio_to_replicated"]["shared out"]["median"]
+    assert f"one bucket takes {lora['one bucket']['median']:.2f} times as long as one call each" in page
+    assert f"buckets to their owners {full['to owners']['median']:.1f} times as long as one call each" in page
+    assert f"takes {step:.2f} times as long as one where" in page
+
+
+def test_full_fine_tuning_on_several_cards():
+    """The table is what `plan` computes now."""
+    lines = lines_of("docs/models-and-hardware.md")
+    start = next(number for number, line in enumerate(lines) if line.startswith("| model, GPUs |")) + 2
+    rows = list(takewhile(lambda line: line.startswith("|"), lines[start:]))
+    assert len(rows) >= 5
+    for row in rows:
+        name, *shown = (part.strip() for part in row.split("|")[1:-1])
+        model, number = re.fullmatch(r"`(.*)`, (\d+)", name).groups()
+        config = TrainConfig(model=model, lora_rank=0)
+        preset = config.as_preset(PRESETS[model])
+        workload = replace(config.workload(preset, preset.architecture, "vllm", 2), num_processes=int(number))
+        plan = plan_memory(workload, 80 * GB)
+        phase = max(plan.peaks, key=plan.peaks.get)
+        most = plan.peaks[phase]
+        sizes = [workload.weights, workload.optimiser, workload.gradients, most, workload.sent_bytes]
+        expected = [f"{one / GB:.1f} GB" if one else "-" for one in sizes]
+        excess = most - 0.95 * 80 * GB
+        expected[3] += f", {phase}" if plan.fits else f", {phase}; {excess / GB:.1f} GB too much"
+        assert shown == expected, row
 
 
 @pytest.mark.parametrize(("task", "table"), [("pocket", "| arm | rate |"), ("pocket-hard", "| arm of `pocket-hard` | rate |")])

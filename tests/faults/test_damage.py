@@ -50,6 +50,7 @@ def binary(path: Path) -> None:
     path.write_bytes(bytes(range(256)) * 8)
 
 
+SHARD = "optimizer/shard-00001-of-00001.safetensors"
 DAMAGES = (cut, empty, remove, other_json, list_in_json, binary)
 
 
@@ -121,6 +122,17 @@ def copy(run: Path, folder: Path) -> Path:
             "checkpoint-2/trainer_state.pt",
             remove,
             r"checkpoint-2 is damaged \(trainer_state.pt: .*checkpoint-1 is whole",
+            marks=pytest.mark.slow,
+        ),
+        (
+            f"checkpoint-2/{SHARD}",
+            cut,
+            r"checkpoint-2 is damaged \(shard-00001-of-00001.safetensors: .*checkpoint-1 is whole",
+        ),
+        pytest.param(
+            f"checkpoint-2/{SHARD}",
+            remove,
+            r"checkpoint-2 is damaged \(shard-00001-of-00001.safetensors: .*checkpoint-1 is whole",
             marks=pytest.mark.slow,
         ),
         pytest.param(
@@ -200,9 +212,10 @@ def test_a_state_of_another_step_or_model_is_none(full, lora, data, tmp_path):
     run = copy(full, tmp_path)
     shutil.copy(run / "checkpoint-1" / "trainer_state.pt", run / "checkpoint-2")
     assert fault_of(run / "checkpoint-2") == "trainer_state.pt: of another step"
-    shutil.copy(lora / "checkpoint-2" / "trainer_state.pt", run / "checkpoint-2")
-    assert "checkpoint-2 is damaged (trainer_state.pt: " in resume(full, data, run)
     shutil.copy(full / "checkpoint-2" / "trainer_state.pt", run / "checkpoint-2")
+    shutil.copy(lora / "checkpoint-2" / SHARD, run / "checkpoint-2" / SHARD)
+    assert "checkpoint-2 is damaged (state of the optimiser: of other weights" in resume(full, data, run)
+    shutil.copy(full / "checkpoint-2" / SHARD, run / "checkpoint-2" / SHARD)
     shutil.copy(lora / "checkpoint-2" / "adapter_model.safetensors", run / "checkpoint-2" / "model.safetensors")
     assert "checkpoint-2 is damaged (" in resume(full, data, run)
 

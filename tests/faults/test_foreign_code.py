@@ -132,7 +132,7 @@ def test_pickles_are_not_read(checkpoint, ran):
     assert "\n" not in str(refusal.value)
     torch.save(Touch(ran), checkpoint / "trainer_state.pt")
     with pytest.raises((UserError, pickle.UnpicklingError)):
-        load_trainer_state(checkpoint, torch.optim.SGD([torch.zeros(1)], 1.0))
+        load_trainer_state(checkpoint, [])
     assert not ran.exists()
 
 

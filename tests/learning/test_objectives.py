@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from steps import gradients, rollout_of, update
+from steps import gradients, rollout_of, save_checkpoint, update
 from tars_kernels import LayerPooler
 from tars_kernels.reference import linear_distillation_loss
 
@@ -22,7 +22,7 @@ from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.rewards.agreement import agreement
 from tars_fast.learning.rewards.inputs import reward_inputs
 from tars_fast.learning.update import Learner
-from tars_fast.models.checkpoint import checkpoint_bytes, save_checkpoint
+from tars_fast.models.checkpoint import checkpoint_bytes
 from tars_fast.models.memory import describe, plan_memory
 from tars_fast.models.registry import PRESETS, architecture_of
 from tars_fast.rollout.transformers_engine import TransformersEngine
@@ -544,5 +544,5 @@ def test_a_checkpoint_is_as_large_as_planned_with_an_average_too(model, config, 
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     folder = save_checkpoint(tmp_path, 1, model, optimizer, references.state())
-    written = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".pt", ".safetensors"))
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in (".pt", ".safetensors"))
     assert written == pytest.approx(planned, rel=0.02)

@@ -15,15 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from items import first_items
+from processes import TORCHRUN
 from safetensors.torch import load_file
-from steps import rollout_of, update
+from steps import divided_rollout, update
 
 from tars_fast.data.items import HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA
 from tars_fast.learning.metrics import completion_columns, completion_metrics
-from tars_fast.learning.rewards.reward import completed
-from tars_fast.learning.workers import Workers
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 ONE_STEP = """
 import pickle, sys, torch
@@ -73,23 +70,9 @@ def test_gradient_and_metrics_of_two_processes_are_those_of_one(
     model = make_model()
     config = dataclasses.replace(config, **objective)
     shares = (questions[:4], questions[4:6])
-    rollouts = [rollout_of(model, part, config, workers=Workers(rank, 2)) for rank, part in enumerate(shares)]
-    assert rollouts[0].num_tokens != rollouts[1].num_tokens
-    first, second = rollouts
-    shift = len(first.completions)
-    whole = rollout_of(model, questions, config)
-    whole.prompts = first.prompts + second.prompts
-    whole.written = first.written + second.written
-    whole.completions = first.completions + [dataclasses.replace(one, question=one.question + 4) for one in second.completions]
-    whole.references = first.references + [None if r is None else r + shift for r in second.references]
-    whole.late = {
-        "behaviour": completed(torch.cat([one.late["behaviour"].of(range(len(one.completions))) for one in rollouts]))
-    }
-    whole.questions = first.questions + second.questions
-    whole.groups_N = torch.cat([first.groups_N, second.groups_N + first.groups_N.max() + 1])
-    whole.completion_rewards = {
-        name: torch.cat([one.completion_rewards[name] for one in rollouts]) for name in first.completion_rewards
-    }
+    rollouts, whole = divided_rollout(model, shares, config)
+    first = rollouts[0]
+    assert first.num_tokens != rollouts[1].num_tokens
     if not second_is_usable:
         # Of older weights too, whose difference from the trainer's no process may take for an error.
         completions = [

@@ -30,7 +30,7 @@ from tars_fast.config import TrainConfig
 from tars_fast.models.adapters import add_adapter, save_adapter
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.families import qwen2_audio
-from tars_fast.models.memory import describe, limits, plan_memory, remedies
+from tars_fast.models.memory import describe, largest_share, limits, plan_memory, remedies
 from tars_fast.models.packed_attention import PackedGroups, use_packed_attention
 from tars_fast.models.registry import PRESETS, architecture_of
 from tars_fast.support.text import GB
@@ -239,6 +239,43 @@ def test_a_mixture_of_experts_of_30b_trains_on_one_card_of_80_gb(monkeypatch, ca
     assert "--lora-targets all-linear: the experts of this model" in output
 
 
+def test_full_fine_tuning_of_7b_over_eight_cards():
+    """Weights whole, moments and gradients of the update an eighth, and one parameter at a time in float32."""
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 3 * 4096 + 2 * 4096
+    trained = 32 * layer + 4096 + 2 * 156_032 * 4096
+    full = dataclasses.replace(PAPER, lora_rank=0, num_processes=8)
+    plan = plan_memory(full, 80 * GB)
+    backward, update = plan.phases["forward and backward"], plan.phases["optimiser"]
+    # Whole parameters cannot be divided evenly.
+    share = update["optimiser"] // 8
+    assert trained / 8 <= share < 1.01 * trained / 8
+    assert backward["gradients"] == 2 * trained
+    assert update["gradients"] == 2 * share
+    assert backward["gradient buckets"] == 32 * 2**20
+    assert update["float32 update"] == 16 * 156_032 * 4096
+    # Every gradient but its own to their owners, then the new weights likewise, in bfloat16.
+    assert full.sent_bytes == pytest.approx(2 * 2 * trained * 7 / 8, abs=8)
+    resident = PAPER.weights + 8 * share + PAPER.embedder_bytes + int(0.8 * GB) + int(0.6 * GB) + int(0.5 * GB)
+    assert plan.peaks["loading"] == resident
+    assert plan.peaks["optimiser"] == resident + 2 * share + 16 * 156_032 * 4096
+    assert plan.peaks["forward and backward"] == resident + sum(
+        (2 * trained, 32 * 2**20, full.activations(plan.micro_batch), full.logits(plan.micro_batch))
+    )
+    assert plan.fits
+    assert "each of 8 processes updates at most 0.97 of 7.75 B weights and sends 27.14 GB an update" in describe(plan)
+    # However many there are, one has to update the embedding.
+    assert dataclasses.replace(full, num_processes=512).num_stepped == 156_032 * 4096
+    # Adapters are small: every process updates all, and gradients are one bucket.
+    lora = plan_memory(dataclasses.replace(PAPER, num_processes=8), 80 * GB).phases["optimiser"]
+    assert lora["optimiser"] == PAPER.optimiser
+    assert lora["gradient buckets"] == lora["gradients"] == PAPER.gradients
+
+
+@pytest.mark.parametrize(("sizes", "num_processes", "largest"), [((5, 4, 3, 3), 2, 8), ((7, 1, 1), 2, 7), ((2, 2, 2), 1, 6)])
+def test_shares_are_as_even_as_whole_parameters_allow(sizes, num_processes, largest):
+    assert largest_share(sizes, num_processes) == largest
+
+
 def test_what_does_not_fit_comes_with_what_would():
     full = dataclasses.replace(PAPER, lora_rank=0)
     plan = plan_memory(full, 80 * GB)
@@ -250,7 +287,9 @@ def test_what_does_not_fit_comes_with_what_would():
     wasteful = dataclasses.replace(PAPER, gradient_checkpointing=False, given_micro_batch=40_000)
     fitting = [line for line in remedies(plan_memory(wasteful, 80 * GB)) if line.endswith("fits")]
     assert any(line.startswith("--gradient-checkpointing") for line in fitting)
-    assert "does not fit in 80.00 GB" in describe(plan)
+    assert any(line.startswith("torchrun --nproc-per-node 4:") for line in advice)
+    excess = max(plan.peaks.values()) - 0.95 * 80 * GB
+    assert f"does not fit in 80.00 GB, of which 95% are planned with; {excess / GB:.2f} GB too much" in describe(plan)
 
 
 def test_settings_that_help_together_are_named_together():
@@ -306,6 +345,11 @@ def test_plan_command_needs_no_network_and_says_whether_it_fits(monkeypatch, cap
     status, output = run_plan(monkeypatch, capsys, "--lora-rank", "0", "--gpu-memory", "80")
     assert status == 1
     assert "what would help:" in output
+    for model, number in (("qwen2-audio-7b", 8), ("qwen2.5-omni-3b", 2)):
+        flags = ("--model", model, "--lora-rank", "0", "--gpus", str(number))
+        status, output = run_plan(monkeypatch, capsys, *flags)
+        assert status == 0
+        assert output.startswith(f"{model} on each of {number} GPUs of 80 GB\n")
     for flags, expected in (
         (("--max-new-tokens", "100000"), "more than the model's 8192"),
         (("--lora-rank", "600", "--engine", "vllm"), "a rank of at most 512"),

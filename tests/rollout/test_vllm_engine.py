@@ -595,7 +595,8 @@ def test_a_checkpoint_vllm_cannot_read_is_the_users_to_put_right(tmp_path):
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_resumed_policy_is_the_checkpoints(lora_rank, tmp_path, questions):
     """What the trainer saves, vLLM reads: a full checkpoint as weights, an adapter on top of its base."""
-    from tars_fast.models.checkpoint import save_checkpoint
+    from steps import save_checkpoint
+
     from tars_fast.rollout.policy import load_model_and_engine
 
     engine = start(lora_rank=lora_rank)
