@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
-from tars_fast.models.adapters import add_adapter, save_adapter
+from tars_fast.models.adapters import adapter_weights, add_adapter, save_adapter
 
 OMNI_TEMPLATE = (
     "{% set audio_count = namespace(value=0) %}{% set image_count = namespace(value=0) %}"
@@ -250,7 +250,7 @@ def make_phi4_multimodal(folder: Path) -> Path:
     for name, parameter in module.named_parameters():
         if ".lora_" in name:
             nn.init.normal_(parameter, 0, 0.1)
-    save_adapter(module, folder / "speech-lora")
+    save_adapter(module, adapter_weights(module), folder / "speech-lora")
     # As published: a pattern that was written for the decoder alone.
     described = json.loads((folder / "speech-lora" / "adapter_config.json").read_text())
     described["target_modules"] = r"((layers.*self_attn\.(qkv|o)_proj)|(layers.*mlp\.(gate_up|down)_proj))"

@@ -138,8 +138,9 @@ def make_optimizer(
         return make(parameters, lr=0.0, weight_decay=weight_decay)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    # Views of buckets would take the parameters away from the engine.
-    return ZeroRedundancyOptimizer(parameters, make, parameters_as_bucket_view=False, lr=0.0, weight_decay=weight_decay)
+    # Any callable will do as a class. Views of buckets would take the parameters away from the engine.
+    settings: dict[str, Any] = {"optimizer_class": make, "parameters_as_bucket_view": False}
+    return ZeroRedundancyOptimizer(parameters, lr=0.0, weight_decay=weight_decay, **settings)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -166,7 +167,8 @@ def load_optimizer_state(
     for saved in state:
         name, _, entry = saved.rpartition(".")
         entries.setdefault(name, []).append(entry)
-    if others := [name for name, found in entries.items() if name not in parameters or not found]:
+    expected = sorted(next(iter(entries.values())))
+    if others := [name for name, found in entries.items() if name not in parameters or sorted(found) != expected]:
         raise ValueError(f"of other weights than the model's, {len(others)} names differ, first {others[0]}")
     local = own_part(optimizer)
     name_of = {parameter: name for name, parameter in parameters.items()}

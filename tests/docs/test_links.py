@@ -24,7 +24,8 @@ TRL += "mask_truncated_completions vllm_importance_sampling_cap gradient_accumul
 VERL = "rollout_correction loss_mode rollout_log_probs rollout_is_weights rollout_is_threshold rollout_is rollout_rs "
 VERL += "entropy_coeff kl_loss_coef kl_loss_type old_log_prob ref_log_prob response_mask"
 ELSEWHERE = {
-    **dict.fromkeys(("--nnodes", "--rdzv-endpoint", "--shutdown-timeout"), "torchrun"),
+    **dict.fromkeys(("--nnodes", "--rdzv-endpoint", "--shutdown-timeout", "--max-restarts"), "torchrun"),
+    "--signal": "Slurm",
     **dict.fromkeys(TRL.split(), "TRL"),
     **dict.fromkeys(VERL.split(), "verl"),
     **dict.fromkeys(("Qwen2_5OmniThinkerForConditionalGeneration", "spk_dict.pt"), "transformers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -205,6 +206,28 @@ def test_a_run_goes_on_from_the_whole_checkpoint(full, data, tmp_path):
     shutil.copy(full / "checkpoint-1" / "model.safetensors", run / "checkpoint-1")
     shutil.rmtree(run / "checkpoint-2")
     assert resume(full, data, run) == ""
+
+
+def test_resume_if_exists_leaves_a_damaged_checkpoint_out(full, data, tmp_path):
+    run = copy(full, tmp_path)
+    cut(run / "checkpoint-2" / SHARD)
+    said = io.StringIO()
+    with redirect_stdout(said):
+        assert train.train(config_of(data, run, "--lora-rank", "0", "--resume-if-exists")).is_finished
+    assert "warning: " in said.getvalue()
+    assert f"{run}/checkpoint-2 is damaged (shard-00001-of-00001.safetensors: " in said.getvalue()
+    assert "is left out; it is called checkpoint-2.damaged now" in said.getvalue()
+    assert (run / "evaluation.json").read_text() == (full / "evaluation.json").read_text()
+    assert read_metrics(run) == read_metrics(full)
+    assert fault_of(run / "checkpoint-2") is None
+
+
+def test_resume_if_exists_begins_where_nothing_is_and_minutes_pass(data, tmp_path):
+    """A checkpoint after every step, by the clock alone."""
+    config = config_of(data, tmp_path / "run", "--resume-if-exists", "--save-minutes", "0.00001")
+    config = dataclasses.replace(config, save_every=100, num_steps=3)
+    assert train.train(config).is_finished
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
 
 
 @pytest.mark.slow

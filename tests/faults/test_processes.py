@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import kill
+import kill_elastic
 import psutil
 import pytest
 import soak
@@ -34,6 +35,18 @@ def test_a_killed_run_loses_nothing(tmp_path):
     for _ in range(5):
         runs.kill_once(rng)
     runs.finish()
+
+
+@pytest.mark.slow
+def test_machines_that_come_and_go_lose_nothing(tmp_path):
+    """A few of the kills of `python tests/faults/kill_elastic.py`, whose log is bench/results/kill_log_elastic.json."""
+    runs = kill_elastic.ElasticRuns(tmp_path, num_steps=8)
+    try:
+        for number in range(2):
+            runs.kill_once(random.Random(number))
+        runs.finish()
+    finally:
+        runs.close()
 
 
 @pytest.mark.slow

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from items import first_items
@@ -142,9 +144,7 @@ def test_two_processes_make_one_run_which_resumes(items, tmp_path, engine, setti
         if more:
             # As if it had been stopped after two steps.
             (run / "evaluation.json").unlink()
-            for path in sorted((run / "checkpoint-4").iterdir()):
-                path.unlink()
-            (run / "checkpoint-4").rmdir()
+            shutil.rmtree(run / "checkpoint-4")
             resumed_from = (run / "metrics.jsonl").read_text().splitlines()
         flags = ("--num-steps", num_steps, "--engine", engine, *settings, *more)
         done = subprocess.run([*TORCHRUN, *command(items, run, *flags)], capture_output=True, text=True, env=environment)
@@ -178,9 +178,18 @@ def test_two_processes_make_one_run_which_resumes(items, tmp_path, engine, setti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN], ids=["alone", "torchrun"])
-def test_sigterm_saves_and_ends_every_process(items, tmp_path, launcher):
-    """What a cluster sends before it takes the machine away; torchrun passes it on, and reports it in its own way."""
+@pytest.mark.parametrize(
+    ("launcher", "number", "status"),
+    [
+        ([sys.executable], signal.SIGTERM, 130),
+        (TORCHRUN, signal.SIGTERM, None),
+        ([sys.executable], signal.SIGUSR1, 75),
+        (TORCHRUN, signal.SIGUSR1, 0),
+    ],
+    ids=["alone-term", "torchrun-term", "alone-usr1", "torchrun-usr1"],
+)
+def test_signals_of_a_cluster_save_and_end_every_process(items, tmp_path, launcher, number, status):
+    """SIGTERM torchrun passes on, and reports in its own way. SIGUSR1 goes to its processes, which it does not start again."""
     run = tmp_path / "run"
     started = subprocess.Popen(
         [*launcher, *command(items, run, "--num-steps", 500)],
@@ -194,9 +203,14 @@ def test_sigterm_saves_and_ends_every_process(items, tmp_path, launcher):
         assert time.monotonic() < deadline
         assert started.poll() is None, started.communicate()
         time.sleep(0.1)
-    started.send_signal(signal.SIGTERM)
+    told = [psutil.Process(started.pid)]
+    if launcher == TORCHRUN and number == signal.SIGUSR1:
+        told = [one for one in told[0].children() if "RANK" in one.environ()]
+        assert len(told) == 2
+    for process in told:
+        process.send_signal(number)
     _, stderr = started.communicate(timeout=120)
-    assert started.returncode == 130 if launcher == [sys.executable] else started.returncode != 0
+    assert started.returncode == status if status is not None else started.returncode != 0
     assert stderr.count("--resume") == 1
     assert list(run.glob("checkpoint-*"))
 
@@ -209,3 +223,29 @@ def test_fewer_questions_than_processes_is_refused(items, tmp_path):
     assert done.returncode != 0
     assert "error: --questions-per-step 1: fewer than the 2 processes; raise it, or start fewer" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+FULL_DISK = """
+import os, resource, sys
+from tars_fast import train
+
+if os.environ["RANK"] == "0":
+    # Of the weights and the optimiser's state only a part can be written.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_process_ends_all_with_one_line(items, tmp_path):
+    """The first save is written in the background; what goes wrong is told in the next step."""
+    script = tmp_path / "train.py"
+    script.write_text(FULL_DISK)
+    arguments = command(items, tmp_path / "run", "--num-steps", 6)
+    done = subprocess.run([*TORCHRUN, str(script), *arguments[1:]], capture_output=True, text=True)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2, done.stderr[-3000:]
+    assert lines[0] == lines[1]
+    assert "checkpoint-2: cannot be written (File too large" in lines[0]
+    assert not list((tmp_path / "run").glob("checkpoint-*"))

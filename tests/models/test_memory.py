@@ -27,7 +27,7 @@ from transformers import (
 from tars_fast import plan as plan_command
 from tars_fast import train as train_command
 from tars_fast.config import TrainConfig
-from tars_fast.models.adapters import add_adapter, save_adapter
+from tars_fast.models.adapters import adapter_weights, add_adapter, save_adapter
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.families import qwen2_audio
 from tars_fast.models.memory import describe, largest_share, limits, plan_memory, remedies
@@ -377,7 +377,8 @@ def test_plan_reads_a_checkpoint_folder(monkeypatch, capsys, model, tmp_path):
 
 
 def test_plan_of_an_adapter_is_that_of_its_base(monkeypatch, capsys, make_model, tmp_path):
-    save_adapter(make_model(lora_rank=4).module, tmp_path)
+    module = make_model(lora_rank=4).module
+    save_adapter(module, adapter_weights(module), tmp_path)
     (tmp_path / "preset.json").write_text((Path(PRESETS["pocket"].source) / "preset.json").read_text())
     status, output = run_plan(monkeypatch, capsys, "--model", str(tmp_path), "--lora-rank", "4", "--dtype", "float32")
     assert status == 0
