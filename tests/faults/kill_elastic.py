@@ -21,10 +21,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 from runs import make_data, settings_of
@@ -193,29 +192,29 @@ class ElasticRuns:
             return self.kill_once(rng)
         steps, num_before = self._steps(), len(self._alive())
         half_written = sorted(path.name for path in self.run.glob(f"*{PARTIAL}"))
-        killed_at = time.monotonic()
+        # All that there ever were.
+        there, killed_at = {int(path.stem.partition("-")[2]) for path in self.folder.glob("phase-*")}, time.monotonic()
         self._kill(victim, rng)
         saved = [step for step, checkpoint in list_checkpoints(self.run) if fault_of(checkpoint) is None]
         assert len(saved) == len(list_checkpoints(self.run)), "a checkpoint is not whole"
-        logged_at = self._newest_item()
         self._change_machines(rng)
         num_after = len(self._alive())
-        finished = not self._wait(lambda: self._newest_item() > logged_at and self._first_new_step(logged_at) is not None)
-        resumed = self._first_new_step(logged_at)
+        finished = not self._wait(lambda: self._first_new_step(there) is not None)
+        resumed = self._first_new_step(there)
         seconds = round(time.monotonic() - killed_at, 1)
-        found = SimpleNamespace(newest=max(saved, default=0), resumed=self.num_steps + 1 if finished else resumed)
-        assert (found.resumed or 0) > found.newest, f"steps up to {found.newest} were saved: {found}"
+        newest = max(saved, default=0)
+        assert finished or resumed > newest, f"steps up to {newest} were saved, and {resumed} was taken again"
         # One checkpoint may have been in the making.
-        assert steps - found.newest <= 2 * SAVE_EVERY, f"{steps} steps were done, {found.newest} saved"
+        assert steps - newest <= 2 * SAVE_EVERY, f"{steps} steps were done, {newest} saved"
         return {
             "moment": moment,
             "killed": victim,
             "machines_before": num_before,
             "machines_after": num_after,
             "steps_done": steps,
-            "newest_checkpoint": found.newest,
+            "newest_checkpoint": newest,
             "half_written": half_written,
-            "went_on_with_step": found.resumed,
+            "went_on_with_step": None if finished else resumed,
             "starts_by_the_scheduler": self.num_restarts,
             "seconds_to_first_new_step": seconds,
         }
@@ -257,19 +256,20 @@ class ElasticRuns:
             self._open_meeting()
         self._add_machines(rng.randint(max(1, there), MAX_MACHINES) - there)
 
-    def _items(self) -> list[dict]:
-        lines = [line for path in self.folder.glob("items-*.jsonl") for line in path.read_text().split("\n")[:-1]]
+    def _items(self, without: Collection[int] = ()) -> list[dict]:
+        """What processes have begun to train on, but those with these numbers, in order of time."""
+        paths = [path for path in self.folder.glob("items-*.jsonl") if int(path.stem.partition("-")[2]) not in without]
+        lines = [line for path in paths for line in path.read_text().split("\n")[:-1]]
         return sorted((json.loads(line) for line in lines), key=lambda line: line["time"])
 
-    def _newest_item(self) -> float:
-        return max((path.stat().st_mtime for path in self.folder.glob("items-*.jsonl")), default=0.0)
-
-    def _first_new_step(self, since: float) -> int | None:
-        """The first step that was logged as done after a moment, by those that train on its items."""
-        begun = [line["step"] for line in self._items() if line["time"] > since]
-        path = self.run / "metrics.jsonl"
-        is_logged = path.exists() and path.stat().st_mtime > since and self._steps() >= min(begun, default=self.num_steps + 1)
-        return min(begun) if begun and is_logged else None
+    def _first_new_step(self, before: Collection[int]) -> int | None:
+        """The first step that other processes than those of before have begun, once it is done."""
+        begun = self._items(without=before)
+        if not begun:
+            return None
+        path, first = self.run / "metrics.jsonl", min(line["step"] for line in begun)
+        # Of processes that begin where others had come further, metrics.jsonl loses the lines behind.
+        return first if path.exists() and self._steps() >= first and path.stat().st_mtime > begun[0]["time"] else None
 
     def finish(self) -> None:
         """Let the run come to its end, and check it."""
