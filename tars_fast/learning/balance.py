@@ -66,9 +66,9 @@ class Move(NamedTuple):
 def balancing_moves(tokens: Sequence[Sequence[int]]) -> list[Move]:
     """Which questions change the process, so that the largest number of tokens of one process gets small.
 
-    In turn the process with the most tokens gives a question to the one with the fewest, or swaps one with it, such that the two
-    come as close together as can be; where that is not possible, to the next one. It ends where the most are within `TOLERANCE` of
-    the mean, or can become no fewer. A process that has questions keeps one.
+    In turn the process with the most tokens gives a question to the one with the fewest, or swaps one with it, such that the
+    two come as close together as can be; where none can, to the next one. It ends where the most are within `TOLERANCE` of the
+    mean, or can become no fewer. A process that has questions keeps one.
 
     Args:
         tokens: by rank those of each of the process's questions.
