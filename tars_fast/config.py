@@ -318,6 +318,9 @@ class TrainConfig:
     a fresh batch. 0: one after the other."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """What samples rollouts, on the weights being trained. auto: on CUDA vLLM where it is installed, else transformers."""
+    tensor_parallel: int = 1
+    """Processes, all that torchrun starts, of which each has a part of every layer's weights, and all train one batch together:
+    for models that one card cannot hold; rollouts are vLLM's. 1: every process has whole weights, and questions of its own."""
     kv_cache_gb: float | None = None
     """vLLM's KV cache in GB (1e9 bytes), there during rollouts only. None: what the completions in flight need, at most what
     is free; another size may draw other completions."""
@@ -396,6 +399,7 @@ class TrainConfig:
         positive += ("distil_weight", "text_anchor_weight", "max_written_kl", "keep_checkpoints")
         positive += ("max_grad_norm", "tokens_per_micro_batch", "rollout_batch_size", "save_every", "importance_cap")
         positive += ("reward_concurrency", "reward_timeout", "collective_timeout", "judge_scale", "overlong_tokens")
+        positive += ("tensor_parallel",)
         check_numbers(self, positive=(*positive, "lora_alpha"))
         not_negative = ["representation_weight", "behaviour_weight", "weight_decay", "clip_high", "lora_rank", "eval_samples"]
         not_negative += ("accuracy_weight", "format_weight", "numeric_tolerance")
@@ -428,6 +432,7 @@ class TrainConfig:
         self._check_objective()
         self._check_conditions()
         self._check_rewards()
+        self._check_tensor_parallel()
         if not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"--warmup-fraction {self.warmup_fraction}: must lie between 0 and 1")
 
@@ -450,6 +455,20 @@ class TrainConfig:
                 f"--distil-as {self.distil_as}: --objective {self.objective} weighs tokens by the divergence of whole "
                 "distributions; take opd, or --distil-as loss"
             )
+
+    def _check_tensor_parallel(self) -> None:
+        beside = {
+            # Sampling and training would call the other processes in an order of their own each.
+            "--rollout-ahead 1": self.rollout_ahead,
+            # Each process would ask for itself, and might hear something else.
+            "--reward": bool(self.reward),
+            # A checkpoint holds the first process's part of it alone.
+            "--teacher ema": self.keeps_average,
+            "--engine transformers": self.engine == "transformers",
+        }
+        for flag, is_given in beside.items():
+            if self.tensor_parallel > 1 and is_given:
+                raise UserError(f"--tensor-parallel {self.tensor_parallel}: not beside {flag}; leave one of them out")
 
     def _check_conditions(self) -> None:
         for names, takes_effect, needed in self._conditions():
@@ -652,6 +671,7 @@ class TrainConfig:
             embedder_bytes=0 if preset.behaviour_model == "hashed-ngrams" else _EMBEDDER_BYTES,
             on_gpu=on_gpu,
             given_kv_cache=None if self.kv_cache_gb is None else int(self.kv_cache_gb * GB),
+            tensor_parallel=self.tensor_parallel,
         )
 
     def _reference_bytes(self, preset: Preset, dtype_bytes: int) -> int:

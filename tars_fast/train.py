@@ -99,7 +99,7 @@ def train(config: TrainConfig) -> TrainOutcome:
     with ExitStack() as stack:
         stack.enter_context(preempted_in_one_line())
         stack.enter_context(use_reference(config.kernels == "reference"))
-        workers = stack.enter_context(join_workers(config.collective_timeout))
+        workers = stack.enter_context(join_workers(config.collective_timeout, config.tensor_parallel))
         run = stack.enter_context(open_run(config, workers))
         log = RunLog(run.config.output_dir if workers.is_first else None, run.config.num_steps, run.num_completed, config.log)
         log.say(run.describe())

@@ -352,4 +352,4 @@ class RolloutCollector:
     def _random(self, step: int) -> random.Random:
         """Draws the references of a step; alone as always, each further process its own."""
         seed = f"{self.config.seed} {step}"
-        return random.Random(seed if self.workers.is_first else f"{seed} {self.workers.rank}")
+        return random.Random(f"{seed} {self.workers.rank}" if self.workers.rank else seed)

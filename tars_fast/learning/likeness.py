@@ -52,7 +52,7 @@ def check_alike(workers: Workers, what: str, held: Mapping[str, object]) -> None
     Raises:
         UserError: in all processes, where they differ; it names the first that does.
     """
-    told = workers.gather((socket.gethostname(), dict(held)))
+    told = workers.gather_all((socket.gethostname(), dict(held)))
     first = told[0][1]
     for rank, (host, other) in enumerate(told):
         names = [name for name in {**first, **other} if other.get(name) != first.get(name)]
@@ -66,7 +66,7 @@ def check_shared(workers: Workers, output_dir: Path) -> None:
     deadline = time.monotonic() + _PATIENCE
     while not (is_seen := (output_dir / LOCK).exists()) and time.monotonic() < deadline:
         time.sleep(1.0)
-    told = workers.gather((socket.gethostname(), is_seen))
+    told = workers.gather_all((socket.gethostname(), is_seen))
     for rank, (host, seen) in enumerate(told):
         if not seen:
             raise UserError(

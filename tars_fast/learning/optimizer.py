@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tars_fast.config import RunConfig
+from tars_fast.models.tensor_parallel import TensorParallel
 
 
 def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -152,12 +153,16 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    state: Mapping[str, Tensor],
+    parallel: TensorParallel | None = None,
 ) -> None:
     """Have the optimiser go on from what `optimizer_state` returned in all processes, of which there were any number.
 
     Args:
         state: of all parameters, of which this process reads its own; empty before the first step.
+        parallel: see `SpeechModel`; of each whole tensor the process takes its part.
 
     Raises:
         ValueError: it is not of these parameters.
@@ -176,10 +181,14 @@ def load_optimizer_state(
     held: dict[int, dict[str, Tensor]] = {}
     for number, parameter in enumerate(held_parameters(local)):
         name = name_of[parameter]
-        held[number] = {entry: state[f"{name}.{entry}"] for entry in entries[name]}
-        for value in held[number].values():
+        held[number] = {}
+        for entry in entries[name]:
+            value = state[f"{name}.{entry}"]
+            if value.ndim and parallel is not None:
+                value = parallel.part(name, value)
             if value.ndim and value.shape != parameter.shape:
                 raise ValueError(f"{name} is of {tuple(value.shape)}, not {tuple(parameter.shape)} weights")
+            held[number][entry] = value
     local.load_state_dict({"state": held, "param_groups": local.state_dict()["param_groups"]})
 
 

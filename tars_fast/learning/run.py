@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from tars_fast.learning.selection import Selection, check_selection
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import Workers, locked_by_first
 from tars_fast.models.adapters import load_adapter_weights
-from tars_fast.models.architecture import find_layers
+from tars_fast.models.architecture import Architecture, find_layers
 from tars_fast.models.audio_cache import make_cache_folder
 from tars_fast.models.checkpoint import (
     check_room,
@@ -49,6 +50,7 @@ from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
 from tars_fast.models.registry import architecture_of, family_of, find_preset, list_checkpoints
 from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
+from tars_fast.models.tensor_parallel import sharding_refusal
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.policy import available_bytes, choose_engine, load_model_and_engine
 from tars_fast.support.cli import first_line, new_output_folder
@@ -80,6 +82,7 @@ MAY_CHANGE_ON_RESUME = {
     "reward_timeout",
     "judge_url",
     "collective_timeout",
+    "tensor_parallel",
 }
 """Settings that a resumed run may change."""
 
@@ -133,11 +136,13 @@ class Run:
         """One line for the terminal."""
         config, model = self.config, self.model
         processes = "" if self.workers.size == 1 else f" in {self.workers.size} processes"
+        if config.tensor_parallel > 1:
+            processes = f" in {config.tensor_parallel} processes with a part of the weights each"
         num_trainable = sum(parameter.numel() for parameter in model.trainable_parameters())
         return (
             f"{config.model} on {model.device}{processes}, {model.module.dtype}, {model.attention} over micro-batches of "
             f"{config.tokens_per_micro_batch:,} tokens, rollouts by {self.engine.name}, "
-            f"{num_trainable:,} trainable parameters; "
+            f"{num_trainable:,} trainable parameters{'' if model.parallel is None else ' in each'}; "
             f"{len(self.data.training)} training and {len(self.data.held_out)} evaluation items; writing to {config.output_dir}"
         )
 
@@ -151,7 +156,7 @@ def open_run(config: TrainConfig, workers: Workers) -> Iterator[Run]:
             another process writes into, a checkpoint that cannot be read, a disk without room for the checkpoints.
         TrainingError: memory ran out.
     """
-    check_alike(workers, "code", code_fingerprint() if workers.size > 1 else {})
+    check_alike(workers, "code", code_fingerprint() if workers.num_processes > 1 else {})
     check_alike(workers, "settings", settings_fingerprint(config))
     preset = config.as_preset(find_preset(config.model))
     output_dir = config.output_dir or workers.gather(new_output_folder(config.model))[0]
@@ -199,6 +204,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     training, held_out = prompts.ask(training), prompts.ask(held_out)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
+    check_parallel(config, architecture, engine_name)
     if config.router_replay and (engine_name != "vllm" or not architecture.num_experts):
         reason = "the model is no mixture of experts" if engine_name == "vllm" else "it is for rollouts by vLLM"
         raise UserError(f"--router-replay: {reason}; leave it out")
@@ -212,7 +218,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
             f"use {remedy}"
         )
     found = RunData(training, held_out, notes, 0, validation)
-    check_alike(workers, "data", fingerprints_of(found) if workers.size > 1 else {})
+    check_alike(workers, "data", fingerprints_of(found) if workers.num_processes > 1 else {})
     data = keep_usable(config, prompts, found, workers)
     workload = config.workload(
         preset,
@@ -255,6 +261,8 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         with explain_out_of_memory("loading the model"), _explain_damage(resumed_from):
             model, engine = load_model_and_engine(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
         closed.enter_context(closing(engine))
+        if model.parallel is not None and workers.watchdog is not None:
+            model.parallel.together = partial(workers.watchdog.waiting, "parts")
         if model.routing is not None:
             model.routing.set_replay(replays=config.router_replay)
         model.set_audio_cache(int(config.audio_cache_gb * GB), config.audio_cache_dir, int(config.audio_cache_dir_gb * GB))
@@ -283,6 +291,17 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         workers.gather(None)
         saver = closed.enter_context(closing(Saver(run_config, learner, selection, best)))
         yield Run(run_config, data, learner, engine, text_similarity, selection, num_completed, best, saver)
+
+
+def check_parallel(config: TrainConfig, architecture: Architecture, engine_name: str) -> None:
+    """Raises UserError where `--tensor-parallel` asks for parts of weights that this model or engine does not have."""
+    if config.tensor_parallel == 1:
+        return
+    if engine_name != "vllm":
+        raise UserError(f"--tensor-parallel {config.tensor_parallel}: needs rollouts by vLLM; add --engine vllm")
+    refusal = sharding_refusal(architecture, config.tensor_parallel)
+    if refusal is not None:
+        raise UserError(f"--tensor-parallel {config.tensor_parallel}: {refusal}")
 
 
 def check_architecture(checkpoint: Path, prompts: PromptFormat) -> None:
@@ -319,6 +338,7 @@ def plan_run(config: TrainConfig) -> MemoryPlan:
     architecture = architecture_of(preset)
     find_layers(config.representation_layers, architecture.num_layers)
     engine_name = choose_engine(config.engine, family_of(preset), device, dtype, preset.lora_rank)
+    check_parallel(config, architecture, engine_name)
     on_gpu = device.type == "cuda"
     total = torch.cuda.mem_get_info(device)[1] if on_gpu else available_bytes(device)
     return plan_memory(config.workload(preset, architecture, engine_name, dtype.itemsize, on_gpu=on_gpu), total)
@@ -341,7 +361,7 @@ def prepare_model(config: RunConfig, model: SpeechModel, lora_targets: Collectio
         gradient_checkpointing=config.gradient_checkpointing,
     )
     if resumed_from is not None and config.lora_rank:
-        load_adapter_weights(model.module, model.family, resumed_from)
+        load_adapter_weights(model.module, model.family, resumed_from, model.parallel)
 
 
 def make_learner(
@@ -365,7 +385,7 @@ def make_learner(
     trained = model.trainable_by_name()
     num_completed, state, extra = load_trainer_state(resumed_from, list(trained))
     try:
-        load_optimizer_state(optimizer, trained, state)
+        load_optimizer_state(optimizer, trained, state, model.parallel)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise is_damaged(resumed_from, f"state of the optimiser: {first_line(error)}") from error
     return learner, num_completed, extra

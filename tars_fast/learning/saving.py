@@ -1,9 +1,9 @@
 """Checkpoints of a run, written in the background by all its processes, and what they agree on after each step.
 
 At a save every process copies what it has to write into host memory, which takes as much of it as the checkpoint has bytes, and
-a thread writes the copy while training goes on. The folder is called `checkpoint-<steps>` once all processes have told, in what
-they exchange after each step anyway, that theirs is on disk: no thread waits for another process. One checkpoint is written at
-a time.
+a thread writes the copy while training goes on. Of processes that have parts of the weights the first collects all parts as
+it copies. The folder is called `checkpoint-<steps>` once all processes have told, in what they exchange after each step
+anyway, that theirs is on disk: no thread waits for another process. One checkpoint is written at a time.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Saver:
             stop = max(stop, Stop.INTERRUPTED)
         # Of the first process alone: clocks differ.
         is_due = bool(self._config.save_minutes) and time.monotonic() - self._last_save >= 60 * self._config.save_minutes
-        told = self._learner.workers.gather(_Told(stop, is_due, *self._progress(wait=False)))
+        told = self._learner.workers.gather_all(_Told(stop, is_due, *self._progress(wait=False)))
         return max(one.stop for one in told), told[0].is_due, self._settle(told)
 
     def start(self, num_completed: int) -> None:
@@ -84,20 +84,24 @@ class Saver:
         """
         learner, model = self._learner, self._learner.model
         trained = model.trainable_by_name()
-        if not all(parameter.isfinite().all() for parameter in trained.values()):
+        is_finite = all(parameter.isfinite().all() for parameter in trained.values())
+        workers = learner.workers
+        if not all(workers.gather_all(is_finite)):
             raise TrainingError(
                 "the weights are not finite; lower --learning-rate; the last checkpoint, if there is one, is good"
             )
-        workers = learner.workers
-        workers.check_same(trained.values())
+        workers.check_same(model.same_everywhere())
         self._last_save, self._kept_step = time.monotonic(), self._best.step
         shard = (workers.rank, workers.size) if is_sharded(learner.optimizer) else (0, 1)
-        if not workers.is_first and shard == (0, 1):
+        if workers.rank and shard == (0, 1):
             # All that there is to write is the first process's.
             return
         own = optimizer_state(learner.optimizer, trained)
         extra = learner.extra() | self._selection.extra() | self._best.extra()
-        part = CheckpointPart.copy(num_completed, model if workers.is_first else None, own, shard, extra)
+        part = CheckpointPart.copy(num_completed, model if workers.rank == 0 else None, own, shard, extra)
+        if workers.tensor_rank:
+            # The first one has collected it.
+            return
         self._pending = PendingCheckpoint(self._config.output_dir, part, model)
         if workers.is_first:
             self._selection.write(self._config.output_dir)
@@ -108,7 +112,7 @@ class Saver:
         Raises:
             CannotWriteError: see `agree`.
         """
-        return self._settle(self._learner.workers.gather(_Told(Stop.NO, False, *self._progress(wait=True))))
+        return self._settle(self._learner.workers.gather_all(_Told(Stop.NO, False, *self._progress(wait=True))))
 
     def close(self) -> None:
         """Keep the checkpoint that is being written where a run ends by an error; other processes may be gone."""

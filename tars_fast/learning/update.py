@@ -10,8 +10,8 @@ Shapes: N completions of a rollout or micro-batch, T completion tokens, L layers
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -141,6 +141,12 @@ class Learner:
         if scored is not None:
             scored.trained_N.zero_()
 
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """A phase of the update in which processes that share one model's weights wait for each other."""
+        with self.timer.phase(name), self.model.together():
+            yield
+
     def micro_batches(self, scored: ScoredRollout) -> list[list[int]]:
         """[N] numbers of completions, whole questions, as many as `--tokens-per-micro-batch` has room for."""
         return micro_batches(scored.rollout, self.config.tokens_per_micro_batch)
@@ -149,7 +155,7 @@ class Learner:
         """What the teacher makes of the completions `rows`; before their own pass, which keeps more memory."""
         if self.distillation is None:
             return None
-        with self.timer.phase("teacher"):
+        with self._phase("teacher"):
             return self.distillation.teacher_states(scored.rollout, rows)
 
     def forward(self, scored: ScoredRollout, rows: Sequence[int]) -> MicroBatch:
@@ -178,7 +184,7 @@ class Learner:
         if model.audio_is_trained and (torch.is_grad_enabled() or rollout.staleness):
             with self.timer.phase("encode"):
                 prompts = reencode_audio(model, rollout, rows)
-        with self.timer.phase("forward"):
+        with self._phase("forward"):
             packed = model.pack(prompts, completions, routed=True)
             if pooler is None:
                 return ForwardPass(rows, packed, model.forward(packed), None)
@@ -244,7 +250,7 @@ class Learner:
 
     @torch.no_grad()
     def _record_logprobs(self, scored: ScoredRollout, states: ForwardPass) -> None:
-        with self.timer.phase("forward"):
+        with self._phase("forward"):
             logprobs_T, entropies_T = logprobs_of(self.model, states.hidden_TD, states.packed, self.config.temperature)
         _record(scored, states, logprobs_T, entropies_T)
 
@@ -254,7 +260,7 @@ class Learner:
         policy: PolicyLoss | None = None
         is_anchored = teacher is not None and teacher.start_TD is not None
         terms: list[Tensor] = []
-        with self.timer.phase("forward"):
+        with self._phase("forward"):
             if self.config.has_policy_loss:
                 advantages_T = None
                 if self.distillation is not None and not self.config.has_divergence_loss:
@@ -264,7 +270,7 @@ class Learner:
             if self.distillation is not None and self.config.has_divergence_loss and teacher is not None:
                 terms.append(self.distillation.loss(scored, states, teacher, self.counts))
             loss = torch.stack(terms).sum()
-        with self.timer.phase("backward"), self.gradients.sent_while_they_come(is_last and not is_anchored):
+        with self._phase("backward"), self.gradients.sent_while_they_come(is_last and not is_anchored):
             loss.backward()
         loss = loss.detach()
         if policy is not None:
@@ -273,9 +279,9 @@ class Learner:
             policy = replace(policy, loss=policy.loss.detach())
         anchor_sum: Tensor | None = None
         if self.distillation is not None and teacher is not None and is_anchored:
-            with self.timer.phase("forward"):
+            with self._phase("forward"):
                 anchor, anchor_sum = self.distillation.anchor_loss(teacher, self.counts)
-            with self.timer.phase("backward"), self.gradients.sent_while_they_come(is_last):
+            with self._phase("backward"), self.gradients.sent_while_they_come(is_last):
                 anchor.backward()
             loss = loss + anchor.detach()
         scored.trained_N[states.rows] = True
@@ -299,7 +305,7 @@ class Learner:
             finish_sampling()
         with self.timer.phase("optimiser"):
             self.gradients.finish()
-            grad_norm = self.gradients.clip(self.config.max_grad_norm)
+            grad_norm = self._clip_gradients()
             metrics = self._token_metrics(scored, losses) | self._routing_metrics() | {"grad_norm": grad_norm.item()}
             self._check(metrics, scored)
             if self.counts.num_tokens or self.counts.num_distilled:
@@ -312,6 +318,13 @@ class Learner:
         if scored is not None:
             scored.num_updates += 1
         return metrics
+
+    def _clip_gradients(self) -> Tensor:
+        """Hold the gradients to `--max-grad-norm`; returns their norm before, that of all processes' parts."""
+        parallel = self.model.parallel
+        if parallel is None:
+            return self.gradients.clip(self.config.max_grad_norm)
+        return parallel.clip_gradients(self.model.module, self.config.max_grad_norm)
 
     def _token_metrics(self, scored: ScoredRollout | None, losses: Sequence[BackwardPass]) -> dict[str, float]:
         """Of all processes."""

@@ -70,17 +70,22 @@ def describe_wait(channel: str, place: str, seconds: float, looks: Sequence[Sequ
     calls = [0 if beat is None else beat.calls.get(channel, 0) for beat in now]
     late = [rank for rank, number in enumerate(calls) if number < max(calls)]
     waited = f"for {seconds:.0f} s"
-    if not late:
-        return f"all {len(now)} processes have come to the call {place} and it has not ended {waited}: is the network down?"
-    parts, may_take_long = [], []
-    for rank in late:
-        before, beat = earlier[rank], now[rank]
+    states: dict[int, str] = {}
+    silent, may_take_long = [], []
+    for rank, (before, beat) in enumerate(zip(earlier, now, strict=True)):
         is_alive = before is not None and beat is not None and beat.number > before.number
         where = "at its start" if beat is None else beat.place
-        state = f"it is {where}" if is_alive else f"it was {where}, and says nothing any more"
-        parts.append(f"rank {rank} has not come to the call {place} {waited}: {state}")
-        may_take_long.append(is_alive and where in _UNBOUNDED)
-    return None if all(may_take_long) else "; ".join(parts)
+        states[rank] = f"it is {where}" if is_alive else f"it was {where}, and says nothing any more"
+        if not is_alive:
+            silent.append(rank)
+        elif where in _UNBOUNDED:
+            may_take_long.append(rank)
+    if late:
+        parts = [f"rank {rank} has not come to the call {place} {waited}: {states[rank]}" for rank in late]
+        return None if set(late) <= set(may_take_long) else "; ".join(parts)
+    if silent:
+        return "; ".join(f"rank {rank} holds up the call {place} {waited}: {states[rank]}" for rank in silent)
+    return f"all {len(now)} processes have come to the call {place} and it has not ended {waited}: is the network down?"
 
 
 class Watchdog:

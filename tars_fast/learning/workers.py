@@ -1,6 +1,7 @@
 """Data-parallel training: each process (`torchrun`) samples and trains its share of every step's questions.
 
 All processes hold the same trained parameters, whose steps are taken on gradients summed over all of them (`gradients.py`).
+With `--tensor-parallel` they count as one, whose weights they share (`models/tensor_parallel.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from tars_fast.learning.watchdog import Watchdog
+from tars_fast.models.tensor_parallel import check_number
 from tars_fast.support.cli import FAILED, PREEMPTED, first_line
 from tars_fast.support.locks import locked
 from tars_fast.support.timing import is_out_of_memory
@@ -40,6 +42,9 @@ class Workers:
 
     rank: int = 0
     size: int = 1
+    tensor_rank: int = 0
+    """Among the processes that have a part of the weights each and do the same on it; these count as one in `rank`, `size`."""
+    tensor_size: int = 1
     channel: str = "step"
     """Calls of all processes through one channel come in the same order everywhere; another thread has another one."""
     group: ProcessGroup | None = field(default=None, repr=False)
@@ -50,11 +55,16 @@ class Workers:
     @property
     def is_first(self) -> bool:
         """The one that writes and speaks for all."""
-        return self.rank == 0
+        return self.rank == 0 and self.tensor_rank == 0
+
+    @property
+    def num_processes(self) -> int:
+        """All that torchrun started, by whose ranks the watchdog names them."""
+        return self.size * self.tensor_size
 
     def beside(self, channel: str) -> Workers:
         """The same processes with another channel, for another thread's calls; waits for all of them."""
-        if self.size == 1:
+        if self.num_processes == 1:
             return self
         limit = None if self.watchdog is None else timedelta(seconds=self.watchdog.timeout + _GRACE)
         with self.together():
@@ -83,11 +93,15 @@ class Workers:
         return [shares[number % self.size][number // self.size] for number in range(len(items))]
 
     def gather(self, value: Item) -> list[Item]:
-        """What every process gave, by rank; waits for all of them."""
-        if self.size == 1:
+        """What every process gave, by rank, at which those with parts of one copy of the weights are one; waits for all."""
+        return self.gather_all(value)[:: self.tensor_size]
+
+    def gather_all(self, value: Item) -> list[Item]:
+        """What every process gave, also of those with parts of one copy of the weights; waits for all."""
+        if self.num_processes == 1:
             return [value]
         # One for each process to put its own in the place of.
-        gathered = [value] * self.size
+        gathered = [value] * self.num_processes
         with self.together():
             torch.distributed.all_gather_object(gathered, value, self.group)
         return gathered
@@ -111,7 +125,7 @@ class Workers:
 
     def check_same(self, parameters: Iterable[nn.Parameter]) -> None:
         """Raises TrainingError where the processes no longer hold the same parameters, bit for bit."""
-        digests = self.gather([_digest(parameter) for parameter in parameters] if self.size > 1 else [])
+        digests = self.gather_all([_digest(parameter) for parameter in parameters] if self.num_processes > 1 else [])
         if any(digest != digests[0] for digest in digests):
             raise TrainingError("the processes' parameters have come apart; the last checkpoint is good")
 
@@ -205,7 +219,7 @@ def _ended_in_one_line() -> Iterator[None]:
 
 
 @contextmanager
-def join_workers(timeout: float = 1800.0) -> Iterator[Workers]:
+def join_workers(timeout: float = 1800.0, tensor_parallel: int = 1) -> Iterator[Workers]:
     """For the length of the block one of the processes that `torchrun` started; alone, where it started none.
 
     Each process sees one GPU only, as if it were alone on the machine. Must come before anything asks CUDA.
@@ -213,12 +227,15 @@ def join_workers(timeout: float = 1800.0) -> Iterator[Workers]:
     Args:
         timeout: seconds that a call of all processes may take; then those that wait in it end with status 1 and a line that
             names those that have not come.
+        tensor_parallel: how many have a part of the weights each; 1, or all of them.
 
     Raises:
-        UserError: the environment speaks of several processes that cannot find each other; each would be a run of its own.
+        UserError: the environment speaks of several processes that cannot find each other; each would be a run of its own. Or
+            there are more or fewer than `tensor_parallel`.
     """
     given = os.environ.get("WORLD_SIZE", "1")
     if given == "1":
+        check_number(tensor_parallel, 1)
         yield ALONE
         return
     if not given.isdecimal() or "LOCAL_RANK" not in os.environ:
@@ -227,6 +244,8 @@ def join_workers(timeout: float = 1800.0) -> Iterator[Workers]:
             "WORLD_SIZE for a single one"
         )
     size = int(given)
+    if tensor_parallel > 1:
+        check_number(tensor_parallel, size)
     local = int(os.environ["LOCAL_RANK"])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
@@ -235,9 +254,10 @@ def join_workers(timeout: float = 1800.0) -> Iterator[Workers]:
     torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout + _GRACE))
     try:
         with _ended_in_one_line():
-            workers = Workers(torch.distributed.get_rank(), size)
+            rank = torch.distributed.get_rank()
+            workers = Workers(rank, size) if tensor_parallel == 1 else Workers(tensor_rank=rank, tensor_size=size)
             run = workers.gather(uuid.uuid4().hex)[0]
-            with closing(Watchdog(workers.rank, size, timeout, run)) as watchdog:
+            with closing(Watchdog(rank, size, timeout, run)) as watchdog:
                 yield replace(workers, watchdog=watchdog)
     finally:
         # vLLM, where it ran here, has ended the group with itself.

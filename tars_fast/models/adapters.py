@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tars_fast.models.families.base import Family
 from tars_fast.models.hub import adapter_config, checkpoint_folder, read_adapter_config
 from tars_fast.models.modules import PolicyModule
+from tars_fast.models.tensor_parallel import TensorParallel
 from tars_fast.support.cli import first_line
 from tars_fast.types import UserError
 
@@ -97,10 +98,17 @@ def load_adapter(module: nn.Module, family: Family, source: str) -> None:
     module.requires_grad_(False).eval()
 
 
-def load_adapter_weights(module: nn.Module, family: Family, folder: Path) -> None:
-    """Load a checkpoint's weights into the adapter that `module` has. Raises UserError where they do not fit."""
+def load_adapter_weights(module: nn.Module, family: Family, folder: Path, parallel: TensorParallel | None = None) -> None:
+    """Load a checkpoint's weights into the adapter that `module` has. Raises UserError where they do not fit.
+
+    Args:
+        parallel: see `SpeechModel`.
+    """
     with _errors_as_user_errors(str(folder)):
-        _set_weights(module, _read_adapter(family, folder)[1])
+        weights = _read_adapter(family, folder)[1]
+        if parallel is not None:
+            weights = {name: parallel.part(name, value) for name, value in weights.items()}
+        _set_weights(module, weights)
 
 
 def merge_adapter(module: nn.Module, family: Family, folder: Path) -> PolicyModule:
@@ -131,13 +139,18 @@ def merge_adapter(module: nn.Module, family: Family, folder: Path) -> PolicyModu
     return merged
 
 
-def adapter_weights(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the adapter's weights on the host, under the names that peft and transformers read."""
+def adapter_weights(module: nn.Module, parallel: TensorParallel | None = None) -> dict[str, Tensor]:
+    """A copy of the adapter's weights on the host, under the names that peft and transformers read.
+
+    Args:
+        parallel: see `SpeechModel`; all its processes call this, and the first gets whole weights.
+    """
     from peft import get_peft_model_state_dict
 
     # With "auto" peft compares vocabularies with the base on the hub, over the network.
     weights = get_peft_model_state_dict(module, save_embedding_layers=False)
-    return {_PREFIX + name: value.detach().to("cpu", copy=True).contiguous() for name, value in weights.items()}
+    whole = {name: value if parallel is None else parallel.whole(name, value) for name, value in weights.items()}
+    return {_PREFIX + name: value.detach().to("cpu", copy=True).contiguous() for name, value in whole.items()}
 
 
 def save_adapter(module: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:

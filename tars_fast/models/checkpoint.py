@@ -54,10 +54,13 @@ def save_model(model: SpeechModel, folder: Path) -> None:
 
 
 def _copy_weights(model: SpeechModel) -> dict[str, Tensor]:
-    """On the host, under published names: all weights, or those of the adapter."""
-    module, prompts = model.module, model.prompts
+    """On the host, under published names: all weights, or those of the adapter.
+
+    Processes that have parts of them all call it; others than the first get nothing of use.
+    """
+    module, prompts, parallel = model.module, model.prompts, model.parallel
     if has_adapter(module):
-        return adapter_weights(module)
+        return adapter_weights(module, parallel)
     is_nested = _is_nested(prompts, _source_config(prompts))
     weights: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
@@ -65,7 +68,9 @@ def _copy_weights(model: SpeechModel) -> dict[str, Tensor]:
         # Tied weights are written once. Views of an engine's fused weights are copied, so that each is a tensor of its own.
         if (value.data_ptr(), value.shape) not in seen:
             seen.add((value.data_ptr(), value.shape))
-            published = prompts.family.published_weights(name, value.detach(), nested=is_nested)
+            # One after the other, so that a whole one is there twice for a moment only.
+            whole = value.detach() if parallel is None else parallel.whole(name, value)
+            published = prompts.family.published_weights(name, whole, nested=is_nested)
             weights |= {own: piece.to("cpu", copy=True) for own, piece in published}
     return weights
 
@@ -114,7 +119,8 @@ def checkpoint_bytes(model: SpeechModel, extra: Mapping[str, object] | None = No
     tensors = {value.data_ptr(): value.nbytes for name, value in model.module.state_dict().items() if ".lora_" in name}
     if not has_adapter(model.module):
         tensors = {value.data_ptr(): value.nbytes for value in model.module.state_dict().values()}
-    return trainable + sum(tensors.values())
+    # Of parts, which are written as a whole, at most.
+    return (trainable + sum(tensors.values())) * (1 if model.parallel is None else model.parallel.size)
 
 
 def check_room(
@@ -161,6 +167,8 @@ class CheckpointPart:
     ) -> CheckpointPart:
         """Copy what training will change.
 
+        Processes that have parts of the weights all call it, and of what it returns the first one's is whole.
+
         Args:
             model: None in a process that writes its part of the optimiser's state alone.
             extra: what else a resumed run needs, by name: tensors, numbers, strings, lists and dictionaries of them.
@@ -168,7 +176,13 @@ class CheckpointPart:
         state = io.BytesIO()
         if model is not None:
             torch.save({"num_completed": num_completed, "num_shards": shard[1], "extra": dict(extra or {})}, state)
-        copied = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in optimizer.items()}
+        parallel = None if model is None else model.parallel
+        copied: dict[str, Tensor] = {}
+        for name, value in optimizer.items():
+            # A step's number has no parts.
+            parameter = name.rpartition(".")[0]
+            whole = value if parallel is None or not value.ndim else parallel.whole(parameter, value)
+            copied[name] = whole.detach().to("cpu", copy=True).contiguous()
         weights = None if model is None else _copy_weights(model)
         return cls(num_completed, copied, shard, weights, state.getvalue())
 

@@ -82,12 +82,14 @@ class Workload:
     """False: evaluation only, without optimiser."""
     on_gpu: bool = True
     num_processes: int = 1
-    """Of the run, each on a device of its own."""
+    """Of the run, each on a device of its own; those that share the weights count as one."""
+    tensor_parallel: int = 1
+    """Processes that have a part of the language model's weights each; all else of it is planned as if whole."""
 
     @property
     def weights(self) -> int:
         """Bytes of the one copy of the weights; vLLM pads the vocabulary."""
-        text = self.architecture.num_text_parameters(padded=self.engine == "vllm")
+        text = self.architecture.num_text_parameters(padded=self.engine == "vllm") // self.tensor_parallel
         return (text + self.architecture.num_other_parameters) * self.dtype_bytes
 
     @property
@@ -100,7 +102,7 @@ class Workload:
         """Parameters that the optimiser updates."""
         if self.lora_rank:
             return self.architecture.num_lora_parameters(self.lora_rank, self.adapted_layers)
-        return self.architecture.num_text_parameters()
+        return self.architecture.num_text_parameters() // self.tensor_parallel
 
     @property
     def adapters(self) -> int:
@@ -124,7 +126,7 @@ class Workload:
     def num_stepped(self) -> int:
         """Parameters that a process updates itself, at most."""
         sizes = self.architecture.text_parameter_sizes()
-        return largest_share(sizes, self.num_processes) if self.is_sharded else self.num_trained
+        return largest_share(sizes, self.num_processes) // self.tensor_parallel if self.is_sharded else self.num_trained
 
     @property
     def optimiser(self) -> int:
@@ -157,13 +159,13 @@ class Workload:
         parts |= {"reference weights": self.reference_bytes * self.num_trained}
         context = _CONTEXT_BYTES if self.on_gpu else 0
         graphs = _GRAPH_BYTES if self.on_gpu and self.engine == "vllm" else 0
-        nccl = _NCCL_BYTES if self.on_gpu and self.num_processes > 1 else 0
+        nccl = _NCCL_BYTES if self.on_gpu and self.num_processes * self.tensor_parallel > 1 else 0
         parts |= {"embedder of R_beh": self.embedder_bytes, "CUDA context": context, "CUDA graphs": graphs}
         return parts | {"NCCL buffers": nccl}
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return self.architecture.kv_bytes_per_token(self.dtype_bytes)
+        return self.architecture.kv_bytes_per_token(self.dtype_bytes) // self.tensor_parallel
 
     @property
     def sequence_bytes(self) -> int:
@@ -267,7 +269,7 @@ class Workload:
         streams = 1 + self.distils
         chunk = streams * _LOGIT_TOKENS * 4 + _PRODUCT_TOKENS * self.dtype_bytes
         states = (1 + streams) * max(tokens, self.question_tokens) * shape.hidden_size * self.dtype_bytes
-        return chunk * shape.vocabulary_size + states
+        return chunk * shape.vocabulary_size // self.tensor_parallel + states
 
 
 def largest_share(sizes: Iterable[int], num_processes: int) -> int:
@@ -342,7 +344,7 @@ def plan_memory(workload: Workload, device_bytes: int) -> MemoryPlan:
     bucket = workload.gradients if workload.num_processes > 1 and not workload.is_sharded else 0
     stepping = workload.resident | {"gradients": workload.num_stepped * workload.gradient_bytes, "gradient buckets": bucket}
     # `StochasticAdamW` computes one parameter at a time in float32.
-    largest = max(workload.architecture.text_parameter_sizes())
+    largest = max(workload.architecture.text_parameter_sizes()) // workload.tensor_parallel
     stepping["float32 update"] = 0 if workload.lora_rank or workload.dtype_bytes == 4 else UPDATE_BYTES * largest
     free = usable - sum(rollout.values())
     if workload.rollout_ahead:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from tars_fast.models.adapters import add_adapter, has_adapter, load_adapter, merge_adapter
 from tars_fast.models.audio_cache import AudioCache, ClipEmbeddings, fingerprint
@@ -32,6 +34,7 @@ from tars_fast.models.packed_attention import PackedGroups, use_packed_attention
 from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.models.routing import ExpertRouting, has_experts, pack_routing
+from tars_fast.models.tensor_parallel import TensorParallel
 from tars_fast.support.timing import is_out_of_memory
 from tars_fast.types import Completion, Modality, Prompt, Question, Recording, UserError
 
@@ -69,10 +72,12 @@ class SpeechModel:
     Args:
         module: the model in eval mode, on its device; its attention is replaced by packed attention.
         prompts: of the same checkpoint.
+        parallel: the processes that hold parts of the module's weights; None: this one has all of them.
     """
 
-    def __init__(self, module: PolicyModule, prompts: PromptFormat):
+    def __init__(self, module: PolicyModule, prompts: PromptFormat, parallel: TensorParallel | None = None):
         self.module = module
+        self.parallel = parallel
         self.prompts = prompts
         self.family = prompts.family
         use_packed_attention(self.language_model)
@@ -81,10 +86,12 @@ class SpeechModel:
         self.audio_is_trained = False
         self.gradient_checkpointing = False
         self._audio_cache = AudioCache(_AUDIO_CACHE_BYTES)
-        vocabulary_size = module.get_output_embeddings().weight.shape[0]
+        vocabulary_size = module.get_output_embeddings().weight.shape[0] if parallel is None else parallel.vocabulary_size
         self.suppressed_bias = torch.zeros(vocabulary_size, device=module.device)
         """[V] added to logits before sampling: -inf for the audio token, which no completion may hold, 0 for all others."""
         self.suppressed_bias[prompts.audio_token_id] = -torch.inf
+        self.head_bias = self.suppressed_bias if parallel is None else parallel.part_of_bias(self.suppressed_bias)
+        """The part of it that belongs to `head`, where the vocabulary is in parts."""
 
     @property
     def device(self) -> torch.device:
@@ -92,8 +99,17 @@ class SpeechModel:
 
     @property
     def head(self) -> nn.Linear:
-        """The language-model head: [*, D] states to [*, V] logits."""
+        """The language-model head: [*, D] states to [*, V] logits, or this process's part of them."""
         return self.module.get_output_embeddings()
+
+    @property
+    def head_group(self) -> ProcessGroup | None:
+        """The processes that hold parts of the head's vocabulary; None: this one has all of it."""
+        return None if self.parallel is None else self.parallel.group
+
+    def together(self) -> AbstractContextManager[None]:
+        """Around what processes that hold parts of the weights compute together, see `TensorParallel.together`."""
+        return nullcontext() if self.parallel is None else self.parallel.together()
 
     @property
     def language_model(self) -> Decoder:
@@ -139,6 +155,10 @@ class SpeechModel:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """`trainable_by_name` without names, in the same order."""
         return list(self.trainable_by_name().values())
+
+    def same_everywhere(self) -> list[nn.Parameter]:
+        """Those of them that every process holds alike."""
+        return self.trainable_parameters() if self.parallel is None else self.parallel.whole_parameters(self.module)
 
     def trainable_for_text(self) -> dict[str, nn.Parameter]:
         """Those of them that a written prompt goes through, by name: without audio tower and projector."""
@@ -498,6 +518,8 @@ def make_trainable(
         # peft would write the folder that was loaded, which may be a folder of this machine's hub cache.
         config.base_model_name_or_path, config.revision = base, revision or None
         add_adapter(module, config)
+        if model.parallel is not None:
+            model.parallel.redraw_adapters(module)
     if not freeze_audio:
         model.audio_is_trained = True
         for part in model.audio_parts:

@@ -95,6 +95,7 @@ def load_model_and_engine(
             lora_rank=workload.lora_rank,
             lora_targets=workload.adapted_layers,
             cuda_graphs=cuda_graphs,
+            tensor_parallel=workload.tensor_parallel,
         ),
     )
     load_adapter(engine.model.module, prompts.family, source)

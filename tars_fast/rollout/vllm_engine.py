@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -27,6 +28,7 @@ from tars_fast.models.families.base import Family
 from tars_fast.models.hub import base_of
 from tars_fast.models.prompts import PromptFormat
 from tars_fast.models.speech_model import SpeechModel
+from tars_fast.models.tensor_parallel import TensorParallel
 from tars_fast.models.weights import SharingError, assert_shared, engine_place, move_buffers, share_weights
 from tars_fast.rollout.engine import RolloutEngine, SampledCompletion, Sampling, engine_refusal, length_refusal
 from tars_fast.rollout.vllm_internals import VllmInternals, VllmSettings
@@ -92,16 +94,23 @@ class VllmEngine(RolloutEngine):
         self._engine_names = prompts.family.engine_names or ()
         self._has_current_weights = False
         settings = dataclasses.replace(settings, has_experts=prompts.family.num_experts(prompts.config) > 0)
+        parallel: TensorParallel | None = None
+        if settings.tensor_parallel > 1:
+            parallel = TensorParallel.of_all(settings.tensor_parallel, device)
+            # Engines with caches of different sizes would take different steps.
+            settings = dataclasses.replace(settings, kv_cache_bytes=parallel.smallest(settings.kv_cache_bytes))
         self._internals = VllmInternals(base_of(source), device, dtype, settings)
         module = prompts.family.on_meta(prompts.config, dtype)
         module.generation_config = prompts.generation_config
+        if parallel is not None:
+            parallel.cut(module, prompts.family)
         module.tie_weights()
         is_tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
         share_weights(module, self._internals.module, self._engine_names)
         if is_tied != (module.get_output_embeddings().weight is module.get_input_embeddings().weight):
             raise SharingError("vLLM and transformers differ in whether the head is the embedding; config.json says both")
         move_buffers(module, device)
-        self.model = SpeechModel(module.eval(), prompts)
+        self.model = SpeechModel(module.eval(), prompts, parallel)
         self._adapter: _AdapterBuffers | None = None
         self.assert_shared()
 
@@ -129,7 +138,7 @@ class VllmEngine(RolloutEngine):
             ValueError: a prompt that `refusal` gives a reason for; nothing has been submitted then.
             RuntimeError: there was no `wake_up` since the last call.
             SharingError: vLLM expanded a prompt to other tokens than the trainer's.
-            TrainingError: `stop` was called.
+            TrainingError: `stop` was called, or processes that share the weights have drawn other tokens each.
         """
         for number, prompt in enumerate(prompts):
             reason = self.refusal(prompt, sampling.max_new_tokens)
@@ -139,12 +148,15 @@ class VllmEngine(RolloutEngine):
             raise RuntimeError("wake_up() before every sample(): the weights may have changed")
         self._has_current_weights = False
 
+        drawn: dict[tuple[int, int], list[int]] = {}
+
         def hand_over(number: int, output: Any) -> None:
             if tuple(output.prompt_token_ids) != prompts[number].token_ids:
                 raise SharingError("vLLM expanded a prompt otherwise than the trainer did; audio placeholders differ")
             sampled = []
             for completion in output.outputs:
                 tokens = list(completion.token_ids)
+                drawn[number, completion.index] = tokens
                 logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs, tokens, strict=True)]
                 experts = completion.routed_experts
                 sampled.append(SampledCompletion(tokens, logprobs, completion.finish_reason == "length", experts))
@@ -155,9 +167,18 @@ class VllmEngine(RolloutEngine):
             self._sampling_params(len(prompts), sampling),
             sampling.seed,
             hand_over,
-            self.check_stopped,
+            self._step,
             use_adapter=self._adapter is not None,
         )
+        if self.model.parallel is not None:
+            self.model.parallel.check_same(drawn, "completions")
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """Around a step of vLLM. Raises TrainingError where `stop` was called."""
+        self.check_stopped()
+        with self.model.together():
+            yield
 
     def release_memory(self) -> None:
         """Give the KV cache's memory back; weights and, on CUDA, captured graphs stay where they are."""

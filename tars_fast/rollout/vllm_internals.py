@@ -12,7 +12,7 @@ import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,8 @@ class VllmSettings:
     """The model is a mixture of experts, whose adapters are on the attention alone."""
     dummy_weights: bool = False
     """Random weights in the place of the checkpoint's, for benchmarks."""
+    tensor_parallel: int = 1
+    """Processes, all that torchrun started, of which each has a part of the weights."""
 
 
 class VllmInternals:
@@ -89,8 +91,16 @@ class VllmInternals:
             elif settings.has_experts:
                 # Else vLLM allocates buffers for adapters of every expert.
                 adapter["lora_target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        parallel: dict[str, object] = {}
+        launched: AbstractContextManager[None] = nullcontext()
+        if settings.tensor_parallel > 1:
+            launched = self._launched()
+            # Every process runs an engine of its own, on its own part of the weights, through the same steps.
+            parallel = {"tensor_parallel_size": settings.tensor_parallel, "distributed_executor_backend": "external_launcher"}
+            # Its peer-to-peer memory has not been tried between processes that see one GPU each.
+            parallel["disable_custom_all_reduce"] = True
         experts = whole_experts(on_cpu=self._on_cpu) if settings.has_experts else nullcontext()
-        with self._eager_on_cpu(), _unpacked_cpu_weights(), _thread_setting_kept(), _quiet_start(source), experts:
+        with self._eager_on_cpu(), _unpacked_cpu_weights(), _thread_setting_kept(), _quiet_start(source), experts, launched:
             self.llm = LLM(
                 model=str(checkpoint_folder(source, weights=not settings.dummy_weights)),
                 trust_remote_code=False,
@@ -124,6 +134,7 @@ class VllmInternals:
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
                 **adapter,
+                **parallel,
             )
         self._runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
         storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in self._runner.kv_caches}
@@ -147,13 +158,35 @@ class VllmInternals:
         with torch.compiler.set_stance("force_eager") if self._on_cpu else nullcontext():
             yield
 
+    @contextmanager
+    def _launched(self) -> Iterator[None]:
+        """What vLLM reads of torchrun's environment where the weights are in parts, as this process has it.
+
+        A process sees one GPU (`join_workers`), which is its first, whatever LOCAL_RANK is. On a CPU vLLM names the memory that
+        processes share after the end of an address, which is the same for all runs of a machine (0.32; earlier ones have no
+        such function).
+        """
+        with ExitStack() as restored:
+            if self._on_cpu:
+                from vllm.distributed.device_communicators import cpu_communicator
+
+                shared = cpu_communicator._CPUSHMDistributed
+                name_of, port = getattr(shared, "make_group_name", None), os.environ.get("MASTER_PORT", "")
+                if name_of is not None:
+                    shared.make_group_name = staticmethod(lambda owner: f"{port}{name_of(owner)}".replace("/", ""))
+                    restored.callback(setattr, shared, "make_group_name", staticmethod(name_of))
+            elif "LOCAL_RANK" in os.environ:
+                restored.callback(os.environ.__setitem__, "LOCAL_RANK", os.environ["LOCAL_RANK"])
+                os.environ["LOCAL_RANK"] = "0"
+            yield
+
     def generate(
         self,
         requests: list[dict[str, Any]],
         params: list[Any],
         seed: int,
         on_finished: Callable[[int, object], None],
-        before_token: Callable[[], None],
+        around_step: Callable[[], AbstractContextManager[None]],
         *,
         use_adapter: bool,
     ) -> None:
@@ -163,7 +196,7 @@ class VllmInternals:
             params: `SamplingParams` of each request.
             on_finished: called with a request's number and its `RequestOutput` as soon as all its continuations are complete;
                 of a mixture of experts each has `routed_experts`, see `Completion`.
-            before_token: called before every step of the engine; what it raises ends the call.
+            around_step: gives a context for every step of the engine; what it raises ends the call.
         """
         from vllm.lora.request import LoRARequest
 
@@ -185,11 +218,11 @@ class VllmInternals:
         names: dict[tuple[str, int], str] = {}
 
         def observed_step() -> list[Any]:
-            before_token()
             if self._routing is not None:
                 states = engine.output_processor.request_states.items()
                 names.update({((own.parent_req or own).external_req_id, own.request_index): name for name, own in states})
-            outputs = step()
+            with around_step():
+                outputs = step()
             for output in outputs:
                 if output.finished:
                     if self._routing is not None:

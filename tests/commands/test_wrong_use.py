@@ -113,6 +113,10 @@ SETTINGS = [
     (["--lora-rank", "-8"], ["--lora-rank -8", "must be 0 or greater"]),
     (["--lora-targets", "attention"], ["--lora-targets attention", "no effect without LoRA", "add --lora-rank 8"]),
     (["--lora-rank", "4", "--lora-targets", "v_proj,fc1"], ["--lora-targets v_proj,fc1", "no linear layer 'fc1'", "v_proj"]),
+    (["--tensor-parallel", "2"], ["--tensor-parallel 2: needs 2 processes, 1 started", "torchrun --nproc-per-node 2"]),
+    (["--tensor-parallel", "2", "--dry-run"], ["--tensor-parallel 2: needs rollouts by vLLM; add --engine vllm"]),
+    (["--tensor-parallel", "2", "--rollout-ahead", "1"], ["--tensor-parallel 2: not beside --rollout-ahead 1", "leave one"]),
+    (["--tensor-parallel", "2", "--reward", "exact"], ["--tensor-parallel 2: not beside --reward; leave one of them out"]),
     (["--router-replay"], ["--router-replay: it is for rollouts by vLLM", "leave it out"]),
     # The embedded model takes 1,024 tokens, prompt included.
     (["--max-new-tokens", "1020"], ["item 't1'", "1020 new ones", "model's 1024", "lower --max-new-tokens"]),

@@ -18,6 +18,7 @@ SAID_BEHIND = {
     "engine_refusal": "--engine vllm: ",
     "vllm_refusal": "--engine vllm: ",
     "adapter_refusal": "--engine vllm: ",
+    "sharding_refusal": "--tensor-parallel …: ",
     "refusal": "item …: ",
     "length_refusal": "item …: ",
     "prompt_size": "item …: ",

@@ -14,7 +14,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 CUT = f" {FIELD}"
 """A row that ends like this is the beginning of a longer message."""
 SHORTEST_CUT = 100
-PASSED_ON = {f"error: {FIELD}", f"error: --engine vllm: {FIELD}"}
+PASSED_ON = {f"error: {FIELD}", f"error: --engine vllm: {FIELD}", f"error: --tensor-parallel {FIELD}: {FIELD}"}
 """The message is another one, which is found where it is made."""
 
 

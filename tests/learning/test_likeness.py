@@ -77,6 +77,6 @@ def test_what_is_compared(monkeypatch):
     one, other = (settings_fingerprint(TrainConfig(data=name, audio_cache_dir=name)) for name in ("a", "b"))
     assert one == other
     assert one != settings_fingerprint(TrainConfig(data="a", save_minutes=1.0))
-    monkeypatch.setattr(Workers, "gather", lambda _, told: [told, (told[0], {"torch": 2})])
+    monkeypatch.setattr(Workers, "gather_all", lambda _, told: [told, (told[0], {"torch": 2})])
     with pytest.raises(UserError, match=r"process 1 on .*: has other code than process 0 \(torch 2, not 1\); start all"):
         check_alike(Workers(0, 2), "code", {"torch": 1})

@@ -271,6 +271,19 @@ def test_full_fine_tuning_of_7b_over_eight_cards():
     assert lora["gradient buckets"] == lora["gradients"] == PAPER.gradients
 
 
+def test_parts_of_weights_beside_processes_with_questions_of_their_own():
+    """What a process updates is its share of the parameters, of each of which it has a part."""
+    full = dataclasses.replace(PAPER, lora_rank=0, num_processes=8)
+    halves = dataclasses.replace(full, tensor_parallel=2)
+    assert halves.num_trained == full.num_trained // 2
+    assert halves.num_stepped == full.num_stepped // 2
+    plan = plan_memory(dataclasses.replace(halves, num_processes=1), 80 * GB)
+    assert plan.phases["optimiser"]["float32 update"] == 16 * 156_032 * 4096 // 2
+    assert plan.phases["optimiser"]["gradients"] == plan.phases["forward and backward"]["gradients"]
+    assert plan.phases["optimiser"]["gradient buckets"] == 0
+    assert plan.phases["loading"]["NCCL buffers"] > 0
+
+
 @pytest.mark.parametrize(("sizes", "num_processes", "largest"), [((5, 4, 3, 3), 2, 8), ((7, 1, 1), 2, 7), ((2, 2, 2), 1, 6)])
 def test_shares_are_as_even_as_whole_parameters_allow(sizes, num_processes, largest):
     assert largest_share(sizes, num_processes) == largest

@@ -145,7 +145,7 @@ class Distillation:
     def _compare(
         self, hidden_TD: Tensor, teacher_TD: Tensor, teacher: ReferenceName, settings: DistillationSettings
     ) -> DistillationLoss:
-        bias = self.model.suppressed_bias
+        bias = self.model.head_bias
         return linear_distillation_loss(
             hidden_TD,
             teacher_TD,
@@ -153,5 +153,6 @@ class Distillation:
             bias=bias,
             teacher_weight=self.references.head(teacher),
             temperature=self.config.temperature,
+            group=self.model.head_group,
             **settings | {"teacher_bias": bias},
         )

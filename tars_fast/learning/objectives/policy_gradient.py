@@ -31,8 +31,9 @@ def logprobs_of(
         hidden_TD,
         model.head if weight is None else weight,
         packed.targets,
-        bias=model.suppressed_bias,
+        bias=model.head_bias,
         temperature=temperature,
+        group=model.head_group,
         return_entropy=True,
     )
     return logprobs_T, entropies_T
@@ -64,8 +65,9 @@ class PolicyGradient:
             self.model.head,
             states.packed.targets,
             advantages,
-            bias=self.model.suppressed_bias,
+            bias=self.model.head_bias,
             temperature=self.config.temperature,
+            group=self.model.head_group,
             **objective,
         )
 

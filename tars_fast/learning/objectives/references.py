@@ -63,7 +63,9 @@ class References:
         source = self._model.prompts.source
         device, dtype = self._model.device, self._model.module.dtype
         started = dict(load_module(self._model.prompts, source, torch.device("cpu"), dtype).named_parameters())
-        return [started[name].detach().to(device) for name in self._model.trainable_for_text()]
+        parallel = self._model.parallel
+        values = {name: started[name].detach() for name in self._model.trainable_for_text()}
+        return [(value if parallel is None else parallel.part(name, value)).to(device) for name, value in values.items()]
 
     @contextmanager
     def using(self, name: ReferenceName) -> Iterator[None]:
