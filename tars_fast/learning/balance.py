@@ -140,7 +140,7 @@ class QuestionExchange:
         leaving = [move for move in moves if move.source == self.workers.rank]
         for move in leaving:
             given.setdefault(move.target, []).append(self._pack(sampled[move.place]))
-        received = self.workers.exchange(given)
+        received = self.workers.exchange(given, {(move.source, move.target) for move in moves})
         gone = {move.place for move in leaving}
         staying = [question for place, question in enumerate(sampled) if place not in gone]
         return staying + self._unpack([parcel for _, parcels in sorted(received.items()) for parcel in parcels])

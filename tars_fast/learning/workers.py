@@ -7,7 +7,6 @@ With `--tensor-parallel` they count as one, whose weights they share (`models/te
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import threading
 import uuid
@@ -16,7 +15,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -106,22 +105,24 @@ class Workers:
             torch.distributed.all_gather_object(gathered, value, self.group)
         return gathered
 
-    def exchange(self, given: Mapping[int, Item]) -> dict[int, Item]:
-        """What other processes gave this one, by their rank; waits for all of them.
+    def exchange(self, given: Mapping[int, Item], pairs: Iterable[tuple[int, int]]) -> dict[int, Item]:
+        """What other processes gave this one, by their rank; waits for these.
 
         Args:
             given: what each process is to get, by rank; it may be pickled, and be on the host only.
+            pairs: (who gives, who gets), the same in all processes.
         """
-        parts = [pickle.dumps(given[rank]) if rank in given else b"" for rank in range(self.size)]
-        sent = torch.tensor([len(part) for part in parts])
-        received = torch.empty_like(sent)
+        received: dict[int, Item] = {}
         with self.together():
-            torch.distributed.all_to_all_single(received, sent, group=self.group)
-            content = torch.empty(int(received.sum()), dtype=torch.uint8)
-            joined = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8) if sent.any() else content.new_empty(0)
-            torch.distributed.all_to_all_single(content, joined, received.tolist(), sent.tolist(), self.group)
-        pieces = content.split(received.tolist())
-        return {rank: pickle.loads(piece.numpy().tobytes()) for rank, piece in enumerate(pieces) if len(piece)}
+            # In one order everywhere, so that of those that are left the first can always go on.
+            for source, target in sorted(set(pairs)):
+                if source == self.rank:
+                    torch.distributed.send_object_list([given[target]], group=self.group, group_dst=target)
+                elif target == self.rank:
+                    parcel: list[Any] = [None]
+                    torch.distributed.recv_object_list(parcel, group=self.group, group_src=source)
+                    received[source] = parcel[0]
+        return received
 
     def check_same(self, parameters: Iterable[nn.Parameter]) -> None:
         """Raises TrainingError where the processes no longer hold the same parameters, bit for bit."""
