@@ -287,3 +287,12 @@ def test_an_update_by_objective():
         f"{seconds['opd, anchored']:.2f} s, `tars+opd` {seconds['tars+opd']:.2f} s"
     )
     assert said in words_of("docs/rewards-and-objectives.md")
+
+
+def test_what_a_checkpoint_costs():
+    measured = read("checkpoints_cpu.json")
+    saving, steps = measured["median_seconds_in_saving"], measured["median_seconds_of_two_steps"]
+    words = words_of("docs/training.md")
+    assert f"the bundled model's {measured['checkpoint_bytes'] / 1e6:.1f} MB" in words
+    assert f"spent {saving['background']:.2f} s in a checkpoint instead of the {saving['waited for']:.2f} s of one" in words
+    assert f"steps of {steps['none'] / 2:.1f} s the difference was within their noise" in words
