@@ -93,7 +93,7 @@ def lead(settings: list[str], folder: Path, meeting: str, port: int) -> None:
         run_id=meeting,
         rdzv_backend="c10d",
         rdzv_endpoint=f"localhost:{port}",
-        rdzv_configs={"is_host": False, "last_call_timeout": 5, "keep_alive_interval": 1, "timeout": 600},
+        rdzv_configs={"is_host": False, "last_call_timeout": 5, "timeout": 600},
         max_restarts=1000,
         monitor_interval=0.1,
         start_method="fork",
