@@ -39,8 +39,6 @@ from tars_fast.support.locks import locked
 from tars_fast.types import Completion, Modality, Prompt, Question, UserError
 
 _ENCODED_AT_ONCE = 16
-_BLANK = "\u0120"
-"""Where nothing new is heard the projector lands on the embedding of a space, as byte-level BPE writes it."""
 _SHARPNESS = 12.0
 """Score of a token on whose own embedding a frame lands, before the softmax of CTC."""
 
@@ -100,6 +98,7 @@ class Stage:
     num_steps: int
     rate: float
     save_every: int
+    seed: int
     folder: Path
 
 
@@ -163,7 +162,7 @@ def train(model: SpeechModel, stage: Stage, loss_of: Callable[[random.Random], T
                 own.copy_(state["weights"][name])
     started = time.monotonic()
     for step in range(first, stage.num_steps):
-        loss = loss_of(random.Random(f"{stage.name} {step}"))
+        loss = loss_of(random.Random(f"{stage.seed} {stage.name} {step}"))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -183,7 +182,11 @@ def hearing_loss(model: SpeechModel, lessons: Sequence[Lesson], batch_size: int)
     """CTC between audio embeddings and the tokens of what is said; scores are products with these tokens' embeddings."""
     tokenizer: Any = model.prompts.tokenizer
     targets = [tokenizer.encode(lesson.question.transcript or lesson.question.text) for lesson in lessons]
-    used = [tokenizer.convert_tokens_to_ids(_BLANK), *sorted({token for target in targets for token in target})]
+    said = {token for target in targets for token in target}
+    # Where nothing new is heard the projector lands on the embedding of a space, which a pretrained model passes over; on that
+    # of padding where the tokenizer writes spaces between words.
+    blank = next(token for token in (*tokenizer.encode(" "), tokenizer.pad_token_id) if token not in said)
+    used = [blank, *sorted(said)]
     place = {token: number for number, token in enumerate(used)}
     embeddings = model.module.get_input_embeddings().weight[used].detach()
     scale = _SHARPNESS / embeddings.square().sum(-1).mean()
@@ -254,21 +257,27 @@ def warm_up(config: WarmUpConfig) -> int:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     with locked(config.output_dir):
         begin(config, settings)
-        model = load_model(find_preset(config.model), config.model, torch.device("cpu"), torch.float32)
+        preset = find_preset(config.model)
+        model = load_model(preset, preset.source, torch.device("cpu"), torch.float32)
         encoded = encode(model, questions, config.output_dir)
         lessons = [
             Lesson(question, completions[question.text], states) for question, states in zip(questions, encoded, strict=True)
         ]
         print(f"{len(lessons)} recordings encoded", flush=True)
         projector_of(model).requires_grad_(True)
-        stage = Stage("hearing", config.hearing_steps, config.hearing_rate, 10 * config.save_every, config.output_dir)
+        stage = Stage(
+            "hearing", config.hearing_steps, config.hearing_rate, 10 * config.save_every, config.seed, config.output_dir
+        )
         train(model, stage, hearing_loss(model, lessons, config.hearing_batch_size))
+        torch.manual_seed(config.seed)
         make_trainable(
             model, lora_rank=config.lora_rank, lora_alpha=4 * config.lora_rank, freeze_audio=True, gradient_checkpointing=False
         )
         # Adding an adapter froze it.
         projector = projector_of(model).requires_grad_(True)
-        stage = Stage("thinking", config.thinking_steps, config.thinking_rate, config.save_every, config.output_dir)
+        stage = Stage(
+            "thinking", config.thinking_steps, config.thinking_rate, config.save_every, config.seed, config.output_dir
+        )
         train(model, stage, thinking_loss(model, lessons, config.text_per_step, config.speech_per_step))
         model.module.half()
         save_adapter(model.module, config.output_dir)
