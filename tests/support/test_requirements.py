@@ -32,7 +32,9 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """(distribution, whether the file cannot be imported without it) of everything imported from elsewhere."""
     # _typeshed is there for type checkers only.
     local = {"tars_fast", "tars_kernels", "_typeshed"} | {
-        other.stem for folder in ("tests", "bench", "kernels/tests", "docs", "examples") for other in (ROOT / folder).rglob("*.py")
+        other.stem
+        for folder in ("tests", "bench", "kernels/tests", "docs", "examples")
+        for other in (ROOT / folder).rglob("*.py")
     }
     tree = ast.parse(path.read_text(encoding="utf-8"))
     at_top = {
