@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tars_fast.data.items import load_questions
+from tars_fast.data.splits import data_fingerprint
 from tars_fast.models.adapters import save_adapter
 from tars_fast.models.families.base import stack_features
 from tars_fast.models.families.qwen2_audio import encode_frames
@@ -250,6 +251,8 @@ def warm_up(config: WarmUpConfig) -> int:
     }
     completions = read_completions(config.questions)
     questions = load_questions(config.speech)
+    # States on disk are those of these items.
+    settings["speech"] += f" ({data_fingerprint(questions)[:12]})"
     if without := [question.id for question in questions if question.text not in completions]:
         raise UserError(
             f"--questions {config.questions}: nothing of item {without[0]!r} of --speech; give what that was made of"
