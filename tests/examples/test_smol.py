@@ -273,12 +273,13 @@ def test_an_assembled_model_is_trained_and_read(assembled, tmp_path):
     items = first_items(TRAINING_DATA, 2, tmp_path)
     config = TrainConfig(
         model=str(assembled),
-        data=(str(items),),
+        data=str(items),
         eval_data=str(items),
         objective="grpo",
         num_steps=1,
         questions_per_step=2,
-        group_size=2,
+        group_size=4,
+        eval_samples=0,
         max_new_tokens=4,
         output_dir=tmp_path / "run",
     )
