@@ -274,7 +274,8 @@ def test_an_assembled_model_is_trained_and_read(assembled, tmp_path):
     config = TrainConfig(
         model=str(assembled),
         data=str(items),
-        eval_data=str(items),
+        eval_data="pocket",
+        eval_items=1,
         objective="grpo",
         num_steps=1,
         questions_per_step=2,
