@@ -64,7 +64,7 @@ ARMS: dict[str, dict[str, str]] = {
 _TRAIN = "python -m tars_fast.train"
 _PASSED_ON = ("model", "data", "eval_data", "num_steps")
 """Settings of `tars_fast.train` that this command has by the same name."""
-_OF_THE_COMMAND = {*_PASSED_ON, "seed", "output_dir", "resume", "dry_run"}
+_OF_THE_COMMAND = {*_PASSED_ON, "seed", "output_dir", "resume", "resume_if_exists", "dry_run"}
 """Settings of `tars_fast.train` that this command gives to every run."""
 _OF_ONE_RUN = {"early_stop", "push_to_hub"}
 """Settings that no run of an ablation may have: arms train for the same number of steps, and would overwrite each other."""
@@ -174,7 +174,9 @@ def parse_settings(flag: str, given: Sequence[str], refused: set[str]) -> dict[s
         if not separator or name not in fields:
             raise UserError(f"{flag} {assignment}: give SETTING=VALUE, SETTING one of those of {_TRAIN} --help")
         if name in refused:
-            remedies = {"seed": "use --seeds"} | dict.fromkeys(("output_dir", "resume", "dry_run"), "that is for ablate to say")
+            remedies = {"seed": "use --seeds"} | dict.fromkeys(
+                ("output_dir", "resume", "resume_if_exists", "dry_run"), "that is for ablate to say"
+            )
             remedies |= {own: f"use {flag_of(own)}" for own in _PASSED_ON} | dict.fromkeys(_OF_ONE_RUN, "leave it out")
             remedy = remedies.get(name, f"use --setting {assignment}")
             raise UserError(f"{flag} {assignment}: must be the same in all arms; {remedy}")

@@ -64,7 +64,7 @@ from tars_fast.models.publish import HubRepository
 from tars_fast.models.registry import find_preset
 from tars_fast.reports.log import RunLog
 from tars_fast.reports.loggers import check_loggers
-from tars_fast.reports.training_run import publish, save_and_publish, show_validation, write_evaluation
+from tars_fast.reports.training_run import publish, report_failures, save_and_publish, show_validation, write_evaluation
 
 
 @dataclass(frozen=True)
@@ -206,24 +206,6 @@ def train_micro_batch(learner: Learner, scored: ScoredRollout, rows: list[int], 
     # 5. The loss and its backward pass. The first update's log-probabilities are kept as the old ones of later updates.
     # Several processes send their gradients during the last backward pass of an update.
     return learner.backward(scored, states, teacher, is_last=is_last)
-
-
-def report_failures(run: Run, log: RunLog, loaded: LoadedRollout, step: int, loader: RolloutLoader) -> None:
-    """Warn of questions that were left out; save and stop where no process has a rollout.
-
-    Raises:
-        UnusableBatchError: no recording of this step could be used.
-    """
-    for warnings in run.workers.gather(loaded.warnings):
-        for warning in warnings:
-            log.warn(warning)
-    failures = [failure for failure in run.workers.gather(loaded.failure) if failure is not None]
-    if len(failures) == run.workers.size:
-        loader.finish_sampling()
-        save_and_publish(run, log, None, step, wait=True)
-        raise failures[0]
-    for failure in failures:
-        log.warn(f"one of {run.workers.size} processes has no rollout in this step: {failure}")
 
 
 def step_metrics(run: Run, scored: ScoredRollout | None, loaded: LoadedRollout, step: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -113,13 +114,13 @@ def _save(folder: Path, module: nn.Module, tokenizer, extractor, described: dict
     return folder
 
 
-def make_qwen2_audio(folder: Path) -> Path:
+def make_qwen2_audio(folder: Path, language_model: str = "qwen2") -> Path:
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
     tokenizer = _tokenizer(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     token = tokenizer.convert_tokens_to_ids
-    text = {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 320}
-    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    text = {"model_type": language_model, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 3}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "vocab_size": 320}
     audio = {"model_type": "qwen2_audio_encoder", "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2}
     audio |= {"encoder_ffn_dim": 48, "num_mel_bins": 128, "max_source_positions": 1500}
     config = Qwen2AudioConfig(text_config=text, audio_config=audio, audio_token_index=token("<|AUDIO|>"))
@@ -318,5 +319,7 @@ MAKERS = {
     "voxtral": make_voxtral,
     "audio-flamingo-3": make_audio_flamingo_3,
 }
+VARIANTS = {"qwen2-audio-llama": partial(make_qwen2_audio, language_model="llama")}
+"""A family's classes with another language model, as examples/smol assembles them."""
 BY_DECODER = [pytest.param(name, marks=pytest.mark.slow) if name == "audio-flamingo-3" else name for name in MAKERS]
 """For tests of decoders alone: a family whose decoder is another one's is slow."""

@@ -13,12 +13,13 @@ import tars_fast  # noqa: F401  (before torch: threads.py)
 # isort: split
 import pytest
 import torch
+from embedded import new_model
 from pages import CHROMIUM
 
 from tars_fast.config import RunConfig, TrainConfig
 from tars_fast.data.items import TRAINING_DATA, load_questions
 from tars_fast.models.registry import PRESETS
-from tars_fast.models.speech_model import SpeechModel, load_model, make_trainable
+from tars_fast.models.speech_model import SpeechModel
 from tars_fast.support.requirements import installed, missing, supported
 from tars_fast.types import UserError
 
@@ -81,15 +82,6 @@ def hub(monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield state
-
-
-def new_model(**changes) -> SpeechModel:
-    """The embedded model as the loop prepares it, fully trainable unless `changes` say otherwise."""
-    preset = PRESETS["pocket"]
-    model = load_model(preset, preset.source, torch.device("cpu"), torch.float32)
-    settings = {"lora_rank": 0, "lora_alpha": 32.0, "freeze_audio": True, "gradient_checkpointing": False}
-    make_trainable(model, **(settings | changes))
-    return model
 
 
 @pytest.fixture

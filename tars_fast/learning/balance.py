@@ -29,6 +29,8 @@ from tars_fast.types import Prompt, Question, TrainingError, UserError
 
 TOLERANCE = 0.02
 """Of the mean: a process with so many tokens above it gives none away; moves would cost more than they save."""
+_Numbered = tuple[int, int]
+"""Rank of the process that has sampled a question, and the question's place there."""
 
 
 def even_shares(tokens: Sequence[int], num_shares: int) -> list[list[int]]:
@@ -65,8 +67,8 @@ def balancing_moves(tokens: Sequence[Sequence[int]]) -> list[Move]:
     """Which questions change the process, so that the largest number of tokens of one process gets small.
 
     In turn the process with the most tokens gives a question to the one with the fewest, or swaps one with it, such that the
-    larger of the two sums becomes as small as can be; until it is within `TOLERANCE` of the mean, or that makes it no smaller.
-    A process that has questions keeps one.
+    two come as close together as can be; where none can, to the next one. It ends where the most are within `TOLERANCE` of the
+    mean, or can become no fewer. A process that has questions keeps one.
 
     Args:
         tokens: by rank those of each of the process's questions.
@@ -94,10 +96,6 @@ def balancing_moves(tokens: Sequence[Sequence[int]]) -> list[Move]:
         loads[target] += difference
     ends = {question: rank for rank, questions in enumerate(held) for question in questions}
     return [Move(*question, rank) for question, rank in sorted(ends.items()) if question[0] != rank]
-
-
-_Numbered = tuple[int, int]
-"""Rank of the process that has sampled a question, and the question's place there."""
 
 
 def _best_change(
@@ -142,7 +140,7 @@ class QuestionExchange:
         leaving = [move for move in moves if move.source == self.workers.rank]
         for move in leaving:
             given.setdefault(move.target, []).append(self._pack(sampled[move.place]))
-        received = self.workers.exchange(given)
+        received = self.workers.exchange(given, {(move.source, move.target) for move in moves})
         gone = {move.place for move in leaving}
         staying = [question for place, question in enumerate(sampled) if place not in gone]
         return staying + self._unpack([parcel for _, parcels in sorted(received.items()) for parcel in parcels])

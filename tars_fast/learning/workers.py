@@ -7,7 +7,6 @@ With `--tensor-parallel` they count as one, whose weights they share (`models/te
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import threading
 import uuid
@@ -16,11 +15,11 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch.distributed import PrefixStore, ProcessGroup  # type: ignore[attr-defined]  # the first is from C++
 
 from tars_fast.learning.watchdog import Watchdog
 from tars_fast.models.tensor_parallel import check_number
@@ -32,6 +31,8 @@ from tars_fast.types import TrainingError, UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_MEETING = 180.0
+"""Seconds for all processes to find each other, which torchrun starts at the same time."""
 _GRACE = 300.0
 """Seconds after which torch gives up a call that the watchdog should have ended, in words that name nobody."""
 
@@ -106,22 +107,24 @@ class Workers:
             torch.distributed.all_gather_object(gathered, value, self.group)
         return gathered
 
-    def exchange(self, given: Mapping[int, Item]) -> dict[int, Item]:
-        """What other processes gave this one, by their rank; waits for all of them.
+    def exchange(self, given: Mapping[int, Item], pairs: Iterable[tuple[int, int]]) -> dict[int, Item]:
+        """What other processes gave this one, by their rank; waits for these.
 
         Args:
             given: what each process is to get, by rank; it may be pickled, and be on the host only.
+            pairs: (who gives, who gets), the same in all processes.
         """
-        parts = [pickle.dumps(given[rank]) if rank in given else b"" for rank in range(self.size)]
-        sent = torch.tensor([len(part) for part in parts])
-        received = torch.empty_like(sent)
+        received: dict[int, Item] = {}
         with self.together():
-            torch.distributed.all_to_all_single(received, sent, group=self.group)
-            content = torch.empty(int(received.sum()), dtype=torch.uint8)
-            joined = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8) if sent.any() else content.new_empty(0)
-            torch.distributed.all_to_all_single(content, joined, received.tolist(), sent.tolist(), self.group)
-        pieces = content.split(received.tolist())
-        return {rank: pickle.loads(piece.numpy().tobytes()) for rank, piece in enumerate(pieces) if len(piece)}
+            # In one order everywhere, so that of those that are left the first can always go on.
+            for source, target in sorted(set(pairs)):
+                if source == self.rank:
+                    torch.distributed.send_object_list([given[target]], group=self.group, group_dst=target)
+                elif target == self.rank:
+                    parcel: list[Any] = [None]
+                    torch.distributed.recv_object_list(parcel, group=self.group, group_src=source)
+                    received[source] = parcel[0]
+        return received
 
     def check_same(self, parameters: Iterable[nn.Parameter]) -> None:
         """Raises TrainingError where the processes no longer hold the same parameters, bit for bit."""
@@ -218,6 +221,25 @@ def _ended_in_one_line() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _meet(backend: str, timeout: timedelta) -> None:
+    """As `init_process_group`, whose `timeout` is for what the processes say to each other later on.
+
+    Raises:
+        TrainingError: they have not found each other; torchrun may have given them the address of a process that is gone.
+    """
+    try:
+        store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=_MEETING)))
+    except RuntimeError as error:
+        raise TrainingError(
+            f"the processes have not found each other within {_MEETING:.0f} s ({first_line(error):.100}); start the same "
+            "command again, train with --resume"
+        ) from error
+    store.set_timeout(timeout)
+    torch.distributed.init_process_group(
+        backend, store=PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=timeout
+    )
+
+
 @contextmanager
 def join_workers(timeout: float = 1800.0, tensor_parallel: int = 1) -> Iterator[Workers]:
     """For the length of the block one of the processes that `torchrun` started; alone, where it started none.
@@ -232,6 +254,7 @@ def join_workers(timeout: float = 1800.0, tensor_parallel: int = 1) -> Iterator[
     Raises:
         UserError: the environment speaks of several processes that cannot find each other; each would be a run of its own. Or
             there are more or fewer than `tensor_parallel`.
+        TrainingError: they have not found each other in time.
     """
     given = os.environ.get("WORLD_SIZE", "1")
     if given == "1":
@@ -251,7 +274,7 @@ def join_workers(timeout: float = 1800.0, tensor_parallel: int = 1) -> Iterator[
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
     # Objects travel by gloo; gradients by NCCL where they are on a GPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout + _GRACE))
+    _meet(backend, timedelta(seconds=timeout + _GRACE))
     try:
         with _ended_in_one_line():
             rank = torch.distributed.get_rank()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tars_fast.models.checkpoint import TRAINER_FILES
 from tars_fast.support.cli import first_line
 from tars_fast.types import UserError
 
@@ -46,6 +45,9 @@ class HubRepository:
             Why it could not be uploaded; None: it was.
         """
         from huggingface_hub import CommitOperationAdd
+
+        # It loads torch, for which the settings that import this do not wait.
+        from tars_fast.models.checkpoint import TRAINER_FILES
 
         held = sorted(path for path in folder.rglob("*") if path.is_file())
         left_out = {*TRAINER_FILES, "README.md"}

@@ -9,6 +9,7 @@ from typing import Any
 
 from tars_fast.evaluation.figures import change_since, report, text_reference
 from tars_fast.evaluation.results import ItemResult
+from tars_fast.learning.loader import LoadedRollout, RolloutLoader
 from tars_fast.learning.run import Run
 from tars_fast.models.publish import HubRepository
 from tars_fast.models.registry import list_checkpoints
@@ -53,6 +54,24 @@ def save_and_publish(run: Run, log: RunLog, hub: HubRepository | None, step: int
     run.saver.start(step)
     if wait:
         publish(run, log, hub, run.saver.finish())
+
+
+def report_failures(run: Run, log: RunLog, loaded: LoadedRollout, step: int, loader: RolloutLoader) -> None:
+    """Warn of questions that were left out; save and stop where no process has a rollout.
+
+    Raises:
+        UnusableBatchError: no recording of this step could be used.
+    """
+    for warnings in run.workers.gather(loaded.warnings):
+        for warning in warnings:
+            log.warn(warning)
+    failures = [failure for failure in run.workers.gather(loaded.failure) if failure is not None]
+    if len(failures) == run.workers.size:
+        loader.finish_sampling()
+        save_and_publish(run, log, None, step, wait=True)
+        raise failures[0]
+    for failure in failures:
+        log.warn(f"one of {run.workers.size} processes has no rollout in this step: {failure}")
 
 
 def write_evaluation(

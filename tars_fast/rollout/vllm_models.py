@@ -17,6 +17,9 @@ from tars_fast.models.families.base import Family
 from tars_fast.models.registry import find_family
 from tars_fast.rollout.vllm_experts import RoutingBuffer
 
+_LANGUAGE_MODELS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+"""vLLM's class of a language model inside a speech LLM, by `model_type` of its `text_config`."""
+
 
 def without_mrope(config: Any) -> Any:
     """A checkpoint's configuration, changed in place so that vLLM takes a position as one number.
@@ -34,6 +37,7 @@ def register_models() -> None:
     from transformers import AutoFeatureExtractor, Qwen2AudioProcessor
     from transformers.models.audioflamingo3 import modeling_audioflamingo3
     from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
+    from transformers.models.qwen2_audio import modeling_qwen2_audio
     from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeAudioEncoder
     from transformers.models.voxtral import modeling_voxtral
     from vllm import ModelRegistry
@@ -135,11 +139,10 @@ def register_models() -> None:
             max_tokens, device = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.device_config.device
             self.routing = RoutingBuffer(self.language_model, max_tokens, device)
 
-    def register_like_qwen2_audio(family: Family, language_model: str, encoder: type, projector: type) -> None:
+    def register_like_qwen2_audio(family: Family, encoder: type, projector: type) -> None:
         """Register the class of a family whose parts are called as Qwen2-Audio's; transformers' own encode its audio.
 
         Args:
-            language_model: name of vLLM's class.
             encoder: made from the configuration of the tower.
             projector: made from that of the whole model.
         """
@@ -163,7 +166,7 @@ def register_models() -> None:
                         vllm_config=vllm_config,
                         hf_config=self.config.text_config,
                         prefix=maybe_prefix(prefix, "language_model"),
-                        architectures=[language_model],
+                        architectures=[_LANGUAGE_MODELS[self.config.text_config.model_type]],
                     )
                 # Else vLLM allocates adapters for embedding and head too, and computes with them.
                 self.language_model.embedding_modules = {}
@@ -171,18 +174,18 @@ def register_models() -> None:
 
         ModelRegistry.register_model(family.model_class, Model)
 
-    # vLLM's own takes no audio embeddings, and reads Mistral's names alone.
+    # vLLM's own takes no adapters, and no language model but Qwen2.
     register_like_qwen2_audio(
-        voxtral.FAMILY, "LlamaForCausalLM", modeling_voxtral.VoxtralEncoder, modeling_voxtral.VoxtralMultiModalProjector
+        qwen2_audio.FAMILY, modeling_qwen2_audio.Qwen2AudioEncoder, modeling_qwen2_audio.Qwen2AudioMultiModalProjector
     )
+    # vLLM's own takes no audio embeddings, and reads Mistral's names alone.
+    register_like_qwen2_audio(voxtral.FAMILY, modeling_voxtral.VoxtralEncoder, modeling_voxtral.VoxtralMultiModalProjector)
     # vLLM's own takes one recording a prompt.
     register_like_qwen2_audio(
         audio_flamingo_3.FAMILY,
-        "Qwen2ForCausalLM",
         modeling_audioflamingo3.AudioFlamingo3Encoder,
         modeling_audioflamingo3.AudioFlamingo3MultiModalProjector,
     )
-    ModelRegistry.register_model("Qwen2AudioForConditionalGeneration", Qwen2AudioWithLora)
     ModelRegistry.register_model("Qwen3OmniMoeForConditionalGeneration", Omni3Thinker)
     for name in ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"):
         ModelRegistry.register_model(name, OmniThinker)

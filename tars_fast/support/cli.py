@@ -169,7 +169,7 @@ def load_function(flag: str, name: str) -> Callable[..., Any]:
     """The function that `module:function` or `FILE.py:function`, the value of `flag`, names.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the module itself raises one.
     """
     module, _, function = name.rpartition(":")
     try:
@@ -179,6 +179,8 @@ def load_function(flag: str, name: str) -> Callable[..., Any]:
         if not callable(found):
             raise TypeError(f"{function} is {type(found).__name__}, no function")
         return found
+    except UserError:
+        raise
     # Whatever the module raises while it is imported, or `sys.exit`.
     except (Exception, SystemExit) as error:
         raise UserError(

@@ -131,13 +131,14 @@ def test_layers_out_of_range(given):
 
 
 def test_arms_of_ones_own():
-    config = AblateConfig(arms="half, grpo", define=("half:representation_weight=0.5,freeze-audio=false",))
+    config = AblateConfig(arms="half, grpo", define=("half:objective=tars,representation_weight=0.5,freeze-audio=false",))
     assert choose_arms(config) == {
-        "half": {"representation_weight": "0.5", "freeze_audio": "false"},
+        "half": {"objective": "tars", "representation_weight": "0.5", "freeze_audio": "false"},
         "grpo": {"objective": "grpo"},
     }
     half, _ = plan_runs(dataclasses.replace(config, seeds=1, num_steps=3), choose_arms(config), {})
-    assert half.command[3:9] == ("--model", "pocket", "--num-steps", "3", "--representation-weight", "0.5")
+    given = ("--model", "pocket", "--num-steps", "3", "--objective", "tars", "--representation-weight", "0.5")
+    assert half.command[3:11] == given
     assert "--no-freeze-audio" in half.command
     assert half.command[-4:] == ("--seed", "0", "--output-dir", "runs/ablation/half/seed-0")
     runs = plan_runs(dataclasses.replace(config, seeds=2), choose_arms(config), {})
@@ -183,7 +184,10 @@ def test_values_reach_the_runs_as_they_were_given():
             "in all arms; use --setting questions_per_step=4",
         ),
         ({"arms": "x", "define": ("x:representation_layers=outer",)}, "--representation-layers outer: all, shallow"),
-        ({"arms": "x", "define": ("x:representation_layers=9",)}, "--representation-layers 9: the model has layers 1 to 4"),
+        (
+            {"arms": "x", "define": ("x:objective=tars,representation_layers=9",)},
+            "--representation-layers 9: the model has layers 1 to 4",
+        ),
         ({"define": ("tars:learning_rate=1",)}, "an arm called tars already"),
         ({"arms": "x", "define": ("x:long_audio=truncate",)}, "must be the same in all arms; use --setting long_audio="),
         ({"define": ("../x:learning_rate=1",)}, "NAME of small letters"),
@@ -299,12 +303,12 @@ def test_a_failed_run_is_listed_and_costs_no_other(ablation):
     [
         ({"num_steps": 3}, "num_steps"),
         ({"setting": ("questions_per_step=3",)}, "setting"),
-        ({"arms": "tars,mine", "define": ("mine:clip_low=0.1",)}, "arm mine"),
+        ({"arms": "tars,mine", "define": ("mine:objective=tars,clip_low=0.1",)}, "arm mine"),
     ],
 )
 def test_runs_that_do_not_match_are_refused(ablation, small, changes, difference):
     settings = json.loads((ablation / "ablation_settings.json").read_text())
-    settings["arms"]["mine"] = {"clip_low": "0.3"}
+    settings["arms"]["mine"] = {"objective": "tars", "clip_low": "0.3"}
     (ablation / "ablation_settings.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=rf"holds runs with other settings \(.*{difference}.*\); give the same ones"):
         command(config_of(ablation, small, **({"num_steps": 1} | changes)))

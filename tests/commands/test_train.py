@@ -334,7 +334,7 @@ def test_validation_items_are_neither_trained_on_nor_held_out(small_eval, tmp_pa
     with pytest.raises(UserError, match="none of its items has an answer to evaluate by; give --validation-data"):
         load_validation(own, unanswered, [])
     # With a judge, items with a rubric alone are evaluated, as those held out are.
-    judged = dataclasses.replace(own, reward=("judge",), judge_url="http://localhost:8000/v1")
+    judged = dataclasses.replace(own, objective="tars", reward=("judge",), judge_url="http://localhost:8000/v1")
     for_a_judge = [dataclasses.replace(question, choices=(), rubric="Is it kind?") for question in unanswered]
     assert load_validation(judged, for_a_judge, [])[1]
 
@@ -446,7 +446,7 @@ def test_help_and_wrong_settings_load_nothing_heavy():
 
 def test_resume_refuses_other_settings(finished, small_eval):
     config = small_config(finished, small_eval, resume=True, learning_rate=1.0)
-    with pytest.raises(UserError, match=r"learning_rate 0\.0004 -> 1\.0"):
+    with pytest.raises(UserError, match=r"learning_rate 0\.0008 -> 1\.0"):
         command(config)
     # A run from before there was a setting did what its default does.
     written = (finished / "config.json").read_text()

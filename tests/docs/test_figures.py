@@ -415,3 +415,12 @@ def test_communication():
         digits = 2 if sent < 1 else 1
         assert f"| {sent:.{digits}f} GB | {sent / 12.5:.2f} s | {sent / 50:.2f} s |" in page
     assert f"{full.gradients / 1e9 / 12.5:.2f} s at 12.5 GB/s, more than is won" in page
+
+
+def test_what_a_checkpoint_costs():
+    measured = read("checkpoints_cpu.json")
+    saving, steps = measured["median_seconds_in_saving"], measured["median_seconds_of_two_steps"]
+    words = words_of("docs/training.md")
+    assert f"the bundled model's {measured['checkpoint_bytes'] / 1e6:.1f} MB" in words
+    assert f"spent {saving['background']:.2f} s in a checkpoint instead of the {saving['waited for']:.2f} s of one" in words
+    assert f"steps of {steps['none'] / 2:.1f} s the difference was within their noise" in words

@@ -113,7 +113,9 @@ def check_command(words: Sequence[str]) -> None:
     elif program == "python" or program in tracked_scripts():
         path, *arguments = words if program != "python" else arguments
         source = (ROOT / path).read_text(encoding="utf-8")
-        unknown = [word for word in arguments if word.startswith("--") and f'"{word}"' not in source]
+        # As argparse is given them, or as a field of a configuration.
+        fields = {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", source, re.MULTILINE)}
+        unknown = [word for word in arguments if word.startswith("--") and f'"{word}"' not in source and word not in fields]
         assert not unknown, f"{path} does not know {unknown}"
     elif program == "pytest":
         paths = [word.partition("::")[0] for word in arguments if "/" in word]

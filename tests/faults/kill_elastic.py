@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Collection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 from runs import make_data, settings_of
@@ -94,7 +93,7 @@ def lead(settings: list[str], folder: Path, meeting: str, port: int) -> None:
         run_id=meeting,
         rdzv_backend="c10d",
         rdzv_endpoint=f"localhost:{port}",
-        rdzv_configs={"is_host": False, "last_call_timeout": 5, "keep_alive_interval": 1, "timeout": 600},
+        rdzv_configs={"is_host": False, "last_call_timeout": 5, "timeout": 600},
         max_restarts=1000,
         monitor_interval=0.1,
         start_method="fork",
@@ -193,7 +192,8 @@ class ElasticRuns:
             return self.kill_once(rng)
         steps, num_before = self._steps(), len(self._alive())
         half_written = sorted(path.name for path in self.run.glob(f"*{PARTIAL}"))
-        there, killed_at = set(self._workers()), time.monotonic()
+        # All that there ever were.
+        there, killed_at = {int(path.stem.partition("-")[2]) for path in self.folder.glob("phase-*")}, time.monotonic()
         self._kill(victim, rng)
         saved = [step for step, checkpoint in list_checkpoints(self.run) if fault_of(checkpoint) is None]
         assert len(saved) == len(list_checkpoints(self.run)), "a checkpoint is not whole"
@@ -202,19 +202,19 @@ class ElasticRuns:
         finished = not self._wait(lambda: self._first_new_step(there) is not None)
         resumed = self._first_new_step(there)
         seconds = round(time.monotonic() - killed_at, 1)
-        found = SimpleNamespace(newest=max(saved, default=0), resumed=self.num_steps + 1 if finished else resumed)
-        assert (found.resumed or 0) > found.newest, f"steps up to {found.newest} were saved: {found}"
+        newest = max(saved, default=0)
+        assert finished or resumed > newest, f"steps up to {newest} were saved, and {resumed} was taken again"
         # One checkpoint may have been in the making.
-        assert steps - found.newest <= 2 * SAVE_EVERY, f"{steps} steps were done, {found.newest} saved"
+        assert steps - newest <= 2 * SAVE_EVERY, f"{steps} steps were done, {newest} saved"
         return {
             "moment": moment,
             "killed": victim,
             "machines_before": num_before,
             "machines_after": num_after,
             "steps_done": steps,
-            "newest_checkpoint": found.newest,
+            "newest_checkpoint": newest,
             "half_written": half_written,
-            "went_on_with_step": found.resumed,
+            "went_on_with_step": None if finished else resumed,
             "starts_by_the_scheduler": self.num_restarts,
             "seconds_to_first_new_step": seconds,
         }

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from embedded import new_model
 from torch import nn
 
-from conftest import new_model
 from tars_fast.config import RunConfig
 from tars_fast.learning import gradients
 from tars_fast.learning.batch import Rollout

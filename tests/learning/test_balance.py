@@ -111,7 +111,7 @@ async def slow(inputs):
 BOTH_WAYS = """
 import dataclasses, json, math, sys, torch
 sys.path[:0] = {path!r}
-from conftest import new_model
+from embedded import new_model
 from tars_fast.config import TrainConfig
 from tars_fast.data.items import TRAINING_DATA, load_questions
 from tars_fast.learning import balance, batch
@@ -130,8 +130,8 @@ balance.TOLERANCE = 0.0
 prepare, find_moves = batch.prepare_speech, balance.balancing_moves
 
 def run(workers, changes, questions):
-    small = {{"questions_per_step": 5, "group_size": 4}}
-    settings = TrainConfig(num_steps=1 + changes.get("rollout_ahead", 0), **small, **changes)
+    small = {{"objective": "tars", "questions_per_step": 5, "group_size": 4}}
+    settings = TrainConfig(num_steps=1 + changes.get("rollout_ahead", 0), **(small | changes))
     config = settings.resolve(PRESETS["pocket"], output_dir={folder!r}, tokens_per_micro_batch=4096)
     torch.manual_seed(0)
     model = new_model(lora_rank=config.lora_rank, freeze_audio=config.freeze_audio)

@@ -66,7 +66,7 @@ def start(num_processes: int, tmp_path, **parts: object) -> list[subprocess.Pope
             "it was in 'rollout', and says nothing",
         ),
         pytest.param(2, "time.sleep(600)", "workers.gather(None)", "it is in 'rollout'", marks=pytest.mark.slow),
-        pytest.param(1, "time.sleep(600)", "sampling.exchange({})", "it is in 'rollout'", marks=pytest.mark.slow),
+        pytest.param(1, "time.sleep(600)", "sampling.exchange({}, [(1, 0)])", "it is in 'rollout'", marks=pytest.mark.slow),
     ],
 )
 def test_every_process_that_waits_names_the_one_that_is_late(tmp_path, num_waiting, late, call, state):

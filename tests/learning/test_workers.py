@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,12 +23,14 @@ from safetensors.torch import load_file
 from steps import divided_rollout, update
 
 from tars_fast.data.items import HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA
+from tars_fast.learning import workers
 from tars_fast.learning.metrics import completion_columns, completion_metrics
+from tars_fast.types import TrainingError
 
 ONE_STEP = """
 import pickle, sys, torch
 sys.path[:0] = {path!r}
-from conftest import new_model
+from embedded import new_model
 from tars_fast.learning.metrics import completion_columns, completion_metrics
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import join_workers
@@ -98,6 +101,21 @@ def test_gradient_and_metrics_of_two_processes_are_those_of_one(
         assert told.keys() == metrics.keys()
         for name, value in metrics.items():
             assert told[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_who_finds_nobody_says_so(monkeypatch):
+    """As where torchrun gives the address of a process that is gone; it may start them once more then."""
+    # Nothing listens at a port that was given up a moment ago.
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {"RANK": 1, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in (environment | {"CUDA_VISIBLE_DEVICES": ""}).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(workers, "_MEETING", 1.0)
+    said = r"have not found each other within 1 s \(.*\); start the same command again"
+    with pytest.raises(TrainingError, match=said), workers.join_workers():
+        pass
 
 
 SMALL_SLICES = """

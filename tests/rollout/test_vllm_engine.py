@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import MAKERS
+from checkpoints import MAKERS, VARIANTS
 from items import first_items
 from safetensors.torch import load_file
 from steps import gradients, rollout_of, update
@@ -776,10 +776,12 @@ def test_a_head_is_tied_only_where_the_checkpoint_says_so(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 4])
-@pytest.mark.parametrize("name", ["qwen2-audio", "qwen2.5-omni", "qwen3-omni", "voxtral", "audio-flamingo-3"])
+@pytest.mark.parametrize(
+    "name", ["qwen2-audio", "qwen2-audio-llama", "qwen2.5-omni", "qwen3-omni", "voxtral", "audio-flamingo-3"]
+)
 def test_families_share_weights_and_speak_alike(name, lora_rank, tmp_path):
     """Before and after training, for one clip and several, and from the checkpoint that training leaves."""
-    source = str(MAKERS[name](tmp_path / name))
+    source = str((MAKERS | VARIANTS)[name](tmp_path / name))
     engine = start(source, lora_rank=lora_rank, max_tokens=2048, max_sequences=16, kv_cache_bytes=2**26)
     questions = load_questions(HELD_OUT_DATA)[:3]
     assert_same_policy(engine, questions, tolerance=1e-4)

@@ -32,7 +32,9 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """(distribution, whether the file cannot be imported without it) of everything imported from elsewhere."""
     # _typeshed is there for type checkers only.
     local = {"tars_fast", "tars_kernels", "_typeshed"} | {
-        other.stem for folder in ("tests", "bench", "kernels/tests", "docs") for other in (ROOT / folder).rglob("*.py")
+        other.stem
+        for folder in ("tests", "bench", "kernels/tests", "docs", "examples")
+        for other in (ROOT / folder).rglob("*.py")
     }
     tree = ast.parse(path.read_text(encoding="utf-8"))
     at_top = {
@@ -83,6 +85,9 @@ def test_everything_imported_is_declared_where_it_is_needed():
         peers = requirements.supported(extra).keys() - development
         assert imported(folder).keys() <= development | peers | {"vllm"}, folder
     assert {name for name, at_top in imported("tests").items() if at_top} <= development
+    smol = requirements.supported("smol").keys()
+    # Each with a command of its own, see the README beside them.
+    assert imported("examples/smol").keys() <= smol | {"tokenizers", "piper"}
     assert imported("docs").keys() <= requirements.supported("docs").keys() | used.keys()
 
 

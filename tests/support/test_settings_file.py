@@ -102,7 +102,11 @@ def test_settings_of_a_run_start_another(tmp_path):
         ("a.yaml", "seed: [1\n", r"is no YAML \(line 2: "),
         ("a.yaml", "- seed\n", r"is no YAML \(holds no settings by name\)"),
         ("a.toml", "seed =\n", r"is no TOML \("),
-        ("a.yaml", "teacher: moving\n", r"line 1: --teacher moving: has no effect without opd or cord in --objective"),
+        (
+            "a.yaml",
+            "objective: tars\nteacher: moving\n",
+            r"line 2: --teacher moving: has no effect without opd or cord in --objective",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(tmp_path, name, text, message):
@@ -116,7 +120,7 @@ def test_an_error_of_a_flag_names_no_line_of_the_file(tmp_path):
     with pytest.raises(UserError, match=r"^--clip-low 3\.0"):
         parse("--config", path, "--clip-low", "3")
     # A setting of the file that another one in it needs.
-    assert parse("--config", write(tmp_path / "b.yaml", "teacher: moving\nobjective: opd\n")).teacher == "moving"
+    assert parse("--config", write(tmp_path / "b.yaml", "teacher: moving\nobjective: tars+opd\n")).teacher == "moving"
 
 
 @pytest.mark.parametrize("arguments", [("--config",), ("--config", "a.yaml", "--config", "b.yaml")])

@@ -18,8 +18,8 @@ from tars_fast.models.preset import PAPER, Preset
 from tars_fast.models.weights import WeightMapping
 
 
-def embed_audio(module: PolicyModule, features: Tensor, feature_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Audio embeddings by Qwen2-Audio's tower and projector.
+def encode_frames(module: PolicyModule, features: Tensor, feature_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The tower's states, which the projector takes.
 
     Args:
         module: a `Qwen2AudioForConditionalGeneration`.
@@ -27,7 +27,7 @@ def embed_audio(module: PolicyModule, features: Tensor, feature_mask: Tensor) ->
         feature_mask: [N, F], 1 where there is speech.
 
     Returns:
-        ([N, A, D] embeddings, [N] number of audio tokens of each recording).
+        ([N, A, E] states, E the tower's width, [N] number of audio tokens of each recording).
     """
     from transformers.masking_utils import create_bidirectional_mask
 
@@ -41,7 +41,13 @@ def embed_audio(module: PolicyModule, features: Tensor, feature_mask: Tensor) ->
         inputs_embeds=features.new_zeros(len(features), num_positions, 1),
         attention_mask=position_mask.long(),
     )
-    states = tower(features, attention_mask=attention_mask).last_hidden_state
+    return tower(features, attention_mask=attention_mask).last_hidden_state, token_lengths
+
+
+def embed_audio(module: PolicyModule, features: Tensor, feature_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Audio embeddings by Qwen2-Audio's tower and projector: `encode_frames`, with [N, A, D] embeddings for the states."""
+    model: Any = module.model
+    states, token_lengths = encode_frames(module, features, feature_mask)
     return model.multi_modal_projector(states), token_lengths
 
 
