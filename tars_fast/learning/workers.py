@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, ProcessGroup  # type: ignore[attr-defined]  # the first is from C++
+from torch.distributed.rendezvous import rendezvous
 
 from tars_fast.learning.watchdog import Watchdog
 from tars_fast.models.tensor_parallel import check_number
@@ -228,7 +229,7 @@ def _meet(backend: str, timeout: timedelta) -> None:
         TrainingError: they have not found each other; torchrun may have given them the address of a process that is gone.
     """
     try:
-        store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=_MEETING)))
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=_MEETING)))
     except RuntimeError as error:
         raise TrainingError(
             f"the processes have not found each other within {_MEETING:.0f} s ({first_line(error):.100}); start the same "

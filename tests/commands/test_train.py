@@ -28,6 +28,7 @@ from tars_fast.export import ExportConfig, find_evaluation, run_of
 from tars_fast.learning.metrics import check_progress
 from tars_fast.learning.rewards.answers import extract_answer
 from tars_fast.learning.run import evaluation_source, load_data, load_validation
+from tars_fast.models.publish import HubRepository
 from tars_fast.models.registry import PRESETS, find_preset, list_checkpoints
 from tars_fast.reports.log import RunLog
 from tars_fast.reports.tables import print_summary
@@ -356,20 +357,20 @@ def run_interrupted(config: TrainConfig, during_step: int) -> int:
 @pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_checkpoints_are_published_with_a_card(small_eval, tmp_path, hub, monkeypatch, capsys, lora_rank):
     """The first upload is lost, which costs a warning; the last one has the figures."""
-    logged = RunLog.step
+    pushed = HubRepository.push
 
-    def step(log, metrics):
-        hub.refuses = "/commit/" if metrics["step"] == 1 else ""
-        logged(log, metrics)
+    def push(repository, folder, *others):
+        hub.refuses = "/commit/" if folder.name == "checkpoint-1" else ""
+        return pushed(repository, folder, *others)
 
-    monkeypatch.setattr(RunLog, "step", step)
+    monkeypatch.setattr(HubRepository, "push", push)
     config = small_config(tmp_path / "run", small_eval, num_steps=2, save_every=1, push_to_hub="me/speech", lora_rank=lora_rank)
     assert command(config) == 0
     assert "warning: --push-to-hub me/speech: checkpoint-1 could not be uploaded" in capsys.readouterr().out
     assert [(name, message) for name, message, _ in hub.commits] == [("me/speech", "after 2 steps")] * 2
     cards = [files.pop("README.md").decode() for *_, files in hub.commits]
     assert ["## Evaluation" in card for card in cards] == [False, True]
-    assert all("# speech\n" in card and '"learning_rate": 0.0004' in card for card in cards)
+    assert all("# speech\n" in card and '"learning_rate": 0.0008' in card for card in cards)
     assert all(f"library_name: {'peft' if lora_rank else 'transformers'}" in card for card in cards)
     held = {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint-2").iterdir() if path.is_file()}
     del held["trainer_state.pt"]

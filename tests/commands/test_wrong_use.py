@@ -116,7 +116,10 @@ SETTINGS = [
     (["--tensor-parallel", "2"], ["--tensor-parallel 2: needs 2 processes, 1 started", "torchrun --nproc-per-node 2"]),
     (["--tensor-parallel", "2", "--dry-run"], ["--tensor-parallel 2: needs rollouts by vLLM; add --engine vllm"]),
     (["--tensor-parallel", "2", "--rollout-ahead", "1"], ["--tensor-parallel 2: not beside --rollout-ahead 1", "leave one"]),
-    (["--tensor-parallel", "2", "--reward", "exact"], ["--tensor-parallel 2: not beside --reward; leave one of them out"]),
+    (
+        ["--tensor-parallel", "2", "--objective", "tars", "--reward", "exact"],
+        ["--tensor-parallel 2: not beside --reward; leave"],
+    ),
     (["--router-replay"], ["--router-replay: it is for rollouts by vLLM", "leave it out"]),
     # The embedded model takes 1,024 tokens, prompt included.
     (["--max-new-tokens", "1020"], ["item 't1'", "1020 new ones", "model's 1024", "lower --max-new-tokens"]),
