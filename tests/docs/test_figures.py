@@ -69,9 +69,8 @@ def test_the_duration_of_the_default_run():
 
 
 def test_what_the_default_run_reaches():
-    """In three minutes nine of ten spoken questions, and what README says of the gap."""
+    """Nine of ten spoken questions, and what README says of the gap."""
     run = read("default_run_cpu.json")
-    assert run["seconds_command_to_summary"] <= 180
     assert run["after"]["speech_accuracy"] >= 0.9
     gaps = [100 * (run[part]["text_accuracy"] - run[part]["speech_accuracy"]) for part in ("before", "after")]
     accuracies = [100 * run[part]["speech_accuracy"] for part in ("before", "after")]
