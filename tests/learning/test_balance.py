@@ -183,9 +183,8 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "names", [["full", "nothing usable"], pytest.param([*SETTINGS][2:], marks=pytest.mark.slow)], ids=["some", "all others"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["full", "nothing usable"], [*SETTINGS][2:]], ids=["some", "all others"])
 def test_who_trains_on_a_question_changes_no_result(tmp_path, names):
     """Gradient, metrics and what is known of each question, with what is exchanged and without."""
     (tmp_path / "rewards.py").write_text(REWARDS)

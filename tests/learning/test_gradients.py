@@ -28,11 +28,12 @@ CASES = {
 QUICK = ("full", "lora")
 
 
-@pytest.fixture(scope="module", params=[QUICK, pytest.param((*CASES,)[2:], marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[QUICK, (*CASES,)[2:]])
 def names(request) -> tuple[str, ...]:
     return request.param
 
 
+@pytest.mark.slow
 def test_two_processes_become_what_one_becomes(make_model, questions, config, tmp_path, names):
     """Shares of different sizes in several micro-batches; in one step the second process has no usable item."""
     config = dataclasses.replace(config, tokens_per_micro_batch=512)
