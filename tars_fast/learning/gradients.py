@@ -11,7 +11,7 @@ module that it wraps; here the layers and the head are called one by one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -81,9 +81,6 @@ class GradientSum:
             for hook in hooks:
                 hook.remove()
 
-    def _together(self) -> AbstractContextManager[None]:
-        return self._workers.together() if self._workers.size > 1 else nullcontext()
-
     def _send_next(self) -> None:
         bucket = self._buckets[self._num_sent]
         self._num_sent += 1
@@ -106,7 +103,7 @@ class GradientSum:
 
     def finish(self) -> None:
         """Send what is left, zeros for parameters without a gradient, and wait; then only `own` have a gradient, the sum."""
-        with self._together():
+        with self._workers.together():
             while self._num_sent < len(self._buckets):
                 self._send_next()
             for work in self._sent:
@@ -120,7 +117,7 @@ class GradientSum:
         if self.is_sharded:
             # A process without parameters has its norm of 0 on the CPU.
             square = norm.float().square().to(self._buckets[0].parameters[0].device)
-            with self._together():
+            with self._workers.together():
                 torch.distributed.all_reduce(square)
             norm = square.sqrt()
         torch.nn.utils.clip_grads_with_norm_(self.own, max_norm, norm)

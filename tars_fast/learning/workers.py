@@ -74,11 +74,15 @@ class Workers:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around every call that all processes take part in; where a device computes it, it has ended at the block's end.
+        """Around every call that all processes take part in; where a device computes it, it has ended at the block's end. Alone
+        there is nobody to wait for.
 
         Raises:
             TrainingError: another process has ended.
         """
+        if self.num_processes == 1:
+            yield
+            return
         with ExitStack() as stack:
             if self.watchdog is not None:
                 stack.enter_context(self.watchdog.waiting(self.channel))
