@@ -10,6 +10,7 @@ from typing import Literal
 from tars_fast.config import TrainConfig
 from tars_fast.models.memory import describe, plan_memory
 from tars_fast.models.registry import architecture_of, family_of, find_preset
+from tars_fast.models.tensor_parallel import check_parts
 from tars_fast.rollout.engine import engine_refusal
 from tars_fast.support.cli import check_numbers, run_command
 from tars_fast.support.text import GB
@@ -27,7 +28,9 @@ class PlanConfig:
     gpu_memory: float = 80.0
     """Memory of the GPU, in GB (1e9 bytes)."""
     gpus: int = 1
-    """How many such GPUs, each with a process of its own."""
+    """How many such GPUs, each with a process of its own and whole weights."""
+    tensor_parallel: int = 1
+    """How many GPUs have a part of the weights each; see train."""
     objective: str = "opd"
     """What the loss consists of: opd, tars, grpo, cord, joined by +."""
     teacher: Literal["frozen", "moving", "ema"] = "frozen"
@@ -62,12 +65,18 @@ class PlanConfig:
     """Text embedder of R_beh."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, positive=("gpu_memory", "gpus", "longest_prompt", "kv_cache_gb", "tokens_per_micro_batch"))
+        positive = ("gpu_memory", "gpus", "tensor_parallel", "longest_prompt", "kv_cache_gb", "tokens_per_micro_batch")
+        check_numbers(self, positive=positive)
+        if self.gpus > 1 and self.tensor_parallel > 1:
+            raise UserError(
+                f"--gpus {self.gpus}: not beside --tensor-parallel {self.tensor_parallel}, with which all GPUs share one copy "
+                "of the weights; leave one of them out"
+            )
 
 
 _SHARED = ["lora_rank", "lora_targets", "group_size", "max_new_tokens", "rollout_batch_size", "tokens_per_micro_batch"]
 _SHARED += ("rollout_ahead", "gradient_checkpointing", "behaviour_model", "model", "dtype", "engine", "kv_cache_gb")
-_SHARED += ("objective", "teacher", "text_anchor")
+_SHARED += ("objective", "teacher", "text_anchor", "tensor_parallel")
 
 
 def plan(config: PlanConfig) -> int:
@@ -78,12 +87,13 @@ def plan(config: PlanConfig) -> int:
     if config.engine == "vllm" and refusal is not None:
         raise UserError(f"--engine vllm: {refusal}")
     engine = "vllm" if config.engine != "transformers" and refusal is None else "transformers"
-    workload = training.workload(
-        preset, architecture_of(preset), engine, _DTYPE_BYTES[config.dtype], longest_prompt=config.longest_prompt
-    )
+    architecture = architecture_of(preset)
+    check_parts(config.tensor_parallel, architecture, engine)
+    workload = training.workload(preset, architecture, engine, _DTYPE_BYTES[config.dtype], longest_prompt=config.longest_prompt)
     workload = dataclasses.replace(workload, num_processes=config.gpus)
     result = plan_memory(workload, int(config.gpu_memory * GB))
-    where = "a GPU" if config.gpus == 1 else f"each of {config.gpus} GPUs"
+    num_gpus = max(config.gpus, config.tensor_parallel)
+    where = "a GPU" if num_gpus == 1 else f"each of {num_gpus} GPUs"
     print(f"{config.model} on {where} of {config.gpu_memory:g} GB")
     print(describe(result))
     return 0 if result.fits else 1

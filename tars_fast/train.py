@@ -29,6 +29,7 @@ from tars_fast.support.cli import FAILED, INTERRUPTED, answer_early, run_command
 answer_early(__name__, TrainConfig, "python -m tars_fast.train")
 
 import dataclasses
+import os
 import sys
 import time
 from collections import deque
@@ -224,7 +225,8 @@ def command(config: TrainConfig) -> int:
     """Train, or with `--dry-run` print the memory plan; returns the exit status."""
     if config.dry_run:
         plan = plan_run(config)
-        print(describe(plan))
+        if os.environ.get("RANK", "0") == "0":
+            print(describe(plan))
         return 0 if plan.fits else FAILED
     outcome = train(config)
     if not outcome.is_finished:

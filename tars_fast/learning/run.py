@@ -34,9 +34,9 @@ from tars_fast.learning.rewards.trial import try_rewards
 from tars_fast.learning.saving import Saver, Stop
 from tars_fast.learning.selection import Selection, check_selection
 from tars_fast.learning.update import Learner
-from tars_fast.learning.workers import Workers, locked_by_first
+from tars_fast.learning.workers import Workers, locked_by_first, num_started
 from tars_fast.models.adapters import load_adapter_weights
-from tars_fast.models.architecture import Architecture, find_layers
+from tars_fast.models.architecture import find_layers
 from tars_fast.models.audio_cache import make_cache_folder
 from tars_fast.models.checkpoint import (
     check_room,
@@ -50,7 +50,7 @@ from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
 from tars_fast.models.registry import architecture_of, family_of, find_preset, list_checkpoints
 from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
-from tars_fast.models.tensor_parallel import sharding_refusal
+from tars_fast.models.tensor_parallel import check_parts
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.policy import available_bytes, choose_engine, load_model_and_engine
 from tars_fast.support.cli import first_line, new_output_folder
@@ -204,7 +204,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
     training, held_out = prompts.ask(training), prompts.ask(held_out)
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
-    check_parallel(config, architecture, engine_name)
+    check_parts(config.tensor_parallel, architecture, engine_name)
     if config.router_replay and (engine_name != "vllm" or not architecture.num_experts):
         reason = "the model is no mixture of experts" if engine_name == "vllm" else "it is for rollouts by vLLM"
         raise UserError(f"--router-replay: {reason}; leave it out")
@@ -293,17 +293,6 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         yield Run(run_config, data, learner, engine, text_similarity, selection, num_completed, best, saver)
 
 
-def check_parallel(config: TrainConfig, architecture: Architecture, engine_name: str) -> None:
-    """Raises UserError where `--tensor-parallel` asks for parts of weights that this model or engine does not have."""
-    if config.tensor_parallel == 1:
-        return
-    if engine_name != "vllm":
-        raise UserError(f"--tensor-parallel {config.tensor_parallel}: needs rollouts by vLLM; add --engine vllm")
-    refusal = sharding_refusal(architecture, config.tensor_parallel)
-    if refusal is not None:
-        raise UserError(f"--tensor-parallel {config.tensor_parallel}: {refusal}")
-
-
 def check_architecture(checkpoint: Path, prompts: PromptFormat) -> None:
     """Raises UserError where a checkpoint's config.json is of another model; transformers fills gaps with large defaults."""
     try:
@@ -338,10 +327,13 @@ def plan_run(config: TrainConfig) -> MemoryPlan:
     architecture = architecture_of(preset)
     find_layers(config.representation_layers, architecture.num_layers)
     engine_name = choose_engine(config.engine, family_of(preset), device, dtype, preset.lora_rank)
-    check_parallel(config, architecture, engine_name)
+    check_parts(config.tensor_parallel, architecture, engine_name)
     on_gpu = device.type == "cuda"
     total = torch.cuda.mem_get_info(device)[1] if on_gpu else available_bytes(device)
-    return plan_memory(config.workload(preset, architecture, engine_name, dtype.itemsize, on_gpu=on_gpu), total)
+    workload = config.workload(preset, architecture, engine_name, dtype.itemsize, on_gpu=on_gpu)
+    if config.tensor_parallel == 1:
+        workload = dataclasses.replace(workload, num_processes=num_started())
+    return plan_memory(workload, total)
 
 
 def prepare_model(config: RunConfig, model: SpeechModel, lora_targets: Collection[str], resumed_from: Path | None) -> None:

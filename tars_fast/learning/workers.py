@@ -245,6 +245,23 @@ def _meet(backend: str, timeout: timedelta) -> None:
     )
 
 
+def num_started() -> int:
+    """How many processes `torchrun` started, this one among them; 1 without it.
+
+    Raises:
+        UserError: the environment speaks of several that cannot find each other; each would be a run of its own.
+    """
+    given = os.environ.get("WORLD_SIZE", "1")
+    if given == "1":
+        return 1
+    if not given.isdecimal() or "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE is {given} in the environment, without LOCAL_RANK; start several processes by torchrun, and unset "
+            "WORLD_SIZE for a single one"
+        )
+    return int(given)
+
+
 @contextmanager
 def join_workers(timeout: float = 1800.0, tensor_parallel: int = 1) -> Iterator[Workers]:
     """For the length of the block one of the processes that `torchrun` started; alone, where it started none.
@@ -257,21 +274,14 @@ def join_workers(timeout: float = 1800.0, tensor_parallel: int = 1) -> Iterator[
         tensor_parallel: how many have a part of the weights each; 1, or all of them.
 
     Raises:
-        UserError: the environment speaks of several processes that cannot find each other; each would be a run of its own. Or
-            there are more or fewer than `tensor_parallel`.
+        UserError: see `num_started`; or there are more or fewer than `tensor_parallel`.
         TrainingError: they have not found each other in time.
     """
-    given = os.environ.get("WORLD_SIZE", "1")
-    if given == "1":
+    size = num_started()
+    if size == 1:
         check_number(tensor_parallel, 1)
         yield ALONE
         return
-    if not given.isdecimal() or "LOCAL_RANK" not in os.environ:
-        raise UserError(
-            f"WORLD_SIZE is {given} in the environment, without LOCAL_RANK; start several processes by torchrun, and unset "
-            "WORLD_SIZE for a single one"
-        )
-    size = int(given)
     if tensor_parallel > 1:
         check_number(tensor_parallel, size)
     local = int(os.environ["LOCAL_RANK"])

@@ -477,6 +477,8 @@ def describe(plan: MemoryPlan) -> str:
         updated = f"updates at most {workload.num_stepped / 1e9:.2f} of {workload.num_trained / 1e9:.2f} B weights and "
         sent = f"sends {size(workload.sent_bytes)} an update"
         lines.insert(1, f"each of {workload.num_processes} processes {updated if workload.is_sharded else ''}{sent}")
+    if workload.tensor_parallel > 1:
+        lines.insert(1, f"each of {workload.tensor_parallel} processes has a part of every layer, embedding and head")
     names = list(dict.fromkeys(name for parts in plan.phases.values() for name in parts))
     for name in names:
         cells = [f"{parts[name] / unit:22.2f}" if parts.get(name) else f"{'-':>22}" for parts in plan.phases.values()]

@@ -62,6 +62,17 @@ def sharding_refusal(architecture: Architecture, size: int) -> str | None:
     return None
 
 
+def check_parts(size: int, architecture: Architecture, engine_name: str) -> None:
+    """Raises UserError where `size` parts are asked of weights or of an engine that have none."""
+    if size == 1:
+        return
+    if engine_name != "vllm":
+        raise UserError(f"--tensor-parallel {size}: needs rollouts by vLLM; add --engine vllm")
+    refusal = sharding_refusal(architecture, size)
+    if refusal is not None:
+        raise UserError(f"--tensor-parallel {size}: {refusal}")
+
+
 def check_number(size: int, started: int) -> None:
     """Raises UserError unless as many processes were started as are to share the weights."""
     if started != size:

@@ -421,6 +421,33 @@ def test_dry_run_prints_the_plan_and_loads_nothing(monkeypatch, capsys, tmp_path
     assert "KV cache: 3.00 GB" in output or "rollouts by transformers" in output, "only vLLM's cache has a size to set"
 
 
+def test_dry_run_plans_for_what_torchrun_started_and_speaks_once(monkeypatch, capsys):
+    """As many processes share the optimiser's state as there will be in the run."""
+    for name, value in {"WORLD_SIZE": "8", "LOCAL_RANK": "0", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["train", "--model", "qwen2-audio-7b", "--lora-rank", "0", "--dry-run"])
+    train_command.main()
+    assert "each of 8 processes updates at most" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    train_command.main()
+    assert not capsys.readouterr().out
+
+
+def test_a_plan_for_weights_in_parts(monkeypatch, capsys):
+    """Embedding, head and layers are halved, the audio tower, the projector and their norms are not."""
+    weights = {}
+    for parts in ("1", "2"):
+        _, output = run_plan(monkeypatch, capsys, "--gpu-memory", "80", "--tensor-parallel", parts)
+        assert ("each of 2 GPUs" in output and "each of 2 processes has a part" in output) is (parts == "2")
+        weights[parts] = float(re.search(r"^weights +([\d.]+)", output, re.MULTILINE)[1])
+    text = 2 * architecture_of(PRESETS["qwen2-audio-7b"]).num_text_parameters(padded=True) / GB
+    assert weights["2"] == pytest.approx(weights["1"] - text / 2, abs=0.01)
+    status, _ = run_plan(monkeypatch, capsys, "--tensor-parallel", "3")
+    assert status == 2
+    assert run_plan(monkeypatch, capsys, "--tensor-parallel", "2", "--engine", "transformers")[0] == 2
+    assert run_plan(monkeypatch, capsys, "--tensor-parallel", "2", "--gpus", "4")[0] == 2
+
+
 def test_a_checkpoints_preset_leaves_its_shape_to_the_config(tmp_path):
     PRESETS["qwen2-audio-7b"].save(tmp_path)
     assert "architecture" not in json.loads((tmp_path / "preset.json").read_text())
