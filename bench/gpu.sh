@@ -13,7 +13,7 @@
 # engine_8     a step of 64 completions on one copy
 # all_cases    not by default: other lengths of the step, and its time and memory against questions, group size and layers
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 output=bench/results
 shape=qwen2-audio-7b
 while [[ ${1:-} = -* ]]; do
