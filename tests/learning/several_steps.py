@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from embedded import new_model
+from processes import run_two
+from steps import divided_rollout
 from torch import nn
 
 from tars_fast.config import RunConfig
@@ -18,6 +22,7 @@ from tars_fast.learning.optimizer import held_parameters, make_optimizer, optimi
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import Workers, join_workers
 from tars_fast.train import update_policy
+from tars_fast.types import Question
 
 LEARNING_RATE = 1e-4
 
@@ -40,6 +45,16 @@ class Case:
         sharded = workers.size > 1 and not lora_rank
         optimizer = make_optimizer(model.trainable_parameters(), 0.01, 5, sharded=sharded)
         return Learner(model, optimizer, config, workers)
+
+
+CASES = {
+    "full": Case(),
+    "lora": Case({"lora_rank": 4}),
+    # Two updates a rollout, and two backward passes for each micro-batch, of which the second is the anchor's.
+    "anchored": Case(settings={"objective": "tars+opd", "teacher": "ema", "text_anchor": "kl", "updates_per_rollout": 2}),
+    "bfloat16": Case(dtype=torch.bfloat16),
+    "tower, checkpointing": Case({"freeze_audio": False, "gradient_checkpointing": True}, {"freeze_audio": False}),
+}
 
 
 @dataclass
@@ -90,6 +105,22 @@ def take_steps(case: Case, config: RunConfig, rollouts: list[Rollout | None], wo
     moments = own_part(learner.optimizer).state.values()
     state = optimizer_state(learner.optimizer, learner.model.trainable_by_name())
     return Taken(trained(learner), grad_norms, sent, sum(held["exp_avg"].numel() for held in moments), state)
+
+
+def steps_of_two(
+    cases: Mapping[str, Case], questions: Sequence[Question], config: RunConfig, folder: Path
+) -> tuple[list[tuple[dict[str, Any], list[Any]]], list[Rollout | None]]:
+    """(of each of two processes what it took and `step_on_given_gradients`, the rollouts of one process for the same steps).
+
+    The shares differ in size; in the second of three steps the second process has no usable item.
+    """
+    rollouts, whole = divided_rollout(new_model(freeze_audio=False), (questions[:2], questions[2:3]), config)
+    # As if sampled with older weights, so that a difference from these is no error.
+    first, second, whole = (replace(one, staleness=1) for one in (*rollouts, whole))
+    given, result = folder / "given.pickle", folder / "result"
+    given.write_bytes(pickle.dumps((cases, config, ([first, first, first], [second, None, second]))))
+    run_two(Path(__file__), given, result)
+    return [torch.load(f"{result}{rank}") for rank in range(2)], [whole, first, whole]
 
 
 def step_on_given_gradients(workers: Workers, dtype: torch.dtype) -> tuple[torch.Tensor, list[float]]:

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
-from pathlib import Path
 
 import pytest
 import torch
-from processes import run_two
-from several_steps import Case, Taken, step_on_given_gradients, take_steps, trained
-from steps import divided_rollout
+from several_steps import CASES, Taken, step_on_given_gradients, steps_of_two, take_steps, trained
 from torch import nn
 
 from tars_fast.learning.gradients import make_buckets
 from tars_fast.learning.workers import ALONE
 from tars_fast.models.memory import largest_share
 
-CASES = {
-    "full": Case(),
-    "lora": Case({"lora_rank": 4}),
-    # Two updates a rollout, and two backward passes for each micro-batch, of which the second is the anchor's.
-    "anchored": Case(settings={"objective": "tars+opd", "teacher": "ema", "text_anchor": "kl", "updates_per_rollout": 2}),
-    "bfloat16": Case(dtype=torch.bfloat16),
-    "tower, checkpointing": Case({"freeze_audio": False, "gradient_checkpointing": True}, {"freeze_audio": False}),
-}
 QUICK = ("full", "lora")
 
 
@@ -34,24 +22,18 @@ def names(request) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-def test_two_processes_become_what_one_becomes(make_model, questions, config, tmp_path, names):
+def test_two_processes_become_what_one_becomes(questions, config, tmp_path, names):
     """Shares of different sizes in several micro-batches; in one step the second process has no usable item."""
     config = dataclasses.replace(config, tokens_per_micro_batch=512)
-    rollouts, whole = divided_rollout(make_model(freeze_audio=False), (questions[:2], questions[2:3]), config)
-    # As if sampled with older weights, so that a difference from these is no error.
-    first, second, whole = (dataclasses.replace(one, staleness=1) for one in (*rollouts, whole))
-    given, result = tmp_path / "given.pickle", tmp_path / "result"
     cases = {name: CASES[name] for name in names}
-    given.write_bytes(pickle.dumps((cases, config, ([first, first, first], [second, None, second]))))
-    run_two(Path(__file__).parent / "several_steps.py", given, result)
-    of_two = [torch.load(f"{result}{rank}") for rank in range(2)]
+    of_two, of_one = steps_of_two(cases, questions, config, tmp_path)
     for number, dtype in enumerate((torch.float32, torch.bfloat16)):
         weights, norms = step_on_given_gradients(ALONE, dtype)
         for _, given_gradients in of_two:
             assert torch.equal(given_gradients[number][0], weights), "the same draws, whoever rounds a weight"
             assert given_gradients[number][1] == pytest.approx(norms, rel=1e-6 if number == 0 else 0.01, nan_ok=True)
     for name, case in cases.items():
-        alone = take_steps(case, config, [whole, first, whole], ALONE)
+        alone = take_steps(case, config, of_one, ALONE)
         start = trained(case.make(config, ALONE))
         ranks = [Taken(**taken[name]) for taken, _ in of_two]
         assert torch.equal(ranks[0].weights, ranks[1].weights)
