@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from torch.distributed import TCPStore
 
 from tars_fast.learning.watchdog import Beat, describe_wait
 
@@ -37,13 +38,20 @@ print("done", workers.rank)
 FREEZE = "time.sleep(0.5); os.kill(os.getpid(), signal.SIGSTOP)"
 
 
-def start(num_processes: int, tmp_path, **parts: object) -> list[subprocess.Popen[str]]:
+def start(num_processes: int, tmp_path, *, store: TCPStore | None = None, **parts: object) -> list[subprocess.Popen[str]]:
+    """Processes of one run.
+
+    Args:
+        store: where they meet, as torchrun has one; without it the first of them holds it.
+    """
     script = tmp_path / "waiting.py"
     script.write_text(WAITING.format(**{"timeout": 2.0, "call": "workers.gather(None)", "late_rank": -1, **parts}))
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    if store is not None:
+        common |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     return [
         subprocess.Popen(
             [sys.executable, str(script)],
@@ -70,7 +78,9 @@ def start(num_processes: int, tmp_path, **parts: object) -> list[subprocess.Pope
     ],
 )
 def test_every_process_that_waits_names_the_one_that_is_late(tmp_path, num_waiting, late, call, state):
-    processes = start(num_waiting + 1, tmp_path, late=late, call=call)
+    # The first process that ends would take its store with it, and the others could not ask who is late.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = start(num_waiting + 1, tmp_path, store=store, late=late, call=call)
     try:
         started = time.monotonic()
         for process in processes[:-1]:
