@@ -32,6 +32,22 @@ def _rounding(convert):
 interpreter._convert_float = _rounding(interpreter._convert_float)
 
 
+MANY_CASES, EVERY = 10, 5
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Interpreted, where a case takes seconds, every fifth of a test's many slow cases runs; on a GPU, or named, all do."""
+    if DEVICE.type == "cuda" or any("::" in argument for argument in config.args):
+        return
+    slow: dict[tuple[object, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow"):
+            slow.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    left_out = {item for cases in slow.values() if len(cases) > MANY_CASES for place, item in enumerate(cases) if place % EVERY}
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=[*left_out])
+
+
 def pytest_report_header() -> str:
     return f"kernels run on {'CUDA' if DEVICE.type == 'cuda' else 'the CPU, interpreted'}"
 

@@ -729,7 +729,7 @@ def test_a_second_backward_is_refused_or_right(device):
 
 
 # The interpreter runs programs one after the other, so only a GPU could fail.
-@slow
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "settings", [{}, {"loss_type": "gspo", "importance_level": "sequence"}, {"entropy_coef": 0.1}], ids=str
 )
