@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from voices import speak
 
-from tars_fast.data.arithmetic import TASKS, with_margins
+from tars_fast.data.arithmetic import TASKS, Problem, with_margins
 from tars_fast.pocket import write_part
 from tars_fast.support.cli import as_paths, run_command
 
@@ -35,13 +37,18 @@ class SpeakConfig:
         as_paths(self, "output_dir")
 
 
-def run(config: SpeakConfig) -> int:
-    task, rng = TASKS["pocket"], random.Random(config.seed)
-    spoken = []
-    for problem in task.split_problems().held_out:
+def say(problems: Iterable[Problem], seed: int) -> Iterator[tuple[Problem, np.ndarray, str]]:
+    """Each problem, its [samples] float32 at 16 kHz, and the voice's name."""
+    rng = random.Random(seed)
+    for problem in problems:
         wave, rate = speak(problem.question, rng.uniform(*PACES))
-        spoken.append((problem, with_margins(wave, rate, rng), "joe"))
+        yield problem, with_margins(wave, rate, rng), "joe"
+
+
+def run(config: SpeakConfig) -> int:
+    task = TASKS["pocket"]
     config.output_dir.mkdir(parents=True, exist_ok=True)
+    spoken = list(say(task.split_problems().held_out, config.seed))
     write_part(config.output_dir / "held_out_neural.parquet", task, spoken)
     return 0
 
