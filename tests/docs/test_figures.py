@@ -87,6 +87,17 @@ def test_other_voices():
     assert f"In a neural voice that it never heard it stays at {joe:.1f} %" in words_of("README.md")
 
 
+def test_noise_and_telephones():
+    measured = read("robustness_cpu.json")["accuracy"]
+    words = words_of("docs/evaluation.md")
+    at = {
+        model: {name: 100 * figures["speech_accuracy"] for name, figures in own["held_out"].items()}
+        for model, own in measured.items()
+    }
+    for name, text in (("noise:20", "with white noise of 20 dB"), ("telephone", "through a telephone")):
+        assert f"{at['trained'][name]:.1f} % {text} (before training {at['start'][name]:.1f} %)" in words
+
+
 def test_the_duration_of_the_default_run():
     minutes, seconds = divmod(round(read("default_run_cpu.json")["seconds_command_to_summary"]), 60)
     for page in ("README.md", "docs/getting-started.md"):
