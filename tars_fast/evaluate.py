@@ -87,7 +87,8 @@ class EvaluateConfig:
     """A preset, or a checkpoint folder."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=SOURCE or SOURCE, once for each data set; the default name is that of the file or folder. pocket,
-    pocket-hard: bundled held-out items, NAME@validation others. Without any: those of the model's own task."""
+    pocket-hard: bundled held-out items, NAME@validation others, pocket@held_out_neural the same in a neural voice. Without any:
+    those of the model's own task."""
     output_dir: Path | None = None
     """Folder of evaluation.json, predictions.jsonl, accuracy.png and config.json; an evaluation that has begun there is
     continued. None: a new folder runs/evaluate-<model>-<date>-<time>."""

@@ -22,6 +22,7 @@ import math
 import random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -373,8 +374,6 @@ def train_thinking(module: Any, processor: Any, speech: Speech, stage: ThinkingS
 
 def write_recordings(folder: Path, task: Task, seed: int) -> None:
     """Write a task's data: a file each of training, validation and held-out items, disjoint by operands and voices."""
-    import soundfile
-
     rng = random.Random(seed)
     splits = task.split_problems()
     parts = {
@@ -385,25 +384,36 @@ def write_recordings(folder: Path, task: Task, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with Synthesiser() as synthesiser:
         for name, (problems, speakers) in parts.items():
-            items = []
-            recordings: dict[str, bytes] = {}
-            for number, problem in enumerate(problems):
-                wave, voice = task.speak(synthesiser, problem, speakers, rng)
-                audio = f"{number:04}.ogg"
-                buffer = io.BytesIO()
-                format = {"format": "OGG", "subtype": "OPUS", "compression_level": task.compression}
-                soundfile.write(buffer, wave, SAMPLE_RATE, **format)
-                recordings[audio] = buffer.getvalue()
-                item = {
-                    "id": f"{name}-{number:04}",
-                    "question": problem.question,
-                    "answer": problem.answer,
-                    "answer_set": task.choices,
-                    "audio": audio,
-                    "voice": voice,
-                }
-                items.append(item)
-            write_parquet(folder / f"{name}.parquet", items, recordings.__getitem__)
+            spoken = [(problem, *task.speak(synthesiser, problem, speakers, rng)) for problem in problems]
+            write_part(folder / f"{name}.parquet", task, spoken)
+
+
+def write_part(path: Path, task: Task, spoken: Sequence[tuple[Problem, np.ndarray, str]]) -> None:
+    """Write the file of a part, whose name its items' ids begin with.
+
+    Args:
+        spoken: each problem, [samples] float32 at 16 kHz, and whose voice that is.
+    """
+    import soundfile
+
+    items = []
+    recordings: dict[str, bytes] = {}
+    for number, (problem, wave, voice) in enumerate(spoken):
+        audio = f"{number:04}.ogg"
+        buffer = io.BytesIO()
+        format = {"format": "OGG", "subtype": "OPUS", "compression_level": task.compression}
+        soundfile.write(buffer, wave, SAMPLE_RATE, **format)
+        recordings[audio] = buffer.getvalue()
+        item = {
+            "id": f"{path.stem}-{number:04}",
+            "question": problem.question,
+            "answer": problem.answer,
+            "answer_set": task.choices,
+            "audio": audio,
+            "voice": voice,
+        }
+        items.append(item)
+    write_parquet(path, items, recordings.__getitem__)
 
 
 @dataclass(frozen=True)

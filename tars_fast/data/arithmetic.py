@@ -62,6 +62,22 @@ class Problem:
         return f"<think>{', '.join(self.steps)}.</think><answer>The answer is {self.answer}.</answer>"
 
 
+def with_margins(wave: np.ndarray, rate: int, rng: random.Random) -> np.ndarray:
+    """A synthesiser's wave, 50 ms of what is around its speech left, behind up to 100 ms of silence.
+
+    Returns:
+        [samples] float32 at 16 kHz.
+    """
+    import soxr
+
+    wave = soxr.resample(wave, rate, SAMPLE_RATE)
+    audible = np.flatnonzero(np.abs(wave) > 0.01)
+    margin = SAMPLE_RATE // 20
+    wave = wave[max(0, audible[0] - margin) : audible[-1] + margin]
+    silence = np.zeros(rng.randint(0, SAMPLE_RATE // 10), np.float32)
+    return np.concatenate([silence, wave])
+
+
 @dataclass(frozen=True)
 class Splits:
     training: list[Problem]
@@ -111,8 +127,6 @@ class Task:
         self, synthesiser: Synthesiser, problem: Problem, speakers: Sequence[str], rng: random.Random
     ) -> tuple[np.ndarray, str]:
         """Synthesise a question without noise: ([samples] float32 at 16 kHz, voice)."""
-        import soxr
-
         voice = f"{rng.choice(ACCENTS)}+{rng.choice(speakers)}"
         wave, rate = synthesiser(
             problem.question,
@@ -121,12 +135,7 @@ class Task:
             pitch=rng.randint(30, 70),
             seed=rng.randrange(2**31),
         )
-        wave = soxr.resample(wave, rate, SAMPLE_RATE)
-        audible = np.flatnonzero(np.abs(wave) > 0.01)
-        margin = SAMPLE_RATE // 20
-        wave = wave[max(0, audible[0] - margin) : audible[-1] + margin]
-        silence = np.zeros(rng.randint(0, SAMPLE_RATE // 10), np.float32)
-        return np.concatenate([silence, wave]), voice
+        return with_margins(wave, rate, rng), voice
 
 
 TASKS = {

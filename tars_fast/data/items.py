@@ -24,9 +24,10 @@ from tars_fast.types import Question, Recording, Turn, UserError
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {"pocket": ASSETS / "spoken-arithmetic", "pocket-hard": ASSETS / "spoken-arithmetic-hard"}
 """Folders of the bundled data by their name on the command line, which is that of the model that learns them. `train --data`
-takes the training items, `--eval-data`, `evaluate` and `analyse` take the held-out ones, all take `NAME@validation`."""
-_PARTS = ("training", "validation", "held_out")
-TRAINING_DATA, VALIDATION_DATA, HELD_OUT_DATA = (BUNDLED["pocket"] / f"{part}.parquet" for part in _PARTS)
+takes the training items, `--eval-data`, `evaluate` and `analyse` take the held-out ones, all take `NAME@PART`."""
+_PARTS = ("training", "validation", "held_out", "held_out_neural")
+"""The last has the held-out questions in a neural voice; pocket alone has it."""
+TRAINING_DATA, VALIDATION_DATA, HELD_OUT_DATA = (BUNDLED["pocket"] / f"{part}.parquet" for part in _PARTS[:3])
 
 
 def bundled_name(source: str | Path | None) -> str | None:
@@ -50,9 +51,10 @@ def or_bundled(source: str | Path | None, part: Literal["training", "validation"
     if name is None:
         return source
     split = source.partition("@")[2] or part
-    if split not in _PARTS:
-        raise UserError(f"data {source}: has no split {split!r}; it has {', '.join(_PARTS)}")
-    return str(BUNDLED[name] / f"{split}.parquet")
+    paths = {part: path for part in _PARTS if (path := BUNDLED[name] / f"{part}.parquet").is_file()}
+    if split not in paths:
+        raise UserError(f"data {source}: has no split {split!r}; it has {', '.join(paths)}")
+    return str(paths[split])
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
@@ -15,8 +18,9 @@ import torch
 from tars_fast import pocket
 from tars_fast.data.arithmetic import NUMBERS, TASKS, Splits, Task
 from tars_fast.data.audio import SAMPLE_RATE, decode
-from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, load_questions, or_bundled
+from tars_fast.data.items import BUNDLED, HELD_OUT_DATA, TRAINING_DATA, VALIDATION_DATA, load_questions, or_bundled
 from tars_fast.data.sources import read_rows
+from tars_fast.data.splits import check_leaks
 from tars_fast.learning.advantages import disagreeing_groups, group_indices
 from tars_fast.learning.rewards.answers import extract_answer, has_format
 from tars_fast.learning.rewards.total import completion_rewards
@@ -111,7 +115,7 @@ def test_prompts_and_audio_tokens_equal_the_processors_own(model):
 @pytest.mark.parametrize("name", TASKS)
 def test_bundled_speech_is_disjoint_by_operands_and_voices(name):
     task, folder = TASKS[name], BUNDLED[name]
-    assert folder_size(folder) < 8 * MEGABYTE
+    assert folder_size(folder) < 9 * MEGABYTE
     parts = {part: [row.values for row in read_rows(str(folder / f"{part}.parquet"))] for part in PARTS}
     assert [len(items) for items in parts.values()] == [task.num_training, task.num_validation, task.num_held_out]
     splits = task.split_problems()
@@ -204,14 +208,12 @@ def test_gap_is_repairable(model):
 @pytest.mark.parametrize("name", ["pocket", pytest.param("pocket-hard", marks=pytest.mark.slow)])
 def test_build_is_the_same_twice(name, tmp_path):
     """A seed gives the same model: the documented command, shortened."""
-    import hashlib
-
     digests = []
     for number in ("first", "second"):
         folder = tmp_path / number
         short = {"hearing_steps": 3, "thinking_steps": 2, "num_utterances": 40}
         assert pocket.make_pocket(pocket.PocketConfig(folder, name, **short, write_data=False)) == 0
-        digests.append(hashlib.sha256((folder / name / "model.safetensors").read_bytes()).hexdigest())
+        digests.append(sha256((folder / name / "model.safetensors").read_bytes()).hexdigest())
         for file in ("tokenizer.json", "preset.json"):
             assert (folder / name / file).read_bytes() == (ASSETS / name / file).read_bytes()
     assert digests[0] == digests[1]
@@ -238,11 +240,33 @@ def test_data_are_written_as_they_are_bundled(name, tmp_path, monkeypatch):
     assert first.text == again.text == bundled(name, "training")[0].text
 
 
-def test_bundled_data_have_three_parts():
+def test_held_out_questions_are_bundled_in_another_voice():
+    """The same questions in the same order, whose recordings are new and little longer."""
+    path = Path(or_bundled("pocket@held_out_neural", "held_out"))
+    assert path.stat().st_size < 4 * MEGABYTE
+    heard, other = load_questions(HELD_OUT_DATA), load_questions(path)
+    # What bench/results has was measured on this file.
+    assert sha256(path.read_bytes()).hexdigest() == "f97496a38256f3d0769dc5d30559a65bb180d9fc0f395d9db42c6255995c32bd"
+    assert [(one.text, one.answer, one.choices) for one in other] == [(one.text, one.answer, one.choices) for one in heard]
+    assert [one.id for one in other] == [f"held_out_neural-{number:04}" for number in range(400)]
+    assert {row.values["voice"] for row in read_rows(str(path))} == {"joe"}
+    assert pq.ParquetFile(path).schema_arrow.equals(pq.ParquetFile(HELD_OUT_DATA).schema_arrow, check_metadata=True)
+    check_leaks([*load_questions(TRAINING_DATA), *load_questions(VALIDATION_DATA)], other)
+    lengths = [[len(decode(one.audio)) / SAMPLE_RATE for one in questions] for questions in (heard, other)]
+    assert fmean(lengths[1]) < 1.2 * fmean(lengths[0])
+    assert max(lengths[1]) < pocket.WINDOW_SECONDS
+    assert all(np.abs(decode(one.audio)).max() > 0.1 for one in other)
+
+
+def test_parts_of_bundled_data_are_named():
     assert load_questions(or_bundled("pocket-hard", "training"))[0].id == "training-0000"
     assert Path(or_bundled(None, "held_out", "pocket-hard")) == BUNDLED["pocket-hard"] / "held_out.parquet"
     assert Path(or_bundled("pocket@validation", "training")) == BUNDLED["pocket"] / "validation.parquet"
     assert or_bundled("owner/name@validation", "training") == "owner/name@validation"
     assert or_bundled(Path("own/items.jsonl"), "training") == "own/items.jsonl"
-    with pytest.raises(UserError, match="data pocket@test: has no split 'test'; it has training, validation, held_out"):
+    with pytest.raises(
+        UserError, match="data pocket@test: has no split 'test'; it has training, validation, held_out, held_out_neural"
+    ):
         or_bundled("pocket@test", "training")
+    with pytest.raises(UserError, match=r"no split 'held_out_neural'; it has training, validation, held_out$"):
+        or_bundled("pocket-hard@held_out_neural", "training")

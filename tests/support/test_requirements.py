@@ -87,7 +87,7 @@ def test_everything_imported_is_declared_where_it_is_needed():
     assert {name for name, at_top in imported("tests").items() if at_top} <= development
     smol = requirements.supported("smol").keys()
     # Each with a command of its own, see the README beside them.
-    assert imported("examples/smol").keys() <= smol | {"tokenizers", "piper"}
+    assert imported("examples/smol").keys() <= smol | {"tokenizers", "piper", "onnxruntime"}
     assert imported("docs").keys() <= requirements.supported("docs").keys() | used.keys()
 
 
