@@ -233,7 +233,8 @@ def _meet(backend: str, timeout: timedelta) -> None:
         TrainingError: they have not found each other; torchrun may have given them the address of a process that is gone.
     """
     try:
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=_MEETING)))
+        # torch tries twice, each time as long as it is given.
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=_MEETING / 2)))
     except RuntimeError as error:
         raise TrainingError(
             f"the processes have not found each other within {_MEETING:.0f} s ({first_line(error):.100}); start the same "
