@@ -135,7 +135,9 @@ def test_what_summing_and_sharing_out_cost():
     lora, full = (report["reduction"][name]["ratio_to_one_by_one"] for name in ("lora", "full"))
     step = report["step"]["ratio_to_replicated"]["shared out"]["median"]
     assert f"one bucket takes {lora['one bucket']['median']:.2f} times as long as one call each" in page
-    assert f"buckets to their owners {full['to owners']['median']:.1f} times as long as one call each" in page
+    to_owners = full["to owners"]
+    assert f"buckets to their owners {to_owners['median']:.2f} times as long as one call each" in page
+    assert "between {:.2f} and {:.2f}".format(*to_owners["range"]) in page
     assert f"takes {step:.2f} times as long as one where" in page
 
 
@@ -458,4 +460,17 @@ def test_what_a_checkpoint_costs():
     words = words_of("docs/training.md")
     assert f"the bundled model's {measured['checkpoint_bytes'] / 1e6:.1f} MB" in words
     assert f"spent {saving['background']:.2f} s in a checkpoint instead of the {saving['waited for']:.2f} s of one" in words
-    assert f"steps of {steps['none'] / 2:.1f} s the difference was within their noise" in words
+    both = f"took {steps['background']:.2f} s instead of {steps['waited for']:.2f} s"
+    assert f"{both}, and {steps['none']:.2f} s without any" in words
+
+
+def test_what_a_kill_costs():
+    log = read("kill_log_elastic.json")
+    seconds = sorted(kill["seconds_to_first_new_step"] for kill in log["kills"])
+    words = words_of("docs/several-gpus.md")
+    assert f"Of {log['kills_made']} kills" in words
+    quick = [one for one in seconds if one < 60]
+    assert f"{quick[0]:.0f} to {quick[-1]:.0f} s after {len(quick)} of them" in words
+    assert "after two of them {:.0f} and {:.0f} s".format(*seconds[len(quick) :]) in words
+    for kill in log["kills"]:
+        assert kill["went_on_with_step"] > kill["newest_checkpoint"]
