@@ -64,7 +64,8 @@ def add_noise(wave: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
     """Mix a recording with noise, quieter where the sum would go beyond full scale.
 
     Args:
-        wave, noise: [samples], of any level.
+        wave: [samples], of any level.
+        noise: [samples] too, of any level.
         snr: ratio of their mean powers over all samples, in dB.
 
     Returns:
