@@ -474,3 +474,17 @@ def test_what_a_kill_costs():
     assert "after two of them {:.0f} and {:.0f} s".format(*seconds[len(quick) :]) in words
     for kill in log["kills"]:
         assert kill["went_on_with_step"] > kill["newest_checkpoint"]
+
+
+def test_two_processes_against_one():
+    report, page = read("equality_cpu.json"), lines_of("docs/several-gpus.md")
+    for figures in report["questions"].values():
+        assert figures["same_weights_in_both"]
+        assert any(line.endswith(f"| {figures['weights']:.0e} | {figures['gradient_norm']:.0e} |") for line in page)
+    for family, name in (("qwen2-audio", "Qwen2-Audio"), ("qwen2.5-omni", "Qwen2.5-Omni")):
+        for kind, shown in (("full", "full"), ("lora", "LoRA")):
+            parts = [own for part, own in report["weights"][family].items() if part.startswith(f"{kind},")]
+            names = ("logprobs", "pooled", "gradients", "engine_logprobs")
+            most = [max(part[name] for part in parts if name in part) for name in names]
+            assert max(most) < 1e-4
+            assert " | ".join([f"| {name}, {shown}", *(f"{value:.0e}" for value in most)]) + " |" in page
