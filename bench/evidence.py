@@ -4,7 +4,8 @@
 at which sampled spoken accuracy is highest, among those at which sampled written accuracy is at most a point below the start's,
 in every seed. `arms` trains every arm at its rate with five seeds and compares them on the held-out items. The primary measure
 was named before any run: held-out spoken accuracy of sampled completions. `variants` does what `rates` does for variants of
-TARS, which are looked at on validation items alone.
+TARS, which are looked at on validation items alone. `collapse` shows what becomes of weights that are their own teacher with
+nothing to hold them, and when the watch of written answers stops such a run.
 
 Every run is one of `tars_fast.ablate`, so the same command goes on where it was stopped. Results go to bench/results.
 """
@@ -49,6 +50,10 @@ VARIANTS = {
     "centred-z-score": "objective=tars,representation_centre=true,reward_scaling=z-score",
     "weights-5": "objective=tars,representation_weight=5,behaviour_weight=5",
     "deep": "objective=tars,representation_layers=deep",
+}
+COLLAPSE = {
+    "let-go": "objective=opd,teacher=moving,text_anchor=none,max_written_kl=1e9",
+    "watched": "objective=opd,teacher=moving,text_anchor=none",
 }
 MOST_LOST = 0.01
 """Of sampled written accuracy, in any seed."""
@@ -105,6 +110,28 @@ def choose_rate(ablation: Mapping[str, Any], arm: str, rates: Sequence[str]) -> 
     return {"chosen": chosen, "keeps_text": kept is not tried, "tried": tried}
 
 
+def show_collapse(task: str, arguments: argparse.Namespace) -> dict[str, object]:
+    """Accuracy before and after on validation items, how far written answers had moved at each look, and why a run stopped."""
+    rate = RATES[task][1]
+    arms = {name: f"{settings},learning_rate={rate}" for name, settings in COLLAPSE.items()}
+    ablation = compare(task, "collapse", arms, arguments, f"{task}@validation")
+    looks = {}
+    for name in arms:
+        path = arguments.output_dir / f"{task}-collapse" / name / "seed-0" / "metrics.jsonl"
+        steps = [json.loads(line) for line in path.read_text().splitlines()]
+        looks[name] = {step["step"]: round(step["written_kl"], 4) for step in steps if "written_kl" in step}
+    accuracy = ("speech_accuracy", "text_accuracy", "speech_accuracy_sampled", "text_accuracy_sampled")
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "provenance": ablation["provenance"],
+        "arms": arms,
+        "start": {name: ablation["start"][name] for name in accuracy},
+        "after": {arm: {name: own[name] for name in accuracy} for arm, own in ablation["arms"].items()},
+        "written_kl": looks,
+        "stopped": {name: reason.partition("; see ")[0] for name, reason in ablation["failed"].items()},
+    }
+
+
 def save(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written to {path}")
@@ -112,7 +139,7 @@ def save(path: Path, content: Mapping[str, object]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("rates", "variants", "arms"))
+    parser.add_argument("what", choices=("rates", "variants", "arms", "collapse"))
     parser.add_argument("task", choices=("pocket", "pocket-hard"))
     parser.add_argument("--arms", help="of the table in this file, with commas between them; all")
     parser.add_argument("--seeds", type=int, help="1 for rates and variants, 5 for arms")
@@ -122,6 +149,9 @@ def main() -> None:
     arguments = parser.parse_args()
     task, what = arguments.task, arguments.what
     arguments.seeds = arguments.seeds or (5 if what == "arms" else 1)
+    if what == "collapse":
+        save(RESULTS / f"evidence_{task}_collapse.json", show_collapse(task, arguments))
+        return
     table = VARIANTS if what == "variants" else ARMS
     arms = {name: table[name] for name in (arguments.arms or ",".join(table)).split(",")}
     rates_file = RESULTS / f"evidence_{task}_rates.json"
