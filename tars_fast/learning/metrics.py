@@ -234,9 +234,12 @@ def check_progress(history: Sequence[Mapping[str, float]], warn: Callable[[str],
 
     if is_empty(history[-1]):
         warn(f"step {history[-1]['step']}: every completion was cut off; raise --max-new-tokens")
-        recent = list(history)[-MAX_EMPTY_STEPS:]
+        earlier, recent = list(history)[:-MAX_EMPTY_STEPS], list(history)[-MAX_EMPTY_STEPS:]
         if len(recent) == MAX_EMPTY_STEPS and all(is_empty(metrics) for metrics in recent):
-            raise TrainingError(f"every completion was cut off for {MAX_EMPTY_STEPS} steps; raise --max-new-tokens")
+            remedy = "raise --max-new-tokens"
+            if not all(is_empty(metrics) for metrics in earlier):
+                remedy = "before that some ended: lower --learning-rate, and take --teacher frozen where the objective distils"
+            raise TrainingError(f"every completion was cut off for {MAX_EMPTY_STEPS} steps; {remedy}")
         return
     unanimous = 0
     for metrics in reversed(history):

@@ -544,6 +544,10 @@ def test_no_disagreement_is_said(tmp_path, capsys):
     empty = {**metrics, "truncated/speech": 1.0, "truncated/text": 1.0}
     check_progress([empty, empty, metrics], RunLog(tmp_path, 10, 0).warn)
     assert "raise --temperature" in capsys.readouterr().out
+    with pytest.raises(TrainingError, match="for 3 steps; raise --max-new-tokens"):
+        check_progress([empty] * 4, RunLog(tmp_path, 10, 0).warn)
+    with pytest.raises(TrainingError, match="for 3 steps; before that some ended: lower --learning-rate"):
+        check_progress([agreeing] + [empty] * 3, RunLog(tmp_path, 10, 0).warn)
 
 
 def test_non_finite_weights_never_become_a_checkpoint(small_eval, tmp_path, monkeypatch):
