@@ -5,7 +5,7 @@ at which sampled spoken accuracy is highest, among those at which sampled writte
 in every seed. `arms` trains every arm at its rate with five seeds and compares them on the held-out items. The primary measure
 was named before any run: held-out spoken accuracy of sampled completions. `variants` does what `rates` does for variants of
 TARS, which are looked at on validation items alone. `collapse` shows what becomes of weights that are their own teacher with
-nothing to hold them, and when the watch of written answers stops such a run.
+nothing to hold them and nothing that stops them.
 
 Every run is one of `tars_fast.ablate`, so the same command goes on where it was stopped. Results go to bench/results.
 """
@@ -24,7 +24,8 @@ from typing import Any
 import tars_fast  # noqa: F401  (before torch: threads.py)
 
 # isort: split
-from tars_fast.ablate import AblateConfig, ablate
+from tars_fast.ablate import AblateConfig, AblationOutcome, ablate
+from tars_fast.support.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 RATES = {"pocket": ("2e-4", "4e-4", "8e-4"), "pocket-hard": ("1e-4", "2e-4", "4e-4")}
@@ -51,16 +52,13 @@ VARIANTS = {
     "weights-5": "objective=tars,representation_weight=5,behaviour_weight=5",
     "deep": "objective=tars,representation_layers=deep",
 }
-COLLAPSE = {
-    "let-go": "objective=opd,teacher=moving,text_anchor=none,max_written_kl=1e9",
-    "watched": "objective=opd,teacher=moving,text_anchor=none",
-}
+COLLAPSE = "objective=opd,teacher=moving,text_anchor=none,max_written_kl=1e9"
 MOST_LOST = 0.01
 """Of sampled written accuracy, in any seed."""
 
 
-def compare(task: str, what: str, arms: Mapping[str, str], arguments: argparse.Namespace, eval_data: str) -> dict[str, Any]:
-    """The content of ablation.json over these arms, by name and settings."""
+def run_arms(task: str, what: str, arms: Mapping[str, str], arguments: argparse.Namespace, eval_data: str) -> AblationOutcome:
+    """Train these arms, by name and settings, or what is left of them."""
     config = AblateConfig(
         arms=",".join(arms),
         define=tuple(f"{name}:{settings}" for name, settings in arms.items()),
@@ -75,9 +73,17 @@ def compare(task: str, what: str, arms: Mapping[str, str], arguments: argparse.N
         jobs=arguments.jobs,
     )
     outcome = ablate(config)
-    if not outcome.is_finished or outcome.ablation is None:
+    if not outcome.is_finished:
         raise SystemExit(130)
-    return outcome.ablation
+    return outcome
+
+
+def compare(task: str, what: str, arms: Mapping[str, str], arguments: argparse.Namespace, eval_data: str) -> dict[str, Any]:
+    """The content of ablation.json over these arms."""
+    ablation = run_arms(task, what, arms, arguments, eval_data).ablation
+    if ablation is None:
+        raise SystemExit("no run has ended well")
+    return ablation
 
 
 def by_rate(arms: Mapping[str, str], rates: Sequence[str]) -> dict[str, str]:
@@ -113,24 +119,18 @@ def choose_rate(ablation: Mapping[str, Any], arm: str, rates: Sequence[str]) -> 
 
 
 def show_collapse(task: str, arguments: argparse.Namespace) -> dict[str, object]:
-    """Accuracy before and after on validation items, how far written answers had moved at each look, and why a run stopped."""
-    rate = RATES[task][1]
-    arms = {name: f"{settings},learning_rate={rate}" for name, settings in COLLAPSE.items()}
-    ablation = compare(task, "collapse", arms, arguments, f"{task}@validation")
-    looks = {}
-    for name in arms:
-        path = arguments.output_dir / f"{task}-collapse" / name / "seed-0" / "metrics.jsonl"
-        steps = [json.loads(line) for line in path.read_text().splitlines()]
-        looks[name] = {step["step"]: round(step["written_kl"], 4) for step in steps if "written_kl" in step}
-    accuracy = ("speech_accuracy", "text_accuracy", "speech_accuracy_sampled", "text_accuracy_sampled")
+    """Every fifth step of the run, where written answers are looked at, and what stopped it."""
+    settings = f"{COLLAPSE},learning_rate={RATES[task][1]}"
+    outcome = run_arms(task, "collapse", {"let-go": settings}, arguments, f"{task}@validation")
+    lines = (outcome.output_dir / "let-go" / "seed-0" / "metrics.jsonl").read_text().splitlines()
+    names = ("step", "written_kl", "accuracy/speech", "truncated/speech")
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "provenance": ablation["provenance"],
-        "arms": arms,
-        "start": {name: ablation["start"][name] for name in accuracy},
-        "after": {arm: {name: own[name] for name in accuracy} for arm, own in ablation["arms"].items()},
-        "written_kl": looks,
-        "stopped": {name: reason.partition("; see ")[0] for name, reason in ablation["failed"].items()},
+        "provenance": provenance(),
+        "settings": settings,
+        "steps": [{name: step[name] for name in names} for step in map(json.loads, lines) if "written_kl" in step],
+        "num_steps_done": len(lines),
+        "stopped": [reason.partition("; see ")[0] for reason in outcome.failed.values()],
     }
 
 
