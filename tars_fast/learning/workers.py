@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -34,6 +35,8 @@ Result = TypeVar("Result")
 
 _MEETING = 180.0
 """Seconds for all processes to find each other, which torchrun starts at the same time."""
+_TOLD = 5.0
+"""Seconds within which a cluster tells all processes that it wants its machines back."""
 _GRACE = 300.0
 """Seconds after which torch gives up a call that the watchdog should have ended, in words that name nobody."""
 
@@ -191,13 +194,16 @@ def preempted_status() -> int:
 
 @contextmanager
 def preempted_in_one_line() -> Iterator[None]:
-    """Within the block SIGUSR1, by which a cluster wants its machines back, ends the process at once."""
+    """Within the block SIGUSR1, by which a cluster wants its machines back, ends the process, of several once all have it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(_number: int, _frame: object) -> None:
         os.write(2, b"stopped: SIGUSR1 wants the machine back; start the same command again\n")
+        # One that waits in a call for this process, and hears of its end before the signal, would end as by a failure.
+        if is_under_torchrun():
+            time.sleep(_TOLD)
         os._exit(preempted_status())
 
     previous = signal.signal(signal.SIGUSR1, end)
@@ -255,10 +261,13 @@ def num_started() -> int:
     given = os.environ.get("WORLD_SIZE", "1")
     if given == "1":
         return 1
-    if not given.isdecimal() or "LOCAL_RANK" not in os.environ:
+    numbers = ("LOCAL_RANK", "RANK", "MASTER_PORT", "WORLD_SIZE")
+    missing = [name for name in numbers if not os.environ.get(name, "").isdecimal()]
+    missing += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
+    if missing:
         raise UserError(
-            f"WORLD_SIZE is {given} in the environment, without LOCAL_RANK; start several processes by torchrun, and unset "
-            "WORLD_SIZE for a single one"
+            f"WORLD_SIZE is {given} in the environment, without a right {missing[0]}; start several processes by torchrun, and "
+            "unset WORLD_SIZE for a single one"
         )
     return int(given)
 

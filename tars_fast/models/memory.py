@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 from tars_fast.models.architecture import Architecture
+from tars_fast.models.tensor_parallel import sharding_refusal
 from tars_fast.support.text import GB, size
 
 _USABLE = 0.95
@@ -408,7 +409,10 @@ def remedies(plan: MemoryPlan) -> list[str]:
     workload = plan.workload
     half = workload.max_new_tokens // 2
     is_full = workload.trains and not workload.lora_rank
-    more_processes = [number for number in (2, 4, 8) if is_full and number > workload.num_processes]
+    alone = workload.tensor_parallel == 1
+    more_processes = [number for number in (2, 4, 8) if is_full and alone and number > workload.num_processes]
+    parts = [number for number in (2, 4) if alone and workload.num_processes == 1 and workload.engine == "vllm"]
+    parts = [number for number in parts if sharding_refusal(workload.architecture, number) is None]
     changes: list[tuple[str, str, object]] = [
         ("--rollout-ahead 0", "rollout_ahead", False),
         (f"--tokens-per-micro-batch {_FEWEST_TOKENS}", "given_micro_batch", _FEWEST_TOKENS),
@@ -417,6 +421,7 @@ def remedies(plan: MemoryPlan) -> list[str]:
         ("--dtype bfloat16", "dtype_bytes", 2),
         ("--lora-rank 8", "lora_rank", workload.lora_rank or 8),
         *((f"torchrun --nproc-per-node {number}", "num_processes", number) for number in more_processes),
+        *((f"torchrun --nproc-per-node {number}, --tensor-parallel {number}", "tensor_parallel", number) for number in parts),
         ("--teacher moving --text-anchor none", "reference_bytes", 0),
         ("--behaviour-model hashed-ngrams", "embedder_bytes", 0),
         (f"--max-new-tokens {half}", "max_new_tokens", half),

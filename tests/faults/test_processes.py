@@ -101,7 +101,10 @@ def test_where_one_of_several_processes_is_killed_another_says_how_to_go_on(data
 def test_several_processes_without_torchrun_are_refused(monkeypatch, given):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", given)
-    with pytest.raises(UserError, match=f"WORLD_SIZE is {given} in the environment, without LOCAL_RANK; start"), join_workers():
+    with (
+        pytest.raises(UserError, match=f"WORLD_SIZE is {given} in the environment, without a right LOCAL_RANK; start"),
+        join_workers(),
+    ):
         pass
     monkeypatch.setenv("WORLD_SIZE", "1")
     with join_workers() as workers:

@@ -249,6 +249,38 @@ def test_signals_of_a_cluster_save_and_end_every_process(items, tmp_path, launch
     assert list(run.glob("checkpoint-*"))
 
 
+ONE_WAITS = """
+import sys, time
+from pathlib import Path
+from tars_fast.learning.workers import join_workers, preempted_in_one_line
+
+with preempted_in_one_line(), join_workers() as workers:
+    Path(sys.argv[1], str(workers.rank)).touch()
+    if workers.rank == 0:
+        time.sleep(600)
+    workers.gather(None)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_one_that_is_preempted_is_preempted_too(tmp_path):
+    """Outside the steps, where both end at once; the signal comes to one of them a second later."""
+    script = tmp_path / "one_waits.py"
+    script.write_text(ONE_WAITS)
+    started = subprocess.Popen([*TORCHRUN, str(script), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not all((tmp_path / str(rank)).is_file() for rank in range(2)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    told = {one.environ().get("RANK"): one for one in psutil.Process(started.pid).children()}
+    for rank in ("0", "1"):
+        told[rank].send_signal(signal.SIGUSR1)
+        time.sleep(1)
+    _, stderr = started.communicate(timeout=120)
+    assert started.returncode == 0, stderr
+    assert stderr.count("stopped: SIGUSR1 wants the machine back") == 2
+
+
 @pytest.mark.slow
 def test_fewer_questions_than_processes_is_refused(items, tmp_path):
     flags = ("--num-steps", 1)

@@ -423,7 +423,8 @@ def test_dry_run_prints_the_plan_and_loads_nothing(monkeypatch, capsys, tmp_path
 
 def test_dry_run_plans_for_what_torchrun_started_and_speaks_once(monkeypatch, capsys):
     """As many processes share the optimiser's state as there will be in the run."""
-    for name, value in {"WORLD_SIZE": "8", "LOCAL_RANK": "0", "RANK": "0"}.items():
+    started = {"WORLD_SIZE": "8", "LOCAL_RANK": "0", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
+    for name, value in started.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.argv", ["train", "--model", "qwen2-audio-7b", "--lora-rank", "0", "--dry-run"])
     train_command.main()
@@ -442,6 +443,10 @@ def test_a_plan_for_weights_in_parts(monkeypatch, capsys):
         weights[parts] = float(re.search(r"^weights +([\d.]+)", output, re.MULTILINE)[1])
     text = 2 * architecture_of(PRESETS["qwen2-audio-7b"]).num_text_parameters(padded=True) / GB
     assert weights["2"] == pytest.approx(weights["1"] - text / 2, abs=0.01)
+    large = ("--model", "voxtral-small-24b", "--gpu-memory", "48")
+    assert "torchrun --nproc-per-node 2, --tensor-parallel 2: peak" in run_plan(monkeypatch, capsys, *large)[1]
+    full = ("--model", "qwen2.5-omni-7b", "--tensor-parallel", "2", "--lora-rank", "0", "--gpu-memory", "48")
+    assert "torchrun" not in run_plan(monkeypatch, capsys, *full)[1], "all processes share one copy already"
     status, _ = run_plan(monkeypatch, capsys, "--tensor-parallel", "3")
     assert status == 2
     assert run_plan(monkeypatch, capsys, "--tensor-parallel", "2", "--engine", "transformers")[0] == 2
