@@ -225,7 +225,7 @@ class TrainConfig:
     """Where the objective distils, steps between two looks at how far written answers have moved: the KL from the model before
     training on completions that it wrote, in nats a token. 0: never."""
     max_written_kl: float = 0.2
-    """Training stops where that KL is larger. Runs that keep their written answers stay below a tenth of the default."""
+    """Training stops where that KL is larger."""
     accuracy_weight: float = 1.0
     """Weight of R_acc, whether the answer is right."""
     format_weight: float = 0.5

@@ -488,3 +488,16 @@ def test_two_processes_against_one():
             most = [max(part[name] for part in parts if name in part) for name in names]
             assert max(most) < 1e-4
             assert " | ".join([f"| {name}, {shown}", *(f"{value:.0e}" for value in most)]) + " |" in page
+
+
+def test_the_collapse_of_a_moving_teacher():
+    looks = {look["step"]: look for look in read("evidence_pocket_collapse.json")["steps"]}
+    words = words_of("docs/rewards-and-objectives.md")
+    best = max(looks.values(), key=lambda look: look["accuracy/speech"])
+    assert f"{100 * best['accuracy/speech']:.0f} % of what it sampled from speech was right at step {best['step']}" in words
+    assert looks[115]["truncated/speech"] == 1
+    moved = [f"{looks[step]['written_kl']:.2f}" for step in (105, 110, 115)]
+    assert f"{moved[0]} nats a token at step 105, {moved[1]} at step 110 and {moved[2]} at step 115" in words
+    limit = TrainConfig().max_written_kl
+    assert looks[105]["written_kl"] < limit < looks[110]["written_kl"]
+    assert f"the watch stops such a run at {limit}" in words
