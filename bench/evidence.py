@@ -35,7 +35,8 @@ ARMS = {
     "rep": "objective=tars,behaviour_weight=0",
     "beh": "objective=tars,representation_weight=0",
     "tars": "objective=tars",
-    "opd": "objective=opd,text_anchor=none",
+    # Whatever becomes of its written answers is to be seen.
+    "opd": "objective=opd,text_anchor=none,max_written_kl=1",
     "opd-anchored": "objective=opd,text_anchor=kl",
     "opd-moving": "objective=opd,teacher=moving,text_anchor=kl",
     # As many completions of a question as the arms that sample written ones too.
