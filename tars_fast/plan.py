@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tars_fast.config import TrainConfig
+from tars_fast.models.architecture import check_parts
 from tars_fast.models.memory import describe, plan_memory
 from tars_fast.models.registry import architecture_of, family_of, find_preset
-from tars_fast.models.tensor_parallel import check_parts
 from tars_fast.rollout.engine import engine_refusal
 from tars_fast.support.cli import check_numbers, run_command
 from tars_fast.support.text import GB

@@ -36,7 +36,7 @@ from tars_fast.learning.selection import Selection, check_selection
 from tars_fast.learning.update import Learner
 from tars_fast.learning.workers import Workers, locked_by_first, num_started
 from tars_fast.models.adapters import load_adapter_weights
-from tars_fast.models.architecture import find_layers
+from tars_fast.models.architecture import check_parts, find_layers
 from tars_fast.models.audio_cache import make_cache_folder
 from tars_fast.models.checkpoint import (
     check_room,
@@ -50,7 +50,6 @@ from tars_fast.models.preset import Preset
 from tars_fast.models.prompts import PromptFormat, PromptSize, load_prompt_format
 from tars_fast.models.registry import architecture_of, family_of, find_preset, list_checkpoints
 from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
-from tars_fast.models.tensor_parallel import check_parts
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.policy import available_bytes, choose_engine, load_model_and_engine
 from tars_fast.support.cli import first_line, new_output_folder

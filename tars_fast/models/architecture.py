@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -171,3 +172,31 @@ def find_layers(given: str, num_layers: int) -> range | None:
     if not layers or not 0 <= layers[0] <= layers[-1] < num_layers:
         raise UserError(f"--representation-layers {given}: the model has layers 1 to {num_layers}")
     return layers
+
+
+def sharding_refusal(architecture: Architecture, size: int) -> str | None:
+    """Why a model's weights cannot be cut into `size` parts, with the remedy; None where they can."""
+    if architecture.num_experts or architecture.fused_layers or architecture.normed_attention:
+        return "layers of this architecture cannot be cut yet; leave it out"
+    counts = {
+        "attention heads": architecture.num_heads,
+        "key and value heads": architecture.num_key_value_heads,
+        "inner features": architecture.intermediate_size,
+        "tokens of the padded vocabulary": architecture.padded_vocabulary_size,
+    }
+    for name, number in counts.items():
+        if number % size:
+            divisor = math.gcd(*counts.values())
+            return f"the model's {number} {name} cannot be shared evenly; give a divisor of {divisor}, or leave it out"
+    return None
+
+
+def check_parts(size: int, architecture: Architecture, engine_name: str) -> None:
+    """Raises UserError where `size` parts are asked of weights or of an engine that have none."""
+    if size == 1:
+        return
+    if engine_name != "vllm":
+        raise UserError(f"--tensor-parallel {size}: needs rollouts by vLLM; add --engine vllm")
+    refusal = sharding_refusal(architecture, size)
+    if refusal is not None:
+        raise UserError(f"--tensor-parallel {size}: {refusal}")

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from tars_fast.models.architecture import Architecture
-from tars_fast.models.tensor_parallel import sharding_refusal
+from tars_fast.models.architecture import Architecture, sharding_refusal
 from tars_fast.support.text import GB, size
 
 _USABLE = 0.95
@@ -421,11 +420,11 @@ def remedies(plan: MemoryPlan) -> list[str]:
         ("--dtype bfloat16", "dtype_bytes", 2),
         ("--lora-rank 8", "lora_rank", workload.lora_rank or 8),
         *((f"torchrun --nproc-per-node {number}", "num_processes", number) for number in more_processes),
-        *((f"torchrun --nproc-per-node {number}, --tensor-parallel {number}", "tensor_parallel", number) for number in parts),
         ("--teacher moving --text-anchor none", "reference_bytes", 0),
         ("--behaviour-model hashed-ngrams", "embedder_bytes", 0),
         (f"--max-new-tokens {half}", "max_new_tokens", half),
         (f"--max-new-tokens {half // 2}", "max_new_tokens", half // 2),
+        *((f"torchrun --nproc-per-node {number}, --tensor-parallel {number}", "tensor_parallel", number) for number in parts),
     ]
     changes = [(flag, name, value) for flag, name, value in changes if getattr(workload, name) != value]
     if workload.given_micro_batch is None:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tars_fast.models.architecture import VOCABULARY_MULTIPLE, Architecture
+from tars_fast.models.architecture import VOCABULARY_MULTIPLE
 from tars_fast.models.families.base import Family
 from tars_fast.models.modules import PolicyModule
 from tars_fast.types import TrainingError, UserError
@@ -43,34 +43,6 @@ class Placement(NamedTuple):
     """The dimension that is cut; None: every process has all of it."""
     is_partial: bool = False
     """Of a whole parameter: whether every process finds a part of the sum that its gradient is."""
-
-
-def sharding_refusal(architecture: Architecture, size: int) -> str | None:
-    """Why a model's weights cannot be cut into `size` parts, with the remedy; None where they can."""
-    if architecture.num_experts or architecture.fused_layers or architecture.normed_attention:
-        return "layers of this architecture cannot be cut yet; leave it out"
-    counts = {
-        "attention heads": architecture.num_heads,
-        "key and value heads": architecture.num_key_value_heads,
-        "inner features": architecture.intermediate_size,
-        "tokens of the padded vocabulary": architecture.padded_vocabulary_size,
-    }
-    for name, number in counts.items():
-        if number % size:
-            divisor = math.gcd(*counts.values())
-            return f"the model's {number} {name} cannot be shared evenly; give a divisor of {divisor}, or leave it out"
-    return None
-
-
-def check_parts(size: int, architecture: Architecture, engine_name: str) -> None:
-    """Raises UserError where `size` parts are asked of weights or of an engine that have none."""
-    if size == 1:
-        return
-    if engine_name != "vllm":
-        raise UserError(f"--tensor-parallel {size}: needs rollouts by vLLM; add --engine vllm")
-    refusal = sharding_refusal(architecture, size)
-    if refusal is not None:
-        raise UserError(f"--tensor-parallel {size}: {refusal}")
 
 
 def check_number(size: int, started: int) -> None:

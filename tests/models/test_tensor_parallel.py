@@ -14,9 +14,10 @@ from torch import nn
 
 from tars_fast.config import TrainConfig
 from tars_fast.learning.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from tars_fast.models.architecture import sharding_refusal
 from tars_fast.models.prompts import load_prompt_format
 from tars_fast.models.registry import PRESETS
-from tars_fast.models.tensor_parallel import TensorParallel, sharding_refusal
+from tars_fast.models.tensor_parallel import TensorParallel
 from tars_fast.types import UserError
 
 CPU = torch.device("cpu")
