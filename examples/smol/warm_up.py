@@ -61,7 +61,7 @@ class WarmUpConfig:
     """Recordings of a step."""
     hearing_rate: float = 2e-3
     """Peak learning rate of the projector, by AdamW; neither rate has been tuned."""
-    thinking_steps: int = 150
+    thinking_steps: int = 400
     text_per_step: int = 6
     speech_per_step: int = 2
     """The fewer, the wider the modality gap."""

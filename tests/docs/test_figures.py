@@ -501,3 +501,15 @@ def test_the_collapse_of_a_moving_teacher():
     limit = TrainConfig().max_written_kl
     assert looks[105]["written_kl"] < limit < looks[110]["written_kl"]
     assert f"the watch stops such a run at {limit}" in words
+
+
+def test_the_model_of_pretrained_parts():
+    report, words = read("smol_cpu.json"), words_of("examples/smol/README.md")
+    items = report["evaluation"]["items"]
+    for modality, article in (("text", "from text"), ("speech", "from speech")):
+        low, high = (100 * bound for bound in items[f"{modality}_accuracy_ci95"])
+        assert f"{100 * items[f'{modality}_accuracy']:.1f} % {article} [{low:.0f}, {high:.0f}]" in words
+    assert f"{100 * items['speech_unparsed']:.0f} % of its spoken answers cannot be read" in words
+    for own in items["categories"].values():
+        assert f"| {100 * own['speech_accuracy']:.0f} | {100 * own['text_accuracy']:.0f} |" in words
+    assert f"assembling {report['seconds']['assemble']:.0f} s" in words
