@@ -33,6 +33,7 @@ interpreter._convert_float = _rounding(interpreter._convert_float)
 
 
 MANY_CASES, EVERY = 10, 5
+INTERPRETED = {"test_distillation", "test_losses", "test_similarity"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -41,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     slow: dict[tuple[object, str], list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("slow"):
+        if item.path.stem in INTERPRETED and item.get_closest_marker("slow"):
             slow.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
     left_out = {item for cases in slow.values() if len(cases) > MANY_CASES for place, item in enumerate(cases) if place % EVERY}
     items[:] = [item for item in items if item not in left_out]
