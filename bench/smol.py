@@ -17,16 +17,20 @@ from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
+from tars_fast.data.synthesis import ACCENTS, SPEAKERS
 from tars_fast.support.files import write_atomically
 from tars_fast.support.provenance import provenance
 
 SMOL = Path(__file__).parents[1] / "examples" / "smol"
-ACCENTS = ("en-us", "en-us-nyc", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
-SPEAKERS = {"training": ("f2", "f3", "m1", "m3", "klatt", "Annie"), "held_out": ("f4", "m4", "m7", "Michael")}
+HELD_OUT_SPEAKERS = ("f4", "m4", "m7", "Michael")
+PARTS = {
+    "training": [speaker for speaker in SPEAKERS if speaker not in HELD_OUT_SPEAKERS],
+    "held_out": HELD_OUT_SPEAKERS,
+}
 
 
 def voices(part: str) -> list[str]:
-    return ["+".join(pair) for pair in product(ACCENTS, SPEAKERS[part])]
+    return ["+".join(pair) for pair in product(ACCENTS, PARTS[part])]
 
 
 def commands(warm_up: list[str]) -> dict[str, tuple[str, list[str]]]:
@@ -37,7 +41,7 @@ def commands(warm_up: list[str]) -> dict[str, tuple[str, list[str]]]:
             f"data/{part}/items.jsonl",
             [*prepared, f"data/{part}.jsonl", "--output-dir", f"data/{part}", "--voices", *voices(part)],
         )
-        for part in SPEAKERS
+        for part in PARTS
     }
     learned = ["--questions", "data/training.jsonl", "--speech", "data/training/items.jsonl", "--output-dir", "warm-up"]
     evaluated = ["-m", "tars_fast.evaluate", "--data", "data/held_out/items.jsonl", "--output-dir"]
