@@ -239,11 +239,11 @@ def _meet(backend: str, timeout: timedelta) -> None:
         TrainingError: they have not found each other; torchrun may have given them the address of a process that is gone.
     """
     try:
-        # torch tries twice, each time as long as it is given.
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=_MEETING / 2)))
+        # torch tries once more after a pause that it draws, about as long again: three times what it is given, give or take.
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=_MEETING / 3)))
     except RuntimeError as error:
         raise TrainingError(
-            f"the processes have not found each other within {_MEETING:.0f} s ({first_line(error):.100}); start the same "
+            f"the processes have not found each other in about {_MEETING:.0f} s ({first_line(error):.100}); start the same "
             "command again, train with --resume"
         ) from error
     store.set_timeout(timeout)

@@ -112,12 +112,13 @@ def test_who_finds_nobody_says_so(monkeypatch):
     environment = {"RANK": 1, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     for name, value in (environment | {"CUDA_VISIBLE_DEVICES": ""}).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(workers, "_MEETING", 2.0)
-    said = r"have not found each other within 2 s \(.*\); start the same command again"
+    monkeypatch.setattr(workers, "_MEETING", 6.0)
+    said = r"have not found each other in about 6 s \(.*\); start the same command again"
     started = time.monotonic()
     with pytest.raises(TrainingError, match=said), workers.join_workers():
         pass
-    assert time.monotonic() - started < 3
+    # Given all of it, torch takes 13 s at least.
+    assert time.monotonic() - started < 12
 
 
 SMALL_SLICES = """
