@@ -1,8 +1,12 @@
-"""The speech LLM of examples/smol from nothing to its evaluation: `python bench/smol.py --folder FOLDER --output FILE`.
+"""The speech LLM of examples/smol: `python bench/smol.py make --folder FOLDER --output FILE`, then `arms`.
 
-Runs the commands of examples/smol/README.md one after the other, times each, and collects what the warm model answers. What is
-there already is not made again, so the same command goes on where it was stopped; the seconds of a command that was stopped are
-those of all its starts.
+`make` runs the commands of examples/smol/README.md one after the other, from nothing to the warm model's evaluation on held-out
+questions in espeak-ng's voices and in a neural one, and times each. `arms` trains from the warm model: objectives with several
+seeds, compared by `tars_fast.ablate`; how far each reward spreads within the groups of a step, in the mean over steps; and by
+`tars_fast.analyse` the drift of hidden states and their CKA, before and after.
+
+What is there already is not made again, so the same command goes on where it was stopped; the seconds of a command that was
+stopped are those of all its starts.
 """
 
 from __future__ import annotations
@@ -10,12 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from tars_fast.data.synthesis import ACCENTS, SPEAKERS
 from tars_fast.support.files import write_atomically
@@ -27,39 +33,67 @@ PARTS = {
     "training": [speaker for speaker in SPEAKERS if speaker not in HELD_OUT_SPEAKERS],
     "held_out": HELD_OUT_SPEAKERS,
 }
+TRAINING, HELD_OUT, NEURAL = (f"data/{part}/items.jsonl" for part in (*PARTS, "held_out_neural"))
+WARM = "warm"
+Command = tuple[str, Sequence[str]]
+"""What a command leaves when it is done, and its arguments, in the folder that it runs in."""
 
 
 def voices(part: str) -> list[str]:
     return ["+".join(pair) for pair in product(ACCENTS, PARTS[part])]
 
 
-def commands(warm_up: list[str]) -> dict[str, tuple[str, list[str]]]:
-    """By name what a command leaves when it is done, and its arguments, in the folder that it runs in."""
-    prepared = ["-m", "tars_fast.prepare", "--data"]
+def commands_of_make(warm_up: Sequence[str]) -> dict[str, Command]:
+    """By name, each command of README.md.
+
+    Args:
+        warm_up: arguments of warm_up.py beyond the folders.
+    """
     spoken = {
-        f"speak {part}": (
-            f"data/{part}/items.jsonl",
-            [*prepared, f"data/{part}.jsonl", "--output-dir", f"data/{part}", "--voices", *voices(part)],
-        )
-        for part in PARTS
+        part: ["--data", f"data/{part}.jsonl", "--output-dir", f"data/{part}", "--voices", *voices(part)] for part in PARTS
     }
-    learned = ["--questions", "data/training.jsonl", "--speech", "data/training/items.jsonl", "--output-dir", "warm-up"]
-    evaluated = ["-m", "tars_fast.evaluate", "--data", "data/held_out/items.jsonl", "--output-dir"]
+    joe = ["--synthesiser", f"{SMOL}/voices.py:piper", "--voices", "joe"]
+    spoken["held_out_neural"] = ["--data", "data/held_out.jsonl", "--output-dir", "data/held_out_neural", *joe]
+    learned = ["--questions", "data/training.jsonl", "--speech", TRAINING, "--output-dir", "warm-up"]
+    sets = ["--data", f"held_out={HELD_OUT}", "--data", f"neural={NEURAL}"]
+    evaluated = ["-m", "tars_fast.evaluate", "--model", WARM, *sets, "--dtype", "bfloat16", "--output-dir", "evaluated"]
     return {
         "assemble": ("smol/preset.json", [f"{SMOL}/assemble.py", "--output-dir", "smol"]),
         "questions": ("data/held_out.jsonl", [f"{SMOL}/questions.py", "--output-dir", "data"]),
-        **spoken,
+        **{f"speak {part}": (f"data/{part}/items.jsonl", ["-m", "tars_fast.prepare", *own]) for part, own in spoken.items()},
         "warm up": ("warm-up/projector.safetensors", [f"{SMOL}/warm_up.py", "--model", "smol", *learned, *warm_up]),
-        "assemble warm": ("warm/preset.json", [f"{SMOL}/assemble.py", "--warm-up", "warm-up", "--output-dir", "warm"]),
-        "evaluate": ("evaluated/evaluation.json", [*evaluated, "evaluated", "--model", "warm"]),
+        "assemble warm": (f"{WARM}/preset.json", [f"{SMOL}/assemble.py", "--warm-up", "warm-up", "--output-dir", WARM]),
+        "evaluate": ("evaluated/evaluation.json", evaluated),
     }
 
 
-def run(folder: Path, warm_up: list[str]) -> Mapping[str, float]:
+def commands_of_arms(arguments: argparse.Namespace) -> dict[str, Command]:
+    """By name: the ablation, then an analysis of the warm model and one of each arm's first seed."""
+    settings = ("dtype=bfloat16", f"eval_items={arguments.eval_items}", "eval_samples=1", *arguments.setting)
+    trained = ["--model", WARM, "--data", TRAINING, "--eval-data", HELD_OUT, "--num-steps", str(arguments.num_steps)]
+    trained += ["--arms", arguments.arms, "--seeds", str(arguments.seeds), "--jobs", str(arguments.jobs)]
+    trained += [part for setting in settings for part in ("--setting", setting)]
+    looked_at = ["-m", "tars_fast.analyse", "--data", HELD_OUT, "--items", str(arguments.analysed), "--dtype", "bfloat16"]
+    checkpoints = {"start": WARM}
+    checkpoints |= {arm: f"arms/{arm}/seed-0/checkpoint-{arguments.num_steps}" for arm in arguments.arms.split(",")}
+    return {
+        # Also when all is there: it adds seeds and arms.
+        "arms": ("", ["-m", "tars_fast.ablate", *trained, "--output-dir", "arms"]),
+        **{
+            f"analyse {arm}": (
+                f"analysed/{arm}/analysis.json",
+                [*looked_at, "--model", checkpoint, "--output-dir", f"analysed/{arm}"],
+            )
+            for arm, checkpoint in checkpoints.items()
+        },
+    }
+
+
+def run(folder: Path, commands: Mapping[str, Command]) -> Mapping[str, float]:
     """Seconds by command."""
     record = folder / "seconds.json"
     seconds = json.loads(record.read_text()) if record.is_file() else {}
-    for name, (made, arguments) in commands(warm_up).items():
+    for name, (made, arguments) in commands.items():
         if (folder / made).is_file():
             continue
         started = time.perf_counter()
@@ -68,19 +102,67 @@ def run(folder: Path, warm_up: list[str]) -> Mapping[str, float]:
         finally:
             seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started, 1)
             write_atomically(record, json.dumps(seconds))
-    return seconds
+    return {name: seconds[name] for name in commands if name in seconds}
+
+
+def spread_of_rewards(runs: Sequence[Path]) -> dict[str, float]:
+    """Standard deviation of each reward within the spoken groups of a step, in the mean over steps and runs."""
+    steps = [json.loads(line) for folder in runs for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = sorted({name for step in steps for name in step if name.startswith("deviation/") and name.endswith("/speech")})
+    return {name.split("/")[1]: statistics.mean(step[name] for step in steps if name in step) for name in names}
+
+
+def inside(analysis: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an analysis what is compared between arms; of CKA each speech layer with its own text layer."""
+    debiased = analysis["alignment"]["debiased"]
+    own = range(len(debiased["matrix"]))
+    return {
+        "num_items": analysis["num_items"],
+        "own_pooled": analysis["drift"]["own"]["pooled"],
+        "own_pooled_ci95": analysis["drift"]["own"]["pooled_ci95"],
+        "debiased_cka": [debiased["matrix"][layer][layer] for layer in own],
+        "above_mismatched": [debiased["above_mismatched"][layer][layer] for layer in own],
+        "above_mismatched_ci95": [debiased["above_mismatched_ci95"][layer][layer] for layer in own],
+    }
+
+
+def report_arms(folder: Path, arms: Sequence[str]) -> dict[str, Any]:
+    """The ablation with each arm's rewards and states."""
+    ablation = json.loads((folder / "arms" / "ablation.json").read_text())
+    runs = {arm: [path.parent for path in (folder / "arms" / arm).glob("seed-*/evaluation.json")] for arm in arms}
+    analyses = {arm: json.loads((folder / "analysed" / arm / "analysis.json").read_text()) for arm in ("start", *arms)}
+    return {
+        "ablation": ablation,
+        "spread_of_rewards": {arm: spread_of_rewards(own) for arm, own in runs.items()},
+        "inside": {arm: inside(analysis) for arm, analysis in analyses.items()},
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("make", "arms"), help="make takes arguments of warm_up.py too")
     parser.add_argument("--folder", type=Path, required=True, help="where everything is made")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the figures")
+    arms = parser.add_argument_group("arms")
+    arms.add_argument("--arms", default="grpo,tars,opd")
+    arms.add_argument("--seeds", type=int, default=2)
+    arms.add_argument("--num-steps", type=int, default=60)
+    arms.add_argument("--jobs", type=int, default=2)
+    arms.add_argument("--eval-items", type=int, default=175, help="of the held-out ones, in espeak-ng's voices")
+    arms.add_argument("--analysed", type=int, default=40, help="of the held-out ones")
+    arms.add_argument("--setting", action="append", default=[], help="SETTING=VALUE of tars_fast.train, for all arms")
     arguments, warm_up = parser.parse_known_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    seconds = run(arguments.folder.resolve(), warm_up)
-    evaluation = json.loads((arguments.folder / "evaluated" / "evaluation.json").read_text())
-    command = shlex.join(["python", "bench/smol.py", *warm_up])
-    report = provenance() | {"command": command, "seconds": seconds, "evaluation": evaluation}
+    if warm_up and arguments.what == "arms":
+        parser.error(f"unrecognized arguments: {' '.join(warm_up)}")
+    folder = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    making = arguments.what == "make"
+    seconds = run(folder, commands_of_make(warm_up) if making else commands_of_arms(arguments))
+    report = provenance() | {"command": shlex.join(["python", "bench/smol.py", *sys.argv[1:]]), "seconds": seconds}
+    if making:
+        report["evaluation"] = json.loads((folder / "evaluated" / "evaluation.json").read_text())
+    else:
+        report |= report_arms(folder, arguments.arms.split(","))
     write_atomically(arguments.output, json.dumps(report, indent=1) + "\n")
 
 

@@ -42,15 +42,15 @@ needs_parts = pytest.mark.skipif(bool(ABSENT), reason=f"needs what examples/smol
 
 @pytest.fixture(scope="module")
 def drawn():
-    return [*questions.draw(700, held_out=False, seed=0), *questions.draw(350, held_out=True, seed=0)]
+    return [*questions.draw(1050, held_out=False, seed=0), *questions.draw(350, held_out=True, seed=0)]
 
 
 def test_questions_are_different_and_split_by_what_they_are_about(drawn):
-    assert len({item.question for _, item in drawn}) == 1050
+    assert len({item.question for _, item in drawn}) == 1400
     held_out = {item.key for _, item in drawn if item.is_held_out}
     assert not held_out & {item.key for _, item in drawn if not item.is_held_out}
     counts = Counter((kind, item.is_held_out) for kind, item in drawn)
-    assert counts == {(kind, held): 50 if held else 100 for kind in questions.KINDS for held in (False, True)}
+    assert counts == {(kind, held): 50 if held else 150 for kind in questions.KINDS for held in (False, True)}
 
 
 def test_completions_state_the_answer_in_the_format(drawn):
