@@ -14,10 +14,13 @@ from markdown.extensions.toc import slugify
 from settings_page import COMMANDS, PAGE, settings_of
 from snippets import PAGES, ROOT, parse_markdown
 
+from tars_fast.support.cli import flag_of
+
 DOCS = ROOT / "docs"
 GENERATED = DOCS / PAGE
 SUFFIXES = "py|ipynb|sh|jsonl?|md|png|html|npz|tex|toml|ya?ml|cfg|txt|gz|jinja|js|css|parquet"
 FILE = re.compile(rf"[\w./-]+\.(?:{SUFFIXES})(?![\w.])")
+FIELD = re.compile(r"^    ([a-z]\w*): ", re.MULTILINE)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 TRL = "num_generations reward_funcs reward_weights scale_rewards loss_type epsilon_low epsilon_high num_iterations max_steps "
 TRL += "mask_truncated_completions vllm_importance_sampling_cap gradient_accumulation_steps eval_steps log_completions"
@@ -62,7 +65,10 @@ def source_words() -> set[str]:
 
 @cache
 def flags() -> set[str]:
-    return {flag for command in COMMANDS for setting in settings_of(command) for flag in setting.flags.split(", ")}
+    of_commands = {flag for command in COMMANDS for setting in settings_of(command) for flag in setting.flags.split(", ")}
+    # Of examples the fields of their settings, which tyro makes flags of.
+    fields = {name for path in ROOT.glob("examples/*/*.py") for name in FIELD.findall(path.read_text(encoding="utf-8"))}
+    return of_commands | {flag_of(name) for name in fields}
 
 
 def anchors(page: Path) -> set[str]:
