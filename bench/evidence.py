@@ -5,7 +5,8 @@ at which sampled spoken accuracy is highest, among those at which sampled writte
 in every seed. `arms` trains every arm at its rate with five seeds and compares them on the held-out items. The primary measure
 was named before any run: held-out spoken accuracy of sampled completions. `variants` does what `rates` does for variants of
 TARS, which are looked at on validation items alone. `collapse` shows what becomes of weights that are their own teacher with
-nothing to hold them and nothing that stops them.
+nothing to hold them and nothing that stops them. `voices` has the runs of `arms` answer the held-out questions in a neural
+voice that no training heard.
 
 Every run is one of `tars_fast.ablate`, so the same command goes on where it was stopped. Results go to bench/results.
 """
@@ -13,6 +14,7 @@ Every run is one of `tars_fast.ablate`, so the same command goes on where it was
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import shutil
@@ -25,6 +27,10 @@ import tars_fast  # noqa: F401  (before torch: threads.py)
 
 # isort: split
 from tars_fast.ablate import AblateConfig, AblationOutcome, ablate
+from tars_fast.evaluate import EvaluateConfig, evaluate
+from tars_fast.evaluation.ablation import Arms, FinishedRun
+from tars_fast.evaluation.results import PREDICTIONS, ItemResult, read_predictions
+from tars_fast.models.registry import list_checkpoints
 from tars_fast.support.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
@@ -135,6 +141,25 @@ def show_collapse(task: str, arguments: argparse.Namespace) -> dict[str, object]
     }
 
 
+def answer_in_another_voice(model: str, seed: int, folder: Path) -> list[ItemResult]:
+    """Greedy and two samples of each item in Joe's voice, as training evaluates its own; what is in `folder` already stays."""
+    source = "neural=pocket@held_out_neural"
+    evaluate(EvaluateConfig(model=model, data=(source,), samples=2, seed=seed, device="cpu", output_dir=folder))
+    return read_predictions(folder / PREDICTIONS, "--output-dir")
+
+
+def compare_in_another_voice(folder: Path, baseline: str) -> dict[str, Any]:
+    """The content of ablation.json with the items in the neural voice instead of the others, over the finished runs."""
+    runs = []
+    for path in sorted(folder.glob("*/seed-*/evaluation.json"), key=lambda path: path.parts[-3] != baseline):
+        own, seed = path.parent, int(path.parent.name.removeprefix("seed-"))
+        before = answer_in_another_voice("pocket", seed, folder / "start-neural" / own.name)
+        after = answer_in_another_voice(str(list_checkpoints(own)[-1][1]), seed, own / "neural")
+        finished = FinishedRun.read(own.parent.name, seed, own)
+        runs.append(dataclasses.replace(finished, before=before, after=after))
+    return Arms(runs, baseline).report()
+
+
 def save(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written to {path}")
@@ -142,7 +167,7 @@ def save(path: Path, content: Mapping[str, object]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("rates", "variants", "arms", "collapse"))
+    parser.add_argument("what", choices=("rates", "variants", "arms", "collapse", "voices"))
     parser.add_argument("task", choices=("pocket", "pocket-hard"))
     parser.add_argument("--arms", help="of the table in this file, with commas between them; all")
     parser.add_argument("--seeds", type=int, help="1 for rates and variants, 5 for arms")
@@ -154,6 +179,14 @@ def main() -> None:
     arguments.seeds = arguments.seeds or (5 if what == "arms" else 1)
     if what == "collapse":
         save(RESULTS / f"evidence_{task}_collapse.json", show_collapse(task, arguments))
+        return
+    if what == "voices":
+        if task != "pocket":
+            raise SystemExit("only pocket's held-out questions are there in another voice")
+        rate = json.loads((RESULTS / f"evidence_{task}_rates.json").read_text())["arms"]["grpo"]["chosen"]
+        report = compare_in_another_voice(arguments.output_dir / f"{task}-arms", f"grpo_{rate}")
+        given = {"command": shlex.join(["python", *sys.argv]), "provenance": provenance()}
+        save(RESULTS / f"evidence_{task}" / "neural_voice.json", given | report)
         return
     table = VARIANTS if what == "variants" else ARMS
     arms = {name: table[name] for name in (arguments.arms or ",".join(table)).split(",")}
