@@ -209,19 +209,18 @@ def main() -> None:
         print(f"written to {target}")
         return
     results_file = RESULTS / f"evidence_{task}_{what}.json"
-    # Arm by arm, so that what is there when time is over is kept; those of an earlier command stay.
-    for name, settings in arms.items():
-        ablation = compare(task, what, by_rate({name: settings}, RATES[task]), arguments, f"{task}@validation")
-        earlier = json.loads(results_file.read_text())["arms"] if results_file.is_file() else {}
-        result = {
-            "command": shlex.join(["python", *sys.argv]),
-            "seeds": arguments.seeds,
-            "num_steps": arguments.num_steps,
-            "provenance": ablation["provenance"],
-            "start": {key: value for key, value in ablation["start"].items() if key.endswith("accuracy_sampled")},
-            "arms": earlier | {name: choose_rate(ablation, name, RATES[task])},
-        }
-        save(results_file, result)
+    ablation = compare(task, what, by_rate(arms, RATES[task]), arguments, f"{task}@validation")
+    # Those of an earlier command stay.
+    earlier = json.loads(results_file.read_text())["arms"] if results_file.is_file() else {}
+    result = {
+        "command": shlex.join(["python", *sys.argv]),
+        "seeds": arguments.seeds,
+        "num_steps": arguments.num_steps,
+        "provenance": ablation["provenance"],
+        "start": {key: value for key, value in ablation["start"].items() if key.endswith("accuracy_sampled")},
+        "arms": earlier | {name: choose_rate(ablation, name, RATES[task]) for name in arms},
+    }
+    save(results_file, result)
 
 
 if __name__ == "__main__":
