@@ -103,15 +103,11 @@ def choose_rate(ablation: Mapping[str, Any], arm: str, rates: Sequence[str]) -> 
     tried = {}
     for rate in rates:
         figures = ablation["arms"].get(f"{arm}_{rate}")
-        # A run that was stopped, by the watch or because of NaN, is not compared.
-        if figures is None:
+        starts = ablation["start"]["text_accuracy_sampled_by_seed"]
+        # A rate at which a run was stopped, by the watch or because of NaN, is not compared.
+        if figures is None or len(figures["text_accuracy_sampled_by_seed"]) < len(starts):
             continue
-        lost = max(
-            start - after
-            for start, after in zip(
-                ablation["start"]["text_accuracy_sampled_by_seed"], figures["text_accuracy_sampled_by_seed"], strict=False
-            )
-        )
+        lost = max(start - after for start, after in zip(starts, figures["text_accuracy_sampled_by_seed"], strict=True))
         tried[rate] = {
             "speech_accuracy_sampled": figures["speech_accuracy_sampled"],
             "speech_accuracy": figures["speech_accuracy"],
@@ -121,7 +117,8 @@ def choose_rate(ablation: Mapping[str, Any], arm: str, rates: Sequence[str]) -> 
     # Two of 200 items are a point, which floats miss.
     kept = {rate: own for rate, own in tried.items() if own["most_lost_in_text"] <= MOST_LOST + 1e-9} or tried
     chosen = max(kept, key=lambda rate: kept[rate]["speech_accuracy_sampled"]) if kept else None
-    stopped = {rate: ablation["failed"].get(f"{arm}_{rate}, seed 0") for rate in rates if rate not in tried}
+    failed = {name.partition(",")[0]: reason for name, reason in ablation["failed"].items()}
+    stopped = {rate: failed.get(f"{arm}_{rate}") for rate in rates if rate not in tried}
     return {"chosen": chosen, "keeps_text": kept is not tried, "tried": tried, "stopped": stopped}
 
 
@@ -153,11 +150,16 @@ def compare_in_another_voice(folder: Path, baseline: str) -> dict[str, Any]:
     runs = []
     for path in sorted(folder.glob("*/seed-*/evaluation.json"), key=lambda path: path.parts[-3] != baseline):
         own, seed = path.parent, int(path.parent.name.removeprefix("seed-"))
-        before = answer_in_another_voice("pocket", seed, folder / "start-neural" / own.name)
+        before = answer_in_another_voice("pocket", seed, folder.parent / "pocket-neural" / own.name)
         after = answer_in_another_voice(str(list_checkpoints(own)[-1][1]), seed, own / "neural")
         finished = FinishedRun.read(own.parent.name, seed, own)
         runs.append(dataclasses.replace(finished, before=before, after=after))
     return Arms(runs, baseline).report()
+
+
+def arms_of_table(path: Path) -> set[str]:
+    """Of an ablation.json, without their rates."""
+    return {name.rpartition("_")[0] for name in json.loads(path.read_text())["arms"]} if path.is_file() else set()
 
 
 def save(path: Path, content: Mapping[str, object]) -> None:
@@ -196,13 +198,15 @@ def main() -> None:
         missing = [name for name in arms if not rates.get(name, {}).get("chosen")]
         if missing:
             raise SystemExit(f"{rates_file} has no rate of {', '.join(missing)}: run rates, or name others by --arms")
+        target = RESULTS / f"evidence_{task}"
+        target.mkdir(exist_ok=True)
+        if lost := arms_of_table(target / "ablation.json") - arms.keys():
+            raise SystemExit(f"--arms: the table in {target} has {', '.join(sorted(lost))} too; name them all, grpo first")
         # `ablate` has arms of some of these names, at the preset's rate.
         chosen = {name: rates[name]["chosen"] for name in arms}
         arms = {f"{name}_{chosen[name]}": f"{own},learning_rate={chosen[name]}" for name, own in arms.items()}
         compare(task, what, arms, arguments, task)
         folder = arguments.output_dir / f"{task}-{what}"
-        target = RESULTS / f"evidence_{task}"
-        target.mkdir(exist_ok=True)
         for name in ("ablation.json", "ablation.md", "learning_curves.png", "drift.png"):
             if (folder / name).is_file():
                 shutil.copy(folder / name, target / name)

@@ -34,10 +34,10 @@ from tars_fast.types import Modality
 ARMS: dict[str, dict[str, str]] = {
     "tars": {},
     "grpo": {"objective": "grpo"},
-    "opd": {"objective": "opd"},
-    "opd, moving teacher": {"objective": "opd", "teacher": "moving"},
+    "opd": {"objective": "opd", "text_anchor": "none"},
+    "opd, moving teacher": {"objective": "opd", "text_anchor": "none", "teacher": "moving"},
     "opd, anchored": {"objective": "opd", "text_anchor": "kl"},
-    "opd, as an advantage": {"objective": "opd", "distil_as": "advantage"},
+    "opd, as an advantage": {"objective": "opd", "text_anchor": "none", "distil_as": "advantage"},
     "tars+opd": {"objective": "tars+opd"},
 }
 CASES = {"pocket": "pocket", "tiny": "full", "qwen2-audio-7b": "10s-512"}

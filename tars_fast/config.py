@@ -218,7 +218,7 @@ class TrainConfig:
     text_anchor: Literal["auto", "none", "kl", "rollouts"] = "auto"
     """What holds written answers where opd distils: kl, the KL to the model before training of the same completions behind the
     written prompt; rollouts, written completions with a policy gradient on R_base, as in grpo; none. auto: kl, but none where
-    another objective beside opd trains on written completions."""
+    tars or grpo stand beside them, which train on written completions."""
     text_anchor_weight: float = 1.0
     """Weight of --text-anchor kl in the loss."""
     watch_every: int = 5
@@ -314,8 +314,8 @@ class TrainConfig:
     """Completions in flight; changing it changes the samples. None: the preset's (256 / 64)."""
     rollout_ahead: Literal[0, 1] = 0
     """1: the next batch is sampled while this one trains, from weights that are then --updates-per-rollout steps old;
-    importance weights, held below --importance-cap, correct for it. Needs memory for both at once; a resumed run begins with
-    a fresh batch. 0: one after the other."""
+    importance weights, held below --importance-cap, correct for it in a policy loss, a divergence has none. Needs memory for
+    both at once; a resumed run begins with a fresh batch. 0: one after the other."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """What samples rollouts, on the weights being trained. auto: on CUDA vLLM where it is installed, else transformers."""
     tensor_parallel: int = 1
@@ -450,6 +450,11 @@ class TrainConfig:
             raise UserError(
                 f"--text-anchor rollouts: --objective {self.objective} samples written completions already; leave it out"
             )
+        if self.distil_as == "advantage" and self.loss_type in ("gspo", "luspo", "gmpo"):
+            raise UserError(
+                f"--loss-type {self.loss_type}: has one ratio for all tokens of a completion, and --distil-as advantage one "
+                "advantage for each; take another loss, or --distil-as sequence"
+            )
         if objective.weighs_tokens and self.distil_as != "loss":
             raise UserError(
                 f"--distil-as {self.distil_as}: --objective {self.objective} weighs tokens by the divergence of whole "
@@ -509,6 +514,7 @@ class TrainConfig:
         policy = (*clipped, "kl_coef", "entropy_coef")
         return [
             (distilling, parts.distils, "opd or cord in --objective"),
+            (("max_written_kl",), self.steps_between_looks > 0, "--watch-every 1 or more"),
             (("teacher_decay",), self.keeps_average, "--teacher ema"),
             (("distil_divergence", "distil_truncated"), self.has_divergence_loss, "--distil-as loss of opd or cord"),
             (("distil_beta",), self.has_divergence_loss and self.distil_divergence == "jsd", "--distil-divergence jsd"),
@@ -548,7 +554,8 @@ class TrainConfig:
     @property
     def anchors_by_kl(self) -> bool:
         """Whether written distributions are held to those of the model before training."""
-        is_alone = self.parts.distils and not self.parts.has_policy_gradient
+        # cord samples written completions to ask them, and trains on none.
+        is_alone = self.parts.distils and not self.parts.uses_rewards
         return self.text_anchor == "kl" or (self.text_anchor == "auto" and is_alone)
 
     @property
@@ -667,7 +674,7 @@ class TrainConfig:
             rollout_ahead=bool(self.rollout_ahead),
             gradient_checkpointing=preset.gradient_checkpointing,
             reference_bytes=self._reference_bytes(preset, dtype_bytes),
-            distils=self.has_divergence_loss,
+            distils=self.parts.distils,
             embedder_bytes=0 if preset.behaviour_model == "hashed-ngrams" else _EMBEDDER_BYTES,
             on_gpu=on_gpu,
             given_kv_cache=None if self.kv_cache_gb is None else int(self.kv_cache_gb * GB),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
 
-from tars_fast.ablate import parse_settings
+from tars_fast.ablate import parse_settings, parse_training
 from tars_fast.config import TrainConfig
+from tars_fast.support.command_line import as_arguments
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -43,6 +45,10 @@ def test_the_rate_that_keeps_text_wins(bench):
     found = choose_rate({"start": start, "arms": only, "failed": failed}, "tars", RATES["pocket-hard"])
     assert (found["chosen"], found["keeps_text"]) == ("4e-4", False)
     assert found["stopped"] == {"1e-4": "stopped: NaN", "2e-4": None}
+    # One seed of two was stopped.
+    short = {"tars_1e-4": arms["tars_1e-4"], "tars_2e-4": figures(0.9, [0.99])}
+    found = choose_rate({"start": start, "arms": short, "failed": {"tars_2e-4, seed 1": "NaN"}}, "tars", RATES["pocket-hard"])
+    assert (found["chosen"], found["stopped"]["2e-4"]) == ("1e-4", "NaN")
 
 
 def test_arms_and_variants_are_settings(bench):
@@ -51,14 +57,18 @@ def test_arms_and_variants_are_settings(bench):
     for table in (ARMS, VARIANTS):
         for name, settings in by_rate(table, RATES["pocket"]).items():
             values = parse_settings(f"--define {name}:", settings.split(","), set())
-            assert not values.keys() - {field for field in TrainConfig.__dataclass_fields__}, name
+            config = parse_training(name, as_arguments(TrainConfig, values))
+            assert config.learning_rate in map(float, RATES["pocket"]), name
 
 
 def test_every_objective_is_timed(bench, capsys):
     import objectives
     from train_step import cases_of
 
-    found = objectives.measure(cases_of("tiny")["lora"], 1)
+    workload = cases_of("tiny")["lora"]
+    anchored = [name for name, own in objectives.ARMS.items() if dataclasses.replace(workload.config(), **own).anchors_by_kl]
+    assert anchored == ["opd, anchored"]
+    found = objectives.measure(workload, 1)
     assert found.keys() == objectives.ARMS.keys()
     assert all(seconds["seconds/update"] > 0 for seconds in found.values())
     assert "seconds/teacher" in found["opd"]

@@ -77,6 +77,11 @@ SCORES: dict[str, Callable[[dict[str, np.ndarray], int], np.ndarray]] = {
 """--select -> ([Q] estimates by name, completions of a question) -> [Q] scores, NaN for a question without an estimate."""
 
 
+def num_drawn_uniformly(floor: float, questions_per_step: int) -> int:
+    """Of a step's questions, where the others are selected."""
+    return max(1, round(floor * questions_per_step))
+
+
 def check_selection(config: TrainConfig, questions_per_step: int, questions: Sequence[Question]) -> None:
     """Raises UserError where nothing can be selected."""
     if config.select == "kl" and not config.parts.distils:
@@ -97,6 +102,12 @@ def check_selection(config: TrainConfig, questions_per_step: int, questions: Seq
     needs_answers = config.select in ("gap", "disagreement") or config.max_redraws
     if needs_answers and not any(question.has_answer for question in questions):
         raise UserError(f"{setting}: goes by right answers, and no training item has one; take --select kl without redraws")
+    if config.select != "all" and num_drawn_uniformly(config.select_floor, questions_per_step) == questions_per_step:
+        raise UserError(
+            f"--select {config.select}: of a step of --questions-per-step {questions_per_step} --select-floor "
+            f"{config.select_floor} draws all uniformly, at least one, which leaves nothing to choose; lower it, or give more "
+            "questions a step"
+        )
     if (config.select != "all" or config.max_redraws) and questions_per_step >= len(questions):
         raise UserError(
             f"{setting}: a step of --questions-per-step {questions_per_step} takes all {len(questions)} training items, which "
@@ -160,7 +171,7 @@ class Selection:
         config, num_questions = self._config, len(self.questions)
         num_uniform = config.questions_per_step
         if self.is_active:
-            num_uniform = max(1, round(config.select_floor * config.questions_per_step))
+            num_uniform = num_drawn_uniformly(config.select_floor, config.questions_per_step)
         uniform = batch_of_step(num_questions, num_uniform, step, config.seed)
         num_others = config.questions_per_step * (1 + config.max_redraws) - num_uniform
         if not num_others:

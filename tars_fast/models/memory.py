@@ -77,7 +77,7 @@ class Workload:
     reference_bytes: int = 0
     """Of each trained weight, in copies that the objective compares with: those before training, their average."""
     distils: bool = False
-    """Whether the loss compares whole distributions of two streams of states, the policy's and a teacher's."""
+    """Whether there are two streams of states, the policy's and a teacher's, whose whole distributions a loss compares."""
     trains: bool = True
     """False: evaluation only, without optimiser."""
     on_gpu: bool = True

@@ -170,6 +170,8 @@ def test_a_damaged_state_is_refused(config, damage):
         ({"select": "gap", "objective": "opd"}, "--select gap: --objective opd samples no written .*--select kl or disag"),
         ({"select": "disagreement", "questions_per_step": 8}, "--select disagreement: goes by right answers, and no .*kl"),
         ({"max_redraws": 1, "questions_per_step": 8}, "--max-redraws 1: goes by right answers, and no training item has one"),
+        ({"select": "disagreement", "questions_per_step": 1}, "--select disagreement: of a step of --questions-per-step 1 "),
+        ({"select": "disagreement", "questions_per_step": 4, "select_floor": 0.9}, "--select-floor 0.9 draws all uniformly"),
         ({"select_floor": 0.0}, "--select-floor 0.0: must be above 0"),
         ({"select_floor": 1.5}, "--select-floor 1.5: .*at most 1"),
         ({"max_redraws": -1}, "--max-redraws -1"),
