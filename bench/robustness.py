@@ -84,15 +84,20 @@ def recognised(questions: Sequence[Question], source: str) -> Figures:
 
 def panel(figures: Mapping[str, Figures]) -> dict[str, Curve]:
     """Curves over the ratio in dB, of a model on a data set; what has none is a level."""
-    ratios = sorted({float(name.partition(":")[2]) for name in figures if ":" in name})
+    ratios_of: dict[str, dict[float, str]] = {}
+    for name in figures:
+        if ":" in name:
+            parsed = parse_augmentation(name)
+            ratios_of.setdefault(parsed.kind, {})[parsed.lowest_snr] = name
+    ratios = sorted({ratio for own in ratios_of.values() for ratio in own})
 
-    def curve(names: Sequence[str]) -> Curve:
-        low, high = zip(*(figures[name]["speech_accuracy_ci95"] for name in names), strict=True)
-        return Curve(ratios, [figures[name]["speech_accuracy"] for name in names], low, high)
+    def curve(names: Mapping[float, str]) -> Curve:
+        own = sorted(names)
+        low, high = zip(*(figures[names[ratio]]["speech_accuracy_ci95"] for ratio in own), strict=True)
+        return Curve(own, [figures[names[ratio]]["speech_accuracy"] for ratio in own], low, high)
 
-    kinds = dict.fromkeys(name.partition(":")[0] for name in figures if ":" in name)
-    curves = {KINDS[kind]: curve([f"{kind}:{ratio:g}" for ratio in ratios]) for kind in kinds}
-    return curves | {name: curve([name] * len(ratios)) for name in figures if ":" not in name}
+    curves = {KINDS[kind]: curve(names) for kind, names in ratios_of.items()}
+    return curves | {name: curve(dict.fromkeys(ratios, name)) for name in figures if ":" not in name}
 
 
 def main() -> None:
@@ -103,6 +108,9 @@ def main() -> None:
     parser.add_argument("--recogniser", help="as prepare takes it")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; the chart goes beside it")
     arguments = parser.parse_args()
+    for given in map(parse_augmentation, arguments.augment):
+        if given.lowest_snr != given.highest_snr:
+            parser.error("--augment: each needs one ratio, to stand at one place of the chart")
     torch.set_num_threads(1)
     sources = dict(one.split("=", 1) for one in arguments.data or ["held_out=pocket"])
     data = {name: load_questions(or_bundled(source, "held_out")) for name, source in sources.items()}
@@ -130,7 +138,7 @@ def main() -> None:
                 accuracies[name][data_name] = own
     report["accuracy"] = accuracies
     arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if arguments.augment:
+    if any(":" in text for text in arguments.augment):
         panels = {f"{data_name}, {name}": panel(own) for name, sets in accuracies.items() for data_name, own in sets.items()}
         write_png(
             arguments.output.with_suffix(".png"), curves_plot(panels, "signal-to-noise ratio, dB", "accuracy from speech")

@@ -90,19 +90,24 @@ def commands_of_arms(arguments: argparse.Namespace) -> dict[str, Command]:
 
 
 def run(folder: Path, commands: Mapping[str, Command]) -> Mapping[str, float]:
-    """Seconds by command."""
-    record = folder / "seconds.json"
-    seconds = json.loads(record.read_text()) if record.is_file() else {}
+    """Seconds by command. Raises SystemExit where one has been run with other arguments."""
+    path = folder / "commands.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
     for name, (made, arguments) in commands.items():
+        own = record.setdefault(name, {"arguments": list(arguments), "seconds": 0.0})
+        if not made:
+            own["arguments"] = list(arguments)
+        if own["arguments"] != list(arguments):
+            raise SystemExit(f"{folder}: {name} was run as {shlex.join(own['arguments'])}; name another --folder")
         if (folder / made).is_file():
             continue
         started = time.perf_counter()
         try:
             subprocess.run([sys.executable, *arguments], cwd=folder, check=True)
         finally:
-            seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started, 1)
-            write_atomically(record, json.dumps(seconds))
-    return {name: seconds[name] for name in commands if name in seconds}
+            own["seconds"] = round(own["seconds"] + time.perf_counter() - started, 1)
+            write_atomically(path, json.dumps(record, indent=1))
+    return {name: record[name]["seconds"] for name in commands}
 
 
 def spread_of_rewards(runs: Sequence[Path]) -> dict[str, float]:
@@ -139,7 +144,10 @@ def report_arms(folder: Path, arms: Sequence[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # An abbreviation would take arguments of warm_up.py for those of this script.
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("what", choices=("make", "arms"), help="make takes arguments of warm_up.py too")
     parser.add_argument("--folder", type=Path, required=True, help="where everything is made")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the figures")

