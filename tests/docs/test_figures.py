@@ -177,12 +177,17 @@ def test_the_other_objectives(task, table):
     ablation = read(f"evidence_{task}/ablation.json")
     lines = lines_of("docs/ablations.md")
     (head,) = [number for number, line in enumerate(lines) if line.startswith(table)]
-    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in lines[head + 2 : head + 7]]
-    (start, *arms) = rows
+    rows = takewhile(lambda line: line.startswith("|"), lines[head + 2 :])
+    (start, *arms) = [[part.strip() for part in line.split("|")[1:-1]] for line in rows]
     keys = ("speech_accuracy_sampled", "speech_accuracy", "text_accuracy_sampled", "text_accuracy")
     assert start[2:6] == [cell(ablation["start"], key) for key in keys]
-    names = {"`grpo`": "grpo", "`tars`": "tars", "`opd`, `--text-anchor none`": "opd"}
-    names["`opd` with its anchor, the default"] = "opd-anchored"
+    names = {f"`{name}`": name for name in ("grpo", "rep", "beh", "tars")}
+    names |= {
+        "`opd`, `--text-anchor none`": "opd",
+        "`opd` with its anchor, the default": "opd-anchored",
+        "`tars+opd`": "tars-opd",
+    }
+    names |= {"`opd`, `--teacher moving`": "opd-moving", "`cord`, `--teacher moving`": "cord"}
     chosen = read(f"evidence_{task}_rates.json")["arms"]
     baseline = f"grpo_{chosen['grpo']['chosen']}"
     minus = ablation[f"minus_{baseline}"]
