@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("what", choices=("rates", "variants", "arms", "collapse", "voices"))
     parser.add_argument("task", choices=("pocket", "pocket-hard"))
     parser.add_argument("--arms", help="of the table in this file, with commas between them; all")
+    parser.add_argument("--table", nargs=1, default=[], help="of arms: a further part of the name of its folder")
     parser.add_argument("--rates", help="of the grid, with commas between them; all")
     parser.add_argument("--seeds", type=int, help="1 for rates and variants, 5 for arms")
     parser.add_argument("--num-steps", type=int, help="the preset's")
@@ -203,10 +204,12 @@ def main() -> None:
         missing = [name for name in arms if not rates.get(name, {}).get("chosen")]
         if missing:
             raise SystemExit(f"{rates_file} has no rate of {', '.join(missing)}: run rates, or name others by --arms")
-        target = RESULTS / f"evidence_{task}"
+        target = RESULTS / "_".join(["evidence", task, *arguments.table])
         target.mkdir(exist_ok=True)
         if lost := arms_of_table(target / "ablation.json") - arms.keys():
-            raise SystemExit(f"--arms: the table in {target} has {', '.join(sorted(lost))} too; name them all, grpo first")
+            raise SystemExit(
+                f"--arms: the table in {target} has {', '.join(sorted(lost))} too; name them all, grpo first, or another --table"
+            )
         # `ablate` has arms of some of these names, at the preset's rate.
         chosen = {name: rates[name]["chosen"] for name in arms}
         arms = {f"{name}_{chosen[name]}": f"{own},learning_rate={chosen[name]}" for name, own in arms.items()}
