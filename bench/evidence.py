@@ -207,9 +207,7 @@ def main() -> None:
         target = RESULTS / "_".join(["evidence", task, *arguments.table])
         target.mkdir(exist_ok=True)
         if lost := arms_of_table(target / "ablation.json") - arms.keys():
-            raise SystemExit(
-                f"--arms: the table in {target} has {', '.join(sorted(lost))} too; name them all, grpo first, or another --table"
-            )
+            raise SystemExit(f"--arms: the table in {target} has {', '.join(sorted(lost))} too; name all, or another --table")
         # `ablate` has arms of some of these names, at the preset's rate.
         chosen = {name: rates[name]["chosen"] for name in arms}
         arms = {f"{name}_{chosen[name]}": f"{own},learning_rate={chosen[name]}" for name, own in arms.items()}
