@@ -171,9 +171,84 @@ def save(path: Path, content: Mapping[str, object]) -> None:
     print(f"written to {path}")
 
 
+def settings_by_arm(arguments: argparse.Namespace) -> dict[str, str]:
+    """Of `ARMS` or `VARIANTS` those that `--arms` names."""
+    table = VARIANTS if arguments.what == "variants" else ARMS
+    return {name: table[name] for name in (arguments.arms or ",".join(table)).split(",")}
+
+
+def results_of(task: str, what: str = "rates") -> Path:
+    return RESULTS / f"evidence_{task}_{what}.json"
+
+
+def compare_voices(arguments: argparse.Namespace) -> None:
+    """`voices`."""
+    if arguments.task != "pocket":
+        raise SystemExit("only pocket's held-out questions are there in another voice")
+    rate = json.loads(results_of("pocket").read_text())["arms"]["grpo"]["chosen"]
+    report = compare_in_another_voice(arguments.output_dir / "pocket-arms", f"grpo_{rate}")
+    given = {"command": shlex.join(["python", *sys.argv]), "provenance": provenance()}
+    save(RESULTS / "evidence_pocket" / "neural_voice.json", given | report)
+
+
+def compare_arms(arguments: argparse.Namespace) -> None:
+    """`arms`."""
+    task, arms = arguments.task, settings_by_arm(arguments)
+    rates = json.loads(results_of(task).read_text())["arms"]
+    missing = [name for name in arms if not rates.get(name, {}).get("chosen")]
+    if missing:
+        raise SystemExit(f"{results_of(task)} has no rate of {', '.join(missing)}: run rates, or name others by --arms")
+    target = RESULTS / "_".join(["evidence", task, *arguments.table])
+    target.mkdir(exist_ok=True)
+    if lost := arms_of_table(target / "ablation.json") - arms.keys():
+        raise SystemExit(f"--arms: the table in {target} has {', '.join(sorted(lost))} too; name all, or another --table")
+    # `ablate` has arms of some of these names, at the preset's rate.
+    chosen = {name: rates[name]["chosen"] for name in arms}
+    arms = {f"{name}_{chosen[name]}": f"{own},learning_rate={chosen[name]}" for name, own in arms.items()}
+    compare(task, "arms", arms, arguments, task)
+    folder = arguments.output_dir / f"{task}-arms"
+    for name in ("ablation.json", "ablation.md", "learning_curves.png", "drift.png"):
+        if (folder / name).is_file():
+            shutil.copy(folder / name, target / name)
+    print(f"written to {target}")
+
+
+def compare_rates(arguments: argparse.Namespace) -> None:
+    """`rates` and `variants`."""
+    task, what, arms = arguments.task, arguments.what, settings_by_arm(arguments)
+    rates = arguments.rates.split(",") if arguments.rates else RATES[task]
+    ablation = compare(task, what, by_rate(arms, rates), arguments, f"{task}@validation")
+    # Those of an earlier command stay.
+    target = results_of(task, what)
+    earlier = json.loads(target.read_text())["arms"] if target.is_file() else {}
+    result = {
+        "command": shlex.join(["python", *sys.argv]),
+        "seeds": arguments.seeds,
+        "num_steps": arguments.num_steps,
+        "provenance": ablation["provenance"],
+        "start": {key: value for key, value in ablation["start"].items() if key.endswith("accuracy_sampled")},
+        "arms": earlier | {name: choose_rate(ablation, name, rates) for name in arms},
+    }
+    save(target, result)
+
+
+def watch_collapse(arguments: argparse.Namespace) -> None:
+    """`collapse`."""
+    save(results_of(arguments.task, "collapse"), show_collapse(arguments.task, arguments))
+
+
+COMMANDS = {
+    "rates": compare_rates,
+    "variants": compare_rates,
+    "arms": compare_arms,
+    "collapse": watch_collapse,
+    "voices": compare_voices,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("rates", "variants", "arms", "collapse", "voices"))
+    parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("task", choices=("pocket", "pocket-hard"))
     parser.add_argument("--arms", help="of the table in this file, with commas between them; all")
     parser.add_argument("--table", nargs=1, default=[], help="of arms: a further part of the name of its folder")
@@ -183,55 +258,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/evidence"))
     arguments = parser.parse_args()
-    task, what = arguments.task, arguments.what
-    arguments.seeds = arguments.seeds or (5 if what == "arms" else 1)
-    if what == "collapse":
-        save(RESULTS / f"evidence_{task}_collapse.json", show_collapse(task, arguments))
-        return
-    if what == "voices":
-        if task != "pocket":
-            raise SystemExit("only pocket's held-out questions are there in another voice")
-        rate = json.loads((RESULTS / f"evidence_{task}_rates.json").read_text())["arms"]["grpo"]["chosen"]
-        report = compare_in_another_voice(arguments.output_dir / f"{task}-arms", f"grpo_{rate}")
-        given = {"command": shlex.join(["python", *sys.argv]), "provenance": provenance()}
-        save(RESULTS / f"evidence_{task}" / "neural_voice.json", given | report)
-        return
-    table = VARIANTS if what == "variants" else ARMS
-    arms = {name: table[name] for name in (arguments.arms or ",".join(table)).split(",")}
-    rates_file = RESULTS / f"evidence_{task}_rates.json"
-    if what == "arms":
-        rates = json.loads(rates_file.read_text())["arms"]
-        missing = [name for name in arms if not rates.get(name, {}).get("chosen")]
-        if missing:
-            raise SystemExit(f"{rates_file} has no rate of {', '.join(missing)}: run rates, or name others by --arms")
-        target = RESULTS / "_".join(["evidence", task, *arguments.table])
-        target.mkdir(exist_ok=True)
-        if lost := arms_of_table(target / "ablation.json") - arms.keys():
-            raise SystemExit(f"--arms: the table in {target} has {', '.join(sorted(lost))} too; name all, or another --table")
-        # `ablate` has arms of some of these names, at the preset's rate.
-        chosen = {name: rates[name]["chosen"] for name in arms}
-        arms = {f"{name}_{chosen[name]}": f"{own},learning_rate={chosen[name]}" for name, own in arms.items()}
-        compare(task, what, arms, arguments, task)
-        folder = arguments.output_dir / f"{task}-{what}"
-        for name in ("ablation.json", "ablation.md", "learning_curves.png", "drift.png"):
-            if (folder / name).is_file():
-                shutil.copy(folder / name, target / name)
-        print(f"written to {target}")
-        return
-    results_file = RESULTS / f"evidence_{task}_{what}.json"
-    rates = arguments.rates.split(",") if arguments.rates else RATES[task]
-    ablation = compare(task, what, by_rate(arms, rates), arguments, f"{task}@validation")
-    # Those of an earlier command stay.
-    earlier = json.loads(results_file.read_text())["arms"] if results_file.is_file() else {}
-    result = {
-        "command": shlex.join(["python", *sys.argv]),
-        "seeds": arguments.seeds,
-        "num_steps": arguments.num_steps,
-        "provenance": ablation["provenance"],
-        "start": {key: value for key, value in ablation["start"].items() if key.endswith("accuracy_sampled")},
-        "arms": earlier | {name: choose_rate(ablation, name, rates) for name in arms},
-    }
-    save(results_file, result)
+    arguments.seeds = arguments.seeds or (5 if arguments.what == "arms" else 1)
+    COMMANDS[arguments.what](arguments)
 
 
 if __name__ == "__main__":
