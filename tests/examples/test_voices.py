@@ -71,7 +71,8 @@ def test_a_neural_voice_speaks_as_long_as_its_seed_and_the_text_say(function):
 @both_voices()
 @pytest.mark.slow
 def test_a_voice_that_is_not_there_is_one_line(function, tmp_path):
-    (tmp_path / "items.jsonl").write_text('{"id": "one", "question": "What is two plus three?", "answer": "five"}\n')
+    item = {"id": "one", "question": "What is two plus three?", "answer_set": ["four", "five"], "answer": "five"}
+    (tmp_path / "items.jsonl").write_text(json.dumps(item) + "\n")
     config = PrepareConfig(
         data=str(tmp_path / "items.jsonl"), output_dir=tmp_path / "out", synthesiser=function, voices=("amy",)
     )
