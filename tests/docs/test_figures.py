@@ -172,15 +172,23 @@ def test_full_fine_tuning_on_several_cards():
         assert shown == expected, row
 
 
-@pytest.mark.parametrize(("task", "table"), [("pocket", "| arm | rate |"), ("pocket-hard", "| arm of `pocket-hard` | rate |")])
-def test_the_other_objectives(task, table):
-    ablation = read(f"evidence_{task}/ablation.json")
+@pytest.mark.parametrize(
+    ("task", "folder", "table"),
+    [
+        ("pocket", "evidence_pocket", "| arm | rate |"),
+        ("pocket", "evidence_pocket_objectives", "| arm, three seeds | rate |"),
+        ("pocket-hard", "evidence_pocket-hard", "| arm of `pocket-hard` | rate |"),
+    ],
+)
+def test_the_other_objectives(task, folder, table):
+    ablation = read(f"{folder}/ablation.json")
     lines = lines_of("docs/ablations.md")
     (head,) = [number for number, line in enumerate(lines) if line.startswith(table)]
     rows = takewhile(lambda line: line.startswith("|"), lines[head + 2 :])
     (start, *arms) = [[part.strip() for part in line.split("|")[1:-1]] for line in rows]
     keys = ("speech_accuracy_sampled", "speech_accuracy", "text_accuracy_sampled", "text_accuracy")
     assert start[2:6] == [cell(ablation["start"], key) for key in keys]
+    assert {len(own["seeds"]) for own in ablation["arms"].values()} == {3 if "three seeds" in table else 5}
     names = {f"`{name}`": name for name in ("grpo", "rep", "beh", "tars")}
     names |= {
         "`opd`, `--text-anchor none`": "opd",
@@ -199,6 +207,17 @@ def test_the_other_objectives(task, table):
         if arm != baseline:
             assert difference == cell(minus[arm], "speech_accuracy_sampled", "+")
             assert float(p) == pytest.approx(minus[arm]["speech_accuracy_sampled_p_holm"], rel=0.05)
+
+
+def test_every_objective_in_short():
+    arms, page = read("evidence_pocket_objectives/ablation.json")["arms"], words_of("docs/ablations.md")
+    names = ("cord_8e-4", "tars-opd_8e-4", "opd-anchored_8e-4")
+    cord, both, default = (100 * arms[name]["speech_accuracy_sampled"] for name in names)
+    assert f"end {cord - default:.1f} and {both - default:.1f} points above the default" in page
+    tokens = "{:,.0f} and {:,.0f} against {:,.0f}".format(*(round(arms[name]["sampled_tokens"], -3) for name in names))
+    assert f"with twice its sampled tokens ({tokens})" in page
+    plain = max(arms["grpo_4e-4"]["speech_accuracy_sampled_by_seed"])
+    assert all(min(arms[name]["speech_accuracy_sampled_by_seed"]) > plain for name in (*names, "opd-moving_8e-4"))
 
 
 def test_the_other_objectives_in_short():
