@@ -68,19 +68,19 @@ MOST_LOST = 0.01
 """Of sampled written accuracy, in any seed."""
 
 
-def run_arms(task: str, what: str, arms: Mapping[str, str], arguments: argparse.Namespace, eval_data: str) -> AblationOutcome:
+def run_arms(arms: Mapping[str, str], arguments: argparse.Namespace, eval_data: str) -> AblationOutcome:
     """Train these arms, by name and settings, or what is left of them."""
     config = AblateConfig(
         arms=",".join(arms),
         define=tuple(f"{name}:{settings}" for name, settings in arms.items()),
         baseline=next(iter(arms)),
         seeds=arguments.seeds,
-        model=task,
-        data=task,
+        model=arguments.task,
+        data=arguments.task,
         eval_data=eval_data,
         num_steps=arguments.num_steps,
         setting=("device=cpu",),
-        output_dir=arguments.output_dir / f"{task}-{what}",
+        output_dir=arguments.output_dir / f"{arguments.task}-{arguments.what}",
         jobs=arguments.jobs,
     )
     outcome = ablate(config)
@@ -89,9 +89,9 @@ def run_arms(task: str, what: str, arms: Mapping[str, str], arguments: argparse.
     return outcome
 
 
-def compare(task: str, what: str, arms: Mapping[str, str], arguments: argparse.Namespace, eval_data: str) -> dict[str, Any]:
+def compare(arms: Mapping[str, str], arguments: argparse.Namespace, eval_data: str) -> dict[str, Any]:
     """The content of ablation.json over these arms."""
-    ablation = run_arms(task, what, arms, arguments, eval_data).ablation
+    ablation = run_arms(arms, arguments, eval_data).ablation
     if ablation is None:
         raise SystemExit("no run has ended well")
     return ablation
@@ -105,9 +105,9 @@ def by_rate(arms: Mapping[str, str], rates: Sequence[str]) -> dict[str, str]:
 def choose_rate(ablation: Mapping[str, Any], arm: str, rates: Sequence[str]) -> dict[str, object]:
     """The rate of an arm among those tried, and what each of them gave."""
     tried = {}
+    starts = ablation["start"]["text_accuracy_sampled_by_seed"]
     for rate in rates:
         figures = ablation["arms"].get(f"{arm}_{rate}")
-        starts = ablation["start"]["text_accuracy_sampled_by_seed"]
         # A rate at which a run was stopped, by the watch or because of NaN, is not compared.
         if figures is None or len(figures["text_accuracy_sampled_by_seed"]) < len(starts):
             continue
@@ -124,22 +124,6 @@ def choose_rate(ablation: Mapping[str, Any], arm: str, rates: Sequence[str]) -> 
     failed = {name.partition(",")[0]: reason for name, reason in ablation["failed"].items()}
     stopped = {rate: failed.get(f"{arm}_{rate}") for rate in rates if rate not in tried}
     return {"chosen": chosen, "keeps_text": kept is not tried, "tried": tried, "stopped": stopped}
-
-
-def show_collapse(task: str, arguments: argparse.Namespace) -> dict[str, object]:
-    """Every fifth step of the run, where written answers are looked at, and what stopped it."""
-    settings = f"{COLLAPSE},learning_rate={RATES[task][1]}"
-    outcome = run_arms(task, "collapse", {"let-go": settings}, arguments, f"{task}@validation")
-    lines = (outcome.output_dir / "let-go" / "seed-0" / "metrics.jsonl").read_text().splitlines()
-    names = ("step", "written_kl", "accuracy/speech", "truncated/speech")
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "provenance": provenance(),
-        "settings": settings,
-        "steps": [{name: step[name] for name in names} for step in map(json.loads, lines) if "written_kl" in step],
-        "num_steps_done": len(lines),
-        "stopped": [reason.partition("; see ")[0] for reason in outcome.failed.values()],
-    }
 
 
 def answer_in_another_voice(model: str, seed: int, folder: Path) -> list[ItemResult]:
@@ -167,7 +151,8 @@ def arms_of_table(path: Path) -> set[str]:
 
 
 def save(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    given = {"command": shlex.join(["python", *sys.argv]), "provenance": provenance()}
+    path.write_text(json.dumps(given | content, indent=1) + "\n")
     print(f"written to {path}")
 
 
@@ -187,8 +172,7 @@ def compare_voices(arguments: argparse.Namespace) -> None:
         raise SystemExit("only pocket's held-out questions are there in another voice")
     rate = json.loads(results_of("pocket").read_text())["arms"]["grpo"]["chosen"]
     report = compare_in_another_voice(arguments.output_dir / "pocket-arms", f"grpo_{rate}")
-    given = {"command": shlex.join(["python", *sys.argv]), "provenance": provenance()}
-    save(RESULTS / "evidence_pocket" / "neural_voice.json", given | report)
+    save(RESULTS / "evidence_pocket" / "neural_voice.json", report)
 
 
 def compare_arms(arguments: argparse.Namespace) -> None:
@@ -205,7 +189,7 @@ def compare_arms(arguments: argparse.Namespace) -> None:
     # `ablate` has arms of some of these names, at the preset's rate.
     chosen = {name: rates[name]["chosen"] for name in arms}
     arms = {f"{name}_{chosen[name]}": f"{own},learning_rate={chosen[name]}" for name, own in arms.items()}
-    compare(task, "arms", arms, arguments, task)
+    compare(arms, arguments, task)
     folder = arguments.output_dir / f"{task}-arms"
     for name in ("ablation.json", "ablation.md", "learning_curves.png", "drift.png"):
         if (folder / name).is_file():
@@ -217,31 +201,40 @@ def compare_rates(arguments: argparse.Namespace) -> None:
     """`rates` and `variants`."""
     task, what, arms = arguments.task, arguments.what, settings_by_arm(arguments)
     rates = arguments.rates.split(",") if arguments.rates else RATES[task]
-    ablation = compare(task, what, by_rate(arms, rates), arguments, f"{task}@validation")
+    ablation = compare(by_rate(arms, rates), arguments, f"{task}@validation")
     # Those of an earlier command stay.
     target = results_of(task, what)
     earlier = json.loads(target.read_text())["arms"] if target.is_file() else {}
     result = {
-        "command": shlex.join(["python", *sys.argv]),
         "seeds": arguments.seeds,
         "num_steps": arguments.num_steps,
-        "provenance": ablation["provenance"],
         "start": {key: value for key, value in ablation["start"].items() if key.endswith("accuracy_sampled")},
         "arms": earlier | {name: choose_rate(ablation, name, rates) for name in arms},
     }
     save(target, result)
 
 
-def watch_collapse(arguments: argparse.Namespace) -> None:
-    """`collapse`."""
-    save(results_of(arguments.task, "collapse"), show_collapse(arguments.task, arguments))
+def show_collapse(arguments: argparse.Namespace) -> None:
+    """`collapse`: every fifth step of the run, where written answers are looked at, and what stopped it."""
+    task = arguments.task
+    settings = f"{COLLAPSE},learning_rate={RATES[task][1]}"
+    outcome = run_arms({"let-go": settings}, arguments, f"{task}@validation")
+    lines = (outcome.output_dir / "let-go" / "seed-0" / "metrics.jsonl").read_text().splitlines()
+    names = ("step", "written_kl", "accuracy/speech", "truncated/speech")
+    result = {
+        "settings": settings,
+        "steps": [{name: step[name] for name in names} for step in map(json.loads, lines) if "written_kl" in step],
+        "num_steps_done": len(lines),
+        "stopped": [reason.partition("; see ")[0] for reason in outcome.failed.values()],
+    }
+    save(results_of(task, "collapse"), result)
 
 
 COMMANDS = {
     "rates": compare_rates,
     "variants": compare_rates,
     "arms": compare_arms,
-    "collapse": watch_collapse,
+    "collapse": show_collapse,
     "voices": compare_voices,
 }
 
