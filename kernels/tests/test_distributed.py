@@ -39,9 +39,7 @@ def batch(parts: slice = slice(None)) -> list[torch.Tensor]:
     return [tensor[parts] for tensor in (states, torch.arange(6) * 5, advantages)]
 
 
-def work(rank: int, folder: str, kind: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{kind}", rank=rank, world_size=WORKERS)
-    torch.set_num_threads(1)
+def check_gradients(rank: int, kind: str) -> None:
     expected = Policy()
     expected(*batch()).backward()
     policy = Policy()
@@ -55,6 +53,14 @@ def work(rank: int, folder: str, kind: str) -> None:
     for own, whole in zip(policy.parameters(), expected.parameters(), strict=True):
         gradient = own.grad.full_tensor() if kind == "fsdp2" else own.grad
         torch.testing.assert_close(gradient, whole.grad, rtol=1e-4, atol=1e-6)
+
+
+def work(rank: int, folder: str, kind: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{kind}", rank=rank, world_size=WORKERS)
+    torch.set_num_threads(1)
+    # DDP must be gone before its group: where its reducer is the last to hold the group, the group is freed under the GIL,
+    # waiting for a thread that may wait for the GIL itself.
+    check_gradients(rank, kind)
     dist.destroy_process_group()
 
 
