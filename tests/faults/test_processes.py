@@ -32,7 +32,7 @@ def test_a_killed_run_loses_nothing(tmp_path):
     """A few of the kills of `python tests/faults/kill.py`, whose log is bench/results/kill_log_cpu.json."""
     runs = kill.KilledRuns(tmp_path, num_steps=6)
     rng = random.Random(0)
-    for _ in range(5):
+    for _ in range(3):
         runs.kill_once(rng)
     runs.finish()
 
