@@ -1,9 +1,10 @@
-"""The speech LLM of examples/smol: `python bench/smol.py make --folder FOLDER --output FILE`, then `arms`.
+"""The speech LLM of examples/smol: `python bench/smol.py make --folder FOLDER --output FILE`, then `arms` and `vllm`.
 
 `make` runs the commands of examples/smol/README.md one after the other, from nothing to the warm model's evaluation on held-out
 questions in espeak-ng's voices and in a neural one, and times each. `arms` trains from the warm model: objectives with several
 seeds, compared by `tars_fast.ablate`; how far each reward spreads within the groups of a step, in the mean over steps; and by
-`tars_fast.analyse` the drift of hidden states and their CKA, before and after.
+`tars_fast.analyse` the drift of hidden states and their CKA, before and after. `vllm` takes three steps with vLLM's engine, at
+a rate that moves the policy, and reports how far its log-probabilities are from the trainer's, before and after each hand-over.
 
 What is there already is not made again, so the same command goes on where it was stopped; the seconds of a command that was
 stopped are those of all its starts.
@@ -89,6 +90,13 @@ def commands_of_arms(arguments: argparse.Namespace) -> dict[str, Command]:
     }
 
 
+def commands_of_vllm() -> dict[str, Command]:
+    """By name: the run, in float32 so that nothing but a fault tells the two apart."""
+    trained = ["--model", WARM, "--data", TRAINING, "--eval-data", HELD_OUT, "--eval-items", "2", "--eval-samples", "0"]
+    trained += ["--engine", "vllm", "--objective", "tars", "--num-steps", "3", "--learning-rate", "1e-3"]
+    return {"train": ("vllm/evaluation.json", ["-m", "tars_fast.train", *trained, "--output-dir", "vllm"])}
+
+
 def run(folder: Path, commands: Mapping[str, Command]) -> Mapping[str, float]:
     """Seconds by command. Raises SystemExit where one has been run with other arguments."""
     path = folder / "commands.json"
@@ -143,12 +151,19 @@ def report_arms(folder: Path, arms: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def report_vllm(folder: Path) -> dict[str, list[float]]:
+    """By step, of the completions that vLLM sampled with the weights as they were before the step."""
+    steps = [json.loads(line) for line in (folder / "vllm" / "metrics.jsonl").read_text().splitlines()]
+    names = ("logprob_diff_max", "logprob_diff_mean", "accuracy/speech", "accuracy/text", "grad_norm")
+    return {name: [step[name] for step in steps] for name in names}
+
+
 def main() -> None:
     # An abbreviation would take arguments of warm_up.py for those of this script.
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("what", choices=("make", "arms"), help="make takes arguments of warm_up.py too")
+    parser.add_argument("what", choices=("make", "arms", "vllm"), help="make takes arguments of warm_up.py too")
     parser.add_argument("--folder", type=Path, required=True, help="where everything is made")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the figures")
     arms = parser.add_argument_group("arms")
@@ -160,17 +175,23 @@ def main() -> None:
     arms.add_argument("--analysed", type=int, default=40, help="of the held-out ones")
     arms.add_argument("--setting", action="append", default=[], help="SETTING=VALUE of tars_fast.train, for all arms")
     arguments, warm_up = parser.parse_known_args()
-    if warm_up and arguments.what == "arms":
+    if warm_up and arguments.what != "make":
         parser.error(f"unrecognized arguments: {' '.join(warm_up)}")
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    making = arguments.what == "make"
-    seconds = run(folder, commands_of_make(warm_up) if making else commands_of_arms(arguments))
+    commands = {
+        "make": lambda: commands_of_make(warm_up),
+        "arms": lambda: commands_of_arms(arguments),
+        "vllm": commands_of_vllm,
+    }
+    seconds = run(folder, commands[arguments.what]())
     report = provenance() | {"command": shlex.join(["python", "bench/smol.py", *sys.argv[1:]]), "seconds": seconds}
-    if making:
+    if arguments.what == "make":
         report["evaluation"] = json.loads((folder / "evaluated" / "evaluation.json").read_text())
-    else:
+    elif arguments.what == "arms":
         report |= report_arms(folder, arguments.arms.split(","))
+    else:
+        report["by_step"] = report_vllm(folder)
     write_atomically(arguments.output, json.dumps(report, indent=1) + "\n")
 
 
