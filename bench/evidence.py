@@ -166,13 +166,20 @@ def results_of(task: str, what: str = "rates") -> Path:
     return RESULTS / f"evidence_{task}_{what}.json"
 
 
+def table_of(arguments: argparse.Namespace) -> Path:
+    """The folder in bench/results of `arms` and `voices`."""
+    folder = RESULTS / "_".join(["evidence", arguments.task, *arguments.table])
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def compare_voices(arguments: argparse.Namespace) -> None:
     """`voices`."""
     if arguments.task != "pocket":
         raise SystemExit("only pocket's held-out questions are there in another voice")
     rate = json.loads(results_of("pocket").read_text())["arms"]["grpo"]["chosen"]
     report = compare_in_another_voice(arguments.output_dir / "pocket-arms", f"grpo_{rate}")
-    save(RESULTS / "evidence_pocket" / "neural_voice.json", report)
+    save(table_of(arguments) / "neural_voice.json", report)
 
 
 def compare_arms(arguments: argparse.Namespace) -> None:
@@ -182,8 +189,7 @@ def compare_arms(arguments: argparse.Namespace) -> None:
     missing = [name for name in arms if not rates.get(name, {}).get("chosen")]
     if missing:
         raise SystemExit(f"{results_of(task)} has no rate of {', '.join(missing)}: run rates, or name others by --arms")
-    target = RESULTS / "_".join(["evidence", task, *arguments.table])
-    target.mkdir(exist_ok=True)
+    target = table_of(arguments)
     if lost := arms_of_table(target / "ablation.json") - arms.keys():
         raise SystemExit(f"--arms: the table in {target} has {', '.join(sorted(lost))} too; name all, or another --table")
     # `ablate` has arms of some of these names, at the preset's rate.
@@ -244,7 +250,7 @@ def main() -> None:
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("task", choices=("pocket", "pocket-hard"))
     parser.add_argument("--arms", help="of the table in this file, with commas between them; all")
-    parser.add_argument("--table", nargs=1, default=[], help="of arms: a further part of the name of its folder")
+    parser.add_argument("--table", nargs=1, default=[], help="of arms and voices: a further part of the name of its folder")
     parser.add_argument("--rates", help="of the grid, with commas between them; all")
     parser.add_argument("--seeds", type=int, help="1 for rates and variants, 5 for arms")
     parser.add_argument("--num-steps", type=int, help="the preset's")
