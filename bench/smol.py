@@ -97,12 +97,17 @@ def commands_of_vllm() -> dict[str, Command]:
     return {"train": ("vllm/evaluation.json", ["-m", "tars_fast.train", *trained, "--output-dir", "vllm"])}
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def run(folder: Path, commands: Mapping[str, Command]) -> Mapping[str, float]:
     """Seconds by command. Raises SystemExit where one has been run with other arguments."""
     path = folder / "commands.json"
-    record = json.loads(path.read_text()) if path.is_file() else {}
+    seconds = {}
     for name, (made, arguments) in commands.items():
-        own = record.setdefault(name, {"arguments": list(arguments), "seconds": 0.0})
+        own = read_record(path).get(name, {"arguments": list(arguments), "seconds": 0.0})
+        seconds[name] = own["seconds"]
         if not made:
             own["arguments"] = list(arguments)
         if own["arguments"] != list(arguments):
@@ -113,9 +118,10 @@ def run(folder: Path, commands: Mapping[str, Command]) -> Mapping[str, float]:
         try:
             subprocess.run([sys.executable, *arguments], cwd=folder, check=True)
         finally:
-            own["seconds"] = round(own["seconds"] + time.perf_counter() - started, 1)
-            write_atomically(path, json.dumps(record, indent=1))
-    return {name: record[name]["seconds"] for name in commands}
+            seconds[name] = own["seconds"] = round(own["seconds"] + time.perf_counter() - started, 1)
+            # Read anew: `arms` may run beside what `make` still evaluates.
+            write_atomically(path, json.dumps(read_record(path) | {name: own}, indent=1))
+    return seconds
 
 
 def spread_of_rewards(runs: Sequence[Path]) -> dict[str, float]:
