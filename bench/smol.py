@@ -70,7 +70,7 @@ def commands_of_make(warm_up: Sequence[str]) -> dict[str, Command]:
 
 def commands_of_arms(arguments: argparse.Namespace) -> dict[str, Command]:
     """By name: the ablation, then an analysis of the warm model and one of each arm's first seed."""
-    settings = ("dtype=bfloat16", f"eval_items={arguments.eval_items}", "eval_samples=1", *arguments.setting)
+    settings = ("dtype=bfloat16", f"eval_items={arguments.eval_items}", *arguments.setting)
     trained = ["--model", WARM, "--data", TRAINING, "--eval-data", HELD_OUT, "--num-steps", str(arguments.num_steps)]
     trained += ["--arms", arguments.arms, "--seeds", str(arguments.seeds), "--jobs", str(arguments.jobs)]
     trained += [part for setting in settings for part in ("--setting", setting)]
