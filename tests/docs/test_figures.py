@@ -542,12 +542,17 @@ def test_the_collapse_of_a_moving_teacher():
 
 
 def test_the_model_of_pretrained_parts():
-    report, words = read("smol_cpu.json"), words_of("examples/smol/README.md")
-    items = report["evaluation"]["items"]
-    for modality, article in (("text", "from text"), ("speech", "from speech")):
-        low, high = (100 * bound for bound in items[f"{modality}_accuracy_ci95"])
-        assert f"{100 * items[f'{modality}_accuracy']:.1f} % {article} [{low:.0f}, {high:.0f}]" in words
-    assert f"{100 * items['speech_unparsed']:.0f} % of its spoken answers cannot be read" in words
+    report, lines, words = read("smol_cpu.json"), lines_of("examples/smol/README.md"), words_of("examples/smol/README.md")
+    espeak, joe = report["evaluation"]["held_out"], report["evaluation"]["neural"]
+    names = ("350, in espeak-ng's voices that training never heard", "the same, in the neural voice of Joe")
+    for name, items in zip(names, (espeak, joe), strict=True):
+        assert items["num_items"] == 350
+        shown = " | ".join(cell(items, key) for key in ("speech_accuracy", "text_accuracy", "speech_unparsed"))
+        assert f"| {name} | {shown} |" in lines
+        assert items["text_accuracy"] >= 0.85
+        assert items["speech_accuracy_ci95"][1] < items["text_accuracy_ci95"][0], "a gap to be closed"
+    heard = [cell(items, "speech_accuracy").replace(" ", " % ", 1) for items in (joe, espeak)]
+    assert f"{heard[0]} of its held-out questions right in Joe's voice and {heard[1]}" in words_of("docs/evaluation.md")
     kinds = {
         "story": "two or three sums in a story",
         "comparison": "who has most or fewest",
@@ -557,6 +562,11 @@ def test_the_model_of_pretrained_parts():
         "legs": "legs of animals",
         "alphabet": "the alphabet",
     }
-    for kind, own in items["categories"].items():
-        assert f"| {kinds[kind]} | {100 * own['speech_accuracy']:.0f} | {100 * own['text_accuracy']:.0f} |" in words
-    assert f"assembling {report['seconds']['assemble']:.0f} s" in words
+    for kind, own in espeak["categories"].items():
+        accuracies = (own["speech_accuracy"], joe["categories"][kind]["speech_accuracy"], own["text_accuracy"])
+        assert f"| {kinds[kind]} | {' | '.join(f'{100 * accuracy:.0f}' for accuracy in accuracies)} |" in lines
+    seconds = report["seconds"]
+    spoken = seconds["speak training"] + seconds["speak held_out"]
+    assert f"assembling {seconds['assemble']:.0f} s, speaking all questions {spoken:.0f} s" in words
+    assert f"the warm-up {seconds['warm up'] / 60:.0f} min on two threads" in words
+    assert report["command"].partition(" --output ")[2].partition(" ")[2] in words
