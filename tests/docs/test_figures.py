@@ -201,6 +201,13 @@ def test_the_other_objectives(task, folder, table):
     baseline = f"grpo_{chosen['grpo']['chosen']}"
     minus = ablation[f"minus_{baseline}"]
     assert set(ablation["arms"]) == {f"{names[name]}_{rate}" for name, rate, *_ in arms}
+    neural = RESULTS / folder / "neural_voice.json"
+    heard = read(f"{folder}/neural_voice.json") if neural.is_file() else None
+    if heard is not None:
+        key = "speech_accuracy_sampled"
+        expected = [cell(heard["start"], key), *(cell(heard["arms"][f"{names[name]}_{rate}"], key) for name, rate, *_ in arms)]
+        assert [row.pop() for row in (start, *arms)] == expected
+        assert all(own[f"{key}_ci95"][0] < 0.098 for own in heard["arms"].values()), "more than the most frequent answer gets"
     for name, rate, *figures, difference, p in arms:
         arm = f"{names[name]}_{rate}"
         assert chosen[names[name]]["chosen"] == rate
