@@ -18,6 +18,8 @@ from tars_fast.support.cli import flag_of
 
 DOCS = ROOT / "docs"
 GENERATED = DOCS / PAGE
+RESULTS = ROOT / "bench" / "results"
+"""Which a hook of docs puts into the site."""
 SUFFIXES = "py|ipynb|sh|jsonl?|md|png|html|npz|tex|toml|ya?ml|cfg|txt|gz|jinja|js|css|parquet"
 FILE = re.compile(rf"[\w./-]+\.(?:{SUFFIXES})(?![\w.])")
 FIELD = re.compile(r"^    ([a-z]\w*): ", re.MULTILINE)
@@ -101,6 +103,8 @@ def check_links(page: Path) -> None:
                 assert any(name == relative or name.startswith(f"{relative}/") for name in tracked_files()), (
                     f"{place}: no such file"
                 )
+                in_site = target.is_relative_to(DOCS) or (target.is_relative_to(RESULTS) and target.suffix in (".png", ".json"))
+                assert in_site or not page.is_relative_to(DOCS), f"{place}: not in the site, name the file instead"
             assert not anchor or anchor in anchors(target), f"{place}: no such heading"
 
 
