@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tars_fast.config import TrainConfig
 from tars_fast.data.arithmetic import NUMBERS
 from tars_fast.data.items import TRAINING_DATA, load_questions
+from tars_fast.export import ExportConfig, export
 from tars_fast.learning.rewards.answers import extract_answer, has_format
 from tars_fast.models.preset import PRESET_FILE
 from tars_fast.models.registry import PRESETS, architecture_of, find_preset
@@ -310,17 +311,23 @@ def test_an_assembled_model_is_trained_and_read(assembled, tmp_path):
         data=str(items),
         eval_data="pocket",
         eval_items=1,
-        objective="grpo",
         num_steps=1,
         questions_per_step=2,
         group_size=4,
         eval_samples=0,
         max_new_tokens=4,
+        distil_truncated=True,
         output_dir=tmp_path / "run",
     )
     train(config)
     adapter = load_file(tmp_path / "run" / "checkpoint-1" / "adapter_model.safetensors")
     assert sum(".lora_A." in name for name in adapter) == 30 * 7
     assert (tmp_path / "run" / "checkpoint-1" / PRESET_FILE).is_file()
-    plain = Qwen2AudioForConditionalGeneration.from_pretrained(assembled, dtype=torch.float32)
+    assert export(ExportConfig(model=str(tmp_path / "run" / "checkpoint-1"), output_dir=tmp_path / "exported")) == 0
+    plain, found = Qwen2AudioForConditionalGeneration.from_pretrained(
+        tmp_path / "exported", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(found.values()), found
     torch.testing.assert_close(plain.lm_head.weight, plain.get_input_embeddings().weight, rtol=0, atol=0)
+    with torch.no_grad():
+        assert tokenizer.decode(plain(input_ids=token_ids).logits[0, -1].argmax()) == " Paris"
