@@ -177,7 +177,8 @@ class TrainConfig:
     """Share of a step's questions that come from the shuffled epochs all the same, with --select other than all."""
     max_redraws: int = 0
     """Rounds in which questions whose completions are all right or all wrong, spoken and written, are replaced by others
-    before training (DAPO's dynamic sampling); what is left after the last one stays. 0: none are replaced."""
+    before training (DAPO's dynamic sampling); what is left after the last one stays. Other rewards are not looked at. 0: none
+    are replaced."""
     group_size: int = 8
     """Completions of a question, half from the spoken and half from the written prompt."""
     learning_rate: float | None = None

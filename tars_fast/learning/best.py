@@ -15,18 +15,20 @@ class BestStep:
     metric: str | None
     """Name of the figure; larger is better. None: there is no best step."""
     patience: int = 0
-    """Evaluations in a row without a larger figure after which the run ends; 0: it goes on."""
+    """Evaluations in a row whose figure is not larger, after which the run ends; 0: it goes on."""
     step: int | None = None
     """0: no step was better than the model before training."""
     value: float = -math.inf
     num_waited: int = 0
-    """Evaluations since."""
+    """Evaluations since that have the figure."""
 
     def record(self, metrics: Mapping[str, float]) -> bool:
         """Look at an evaluation's `validation/<name>` and `step`; returns whether it is the best one so far."""
         if self.metric is None:
             return False
-        value = metrics.get(f"validation/{self.metric}", -math.inf)
+        value = metrics.get(f"validation/{self.metric}")
+        if value is None:
+            return False
         if value > self.value:
             self.step, self.value, self.num_waited = int(metrics["step"]), value, 0
             return True

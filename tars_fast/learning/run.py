@@ -201,7 +201,7 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
     source = str(resumed_from) if resumed_from is not None and preset.lora_rank == 0 else preset.source
     # Not from the checkpoint it resumes from, which later ones outlive: processor and configuration are read at each save.
     prompts = load_prompt_format(preset, preset.source, config.long_audio)
-    training, held_out = prompts.ask(training), prompts.ask(held_out)
+    training, held_out, validation = (prompts.ask(questions) for questions in (training, held_out, validation))
     engine_name = choose_engine(config.engine, prompts.family, device, dtype, preset.lora_rank)
     check_parts(config.tensor_parallel, architecture, engine_name)
     if config.router_replay and (engine_name != "vllm" or not architecture.num_experts):
@@ -256,7 +256,13 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         check_architecture(Path(source), prompts)
     with ExitStack() as closed:
         own_rewards = closed.enter_context(closing(load_own_rewards(run_config)))
-        try_rewards(own_rewards, data.held_out, prompts)
+        applies = try_rewards(own_rewards, data.held_out, data.training, prompts)
+        if workers.is_first and not (applies or may_teach_without_own(run_config, data.training)):
+            print(
+                f"warning: --reward {' '.join(run_config.reward)}: applies to no completion of the training item that it was "
+                "tried on, and no other reward does; where that is so of all items, there is nothing to train on",
+                flush=True,
+            )
         with explain_out_of_memory("loading the model"), _explain_damage(resumed_from):
             model, engine = load_model_and_engine(prompts, source, device, dtype, workload, cuda_graphs=config.cuda_graphs)
         closed.enter_context(closing(engine))
@@ -454,6 +460,12 @@ def load_data(config: TrainConfig) -> tuple[list[Question], list[Question], list
         rewards = "R_acc and R_fmt" if config.own_rewards else "rewards"
         notes.append(f"{num_unanswered} of {len(training)} training items have no answer, and no {rewards}")
     return training, choose_by_id(held_out, config.eval_items), notes
+
+
+def may_teach_without_own(config: TrainConfig, questions: Sequence[Question]) -> bool:
+    """Whether these items have anything to learn from besides the rewards that `--reward` names."""
+    has_base = bool(config.accuracy_weight or config.format_weight) and any(question.has_answer for question in questions)
+    return has_base or config.parts.distils or not config.own_rewards
 
 
 def _graded(config: TrainConfig, questions: Sequence[Question], flag: str) -> list[Question]:

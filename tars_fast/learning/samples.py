@@ -34,7 +34,7 @@ def choose_samples(scored: ScoredRollout, step: int) -> Iterator[dict[str, Any]]
         if reference is not None:
             rows[Modality.TEXT] = reference
         parts = {str(m): _describe(scored, rows[m]) if m in rows else None for m in Modality}
-        yield {"step": step, "id": question.id, "question": question.text, "answer": question.answer, **parts}
+        yield {"step": step, "id": question.id, "question": question.text, "answer": question.reference, **parts}
 
 
 def _describe(scored: ScoredRollout, row: int) -> dict[str, Any]:

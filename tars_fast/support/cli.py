@@ -175,6 +175,8 @@ def load_function(flag: str, name: str) -> Callable[..., Any]:
     try:
         if not (module and function):
             raise ValueError("no module and function")
+        if not module.endswith(".py") and not all(part.isidentifier() for part in module.split(".")):
+            raise ValueError(f"{module} is neither the name of a module nor a .py file")
         found = getattr(_import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), function)
         if not callable(found):
             raise TypeError(f"{function} is {type(found).__name__}, no function")

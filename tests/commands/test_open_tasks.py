@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from judge_server import judge_server
 from tars_fast import analyse, evaluate, export, train
 from tars_fast.data.items import TRAINING_DATA
 from tars_fast.evaluation.results import read_predictions
+from tars_fast.learning.run import may_teach_without_own
 from tars_fast.models.registry import find_preset
-from tars_fast.types import UserError
+from tars_fast.types import Question, UserError
 
 
 @pytest.fixture
@@ -88,9 +90,16 @@ def test_prompt_settings_go_with_a_checkpoint(tmp_path):
     template.write_text("Listen: {{ question }}")
     own.write_text("instruction: Think, then answer.\nanswer: 'answer is (?P<answer>\\w+)'\nwhole: '<think>.*</answer>'\n")
     config = train.TrainConfig(
-        data=str(data), output_dir=tmp_path / "run", prompt_template=template, answer_format=str(own), **SMALL
+        data=str(data),
+        output_dir=tmp_path / "run",
+        prompt_template=template,
+        answer_format=str(own),
+        sample_every=1,
+        **SMALL,
     )
     train.train(config)
+    for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines():
+        assert json.loads(line)["answer"] in NUMBERS
     after = json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]
     assert after["text_exact"] == after["text_accuracy"]
     template.unlink()
@@ -115,6 +124,20 @@ def test_prompt_settings_go_with_a_checkpoint(tmp_path):
     other = evaluate.EvaluateConfig(model=checkpoint, data=(f"d={data}",), output_dir=tmp_path / "e", answer_format="plain")
     with pytest.raises(UserError, match="holds an evaluation with other settings or contents"):
         evaluate.evaluate(other)
+
+
+def test_rewards_that_apply_to_nothing_are_warned_of(tmp_path, capsys):
+    data = open_items(tmp_path / "data", 4, rubric="Is it a number?")
+    settings = {"data": str(data), "eval_data": "pocket", "objective": "tars", "reward": ("exact", "numeric")}
+    config = train.TrainConfig(**settings, accuracy_weight=0.0, format_weight=0.0, output_dir=tmp_path / "run", **SMALL)
+    train.train(config)
+    assert "warning: --reward exact numeric: applies to no completion of the training item" in capsys.readouterr().out
+    # Where some items have an answer, the rewards for it apply to those.
+    answered = Question("q", "?", "one", ("one", "two"))
+    assert not may_teach_without_own(config, [dataclasses.replace(answered, answer="")])
+    assert not may_teach_without_own(config, [answered])
+    assert may_teach_without_own(dataclasses.replace(config, format_weight=0.5), [answered])
+    assert may_teach_without_own(dataclasses.replace(config, objective="tars+opd"), [answered])
 
 
 def test_numbers_are_evaluated_as_numbers(tmp_path):

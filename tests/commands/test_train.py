@@ -284,27 +284,38 @@ def test_a_run_stops_early_where_nothing_gets_better_and_keeps_the_best(small_ev
         value = next(values)
         return {} if value is None else {"validation/text_accuracy": value}
 
-    values = iter([0.2, 0.7, None, 0.6, 0.9])
+    # Where there is no figure, nothing got better or worse.
+    values = iter([None, 0.2, 0.7, None, 0.6, 0.7, 0.9])
     monkeypatch.setattr("tars_fast.evaluation.training_run.curve_point", point_of)
     items = first_items(HELD_OUT_DATA, 2, tmp_path / "validation")
     config = small_config(tmp_path / "run", small_eval, num_steps=8, eval_every=1, validation_data=str(items), eval_samples=0)
     config = dataclasses.replace(config, keep_best="text_accuracy", early_stop=2, save_every=1, keep_checkpoints=1)
     assert command(config) == 0
     run = tmp_path / "run"
-    assert [step for step, _ in list_checkpoints(run)] == [1, 3]
+    assert [step for step, _ in list_checkpoints(run)] == [2, 5]
     evaluation = json.loads((run / "evaluation.json").read_text())
-    assert evaluation["best"] == {"step": 1, "metric": "text_accuracy", "value": 0.7}
-    assert evaluation["stopped"] == {"step": 3}
+    assert evaluation["best"] == {"step": 2, "metric": "text_accuracy", "value": 0.7}
+    assert evaluation["stopped"] == {"step": 5}
     said = capsys.readouterr().out
-    assert "stopped early, after 3 steps" in said
-    assert said.count("--keep-best text_accuracy: the validation items give no such figure after 2 steps") == 1
+    assert "stopped early, after 5 steps" in said
+    assert said.count("--keep-best text_accuracy: the validation items give no such figure after 3 steps") == 1
     assert command(dataclasses.replace(config, resume=True)) == 0
-    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3]
+    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3, 4, 5]
     # The model card has the figures of the last checkpoint, whichever step that is.
     evaluations = [
-        find_evaluation(ExportConfig(str(run / f"checkpoint-{n}"), tmp_path / "out"), run_of(run / "x")) for n in (1, 3)
+        find_evaluation(ExportConfig(str(run / f"checkpoint-{n}"), tmp_path / "out"), run_of(run / "x")) for n in (2, 5)
     ]
     assert evaluations == [{}, evaluation]
+
+
+def test_validation_reads_answers_as_the_run_does(small_eval, tmp_path):
+    never = tmp_path / "never.yaml"
+    never.write_text("instruction: Answer.\nanswer: 'NEVER (?P<answer>\\w+)'\n")
+    items = first_items(HELD_OUT_DATA, 2, tmp_path / "validation")
+    config = small_config(tmp_path / "run", small_eval, num_steps=1, eval_every=1, validation_data=str(items), eval_samples=0)
+    assert command(dataclasses.replace(config, answer_format=str(never))) == 0
+    assert [line["validation/text_unparsed"] for line in read_metrics(tmp_path / "run")] == [1, 1]
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]["text_unparsed"] == 1
 
 
 def test_validation_items_are_neither_trained_on_nor_held_out(small_eval, tmp_path):

@@ -389,6 +389,7 @@ def test_one_copy_beside_two():
 
 def test_what_rewards_cost():
     run = read("rewards_cpu.json")
+    assert run["python"]["added_percent_of_step"] < 2
     page = words_of("docs/adding-a-reward.md")
     assert (
         f"add {1000 * run['python']['added_seconds_reward']:.1f} ms, {run['python']['added_percent_of_step']:.2f} % of a step"

@@ -116,6 +116,7 @@ def test_several_processes_without_torchrun_are_refused(monkeypatch, given):
     [
         (":f", "no module and function"),
         ("json", "no module and function"),
+        ("./data.txt:f", r"\./data\.txt is neither the name of a module nor a \.py file"),
         ("json:__doc__", "__doc__ is str, no function"),
         ("exiting:f", "SystemExit"),
         ("absent:f", "No module named 'absent'"),

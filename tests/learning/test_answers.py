@@ -274,6 +274,11 @@ def test_words_are_right_where_they_are_an_accepted_answer(completion, answer, r
         ("3 4", None),
         ("none", None),
         ("x2", None),
+        # Beyond what floats hold.
+        ("1e999", None),
+        ("1/" + "9" * 400, None),
+        ("9" * 5000, None),
+        ("1/" + "9" * 5000 + " or 7", 7.0),
     ],
 )
 def test_a_number_is_read_where_it_is_the_only_one(said, number):

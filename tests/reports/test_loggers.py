@@ -155,7 +155,7 @@ def test_a_run_is_logged_by_the_real_package(name, tmp_path):
     command += ["--data", first_items(TRAINING_DATA, 4, tmp_path / "training"), "--num-steps", "2", "--eval-samples", "0"]
     command += ["--eval-data", first_items(HELD_OUT_DATA, 2, tmp_path / "evaluation"), "--eval-every", "1", "--device", "cpu"]
     command += ["--validation-data", first_items(VALIDATION_DATA, 2, tmp_path / "validation")]
-    command += ["--questions-per-step", "2", "--group-size", "4"]
+    command += ["--questions-per-step", "2", "--group-size", "4", "--objective", "tars"]
     environment = os.environ | {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
     done = subprocess.run([str(one) for one in command], env=environment, capture_output=True, text=True, check=True)
     assert "warning" not in done.stdout

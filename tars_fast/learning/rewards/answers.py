@@ -8,6 +8,7 @@ Nothing is ever guessed.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -122,11 +123,18 @@ def numbers_in(text: str) -> list[float]:
     """The different numbers of a text, in order: in digits, or where there are none in English words."""
 
     def found(text: str) -> list[float]:
-        matches = _NUMBER.finditer(text)
-        return [float(match["number"].replace(",", "").replace("\u2212", "-")) / int(match["parts"] or 1) for match in matches]
+        values = (_value(match) for match in _NUMBER.finditer(text))
+        return [value for value in values if math.isfinite(value)]
 
     in_words = [] if any(character.isdigit() for character in text) else found(normalised(text))
     return list(dict.fromkeys(found(text) or in_words))
+
+
+def _value(match: re.Match[str]) -> float:
+    """Of a number or fraction; NaN where floats hold none of it."""
+    number = float(match["number"].replace(",", "").replace("\u2212", "-"))
+    parts = float(match["parts"] or 1)
+    return number / parts if math.isfinite(parts) else math.nan
 
 
 def read_answer(completion: str, question: Question) -> str | None:
@@ -175,7 +183,8 @@ def _stated_words(completion: str, question: Question) -> str | None:
         text = completion
     else:
         matches = [match["answer"] for match in _compiled(format.answer).finditer(completion)]
-        text = matches[-1] if matches else ""
+        # A group that is optional may have matched nothing.
+        text = (matches[-1] if matches else None) or ""
     return text.strip() or None
 
 

@@ -1,4 +1,4 @@
-"""A user's rewards, tried before training on completions of the first evaluation items that nobody has sampled."""
+"""A user's rewards, tried before training on completions of a few items that nobody has sampled."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ TEXTS = (RIGHT, "I do not know.", "", "<think>So it is not")
 """Of each item and modality: right, without an answer, empty, cut off."""
 
 
-def try_rewards(own: OwnRewards, questions: Sequence[Question], prompts: PromptFormat) -> None:
-    """Call each reward once, with a right, a wrong, an empty and a cut-off completion of each of the first items.
+def try_rewards(own: OwnRewards, held_out: Sequence[Question], training: Sequence[Question], prompts: PromptFormat) -> bool:
+    """Call each reward once, with a right, a wrong, an empty and a cut-off completion of each of a few items: the first
+    evaluation items, and a training item, with an answer where one has any.
+
+    Returns:
+        Whether a reward that has a weight applies to any completion of the training item.
 
     Raises:
         UserError: it fails, or takes too long.
     """
     if not own.rewards:
-        return
-    chosen = list(questions[:NUM_ITEMS])
+        return False
+    answered = next((question for question in training if question.has_answer), training[0])
+    chosen = [*held_out[:NUM_ITEMS], answered]
     completions = [
         _completion(number, question, modality, text, prompts)
         for number, question in enumerate(chosen)
@@ -41,18 +46,22 @@ def try_rewards(own: OwnRewards, questions: Sequence[Question], prompts: PromptF
         completion.question * 2 * len(TEXTS) + len(TEXTS) if completion.modality is Modality.SPEECH else None
         for completion in completions
     ]
+    applies = False
     for reward in own.rewards:
         try:
             states = _states(reward, prompts, len(completions)) if reward.needs.layers else ()
             inputs = reward_inputs(completions, chosen, references, states)
             if reward.is_async:
-                own.calls.begin(reward, inputs).of(range(len(inputs)))
+                values_N = own.calls.begin(reward, inputs).of(range(len(inputs)))
             else:
                 # In the kind of thread that it will be called in.
                 with ThreadPoolExecutor(1) as executor:
-                    executor.submit(reward_values, reward, inputs).result()
+                    values_N = executor.submit(reward_values, reward, inputs).result()
         except RewardError as error:
-            raise UserError(f"{error}; it was tried on evaluation items before training") from error
+            raise UserError(f"{error}; it was tried on a few items before training") from error
+        # The training item's are the last ones.
+        applies |= bool(reward.weight) and not values_N[-len(Modality) * len(TEXTS) :].isnan().all()
+    return applies
 
 
 def _completion(number: int, question: Question, modality: Modality, text: str, prompts: PromptFormat) -> Completion:
