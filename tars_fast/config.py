@@ -629,11 +629,8 @@ class TrainConfig:
         Raises:
             UserError: see `as_preset`.
         """
-        filled = self.as_preset(preset)
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
-        # The system prompt is the preset's where none is given, and stays with it.
-        names = {field.name for field in dataclasses.fields(filled)} - {"system_prompt"}
-        values |= {name: getattr(filled, name) for name in values.keys() & names}
+        values |= self.as_preset(preset).settings_of(self)
         return RunConfig(**values | {"output_dir": output_dir, "tokens_per_micro_batch": tokens_per_micro_batch})
 
     def workload(
@@ -687,12 +684,6 @@ class TrainConfig:
         # An average is in float32, and computes rounded to the weights' dtype.
         rounded = dtype_bytes if dtype_bytes < 4 and not preset.lora_rank else 0
         return dtype_bytes * (self.needs_start and not preset.lora_rank) + (4 + rounded) * self.keeps_average
-
-    def to_json(self) -> dict[str, object]:
-        values = dataclasses.asdict(self)
-        # As JSON has them, so that they equal what is read again.
-        values |= {name: str(value) for name, value in values.items() if isinstance(value, Path)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

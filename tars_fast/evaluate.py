@@ -61,6 +61,7 @@ from tars_fast.support.cli import (
     check_file_names,
     check_numbers,
     new_output_folder,
+    plain_settings,
     require_extra,
     run_command,
 )
@@ -202,7 +203,7 @@ class Job:
     compared: Sequence[ItemResult] | None
     """The results of the evaluation that `--compare` names."""
     settings: Mapping[str, Any]
-    """The content of config.json."""
+    """What config.json holds as `evaluation` beside the settings that were given."""
     device: torch.device
     dtype: torch.dtype
 
@@ -491,7 +492,8 @@ def answer_slices(
         # Only now: a folder is bound to its settings once they have proved good.
         if workers.is_first:
             again = {(part.data, question.id) for part in pending for question in part.questions}
-            write_atomically(job.output_dir / "config.json", json.dumps({"evaluation": job.settings}, indent=2) + "\n")
+            written = plain_settings(config) | {"evaluation": job.settings}
+            write_atomically(job.output_dir / "config.json", json.dumps(written, indent=2) + "\n")
             write_predictions(job.output_dir / PREDICTIONS, [result for key, result in done.items() if key not in again])
         settings = EvaluationSettings(preset.max_new_tokens, config.samples, config.temperature, config.seed, config.transcribe)
         evaluator = Evaluator(model, engine, text_similarity, settings, workers, find_judge(config))
@@ -564,8 +566,13 @@ def command(config: EvaluateConfig) -> int:
     return FAILED if outcome.num_failed else 0
 
 
+def resolve(config: EvaluateConfig) -> EvaluateConfig:
+    """The settings with the preset's in the place of None."""
+    return dataclasses.replace(config, **find_preset(config.model).with_settings(config).settings_of(config))
+
+
 def main() -> int:
-    return run_command(command, EvaluateConfig, "python -m tars_fast.evaluate")
+    return run_command(command, EvaluateConfig, "python -m tars_fast.evaluate", resolve)
 
 
 if __name__ == "__main__":

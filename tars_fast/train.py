@@ -236,9 +236,7 @@ def command(config: TrainConfig) -> int:
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """The settings with the preset's in the place of None."""
-    preset = config.as_preset(find_preset(config.model))
-    names = {field.name for field in dataclasses.fields(config)} & {field.name for field in dataclasses.fields(preset)}
-    return dataclasses.replace(config, **{name: getattr(preset, name) for name in names if getattr(config, name) is None})
+    return dataclasses.replace(config, **config.as_preset(find_preset(config.model)).settings_of(config))
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tars_fast.config import TrainConfig
 from tars_fast.learning.workers import Workers
+from tars_fast.support.cli import plain_settings
 from tars_fast.support.locks import LOCK
 from tars_fast.support.requirements import installed
 from tars_fast.types import UserError
@@ -39,7 +40,7 @@ def code_fingerprint() -> dict[str, str | None]:
 
 def settings_fingerprint(config: TrainConfig) -> dict[str, object]:
     """The settings that all processes must have alike, by name."""
-    return {name: value for name, value in config.to_json().items() if name not in _PLACES}
+    return {name: value for name, value in plain_settings(config).items() if name not in _PLACES}
 
 
 def check_alike(workers: Workers, what: str, held: Mapping[str, object]) -> None:

@@ -52,7 +52,7 @@ from tars_fast.models.registry import architecture_of, family_of, find_preset, l
 from tars_fast.models.speech_model import SpeechModel, choose_device, make_trainable
 from tars_fast.rollout.engine import RolloutEngine
 from tars_fast.rollout.policy import available_bytes, choose_engine, load_model_and_engine
-from tars_fast.support.cli import first_line, new_output_folder
+from tars_fast.support.cli import first_line, new_output_folder, plain_settings
 from tars_fast.support.files import CannotWriteError, explain_cannot_write, remove_partial, write_atomically
 from tars_fast.support.text import GB, size
 from tars_fast.support.timing import explain_out_of_memory
@@ -570,7 +570,7 @@ def read_settings(output_dir: Path) -> dict[str, Any]:
 
 def settings_of_run(config: RunConfig, data: RunData) -> dict[str, object]:
     """The content of config.json: the settings, fingerprints of the data, and the weights of the reward's terms."""
-    return config.to_json() | {"data_fingerprint": fingerprints_of(data), "rewards": reward_weights(config)}
+    return plain_settings(config) | {"data_fingerprint": fingerprints_of(data), "rewards": reward_weights(config)}
 
 
 def fingerprints_of(data: RunData) -> dict[str, str]:
@@ -584,7 +584,7 @@ def check_output(config: RunConfig, settings: Mapping[str, object], earlier: Map
     if earlier:
         # Runs of earlier versions did not write down what came later: it was then as the defaults are.
         then = {"objective": "tars", "text_anchor": "none", "rewards": settings["rewards"]}
-        earlier = {**TrainConfig().to_json(), **then, **earlier}
+        earlier = {**plain_settings(TrainConfig()), **then, **earlier}
         changed = sorted(name for name in settings if name not in MAY_CHANGE_ON_RESUME and earlier.get(name) != settings[name])
         if changed:
             # Hashes help nobody, and follow from another setting where one changed.

@@ -6,11 +6,15 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.families.base import Family
 from tars_fast.models.prompt_settings import read_answer_format, read_prompt_template
 from tars_fast.types import THINK, AnswerFormat
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 THINK_PROMPT = (
     "You are a helpful assistant. The assistant first thinks about the question and then gives the answer. The reasoning "
@@ -73,6 +77,12 @@ class Preset:
             system_prompt = preset.system_prompt if given["system_prompt"] is not None else own
             preset = dataclasses.replace(preset, answers=answers, system_prompt=system_prompt)
         return preset
+
+    def settings_of(self, config: DataclassInstance) -> dict[str, Any]:
+        """The values here of the settings that `config`, whose settings this preset has, shares with it."""
+        names = {field.name for field in dataclasses.fields(self)} & {field.name for field in dataclasses.fields(config)}
+        # The system prompt is the preset's where none is given, and stays with it.
+        return {name: getattr(self, name) for name in names - {"system_prompt"}}
 
     def save(self, folder: Path) -> None:
         """Write preset.json into a checkpoint's folder, from which `find_preset` makes the same preset again."""

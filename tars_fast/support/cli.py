@@ -13,16 +13,19 @@ from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from tars_fast.support.command_line import flag_of as flag_of
-from tars_fast.support.command_line import parse
+from tars_fast.support.command_line import given_settings, parse, setting_of
 from tars_fast.support.requirements import missing
 from tars_fast.support.starting import INTERRUPTED as INTERRUPTED
 from tars_fast.support.text import visible
 from tars_fast.types import TrainingError, UserError
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 FAILED = 1
 MISUSED = 2
@@ -49,7 +52,7 @@ def run_command(
     command: Callable[[Config], int] | None,
     config_class: type[Config],
     program: str,
-    resolve: Callable[[Config], object] = lambda config: config,
+    resolve: Callable[[Config], Config] = lambda config: config,
 ) -> int:
     """Parse the command line into `config_class`, run `command`, and return its exit status.
 
@@ -94,12 +97,11 @@ def parse_command_line(config_class: type[Config], arguments: Sequence[str], pro
     given, path, is_printed = _take_file(arguments)
     if path is None:
         return parse(config_class, given, program), is_printed
-    kind: Any = config_class
-    found = read_settings_file(path, kind, program)
+    found = read_settings_file(path, config_class, program)
     try:
-        return parse(config_class, [*found.arguments(kind, given), *given], program), is_printed
+        return parse(config_class, given, program, found.as_default(config_class, given)), is_printed
     except UserError as error:
-        raise with_place(found, given, error) from error
+        raise with_place(found, given_settings(config_class, given), error) from error
 
 
 def _take_file(arguments: Sequence[str]) -> tuple[list[str], Path | None, bool]:
@@ -107,11 +109,11 @@ def _take_file(arguments: Sequence[str]) -> tuple[list[str], Path | None, bool]:
     given, path, is_printed = [], None, False
     rest = iter(arguments)
     for argument in rest:
-        if argument == "--print-config":
+        if argument in ("--print-config", "--print_config"):
             is_printed = True
-        elif argument == "--config" or argument.startswith("--config="):
-            value = argument.partition("=")[2] or next(rest, None)
-            if value is None or path is not None:
+        elif setting_of(argument) == "config":
+            value = argument.partition("=")[2] if "=" in argument else next(rest, "")
+            if not value or path is not None:
                 raise UserError("--config: give one file of settings")
             path = Path(value)
         else:
@@ -119,20 +121,18 @@ def _take_file(arguments: Sequence[str]) -> tuple[list[str], Path | None, bool]:
     return given, path, is_printed
 
 
-def as_yaml(config: object) -> str:
+def as_yaml(config: DataclassInstance) -> str:
     """All settings as a file that `--config` takes."""
     import yaml
 
-    fields: Any = config
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(fields)}
-    plain = {name: _plain(value) for name, value in values.items()}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(plain_settings(config), sort_keys=False, allow_unicode=True)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
+def plain_settings(config: DataclassInstance) -> dict[str, Any]:
+    """All settings as JSON and YAML have them, so that they equal what is read again."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values |= {name: str(value) for name, value in values.items() if isinstance(value, Path)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _one_line(error: Exception) -> str:

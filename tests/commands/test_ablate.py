@@ -137,8 +137,8 @@ def test_arms_of_ones_own():
         "grpo": {"objective": "grpo"},
     }
     half, _ = plan_runs(dataclasses.replace(config, seeds=1, num_steps=3), choose_arms(config), {})
-    given = ("--model", "pocket", "--num-steps", "3", "--objective", "tars", "--representation-weight", "0.5")
-    assert half.command[3:11] == given
+    given = ("--model=pocket", "--num-steps=3", "--objective=tars", "--representation-weight=0.5")
+    assert half.command[3:7] == given
     assert "--no-freeze-audio" in half.command
     assert half.command[-4:] == ("--seed", "0", "--output-dir", "runs/ablation/half/seed-0")
     runs = plan_runs(dataclasses.replace(config, seeds=2), choose_arms(config), {})
@@ -155,12 +155,14 @@ def test_arms_of_ones_own():
 def test_values_reach_the_runs_as_they_were_given():
     config = AblateConfig(arms="tars", data="my folder/items.jsonl")
     given = ("disjoint_from=mmsu obqa", "behaviour_model=/my models/a=b", "gradient_checkpointing=true")
+    given += ("system_prompt=--help",)
     (run,) = plan_runs(config, choose_arms(config), parse_settings("--setting", given, set()))[:1]
     parsed = parse_training("--setting", run.command[3:])
     assert parsed.data == "my folder/items.jsonl"
     assert parsed.disjoint_from == ("mmsu", "obqa")
     assert parsed.behaviour_model == "/my models/a=b"
     assert parsed.gradient_checkpointing is True
+    assert parsed.system_prompt == "--help"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from tars_fast.evaluation.answering import Evaluator
 from tars_fast.evaluation.results import read_predictions
 from tars_fast.models.hub import weights_fingerprint
 from tars_fast.models.registry import find_preset
-from tars_fast.support.cli import FAILED, INTERRUPTED
+from tars_fast.support.cli import FAILED, INTERRUPTED, parse_command_line
 from tars_fast.types import UserError
 
 ITEMS_AT_ONCE = 4
@@ -125,6 +125,8 @@ def test_several_data_sets_from_the_command_line(items, tmp_path, monkeypatch, c
     shown = capsys.readouterr().out
     for text in ("ten", "half", "mean", f"{100 * mean:.1f} [", "strict", "letter", "15/15"):
         assert text in shown
+    again = parse_command_line(EvaluateConfig, ["--config", str(whole / "config.json")], "python -m tars_fast.evaluate")[0]
+    assert again == EvaluateConfig(data=(f"ten={items}", str(half)), reference="0.8", samples=2, device="cpu")
     settings = json.loads((whole / "config.json").read_text())["evaluation"]
     assert settings["data"] == {"ten": str(items), "half": str(half)}
     assert settings["max_new_tokens"] == 40

@@ -32,7 +32,7 @@ from tars_fast.models.publish import HubRepository
 from tars_fast.models.registry import PRESETS, find_preset, list_checkpoints
 from tars_fast.reports.log import RunLog
 from tars_fast.reports.tables import print_summary
-from tars_fast.support.cli import FAILED, INTERRUPTED
+from tars_fast.support.cli import FAILED, INTERRUPTED, parse_command_line
 from tars_fast.support.console import PlainConsole
 from tars_fast.train import command, run_steps, update_policy
 from tars_fast.types import TrainingError, UserError
@@ -166,8 +166,10 @@ def test_checkpoint_loads_in_plain_transformers_and_has_learned(finished, model)
     assert all("language_model" in name or "lm_head" in name for name in moved), "audio tower and projector are frozen"
 
 
-def test_same_seed_same_metrics_and_another_seed_others(finished, small_eval, tmp_path):
-    assert command(small_config(tmp_path / "again", small_eval)) == 0
+def test_a_run_repeated_from_its_settings_has_the_same_metrics_and_another_seed_others(finished, small_eval, tmp_path):
+    settings = shutil.copy(finished / "config.json", tmp_path / "settings.json")
+    given = ["--config", str(settings), "--output-dir", str(tmp_path / "again")]
+    assert command(parse_command_line(TrainConfig, given, "python -m tars_fast.train")[0]) == 0
     assert read_metrics(tmp_path / "again") == read_metrics(finished)
     again, first = ((folder / "evaluation.json").read_text() for folder in (tmp_path / "again", finished))
     assert again == first

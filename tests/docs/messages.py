@@ -15,6 +15,7 @@ SAID_BEHIND = {
     "missing": "",
     "unsupported": "",
     "check": "",
+    "no_setting": "",
     "engine_refusal": "--engine vllm: ",
     "vllm_refusal": "--engine vllm: ",
     "adapter_refusal": "--engine vllm: ",

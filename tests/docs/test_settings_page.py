@@ -12,7 +12,7 @@ import pytest
 from settings_page import COMMANDS, settings_page
 from snippets import ROOT, parse_markdown
 
-from tars_fast.support.command_line import IN_A_FILE
+from tars_fast.support.command_line import in_a_file
 
 
 @cache
@@ -49,7 +49,8 @@ def test_page_and_help_say_the_same(command, monkeypatch, capsys):
     # Frames are drawn in lines, or in spaces and dashes.
     words = " ".join(re.sub(r"[│╭╮╰╯─]|-{4,}", " ", capsys.readouterr().out).split())
     about, left = words.split(" options -h, --help show this help message and exit ")
-    assert about.endswith(f"{descriptions[command]} {IN_A_FILE}")
+    assert ("config.json" in about) == (command in ("train", "evaluate"))
+    assert about.endswith(f"{descriptions[command]} {in_a_file(f'python -m tars_fast.{command}')}")
     for cells in settings[command]:
         said = " ".join(cells)
         assert said in left
