@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,6 +174,12 @@ def test_settings_that_contradict_each_other(settings, said):
         TrainConfig(**settings)
 
 
+@pytest.mark.parametrize("objective", ["opd", "tars", "cord"])
+def test_a_judge_may_watch_a_run_of_any_objective(objective):
+    settings = TrainConfig(objective=objective, judge_url="http://x/v1", eval_every=1, keep_best="speech_judge")
+    assert settings.needs_answers == (objective == "tars")
+
+
 def own(config: RunConfig, tmp_path: Path, source: str, *names: str, **settings) -> RunConfig:
     """Settings with rewards of a file."""
     path = tmp_path / f"mine{abs(hash(source))}.py"
@@ -294,7 +301,42 @@ def test_async_functions_that_fail(calls, function, said):
 
 
 async def blocks(completions):
-    time.sleep(2)
+    if completions[0].text == "more":
+        time.sleep(2)
+    await asyncio.sleep(60)
+
+
+async def ignores_its_timeout(completions):
+    for _ in range(20):
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("function", [blocks, ignores_its_timeout])
+def test_calls_that_cannot_be_cancelled_are_not_waited_for(function, monkeypatch):
+    """The one that blocks the others is named, whichever of them is waited for."""
+    monkeypatch.setattr("tars_fast.learning.rewards.reward._PATIENCE", 0.2)
+    monkeypatch.setattr("tars_fast.learning.rewards.reward._INTERVAL", 0.05)
+    calls = AsyncCalls(concurrency=2, timeout=0.1)
+    late = calls.begin(Reward("mine", function), INPUTS, [2, 0, 1, 3])
+    began = time.monotonic()
+    with pytest.raises(RewardError, match=r"reward 'mine' does not stop after --reward-timeout 0\.1 s for .* item 'b'"):
+        late.of([0 if function is blocks else 2])
+    calls.close()
+    assert time.monotonic() - began < 1.5
+
+
+def test_calls_that_wait_their_turn_have_their_timeout_before_them(monkeypatch):
+    monkeypatch.setattr("tars_fast.learning.rewards.reward._PATIENCE", 0.1)
+    monkeypatch.setattr("tars_fast.learning.rewards.reward._INTERVAL", 0.02)
+
+    async def takes_most_of_it(completions):
+        await asyncio.sleep(0.1)
+        return [1.0]
+
+    calls = AsyncCalls(concurrency=1, timeout=0.3)
+    assert calls.begin(Reward("mine", takes_most_of_it), INPUTS * 2).of(range(8)).tolist() == [1.0] * 8
+    calls.close()
 
 
 @pytest.mark.parametrize("function", [hangs, blocks])
