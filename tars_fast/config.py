@@ -11,13 +11,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
 
 import tyro
 
 from tars_fast.models.architecture import Architecture, check_layers
 from tars_fast.models.memory import Workload, assumed_longest_prompt
 from tars_fast.models.publish import check_repository
-from tars_fast.support.cli import as_paths, check_choices, check_file_names, check_numbers, flag_of
+from tars_fast.support.cli import as_paths, check_choices, check_conditions, check_file_names, check_numbers
 from tars_fast.support.text import GB
 from tars_fast.types import LongAudio, UserError
 
@@ -106,6 +107,24 @@ class RewardName:
     def name(self) -> str:
         """What messages and metrics call it: the function's name."""
         return self.source.rpartition(":")[2]
+
+
+JUDGE_SETTINGS = ("judge_model", "judge_template", "judge_scale")
+"""What `--judge-url` may have beside it."""
+
+
+def check_judge_url(url: str | None) -> None:
+    """Raises UserError where it is no address of a server; None passes."""
+    if url is None:
+        return
+    try:
+        parts = urlsplit(url)
+        # The port is read only when it is asked for.
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise UserError(f"--judge-url {url}: is no address; give one like http://localhost:8000/v1")
 
 
 def parse_reward(text: str) -> RewardName:
@@ -236,13 +255,14 @@ class TrainConfig:
     as in ./mine.py:brief=0.5; 0 logs it only. Or a built-in one: judge, exact, numeric, overlong, pattern. May be given several
     times."""
     reward_concurrency: int = 16
-    """Calls of async rewards that are under way at the same time."""
+    """Calls of async rewards, and requests to the judge of an evaluation, that are under way at the same time."""
     reward_timeout: float = 60.0
-    """Seconds that a call of an async reward may take."""
+    """Seconds that a call of an async reward, or a request to the judge, may take."""
     judge_url: str | None = None
-    """Of --reward judge: where a model grades answers, any OpenAI-compatible address, as http://localhost:8000/v1."""
+    """Where a model grades answers to open questions in each evaluation, and with --reward judge in training, any
+    OpenAI-compatible address, as http://localhost:8000/v1."""
     judge_model: str | None = None
-    """That model's name there. None: the first that is listed."""
+    """That model's name there. None: the first that is listed, which the run keeps."""
     judge_template: Path | None = None
     """A jinja2 file of what it is told, from question, answer and scale. None: a plain request for a mark."""
     judge_scale: float = 10.0
@@ -431,7 +451,7 @@ class TrainConfig:
                 "leave it out"
             )
         self._check_objective()
-        self._check_conditions()
+        check_conditions(self, self._conditions())
         self._check_rewards()
         self._check_tensor_parallel()
         if not 0 <= self.warmup_fraction <= 1:
@@ -468,6 +488,7 @@ class TrainConfig:
             "--rollout-ahead 1": self.rollout_ahead,
             # Each process would ask for itself, and might hear something else.
             "--reward": bool(self.reward),
+            "--judge-url": self.judge_url is not None,
             # A checkpoint holds the first process's part of it alone.
             "--teacher ema": self.keeps_average,
             "--engine transformers": self.engine == "transformers",
@@ -476,12 +497,6 @@ class TrainConfig:
             if self.tensor_parallel > 1 and is_given:
                 raise UserError(f"--tensor-parallel {self.tensor_parallel}: not beside {flag}; leave one of them out")
 
-    def _check_conditions(self) -> None:
-        for names, takes_effect, needed in self._conditions():
-            for name in names:
-                if not takes_effect and getattr(self, name) != getattr(TrainConfig, name):
-                    raise UserError(f"{flag_of(name)} {getattr(self, name)}: has no effect without {needed}; leave it out")
-
     def _check_rewards(self) -> None:
         own = self.own_rewards
         if own and not self.samples_text:
@@ -489,8 +504,7 @@ class TrainConfig:
         sources = [one.source for one in own]
         if "judge" in sources and self.judge_url is None:
             raise UserError("--reward judge: needs --judge-url, the address of the model that grades")
-        if self.judge_url is not None and not self.judge_url.startswith(("http://", "https://")):
-            raise UserError(f"--judge-url {self.judge_url}: is no address; give one like http://localhost:8000/v1")
+        check_judge_url(self.judge_url)
         if "pattern" in sources:
             if self.reward_pattern is None:
                 raise UserError("--reward pattern: needs --reward-pattern, a regular expression")
@@ -526,14 +540,15 @@ class TrainConfig:
             (policy, self.has_policy_loss, "a policy loss, as of tars, grpo or --distil-as advantage"),
             (("accuracy_weight", "format_weight"), self.trains_on_base, "a reward for answers, as of tars or grpo"),
             (("advantage", "centre_within"), self.samples_text, "a reward, as of tars, grpo or cord"),
-            (("judge_url", "judge_model", "judge_template", "judge_scale"), "judge" in sources, "--reward judge"),
+            (JUDGE_SETTINGS, self.judge_url is not None, "--judge-url"),
             (("numeric_tolerance",), "numeric" in sources, "--reward numeric"),
             (("overlong_tokens",), "overlong" in sources, "--reward overlong"),
             (("reward_pattern",), "pattern" in sources, "--reward pattern"),
-            (("reward_concurrency", "reward_timeout"), bool(sources), "--reward"),
+            (("reward_concurrency", "reward_timeout"), bool(sources or self.judge_url), "--reward or --judge-url"),
             (("select_floor",), self.select != "all", "--select gap, disagreement or kl"),
             (("validation_data", "keep_best"), self.eval_every > 0, "--eval-every"),
             (("keep_best",), self.eval_samples > 0 or "sampled" not in str(self.keep_best), "--eval-samples 1 or more"),
+            (("keep_best",), self.judge_url is not None or "judge" not in str(self.keep_best), "--judge-url"),
             (("early_stop",), self.keep_best is not None, "--keep-best"),
         ]
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from tars_fast.config import JUDGE_SETTINGS, check_judge_url
 from tars_fast.data.audio import LongRecordingError
 from tars_fast.data.items import load_questions, or_bundled
 from tars_fast.data.splits import data_fingerprint
@@ -42,7 +43,7 @@ from tars_fast.evaluation.results import (
     recordings_fingerprint,
 )
 from tars_fast.learning.rewards.behaviour import load_text_similarity
-from tars_fast.learning.rewards.judge import find_judge
+from tars_fast.learning.rewards.judge import Judge, find_judge
 from tars_fast.learning.workers import Workers, join_workers, locked_by_first
 from tars_fast.models.hub import adapter_rank, weights_fingerprint
 from tars_fast.models.memory import Workload
@@ -58,6 +59,7 @@ from tars_fast.support.cli import (
     INTERRUPTED,
     as_paths,
     check_choices,
+    check_conditions,
     check_file_names,
     check_numbers,
     new_output_folder,
@@ -112,8 +114,12 @@ class EvaluateConfig:
     judge_url: str | None = None
     """Where a model grades answers to open questions, any OpenAI-compatible address, as http://localhost:8000/v1; questions
     without an answer are then taken too."""
+    reward_concurrency: int = 16
+    """Requests to it that are under way at the same time, as in training."""
+    reward_timeout: float = 60.0
+    """Seconds that a request to it may take."""
     judge_model: str | None = None
-    """That model's name there. None: the first that is listed."""
+    """That model's name there. None: the first that is listed, with which the evaluation is continued."""
     judge_template: Path | None = None
     """A jinja2 file of what it is told, from question, answer and scale. None: a plain request for a mark."""
     judge_scale: float = 10.0
@@ -147,9 +153,21 @@ class EvaluateConfig:
         check_choices(self)
         check_numbers(
             self,
-            positive=("temperature", "rollout_batch_size", "max_new_tokens", "kv_cache_gb", "judge_scale"),
+            positive=(
+                "temperature",
+                "rollout_batch_size",
+                "max_new_tokens",
+                "kv_cache_gb",
+                "judge_scale",
+                "reward_concurrency",
+                "reward_timeout",
+            ),
             not_negative=("samples", "seed"),
         )
+        check_conditions(
+            self, [((*JUDGE_SETTINGS, "reward_concurrency", "reward_timeout"), self.judge_url is not None, "--judge-url")]
+        )
+        check_judge_url(self.judge_url)
         if self.transcribe:
             require_extra("analysis")
 
@@ -202,6 +220,8 @@ class Job:
     """None: this model's own text accuracy."""
     compared: Sequence[ItemResult] | None
     """The results of the evaluation that `--compare` names."""
+    judge: Judge | None
+    """Grades answers to open questions; None: no one does."""
     settings: Mapping[str, Any]
     """What config.json holds as `evaluation` beside the settings that were given."""
     device: torch.device
@@ -291,6 +311,7 @@ def plan_job(config: EvaluateConfig, workers: Workers) -> Job:
         slices=slices,
         reference=reference,
         compared=compared,
+        judge=judge,
         settings=settings,
         device=device,
         dtype=dtype,
@@ -475,6 +496,8 @@ def answer_slices(
         for name, questions in job.data.items()
     }
     check_sizes(sizes, job.data, prompts)
+    if job.judge is not None:
+        job.judge.check([question for questions in job.data.values() for question in questions])
     with explain_out_of_memory("loading the model"):
         model, engine = load_model_and_engine(prompts, preset.source, job.device, job.dtype, find_workload(job, sizes))
     with closing(engine):
@@ -496,7 +519,7 @@ def answer_slices(
             write_atomically(job.output_dir / "config.json", json.dumps(written, indent=2) + "\n")
             write_predictions(job.output_dir / PREDICTIONS, [result for key, result in done.items() if key not in again])
         settings = EvaluationSettings(preset.max_new_tokens, config.samples, config.temperature, config.seed, config.transcribe)
-        evaluator = Evaluator(model, engine, text_similarity, settings, workers, find_judge(config))
+        evaluator = Evaluator(model, engine, text_similarity, settings, workers, job.judge)
         refused = {
             name: {q.id: str(size) for q, size in zip(job.data[name], own, strict=True) if isinstance(size, UserError)}
             for name, own in sizes.items()

@@ -122,6 +122,11 @@ class Question:
         return not self.choices
 
     @property
+    def is_judged(self) -> bool:
+        """Whether a judge grades completions in an evaluation: it is open, and VoiceBench has no rule for it."""
+        return self.is_open and not self.rule
+
+    @property
     def has_answer(self) -> bool:
         """Whether a rule can grade completions: there is a right choice, an accepted text or a number; a rubric is for a judge.
 

@@ -17,14 +17,19 @@ def grade(prompt: str) -> str:
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """Keeps what it was asked, and how many requests were under way at the same time."""
+    """Keeps what it was asked, and how many requests were under way at the same time.
+
+    Args:
+        reply: from what it is told to the content of its message, or to (status, body), with the length that it says it has.
+    """
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port: int = 0, seconds: float = 0.0, reply: Callable[[str], str | tuple[int, str]] = grade):
+    def __init__(self, port: int = 0, seconds: float = 0.0, reply: Callable[[str], object] = grade):
         super().__init__(("127.0.0.1", port), _Handler)
         self.seconds, self.reply = seconds, reply
+        self.models = ["a-judge"]
         self.asked: list[dict] = []
         self.most, self._running, self._lock = 0, 0, threading.Lock()
 
@@ -53,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: JudgeServer
 
     def do_GET(self) -> None:
-        self._send(200, {"data": [{"id": "a-judge"}]})
+        self._send(200, {"data": [{"id": name} for name in self.server.models]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -68,11 +73,11 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(200, {"choices": [{"message": {"role": "assistant", "content": reply}}]})
 
-    def _send(self, status: int, content: object) -> None:
+    def _send(self, status: int, content: object, length: int | None = None) -> None:
         text = content if isinstance(content, str) else json.dumps(content)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text.encode())))
+        self.send_header("Content-Length", str(length or len(text.encode())))
         self.end_headers()
         self.wfile.write(text.encode())
 

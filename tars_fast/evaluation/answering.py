@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from tars_fast.evaluation.results import Answered, Evaluated, ItemResult, Transc
 from tars_fast.evaluation.scorers import Grade, ScorerError, grade_by_rule, read_completion
 from tars_fast.learning.rewards.answers import read_answer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, finite_similarities
+from tars_fast.learning.rewards.judge import Judge, JudgeError, run_coroutine
 from tars_fast.learning.workers import ALONE, Workers
 from tars_fast.models.memory import EVALUATION_TOKENS
 from tars_fast.models.speech_model import SpeechModel
@@ -33,8 +33,6 @@ _FEWEST_AT_ONCE = 32
 _SLICES = 8
 """A small data set is cut into so many slices, so that as many processes have something to do."""
 _MOST_ITEMS_PER_FORWARD = 16
-_JUDGED_AT_ONCE = 16
-"""Requests to the judge that are under way at the same time."""
 TRANSCRIBE = "Transcribe the recording word for word."
 
 
@@ -51,14 +49,6 @@ class EvaluationSettings:
     """Seed of the sampled completions, and of VoiceBench's guesses."""
     transcribe: bool = False
     """Whether the model also transcribes every recording; every question then needs a transcript."""
-
-
-class AnswerJudge(Protocol):
-    """Grades an answer in words, as `tars_fast.learning.rewards.judge.Judge` does."""
-
-    async def mark(self, question: Question, answer: str) -> float | None:
-        """From 0 to 1; None where it gives no mark. Raises RuntimeError where it cannot be asked."""
-        ...
 
 
 @torch.inference_mode()
@@ -117,7 +107,7 @@ class Evaluator:
     """Compares the words of spoken and written completions."""
     settings: EvaluationSettings
     workers: Workers = ALONE
-    judge: AnswerJudge | None = None
+    judge: Judge | None = None
     """Grades completions of open questions; None: no one does."""
 
     def evaluate(
@@ -248,30 +238,27 @@ class Evaluator:
     ) -> dict[Modality, list[dict[str, Grade] | ScorerError]]:
         """The judge's grade of each completion of an open question that VoiceBench has no rule for, or why there is none."""
         judge = self.judge
-
         if judge is None:
             return {modality: [{} for _ in questions] for modality in Modality}
 
         async def mark(question: Question, completion: Completion, room: asyncio.Semaphore) -> dict[str, Grade] | ScorerError:
-            if not question.is_open or question.rule:
+            if not question.is_judged:
                 return {}
             async with room:
                 try:
                     value = await judge.mark(question, completion.text)
-                except RuntimeError as error:
+                except JudgeError as error:
                     return ScorerError(f"the judge gave no mark ({error})")
             return {} if value is None else {"judge": Grade(value)}
 
         async def marks() -> list[dict[str, Grade] | ScorerError]:
-            room = asyncio.Semaphore(_JUDGED_AT_ONCE)
+            room = asyncio.Semaphore(judge.settings.concurrency)
             # Of `asyncio.to_thread`, which else has as few threads as there are cores.
-            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_JUDGED_AT_ONCE))
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(judge.settings.concurrency))
             pairs = [pair for modality in Modality for pair in zip(questions, completions[modality], strict=True)]
             return await asyncio.gather(*(mark(question, completion, room) for question, completion in pairs))
 
-        # A notebook's own thread runs a loop already.
-        with ThreadPoolExecutor(1) as thread:
-            found = iter(thread.submit(asyncio.run, marks()).result())
+        found = iter(run_coroutine(marks()))
         return {modality: [next(found) for _ in questions] for modality in Modality}
 
     def _similarities(self, spoken: Sequence[str], written: Sequence[str]) -> list[float | ScorerError]:

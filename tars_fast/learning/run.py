@@ -29,6 +29,7 @@ from tars_fast.learning.objectives.references import References
 from tars_fast.learning.objectives.watch import WrittenWatch
 from tars_fast.learning.optimizer import load_optimizer_state, make_optimizer
 from tars_fast.learning.rewards.behaviour import TextSimilarity, load_text_similarity
+from tars_fast.learning.rewards.judge import find_judge
 from tars_fast.learning.rewards.total import Rewards, load_own_rewards, reward_weights
 from tars_fast.learning.rewards.trial import try_rewards
 from tars_fast.learning.saving import Saver, Stop
@@ -245,6 +246,12 @@ def _load_run(config: TrainConfig, preset: Preset, output_dir: Path, workers: Wo
         )
     tokens = choose_micro_batch(config, earlier, plan, workers)
     run_config = config.resolve(preset, output_dir=output_dir, tokens_per_micro_batch=tokens)
+    judge = find_judge(run_config)
+    if judge is not None:
+        # Resumed at another address, or another day, the run would else take whichever model is listed there.
+        run_config = dataclasses.replace(run_config, judge_model=judge.find_model())
+        if "judge" not in [own.source for own in run_config.own_rewards]:
+            judge.check([*data.held_out, *data.validation])
     settings = settings_of_run(run_config, data)
     check_output(run_config, settings, earlier)
     for note in data.notes:
@@ -585,6 +592,8 @@ def check_output(config: RunConfig, settings: Mapping[str, object], earlier: Map
         # Runs of earlier versions did not write down what came later: it was then as the defaults are.
         then = {"objective": "tars", "text_anchor": "none", "rewards": settings["rewards"]}
         earlier = {**plain_settings(TrainConfig()), **then, **earlier}
+        if earlier["judge_url"] and earlier["judge_model"] is None:
+            earlier["judge_model"] = settings["judge_model"]
         changed = sorted(name for name in settings if name not in MAY_CHANGE_ON_RESUME and earlier.get(name) != settings[name])
         if changed:
             # Hashes help nobody, and follow from another setting where one changed.

@@ -31,14 +31,15 @@ def read_prompt_template(path: Path) -> str:
     Raises:
         UserError: it cannot be read, is no template, leaves the question out, or uses what no template is given.
     """
-    from jinja2 import Environment, TemplateError, meta
+    from jinja2 import Environment, meta
 
     text = _read("--prompt-template", path)
     # As transformers compiles templates. Only parsed here; rendered in a process of its own.
     environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)
     try:
         used = meta.find_undeclared_variables(environment.parse(text))
-    except TemplateError as error:
+    # jinja2's own, or of a number or of brackets that Python does not take.
+    except Exception as error:
         line = getattr(error, "lineno", None)
         place = f"line {line}: " if line else ""
         raise UserError(f"--prompt-template {path}: {place}{error}; write a jinja2 template") from error

@@ -246,6 +246,18 @@ def check_choices(config: object) -> None:
                 raise UserError(f"{flag_of(name)} {one}: is none of {', '.join(map(str, get_args(literal)))}")
 
 
+def check_conditions(config: object, conditions: Sequence[tuple[Sequence[str], bool, str]]) -> None:
+    """Raises UserError for the first field that is not as by default and has no effect.
+
+    Args:
+        conditions: (fields, whether they take effect, what they need).
+    """
+    for names, takes_effect, needed in conditions:
+        for name in names:
+            if not takes_effect and getattr(config, name) != getattr(type(config), name):
+                raise UserError(f"{flag_of(name)} {getattr(config, name)}: has no effect without {needed}; leave it out")
+
+
 def as_paths(config: object, *names: str) -> None:
     """Make paths of these fields where a caller gave texts. Raises UserError as `check_file_names`."""
     for name in names:

@@ -13,6 +13,7 @@ from judge_server import judge_server
 from tars_fast import analyse, evaluate, export, train
 from tars_fast.data.items import TRAINING_DATA
 from tars_fast.evaluation.results import read_predictions
+from tars_fast.evaluation.voicebench import refuses
 from tars_fast.learning.run import may_teach_without_own
 from tars_fast.models.registry import find_preset
 from tars_fast.types import Question, UserError
@@ -74,12 +75,82 @@ def test_a_run_with_a_judge_alone(tmp_path, server, monkeypatch):
     assert evaluated["speech_judge_ci95"][0] <= evaluated["speech_judge"] <= evaluated["speech_judge_ci95"][1]
     with pytest.raises(UserError, match=r"20 of 20 items have no answer that a rule grades \(the first: 'training-0000'\)"):
         analyse.analyse(analyse.AnalyseConfig(model=checkpoint, data=str(data), output_dir=tmp_path / "analysed"))
-    # A judge that cannot be asked fails its items, which the same command tries again.
-    server.reply = lambda _: (400, "no such model")
+    # A judge that fails on the way fails its items, which the same command tries again.
+    replies = iter(["Mark: 1"])
+    server.reply = lambda _: next(replies, (400, "no such model"))
     broken = settings | {"output_dir": tmp_path / "broken"}
     outcome = evaluate.evaluate(evaluate.EvaluateConfig(**broken, judge_url=server.url))
     assert outcome.num_failed == 20
     assert "the judge gave no mark" in read_predictions(tmp_path / "broken", "")[0].failed
+    # One that does so from the start is found out before anything is loaded.
+    monkeypatch.setattr(evaluate, "load_model_and_engine", None)
+    with pytest.raises(UserError, match=r"--judge-url .*: cannot be asked .*no such model"):
+        evaluate.evaluate(evaluate.EvaluateConfig(**settings | {"output_dir": tmp_path / "new"}, judge_url=server.url))
+    # What is done needs no judge that runs, once it is named.
+    evaluate.evaluate(evaluate.EvaluateConfig(**settings, judge_url=server.url, judge_model="a-judge"))
+    with pytest.raises(UserError, match=r"other settings or contents .judge a-judge, .* -> b, "):
+        evaluate.evaluate(evaluate.EvaluateConfig(**settings, judge_url=server.url, judge_model="b"))
+
+
+@pytest.mark.slow
+def test_a_judge_watches_a_run_that_trains_on_no_reward(tmp_path, server, monkeypatch):
+    """By the default objective; a resumed run keeps to the judge that it began with."""
+    monkeypatch.setattr("tars_fast.learning.rewards.judge._WAIT", 0.01)
+    server.reply = lambda _: [{"type": "text", "text": "Mark: 7"}]
+    data = open_items(tmp_path / "data", 30, rubric="Is it a number?")
+    config = train.TrainConfig(
+        data=str(data), output_dir=tmp_path / "run", judge_url=server.url, eval_every=1, keep_best="speech_judge", **SMALL
+    )
+    train.train(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["validation/speech_judge"] for line in lines if "validation/speech_judge" in line] == [pytest.approx(0.7)] * 2
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert evaluation["after"]["text_judge"] == pytest.approx(0.7)
+    assert evaluation["best"]["step"] == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["judge_model"] == "a-judge"
+    server.models = ["another"]
+    with pytest.raises(UserError, match=r"--resume: the settings differ .*judge_model a-judge -> another"):
+        train.train(dataclasses.replace(config, resume=True))
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match=r"--judge-url .*: cannot be asked .*refused"):
+        train.train(dataclasses.replace(config, resume=True, judge_model="a-judge"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"judge_model": "x"}, "--judge-model x: has no effect without --judge-url; leave it out"),
+        ({"judge_template": "nofile"}, "--judge-template nofile: has no effect without --judge-url"),
+        ({"judge_scale": 5.0}, "--judge-scale 5.0: has no effect without --judge-url"),
+        ({"reward_timeout": 5.0}, "--reward-timeout 5.0: has no effect without --judge-url"),
+        ({"judge_url": "localhost:8000"}, "--judge-url localhost:8000: is no address"),
+        ({"judge_url": "http://"}, "--judge-url http://: is no address"),
+        ({"judge_url": "http://x", "reward_concurrency": 0}, "--reward-concurrency 0: must be greater than 0"),
+    ],
+)
+def test_settings_of_a_judge_that_have_no_effect(settings, said):
+    with pytest.raises(UserError, match=said):
+        evaluate.EvaluateConfig(**settings)
+
+
+@pytest.mark.slow
+def test_refusals_are_evaluated_by_voicebenchs_phrases(tmp_path):
+    """A set called advbench, in the published columns, from the command to its interval; pocket refuses nothing."""
+    data = open_items(tmp_path / "advbench", 12)
+    rows = [json.loads(line) for line in (data / "items.jsonl").read_text().splitlines()]
+    rows = [{"prompt": row["question"], "audio": row["audio"]} for row in rows]
+    (data / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome = evaluate.evaluate(evaluate.EvaluateConfig(data=(str(data),), output_dir=tmp_path / "e"))
+    figures = outcome.evaluation["advbench"]
+    assert figures["num_items"] == 12
+    results = read_predictions(tmp_path / "e", "")
+    for modality in ("speech", "text"):
+        completions = [getattr(result.evaluated, modality).completion for result in results]
+        assert figures[f"{modality}_refusal"] == sum(map(refuses, completions)) / 12
+        low, high = figures[f"{modality}_refusal_ci95"]
+        assert 0 <= low <= figures[f"{modality}_refusal"] <= high <= 1
+    assert "text_accuracy" not in figures
 
 
 @pytest.mark.slow

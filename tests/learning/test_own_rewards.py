@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,7 +154,12 @@ def test_names_and_weights(text, expected):
         ({"objective": "opd", "reward": ("exact",)}, "--reward exact: --objective opd trains on no reward"),
         ({"objective": "tars", "reward": ("judge",)}, "--reward judge: needs --judge-url"),
         ({"objective": "tars", "reward": ("judge",), "judge_url": "localhost:8000"}, "--judge-url localhost:8000: is no"),
-        ({"judge_url": "http://x"}, "--judge-url http://x: has no effect without --reward judge"),
+        ({"judge_url": "http://"}, "--judge-url http://: is no address; give one like http://localhost:8000/v1"),
+        ({"judge_url": "http://x:port"}, "--judge-url http://x:port: is no address"),
+        ({"judge_model": "x"}, "--judge-model x: has no effect without --judge-url; leave it out"),
+        ({"judge_template": "x.jinja"}, "--judge-template x.jinja: has no effect without --judge-url"),
+        ({"eval_every": 1, "keep_best": "text_judge"}, "--keep-best text_judge: has no effect without --judge-url"),
+        ({"judge_url": "http://x", "tensor_parallel": 2}, "--tensor-parallel 2: not beside --judge-url"),
         ({"objective": "tars", "reward": ("pattern",)}, "--reward pattern: needs --reward-pattern"),
         (
             {"objective": "tars", "reward": ("pattern",), "reward_pattern": "("},
@@ -161,7 +167,7 @@ def test_names_and_weights(text, expected):
         ),
         ({"numeric_tolerance": 0.1}, "--numeric-tolerance 0.1: has no effect without --reward numeric"),
         ({"overlong_tokens": 3}, "--overlong-tokens 3: has no effect without --reward overlong"),
-        ({"reward_timeout": 3.0}, "--reward-timeout 3.0: has no effect without --reward"),
+        ({"reward_timeout": 3.0}, "--reward-timeout 3.0: has no effect without --reward or --judge-url"),
         ({"objective": "cord", "format_weight": 0.1}, "--format-weight 0.1: has no effect without a reward for answers"),
         ({"objective": "opd", "advantage": "rank"}, "--advantage rank: has no effect without a reward"),
         ({"objective": "grpo", "accuracy_weight": 0.0, "format_weight": 0.0}, "--accuracy-weight 0.0: no reward with a weight"),
@@ -171,6 +177,12 @@ def test_names_and_weights(text, expected):
 def test_settings_that_contradict_each_other(settings, said):
     with pytest.raises(UserError, match=said):
         TrainConfig(**settings)
+
+
+@pytest.mark.parametrize("objective", ["opd", "tars", "cord"])
+def test_a_judge_may_watch_a_run_of_any_objective(objective):
+    settings = TrainConfig(objective=objective, judge_url="http://x/v1", eval_every=1, keep_best="speech_judge")
+    assert settings.needs_answers == (objective == "tars")
 
 
 def own(config: RunConfig, tmp_path: Path, source: str, *names: str, **settings) -> RunConfig:
@@ -294,7 +306,42 @@ def test_async_functions_that_fail(calls, function, said):
 
 
 async def blocks(completions):
-    time.sleep(2)
+    if completions[0].text == "more":
+        time.sleep(2)
+    await asyncio.sleep(60)
+
+
+async def ignores_its_timeout(completions):
+    for _ in range(20):
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("function", [blocks, ignores_its_timeout])
+def test_calls_that_cannot_be_cancelled_are_not_waited_for(function, monkeypatch):
+    """The one that blocks the others is named, whichever of them is waited for."""
+    monkeypatch.setattr("tars_fast.learning.rewards.reward._PATIENCE", 0.2)
+    monkeypatch.setattr("tars_fast.learning.rewards.reward._INTERVAL", 0.05)
+    calls = AsyncCalls(concurrency=2, timeout=0.1)
+    late = calls.begin(Reward("mine", function), INPUTS, [2, 0, 1, 3])
+    began = time.monotonic()
+    with pytest.raises(RewardError, match=r"reward 'mine' does not stop after --reward-timeout 0\.1 s for .* item 'b'"):
+        late.of([0 if function is blocks else 2])
+    calls.close()
+    assert time.monotonic() - began < 1.5
+
+
+def test_calls_that_wait_their_turn_have_their_timeout_before_them(monkeypatch):
+    monkeypatch.setattr("tars_fast.learning.rewards.reward._PATIENCE", 0.1)
+    monkeypatch.setattr("tars_fast.learning.rewards.reward._INTERVAL", 0.02)
+
+    async def takes_most_of_it(completions):
+        await asyncio.sleep(0.1)
+        return [1.0]
+
+    calls = AsyncCalls(concurrency=1, timeout=0.3)
+    assert calls.begin(Reward("mine", takes_most_of_it), INPUTS * 2).of(range(8)).tolist() == [1.0] * 8
+    calls.close()
 
 
 @pytest.mark.parametrize("function", [hangs, blocks])

@@ -92,6 +92,7 @@ def test_a_checkpoint_keeps_them(tmp_path, template):
     ("text", "said"),
     [
         ("{{ question", "line 1: unexpected end of template"),
+        ("{{ question }} {{ 1" + 5000 * "0" + " }}", "Exceeds the limit"),
         ("{{ question }} {{ optons }}", "uses 'optons', which is none of question, options,"),
         ("{{ options }}", "leaves the question out; write {{ question }} where it stands"),
     ],

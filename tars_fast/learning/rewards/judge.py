@@ -13,21 +13,29 @@ import os
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 
 from tars_fast.learning.rewards.inputs import RewardInput
 from tars_fast.support.cli import first_line
 from tars_fast.types import Question, UserError
 
+Result = TypeVar("Result")
+
 TEMPLATE = """\
 You grade an answer to a question.
 
+{% for turn in question.turns %}
+Said before by the {{ turn.role }}: {{ turn.text }}
+{% endfor %}
 Question: {{ question.text }}
 {% if question.reference %}
 Right answer: {{ question.reference }}
@@ -48,7 +56,7 @@ _WAIT = 0.5
 
 
 class JudgeError(RuntimeError):
-    """The judge cannot be reached, or refuses; the message says why."""
+    """The judge cannot be told, cannot be reached, or refuses; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class JudgeSettings:
     """The best mark; 0 is the worst."""
     timeout: float = 60.0
     """Seconds without a reply after which a request counts as failed."""
+    concurrency: int = 16
+    """Requests of an evaluation that are under way at the same time."""
 
 
 def read_mark(reply: str, scale: float) -> float | None:
@@ -90,12 +100,12 @@ class Judge:
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
         self._model = settings.model
+        environment = SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         try:
-            text = TEMPLATE if settings.template is None else settings.template.read_text(encoding="utf-8")
-            environment = SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-            self._template = environment.from_string(text)
-            shown = self.prompt(Question("item", "QUESTION"), "ANSWER")
-        except (OSError, UnicodeDecodeError, TemplateError) as error:
+            self._text = TEMPLATE if settings.template is None else settings.template.read_text(encoding="utf-8")
+            self._template = environment.from_string(self._text)
+            shown = self._render(Question("item", "QUESTION"), "ANSWER")
+        except Exception as error:  # A template may raise anything.
             raise UserError(
                 f"--judge-template {settings.template}: cannot be used ({first_line(error)}); it may name question, answer and "
                 "scale"
@@ -105,14 +115,49 @@ class Judge:
                 f"--judge-template {settings.template}: leaves the answer out; write {{{{ answer }}}} where it belongs"
             )
 
-    def prompt(self, question: Question, answer: str) -> str:
-        """What the judge is told."""
+    def _render(self, question: Question, answer: str) -> str:
         return self._template.render(question=question, answer=answer, scale=f"{self.settings.scale:g}")
 
+    def prompt(self, question: Question, answer: str) -> str:
+        """What the judge is told. Raises JudgeError where the template fails on the question."""
+        try:
+            return self._render(question, answer)
+        except Exception as error:  # A template may raise anything.
+            raise JudgeError(f"--judge-template {self.settings.template}: {first_line(error)}") from error
+
     def describe(self) -> str:
-        """What its marks depend on, as far as it is known here."""
-        told = self.prompt(Question("", "QUESTION", answer_text=("REFERENCE",), rubric="RUBRIC"), "ANSWER")
-        return f"{self.settings.model or self.settings.url}, {hashlib.sha256(told.encode()).hexdigest()[:16]}"
+        """What its marks depend on, as far as it is known here. Raises UserError as `find_model`."""
+        told = f"{self.settings.scale:g}\n{self._text}"
+        return f"{self.find_model()}, {hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+    def find_model(self) -> str:
+        """The judge's name. Raises UserError where it has to be asked for, and cannot."""
+        with self._explained():
+            return run_coroutine(self._find_model())
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Ask once, before anything that takes long.
+
+        Args:
+            questions: those that are to be answered.
+
+        Raises:
+            UserError: the judge cannot be asked, or none of the questions is one for it.
+        """
+        judged = next((question for question in questions if question.is_judged), None)
+        if judged is None:
+            raise UserError(
+                f"--judge-url {self.settings.url}: has no effect, as all items have choices or a rule to grade by; leave it out"
+            )
+        with self._explained():
+            run_coroutine(self.mark(judged, "I do not know."))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except JudgeError as error:
+            raise UserError(f"--judge-url {self.settings.url}: cannot be asked ({error}); see that the judge runs") from error
 
     async def __call__(self, completions: list[RewardInput]) -> list[float | None]:
         return [await self.mark(one.question, one.text) for one in completions]
@@ -126,18 +171,21 @@ class Judge:
         }
         reply = await self._ask("chat/completions", request)
         try:
-            content = reply["choices"][0]["message"]["content"]
-        except (LookupError, TypeError) as error:
+            said = _text_of(reply["choices"][0]["message"]["content"])
+        except (LookupError, TypeError, AttributeError) as error:
             raise JudgeError(f"{self.settings.url} replied {json.dumps(reply):.200}, no chat completion") from error
-        return read_mark(content or "", self.settings.scale)
+        return read_mark(said, self.settings.scale)
 
     async def _find_model(self) -> str:
         if self._model is None:
             listed = await self._ask("models")
             try:
-                self._model = str(listed["data"][0]["id"])
-            except (LookupError, TypeError) as error:
-                raise JudgeError(f"{self.settings.url} lists no model; name one by --judge-model") from error
+                name = listed["data"][0]["id"]
+            except (LookupError, TypeError):
+                name = None
+            if not isinstance(name, str):
+                raise JudgeError(f"{self.settings.url} lists no model; name one by --judge-model")
+            self._model = name
         return self._model
 
     async def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -148,30 +196,54 @@ class Judge:
         request = urllib.request.Request(address, None if body is None else json.dumps(body).encode(), headers)
         for attempt in range(_TRIES):
             try:
-                return json.loads(await asyncio.to_thread(self._send, request))
-            except urllib.error.HTTPError as error:
-                problem = f"status {error.code}: {await asyncio.to_thread(_body, error)}"
-                if error.code != 429 and error.code < 500:
+                status, reply = await asyncio.to_thread(self._send, request)
+                if status < 300:
+                    return json.loads(reply)
+                problem = f"status {status}: {reply.decode(errors='replace').strip()[:200]}"
+                if status != 429 and status < 500:
                     break
-            except (OSError, HTTPException, ValueError) as error:
+            except (OSError, HTTPException, ValueError, RecursionError) as error:
                 problem = first_line(error)
             if attempt + 1 < _TRIES:
                 await asyncio.sleep(_WAIT * 2**attempt)
         raise JudgeError(f"{address}: {problem}")
 
-    def _send(self, request: urllib.request.Request) -> bytes:
-        with urllib.request.urlopen(request, timeout=self.settings.timeout) as response:
-            return response.read()
+    def _send(self, request: urllib.request.Request) -> tuple[int, bytes]:
+        """(status, body)."""
+        try:
+            with urllib.request.urlopen(request, timeout=self.settings.timeout) as response:
+                return response.status, response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
 
 
 def find_judge(config: Any) -> Judge | None:
     """The judge that a command's settings name, `judge_url` and the others; None: they name none. Raises UserError."""
     if config.judge_url is None:
         return None
-    timeout = getattr(config, "reward_timeout", JudgeSettings.timeout)
-    return Judge(JudgeSettings(config.judge_url, config.judge_model, config.judge_template, config.judge_scale, timeout))
+    return Judge(
+        JudgeSettings(
+            config.judge_url,
+            config.judge_model,
+            config.judge_template,
+            config.judge_scale,
+            config.reward_timeout,
+            config.reward_concurrency,
+        )
+    )
 
 
-def _body(error: urllib.error.HTTPError) -> str:
-    with error:
-        return error.read().decode(errors="replace").strip()[:200]
+def run_coroutine(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """What it returns, also in a notebook, whose own thread runs a loop already."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
+def _text_of(content: Any) -> str:
+    """A message's content, which may be in parts. Raises TypeError, LookupError or AttributeError where it is neither."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part.get("type") == "text")
+    if not isinstance(content, str | None):
+        raise TypeError("no text")
+    return content or ""

@@ -6,8 +6,9 @@ import asyncio
 import inspect
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Real
@@ -23,6 +24,8 @@ from tars_fast.types import Modality, TrainingError
 _LARGEST = torch.finfo(torch.float32).max
 _PATIENCE = 5
 """Seconds for calls to end once they are cancelled."""
+_INTERVAL = 0.5
+"""Seconds between looks at whether calls that are waited for have outlasted their timeout."""
 
 
 class RewardError(TrainingError):
@@ -149,16 +152,18 @@ class LateValues:
 
     parts: Sequence[Future[Tensor]]
     """One future of all, or one [1] of each completion."""
+    result: Callable[[Future[Tensor]], Tensor] = Future.result
+    """Waits for one of them."""
 
     def of(self, rows: Sequence[int]) -> Tensor:
         """Block until those of these completions are known. Raises what computing them raised."""
         if len(self.parts) == 1:
-            return self.parts[0].result()[list(rows)]
-        return torch.cat([self.parts[row].result() for row in rows])
+            return self.result(self.parts[0])[list(rows)]
+        return torch.cat([self.result(self.parts[row]) for row in rows])
 
     def __reduce__(self) -> Any:
         # A future cannot be sent to another process; its result can.
-        return completed, (torch.cat([part.result() for part in self.parts]),)
+        return completed, (torch.cat([self.result(part) for part in self.parts]),)
 
 
 def completed(values_N: Tensor) -> LateValues:
@@ -179,6 +184,7 @@ class AsyncCalls:
     def __init__(self, concurrency: int, timeout: float):
         self._concurrency, self._timeout = concurrency, timeout
         self._free = asyncio.Semaphore(concurrency)
+        self._running: dict[asyncio.Task[Any], tuple[Reward, RewardInput, float]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def begin(self, reward: Reward, inputs: Sequence[RewardInput], order: Sequence[int] = ()) -> LateValues:
@@ -199,11 +205,14 @@ class AsyncCalls:
         asked = set(places)
         for place in (place for place in order or places if place in asked):
             parts[place] = asyncio.run_coroutine_threadsafe(self._call(reward, inputs[place]), self._loop)
-        return LateValues(parts)
+        return LateValues(parts, self._result)
 
     async def _call(self, reward: Reward, one: RewardInput) -> Tensor:
         function: Any = reward.function
+        task = asyncio.current_task()
+        assert task is not None, "run_coroutine_threadsafe makes one"
         async with self._free:
+            self._running[task] = (reward, one, time.monotonic())
             try:
                 async with asyncio.timeout(self._timeout):
                     with _explained(reward, [one]):
@@ -213,6 +222,27 @@ class AsyncCalls:
                     f"reward {reward.name!r} took longer than --reward-timeout {self._timeout:g} s for a completion of item "
                     f"{one.question.id!r}: {one.text!r:.200}"
                 ) from error
+            finally:
+                del self._running[task]
+
+    def _result(self, part: Future[Tensor]) -> Tensor:
+        """Wait for a call, however many are before it, but for none that does not end when its time is over."""
+        while not wait([part], _INTERVAL).done:
+            self._check_running()
+        return part.result()
+
+    def _check_running(self) -> None:
+        # One that blocks the thread keeps the others from being cancelled too.
+        blocking = asyncio.current_task(self._loop)
+        for task in list(self._running) if blocking is None else [blocking]:
+            call = self._running.get(task)
+            if call is None or time.monotonic() < call[2] + self._timeout + _PATIENCE:
+                continue
+            reward, one, _ = call
+            raise RewardError(
+                f"reward {reward.name!r} does not stop after --reward-timeout {self._timeout:g} s for a completion of item "
+                f"{one.question.id!r}: an async function must await what takes long, by asyncio.to_thread where it blocks"
+            )
 
     def close(self) -> None:
         """Stop what is under way, and end the thread."""
