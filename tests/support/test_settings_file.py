@@ -167,7 +167,7 @@ def test_settings_of_a_run_start_another(tmp_path, name):
 
 
 def test_settings_of_an_evaluation_start_another(tmp_path):
-    flags = ("--data", "mine=here=there", "--samples", 2, "--system-prompt=-x", "--judge-scale", 5)
+    flags = ("--data", "mine=here=there", "--samples", 2, "--system-prompt=-x", "--temperature", 0.5)
     expected = parse(*flags, config_class=EvaluateConfig)
     given = plain_settings(expected) | {"output_dir": "runs/old", "evaluation": {"model": "pocket"}}
     path = write(tmp_path / "copy.json", json.dumps(given))
