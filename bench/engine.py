@@ -304,12 +304,12 @@ def run_shared(
 
 
 def measured(meter: MemoryMeter, seconds: dict[str, list[float]], tokens_per_second: list[float]) -> dict[str, object]:
-    """Peaks and medians; medians leave out the first step, which captures graphs, compiles and allocates."""
+    """Peaks and medians; medians leave out the first of several steps, which captures graphs, compiles and allocates."""
     meter.stop()
     return {
         "peak_gb": {phase: round(peak / GB, 3) for phase, peak in meter.peaks.items()},
         "median_seconds": {name: round(statistics.median(times[1:] or times), 5) for name, times in seconds.items()},
-        "median_tokens_per_second": round(statistics.median(tokens_per_second[1:]), 1),
+        "median_tokens_per_second": round(statistics.median(tokens_per_second[1:] or tokens_per_second), 1),
     }
 
 
@@ -391,7 +391,7 @@ def run_arm(arm: str, shape: Shape, source: str, num_steps: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="pocket")
-    parser.add_argument("--num-steps", type=int, default=4, help="steps of each arm; the first is not counted")
+    parser.add_argument("--num-steps", type=int, default=4, help="steps of each arm; the first of several is not counted")
     parser.add_argument("--output", type=Path, help="JSON file, written after each arm")
     parser.add_argument("--questions", type=int, default=1, help="of a step")
     parser.add_argument("--arms", help="with commas between them; all that the shape has")
