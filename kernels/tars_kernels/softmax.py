@@ -6,6 +6,7 @@ Shapes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -29,20 +30,23 @@ class SoftmaxTerms(torch.autograd.Function):
         logprobs, entropies = logits.new_empty(len(logits)), logits.new_zeros(len(logits))
         block_size = _BLOCK if torch.get_num_threads() == 1 else _SHARED_BLOCK
         num_rows = max(1, block_size // max(1, logits.shape[1]))
-        scratch = torch.empty_like(logits[:num_rows]) if wants_entropy and not needs_gradient else probabilities
-        for start in range(0, len(logits), num_rows):
-            block = slice(start, start + num_rows)
-            scaled = logits[block] if bias is None else logits[block] + bias
+        scratch = torch.empty_like(logits[:num_rows]) if wants_entropy and not needs_gradient else None
+        # Slices that are made all at once: one by one they take a tenth of the time.
+        columns = (targets[:, None], logprobs[:, None], entropies)
+        blocks = zip(logits.split(num_rows), *(column.split(num_rows) for column in columns), strict=True)
+        written = itertools.repeat(scratch) if probabilities is None else probabilities.split(num_rows)
+        for (scaled, target, logprob, entropy), probability in zip(blocks, written, strict=False):
+            if bias is not None:
+                scaled = scaled + bias
             all_logprobs = (scaled if temperature == 1 else scaled / temperature).log_softmax(-1)
-            torch.gather(all_logprobs, -1, targets[block, None], out=logprobs[block, None])
-            if scratch is not None:
-                written = scratch[block] if needs_gradient else scratch[: len(scaled)]
-                torch.exp(all_logprobs, out=written)
+            torch.gather(all_logprobs, -1, target, out=logprob)
+            if probability is not None:
+                probability = torch.exp(all_logprobs, out=probability[: scaled.shape[0]])
                 if wants_entropy:
                     # Suppressed tokens, whose 0 * -inf is NaN, have no share in it.
-                    entropies[block] = -all_logprobs.mul_(written).nansum(-1)
+                    torch.nansum(all_logprobs.mul_(probability), -1, out=entropy)
         if wants_entropy:
-            entropies.masked_fill_(logprobs.isnan(), torch.nan)
+            entropies.neg_().masked_fill_(logprobs.isnan(), torch.nan)
         ctx.save_for_backward(targets, probabilities)
         ctx.temperature, ctx.bias_type = temperature, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(entropies)

@@ -32,12 +32,12 @@ def _rounding(convert):
 interpreter._convert_float = _rounding(interpreter._convert_float)
 
 
-MANY_CASES, EVERY = 10, 5
+MANY_CASES, EVERY = 10, 10
 INTERPRETED = {"test_distillation", "test_losses", "test_similarity"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Interpreted, where a case takes seconds, every fifth of a test's many slow cases runs; on a GPU, or named, all do."""
+    """Interpreted, where a case takes seconds, every tenth of a test's many slow cases runs; on a GPU, or named, all do."""
     if DEVICE.type == "cuda" or any("::" in argument for argument in config.args):
         return
     slow: dict[tuple[object, str], list[pytest.Item]] = {}
