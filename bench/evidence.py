@@ -217,6 +217,13 @@ def compare_rates(arguments: argparse.Namespace) -> None:
         "start": {key: value for key, value in ablation["start"].items() if key.endswith("accuracy_sampled")},
         "arms": earlier | {name: choose_rate(ablation, name, rates) for name in arms},
     }
+    if what == "variants":
+        # From the first of them at the first rate.
+        compared = next(key for key in ablation if key.startswith("minus_"))
+        names = ("speech_accuracy_sampled", "text_accuracy_sampled")
+        result[compared] = {
+            arm: {key: value for key, value in own.items() if key.startswith(names)} for arm, own in ablation[compared].items()
+        }
     save(target, result)
 
 

@@ -174,15 +174,15 @@ def test_full_fine_tuning_on_several_cards():
 
 
 @pytest.mark.parametrize(
-    ("task", "folder", "table", "num_seeds"),
+    ("task", "folder", "table"),
     [
-        ("pocket", "evidence_pocket", "| arm | rate |", 5),
-        ("pocket", "evidence_pocket_objectives", "| arm of all objectives | rate |", 5),
-        ("pocket-hard", "evidence_pocket-hard", "| arm of `pocket-hard` | rate |", 5),
-        ("pocket-hard", "evidence_pocket-hard_objectives", "| arm of all objectives, `pocket-hard` | rate |", 3),
+        ("pocket", "evidence_pocket", "| arm | rate |"),
+        ("pocket", "evidence_pocket_objectives", "| arm of all objectives | rate |"),
+        ("pocket-hard", "evidence_pocket-hard", "| arm of `pocket-hard` | rate |"),
+        ("pocket-hard", "evidence_pocket-hard_objectives", "| arm of all objectives, `pocket-hard` | rate |"),
     ],
 )
-def test_the_other_objectives(task, folder, table, num_seeds):
+def test_the_other_objectives(task, folder, table):
     ablation = read(f"{folder}/ablation.json")
     lines = lines_of("docs/ablations.md")
     (head,) = [number for number, line in enumerate(lines) if line.startswith(table)]
@@ -190,7 +190,7 @@ def test_the_other_objectives(task, folder, table, num_seeds):
     (start, *arms) = [[part.strip() for part in line.split("|")[1:-1]] for line in rows]
     keys = ("speech_accuracy_sampled", "speech_accuracy", "text_accuracy_sampled", "text_accuracy")
     assert start[2:6] == [cell(ablation["start"], key) for key in keys]
-    assert {len(own["seeds"]) for own in ablation["arms"].values()} == {num_seeds}
+    assert {len(own["seeds"]) for own in ablation["arms"].values()} == {5}
     names = {f"`{name}`": name for name in ("grpo", "rep", "beh", "tars")}
     names |= {
         "`opd`, `--text-anchor none`": "opd",
@@ -236,10 +236,16 @@ def test_every_objective_on_the_harder_task_in_short():
     ablation = read("evidence_pocket-hard_objectives/ablation.json")
     arms, minus = ablation["arms"], ablation["minus_grpo_4e-4"]
     best = max(arms["grpo_4e-4"]["speech_accuracy_sampled_by_seed"])
+    default = arms["opd-anchored_4e-4"]
     for name in ("opd-anchored_4e-4", "opd-moving_4e-4", "cord_4e-4", "tars-opd_4e-4"):
         assert min(arms[name]["speech_accuracy_sampled_by_seed"]) > best, "in every seed"
         assert minus[name]["speech_accuracy_sampled_ci95"][0] > 0
-        assert f"{minus[name]['speech_accuracy_sampled_p_holm']:.2f}" == "0.13"
+        assert 0.055 < minus[name]["speech_accuracy_sampled"] < 0.075
+        assert f"{minus[name]['speech_accuracy_sampled_p_holm']:.4f}" == "0.0096"
+        assert -0.0025 < arms[name]["speech_accuracy_sampled"] - default["speech_accuracy_sampled"] < 0.0085
+        if name != "opd-anchored_4e-4":
+            seeds = (own["speech_accuracy_sampled_by_seed"] for own in (arms[name], default))
+            assert stats.ttest_rel(*seeds).pvalue > 0.085
     for name in ("rep_4e-4", "beh_2e-4"):
         assert minus[name]["speech_accuracy_sampled_ci95"][0] < 0
 
