@@ -256,6 +256,32 @@ def test_every_objective_on_the_harder_task_in_short():
         assert minus[name]["speech_accuracy_sampled_ci95"][0] < 0
 
 
+def test_variants_of_tars():
+    found = read("evidence_pocket-hard_variants.json")
+    names = {
+        "`tars`, the paper's": "tars",
+        "`--representation-centre`": "centred",
+        "`--reward-scaling z-score`": "z-score",
+        "`--reward-scaling rank`": "rank",
+        "centred states and z-scores": "centred-z-score",
+        "`--representation-weight 5 --behaviour-weight 5`": "weights-5",
+        "`--representation-layers deep`": "deep",
+        "`--representation-layers last`": "last",
+        "`--behaviour-model`, a sentence embedder": "embeddings",
+    }
+    lines = lines_of("docs/ablations.md")
+    (head,) = [number for number, line in enumerate(lines) if line.startswith("| variant of TARS |")]
+    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in takewhile(lambda one: "|" in one, lines[head + 2 :])]
+    assert {names[name] for name, *_ in rows} == found["arms"].keys()
+    for name, rate, *figures, difference in rows:
+        own = found["arms"][names[name]]["tried"][rate]
+        assert figures == [f"{100 * own[key]:.1f}" for key in ("speech_accuracy_sampled", "text_accuracy_sampled")], name
+        if names[name] != "tars":
+            minus = found["minus_tars_4e-4"][f"{names[name]}_{rate}"]
+            assert difference == cell(minus, "speech_accuracy_sampled", "+"), name
+    assert found["seeds"] == 2
+
+
 def test_the_other_objectives_in_short():
     easier, harder = (read(f"evidence_{task}/ablation.json") for task in ("pocket", "pocket-hard"))
     text, page = words_of("README.md"), words_of("docs/ablations.md")
