@@ -37,6 +37,14 @@ def lines_of(page: str) -> list[str]:
     return (ROOT / page).read_text(encoding="utf-8").splitlines()
 
 
+def table_of(page: str, head: str) -> list[list[str]]:
+    """The cells of each row of the one table whose first line begins so, without that line and the one under it."""
+    lines = lines_of(page)
+    (place,) = [number for number, line in enumerate(lines) if line.startswith(head)]
+    rows = takewhile(lambda line: line.startswith("|"), lines[place + 2 :])
+    return [[part.strip() for part in row.split("|")[1:-1]] for row in rows]
+
+
 def words_of(page: str) -> str:
     return " ".join((ROOT / page).read_text(encoding="utf-8").split())
 
@@ -153,12 +161,10 @@ def test_what_summing_and_sharing_out_cost():
 
 def test_full_fine_tuning_on_several_cards():
     """The table is what `plan` computes now."""
-    lines = lines_of("docs/models-and-hardware.md")
-    start = next(number for number, line in enumerate(lines) if line.startswith("| model, GPUs |")) + 2
-    rows = list(takewhile(lambda line: line.startswith("|"), lines[start:]))
+    rows = table_of("docs/models-and-hardware.md", "| model, GPUs |")
     assert len(rows) >= 5
     for row in rows:
-        name, *shown = (part.strip() for part in row.split("|")[1:-1])
+        name, *shown = row
         model, number = re.fullmatch(r"`(.*)`, (\d+)", name).groups()
         config = TrainConfig(model=model, lora_rank=0, objective="tars")
         preset = config.as_preset(PRESETS[model])
@@ -184,10 +190,7 @@ def test_full_fine_tuning_on_several_cards():
 )
 def test_the_other_objectives(task, folder, table):
     ablation = read(f"{folder}/ablation.json")
-    lines = lines_of("docs/ablations.md")
-    (head,) = [number for number, line in enumerate(lines) if line.startswith(table)]
-    rows = takewhile(lambda line: line.startswith("|"), lines[head + 2 :])
-    (start, *arms) = [[part.strip() for part in line.split("|")[1:-1]] for line in rows]
+    start, *arms = table_of("docs/ablations.md", table)
     keys = ("speech_accuracy_sampled", "speech_accuracy", "text_accuracy_sampled", "text_accuracy")
     assert start[2:6] == [cell(ablation["start"], key) for key in keys]
     assert {len(own["seeds"]) for own in ablation["arms"].values()} == {5}
@@ -269,9 +272,7 @@ def test_variants_of_tars():
         "`--representation-layers last`": "last",
         "`--behaviour-model`, a sentence embedder": "embeddings",
     }
-    lines = lines_of("docs/ablations.md")
-    (head,) = [number for number, line in enumerate(lines) if line.startswith("| variant of TARS |")]
-    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in takewhile(lambda one: "|" in one, lines[head + 2 :])]
+    rows = table_of("docs/ablations.md", "| variant of TARS |")
     assert {names[name] for name, *_ in rows} == found["arms"].keys()
     for name, rate, *figures, difference in rows:
         own = found["arms"][names[name]]["tried"][rate]
