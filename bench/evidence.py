@@ -102,14 +102,20 @@ def by_rate(arms: Mapping[str, str], rates: Sequence[str]) -> dict[str, str]:
     return {f"{name}_{rate}": f"{own},learning_rate={rate}" for name, own in arms.items() for rate in rates}
 
 
-def choose_rate(ablation: Mapping[str, Any], arm: str, rates: Sequence[str]) -> dict[str, object]:
-    """The rate of an arm among those tried, and what each of them gave."""
-    tried = {}
+def choose_rate(ablation: Mapping[str, Any], arm: str, rates: Sequence[str], earlier: Mapping[str, Any]) -> dict[str, object]:
+    """The rate of an arm among those tried, and what each of them gave.
+
+    Args:
+        earlier: what this function returned of the same arm's other rates; empty where there are none.
+    """
+    tried, stopped = ({rate: own for rate, own in earlier.get(key, {}).items() if rate not in rates} for key in ("tried", "stopped"))
     starts = ablation["start"]["text_accuracy_sampled_by_seed"]
+    failed = {name.partition(",")[0]: reason for name, reason in ablation["failed"].items()}
     for rate in rates:
         figures = ablation["arms"].get(f"{arm}_{rate}")
         # A rate at which a run was stopped, by the watch or because of NaN, is not compared.
         if figures is None or len(figures["text_accuracy_sampled_by_seed"]) < len(starts):
+            stopped[rate] = failed.get(f"{arm}_{rate}")
             continue
         lost = max(start - after for start, after in zip(starts, figures["text_accuracy_sampled_by_seed"], strict=True))
         tried[rate] = {
@@ -121,8 +127,6 @@ def choose_rate(ablation: Mapping[str, Any], arm: str, rates: Sequence[str]) -> 
     # Two of 200 items are a point, which floats miss.
     kept = {rate: own for rate, own in tried.items() if own["most_lost_in_text"] <= MOST_LOST + 1e-9} or tried
     chosen = max(kept, key=lambda rate: kept[rate]["speech_accuracy_sampled"]) if kept else None
-    failed = {name.partition(",")[0]: reason for name, reason in ablation["failed"].items()}
-    stopped = {rate: failed.get(f"{arm}_{rate}") for rate in rates if rate not in tried}
     return {"chosen": chosen, "keeps_text": kept is not tried, "tried": tried, "stopped": stopped}
 
 
@@ -210,12 +214,14 @@ def compare_rates(arguments: argparse.Namespace) -> None:
     ablation = compare(by_rate(arms, rates), arguments, f"{task}@validation")
     # Those of an earlier command stay.
     target = results_of(task, what)
-    earlier = json.loads(target.read_text())["arms"] if target.is_file() else {}
+    earlier = json.loads(target.read_text()) if target.is_file() else {"arms": {}}
+    chosen = {name: choose_rate(ablation, name, rates, earlier["arms"].get(name, {})) for name in arms}
     result = {
         "seeds": arguments.seeds,
         "num_steps": arguments.num_steps,
         "start": {key: value for key, value in ablation["start"].items() if key.endswith("accuracy_sampled")},
-        "arms": earlier | {name: choose_rate(ablation, name, rates) for name in arms},
+        "arms": earlier["arms"] | chosen,
+        **{key: value for key, value in earlier.items() if key.startswith("minus_")},
     }
     if what == "variants":
         # From the first of them at the first rate.

@@ -37,18 +37,24 @@ def test_the_rate_that_keeps_text_wins(bench):
     arms = {"tars_1e-4": figures(0.5, [0.98, 0.985]), "tars_2e-4": figures(0.6, [0.97, 0.985])}
     # At the second a whole point is lost in a seed, which is allowed.
     arms |= {"tars_4e-4": figures(0.9, [0.99, 0.97])}
-    found = choose_rate({"start": start, "arms": arms, "failed": {}}, "tars", RATES["pocket-hard"])
+    found = choose_rate({"start": start, "arms": arms, "failed": {}}, "tars", RATES["pocket-hard"], {})
     assert (found["chosen"], found["keeps_text"]) == ("2e-4", True)
     assert found["tried"]["4e-4"]["most_lost_in_text"] == pytest.approx(0.02)
     only = {name: own for name, own in arms.items() if name == "tars_4e-4"}
     failed = {"tars_1e-4, seed 0": "stopped: NaN"}
-    found = choose_rate({"start": start, "arms": only, "failed": failed}, "tars", RATES["pocket-hard"])
+    found = choose_rate({"start": start, "arms": only, "failed": failed}, "tars", RATES["pocket-hard"], {})
     assert (found["chosen"], found["keeps_text"]) == ("4e-4", False)
     assert found["stopped"] == {"1e-4": "stopped: NaN", "2e-4": None}
     # One seed of two was stopped.
     short = {"tars_1e-4": arms["tars_1e-4"], "tars_2e-4": figures(0.9, [0.99])}
-    found = choose_rate({"start": start, "arms": short, "failed": {"tars_2e-4, seed 1": "NaN"}}, "tars", RATES["pocket-hard"])
+    failed = {"tars_2e-4, seed 1": "NaN"}
+    found = choose_rate({"start": start, "arms": short, "failed": failed}, "tars", RATES["pocket-hard"], {})
     assert (found["chosen"], found["stopped"]["2e-4"]) == ("1e-4", "NaN")
+    # A later command tries one of these rates again, and with other seeds: what the first found of the others stays.
+    later = choose_rate({"start": start, "arms": {"tars_2e-4": arms["tars_2e-4"]}, "failed": {}}, "tars", ["2e-4"], found)
+    assert later["chosen"] == "2e-4"
+    assert later["tried"].keys() == {"1e-4", "2e-4"}
+    assert later["stopped"].keys() == {"4e-4"}
 
 
 def test_arms_and_variants_are_settings(bench):

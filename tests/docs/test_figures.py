@@ -273,12 +273,13 @@ def test_variants_of_tars():
         "`--behaviour-model`, a sentence embedder": "embeddings",
     }
     rows = table_of("docs/ablations.md", "| variant of TARS |")
-    assert {names[name] for name, *_ in rows} == found["arms"].keys()
+    tried = {(name, rate) for name, arm in found["arms"].items() for rate in arm["tried"]}
+    assert {(names[name], rate) for name, rate, *_ in rows} == tried
     for name, rate, *figures, difference in rows:
         own = found["arms"][names[name]]["tried"][rate]
         assert figures == [f"{100 * own[key]:.1f}" for key in ("speech_accuracy_sampled", "text_accuracy_sampled")], name
         if names[name] != "tars":
-            minus = found["minus_tars_4e-4"][f"{names[name]}_{rate}"]
+            minus = found[f"minus_tars_{rate}"][f"{names[name]}_{rate}"]
             assert difference == cell(minus, "speech_accuracy_sampled", "+"), name
     assert found["seeds"] == 2
 
