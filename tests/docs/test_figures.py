@@ -281,6 +281,8 @@ def test_variants_of_tars():
         if names[name] != "tars":
             minus = found[f"minus_tars_{rate}"][f"{names[name]}_{rate}"]
             assert difference == cell(minus, "speech_accuracy_sampled", "+"), name
+    lost = found["arms"]["weights-5"]["tried"]["2e-4"]["most_lost_in_text"]
+    assert f"in one seed of two they cost {100 * lost:.1f} points of text" in words_of("docs/ablations.md")
     assert found["seeds"] == 2
 
 
