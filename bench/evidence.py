@@ -108,7 +108,9 @@ def choose_rate(ablation: Mapping[str, Any], arm: str, rates: Sequence[str], ear
     Args:
         earlier: what this function returned of the same arm's other rates; empty where there are none.
     """
-    tried, stopped = ({rate: own for rate, own in earlier.get(key, {}).items() if rate not in rates} for key in ("tried", "stopped"))
+    tried, stopped = (
+        {rate: own for rate, own in earlier.get(key, {}).items() if rate not in rates} for key in ("tried", "stopped")
+    )
     starts = ablation["start"]["text_accuracy_sampled_by_seed"]
     failed = {name.partition(",")[0]: reason for name, reason in ablation["failed"].items()}
     for rate in rates:

@@ -3,8 +3,9 @@
 `make` runs the commands of examples/smol/README.md one after the other, from nothing to the warm model's evaluation on held-out
 questions in espeak-ng's voices and in a neural one, and times each. `arms` trains from the warm model: objectives with several
 seeds, compared by `tars_fast.ablate`; how far each reward spreads within the groups of a step, in the mean over steps; and by
-`tars_fast.analyse` the drift of hidden states and their CKA, before and after. `vllm` takes three steps with vLLM's engine, at
-a rate that moves the policy, and reports how far its log-probabilities are from the trainer's, before and after each hand-over.
+`tars_fast.analyse` the drift of hidden states, their CKA and the alignment path, of the warm model and of each arm's first
+seed. `vllm` takes three steps with vLLM's engine, at a rate that moves the policy, and reports how far its log-probabilities
+are from the trainer's, before and after each hand-over.
 
 What is there already is not made again, so the same command goes on where it was stopped; the seconds of a command that was
 stopped are those of all its starts.
@@ -44,20 +45,21 @@ def voices(part: str) -> list[str]:
     return ["+".join(pair) for pair in product(ACCENTS, PARTS[part])]
 
 
-def commands_of_make(warm_up: Sequence[str]) -> dict[str, Command]:
+def commands_of_make(arguments: argparse.Namespace, warm_up: Sequence[str]) -> dict[str, Command]:
     """By name, each command of README.md.
 
     Args:
         warm_up: arguments of warm_up.py beyond the folders.
     """
+    dtype = arguments.dtype
     spoken = {
         part: ["--data", f"data/{part}.jsonl", "--output-dir", f"data/{part}", "--voices", *voices(part)] for part in PARTS
     }
     joe = ["--synthesiser", f"{SMOL}/voices.py:piper", "--voices", "joe"]
     spoken["held_out_neural"] = ["--data", "data/held_out.jsonl", "--output-dir", "data/held_out_neural", *joe]
-    learned = ["--questions", "data/training.jsonl", "--speech", TRAINING, "--output-dir", "warm-up"]
+    learned = ["--questions", "data/training.jsonl", "--speech", TRAINING, "--output-dir", "warm-up", "--thinking-dtype", dtype]
     sets = ["--data", f"held_out={HELD_OUT}", "--data", f"neural={NEURAL}"]
-    evaluated = ["-m", "tars_fast.evaluate", "--model", WARM, *sets, "--dtype", "bfloat16", "--output-dir", "evaluated"]
+    evaluated = ["-m", "tars_fast.evaluate", "--model", WARM, *sets, "--dtype", dtype, "--output-dir", "evaluated"]
     return {
         "assemble": ("smol/preset.json", [f"{SMOL}/assemble.py", "--output-dir", "smol"]),
         "questions": ("data/held_out.jsonl", [f"{SMOL}/questions.py", "--output-dir", "data"]),
@@ -70,22 +72,22 @@ def commands_of_make(warm_up: Sequence[str]) -> dict[str, Command]:
 
 def commands_of_arms(arguments: argparse.Namespace) -> dict[str, Command]:
     """By name: the ablation, then an analysis of the warm model and one of each arm's first seed."""
-    settings = ("dtype=bfloat16", f"eval_items={arguments.eval_items}", *arguments.setting)
+    settings = (f"dtype={arguments.dtype}", f"eval_items={arguments.eval_items}", *arguments.setting)
     trained = ["--model", WARM, "--data", TRAINING, "--eval-data", HELD_OUT, "--num-steps", str(arguments.num_steps)]
     trained += ["--arms", arguments.arms, "--seeds", str(arguments.seeds), "--jobs", str(arguments.jobs)]
     trained += [part for setting in settings for part in ("--setting", setting)]
-    looked_at = ["-m", "tars_fast.analyse", "--data", HELD_OUT, "--items", str(arguments.analysed), "--dtype", "bfloat16"]
-    checkpoints = {"start": WARM}
-    checkpoints |= {arm: f"arms/{arm}/seed-0/checkpoint-{arguments.num_steps}" for arm in arguments.arms.split(",")}
+    looked_at = ["-m", "tars_fast.analyse", "--data", HELD_OUT, "--items", str(arguments.analysed)]
+    looked_at += ["--dtype", arguments.dtype]
+    models = {"start": ["--model", WARM]}
+    for arm in arguments.arms.split(","):
+        checkpoint = f"arms/{arm}/seed-0/checkpoint-{arguments.num_steps}"
+        models[arm] = ["--model", checkpoint, "--compare", "analysed/start"]
     return {
         # Also when all is there: it adds seeds and arms.
         "arms": ("", ["-m", "tars_fast.ablate", *trained, "--output-dir", "arms"]),
         **{
-            f"analyse {arm}": (
-                f"analysed/{arm}/analysis.json",
-                [*looked_at, "--model", checkpoint, "--output-dir", f"analysed/{arm}"],
-            )
-            for arm, checkpoint in checkpoints.items()
+            f"analyse {name}": (f"analysed/{name}/analysis.json", [*looked_at, *own, "--output-dir", f"analysed/{name}"])
+            for name, own in models.items()
         },
     }
 
@@ -133,16 +135,26 @@ def spread_of_rewards(runs: Sequence[Path]) -> dict[str, float]:
 
 def inside(analysis: Mapping[str, Any]) -> dict[str, Any]:
     """Of an analysis what is compared between arms; of CKA each speech layer with its own text layer."""
-    debiased = analysis["alignment"]["debiased"]
+    drift, debiased, paths = analysis["drift"]["own"], analysis["alignment"]["debiased"], analysis["paths"]["own"]
     own = range(len(debiased["matrix"]))
-    return {
+    figures = {
         "num_items": analysis["num_items"],
-        "own_pooled": analysis["drift"]["own"]["pooled"],
-        "own_pooled_ci95": analysis["drift"]["own"]["pooled_ci95"],
+        "own_pooled": drift["pooled"],
+        "own_pooled_ci95": drift["pooled_ci95"],
         "debiased_cka": [debiased["matrix"][layer][layer] for layer in own],
         "above_mismatched": [debiased["above_mismatched"][layer][layer] for layer in own],
         "above_mismatched_ci95": [debiased["above_mismatched_ci95"][layer][layer] for layer in own],
     }
+    figures |= {key: debiased[key] for key in ("best_text_layer", *_with_interval("mean_band_width", "mean_shift"))}
+    figures |= {key: paths[key] for key in _with_interval("path_cosine", "monotonicity_cosine")}
+    if "change" in analysis:
+        names = _with_interval("own_pooled", "debiased", "path_cosine", "speech_accuracy", "text_accuracy")
+        figures["minus_start"] = {key: analysis["change"][key] for key in names}
+    return figures
+
+
+def _with_interval(*names: str) -> list[str]:
+    return [key for name in names for key in (name, f"{name}_ci95")]
 
 
 def report_arms(folder: Path, arms: Sequence[str]) -> dict[str, Any]:
@@ -172,6 +184,12 @@ def main() -> None:
     parser.add_argument("what", choices=("make", "arms", "vllm"), help="make takes arguments of warm_up.py too")
     parser.add_argument("--folder", type=Path, required=True, help="where everything is made")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the figures")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of make and arms: what models compute in; on a processor without AMX bfloat16 takes twice as long",
+    )
     arms = parser.add_argument_group("arms")
     arms.add_argument("--arms", default="grpo,tars,opd")
     arms.add_argument("--seeds", type=int, default=2)
@@ -186,7 +204,7 @@ def main() -> None:
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     commands = {
-        "make": lambda: commands_of_make(warm_up),
+        "make": lambda: commands_of_make(arguments, warm_up),
         "arms": lambda: commands_of_arms(arguments),
         "vllm": commands_of_vllm,
     }
