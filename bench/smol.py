@@ -45,12 +45,8 @@ def voices(part: str) -> list[str]:
     return ["+".join(pair) for pair in product(ACCENTS, PARTS[part])]
 
 
-def commands_of_make(arguments: argparse.Namespace, warm_up: Sequence[str]) -> dict[str, Command]:
-    """By name, each command of README.md.
-
-    Args:
-        warm_up: arguments of warm_up.py beyond the folders.
-    """
+def commands_of_make(arguments: argparse.Namespace) -> dict[str, Command]:
+    """By name, each command of README.md."""
     dtype = arguments.dtype
     spoken = {
         part: ["--data", f"data/{part}.jsonl", "--output-dir", f"data/{part}", "--voices", *voices(part)] for part in PARTS
@@ -64,7 +60,7 @@ def commands_of_make(arguments: argparse.Namespace, warm_up: Sequence[str]) -> d
         "assemble": ("smol/preset.json", [f"{SMOL}/assemble.py", "--output-dir", "smol"]),
         "questions": ("data/held_out.jsonl", [f"{SMOL}/questions.py", "--output-dir", "data"]),
         **{f"speak {part}": (f"data/{part}/items.jsonl", ["-m", "tars_fast.prepare", *own]) for part, own in spoken.items()},
-        "warm up": ("warm-up/projector.safetensors", [f"{SMOL}/warm_up.py", "--model", "smol", *learned, *warm_up]),
+        "warm up": ("warm-up/projector.safetensors", [f"{SMOL}/warm_up.py", "--model", "smol", *learned, *arguments.warm_up]),
         "assemble warm": (f"{WARM}/preset.json", [f"{SMOL}/assemble.py", "--warm-up", "warm-up", "--output-dir", WARM]),
         "evaluate": ("evaluated/evaluation.json", evaluated),
     }
@@ -92,7 +88,7 @@ def commands_of_arms(arguments: argparse.Namespace) -> dict[str, Command]:
     }
 
 
-def commands_of_vllm() -> dict[str, Command]:
+def commands_of_vllm(_: argparse.Namespace) -> dict[str, Command]:
     """By name: the run, in float32 so that nothing but a fault tells the two apart."""
     trained = ["--model", WARM, "--data", TRAINING, "--eval-data", HELD_OUT, "--eval-items", "2", "--eval-samples", "0"]
     trained += ["--engine", "vllm", "--objective", "tars", "--num-steps", "3", "--learning-rate", "1e-3"]
@@ -135,7 +131,7 @@ def spread_of_rewards(runs: Sequence[Path]) -> dict[str, float]:
 
 def inside(analysis: Mapping[str, Any]) -> dict[str, Any]:
     """Of an analysis what is compared between arms; of CKA each speech layer with its own text layer."""
-    drift, debiased, paths = analysis["drift"]["own"], analysis["alignment"]["debiased"], analysis["paths"]["own"]
+    drift, debiased, paths = analysis["drift"]["own"], analysis["alignment"]["debiased"], analysis["paths"]["own"]["mean"]
     own = range(len(debiased["matrix"]))
     figures = {
         "num_items": analysis["num_items"],
@@ -157,8 +153,13 @@ def _with_interval(*names: str) -> list[str]:
     return [key for name in names for key in (name, f"{name}_ci95")]
 
 
-def report_arms(folder: Path, arms: Sequence[str]) -> dict[str, Any]:
+def report_make(folder: Path, _: argparse.Namespace) -> dict[str, Any]:
+    return {"evaluation": json.loads((folder / "evaluated" / "evaluation.json").read_text())}
+
+
+def report_arms(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The ablation with each arm's rewards and states."""
+    arms = arguments.arms.split(",")
     ablation = json.loads((folder / "arms" / "ablation.json").read_text())
     runs = {arm: [path.parent for path in (folder / "arms" / arm).glob("seed-*/evaluation.json")] for arm in arms}
     analyses = {arm: json.loads((folder / "analysed" / arm / "analysis.json").read_text()) for arm in ("start", *arms)}
@@ -169,11 +170,19 @@ def report_arms(folder: Path, arms: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def report_vllm(folder: Path) -> dict[str, list[float]]:
+def report_vllm(folder: Path, _: argparse.Namespace) -> dict[str, Any]:
     """By step, of the completions that vLLM sampled with the weights as they were before the step."""
     steps = [json.loads(line) for line in (folder / "vllm" / "metrics.jsonl").read_text().splitlines()]
     names = ("logprob_diff_max", "logprob_diff_mean", "accuracy/speech", "accuracy/text", "grad_norm")
-    return {name: [step[name] for step in steps] for name in names}
+    return {"by_step": {name: [step[name] for step in steps] for name in names}}
+
+
+WHAT = {
+    "make": (commands_of_make, report_make),
+    "arms": (commands_of_arms, report_arms),
+    "vllm": (commands_of_vllm, report_vllm),
+}
+"""What there is to run, and what is read of its results."""
 
 
 def main() -> None:
@@ -181,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("what", choices=("make", "arms", "vllm"), help="make takes arguments of warm_up.py too")
+    parser.add_argument("what", choices=WHAT, help="make takes arguments of warm_up.py too")
     parser.add_argument("--folder", type=Path, required=True, help="where everything is made")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the figures")
     parser.add_argument(
@@ -198,25 +207,16 @@ def main() -> None:
     arms.add_argument("--eval-items", type=int, default=175, help="of the held-out ones, in espeak-ng's voices")
     arms.add_argument("--analysed", type=int, default=40, help="of the held-out ones")
     arms.add_argument("--setting", action="append", default=[], help="SETTING=VALUE of tars_fast.train, for all arms")
-    arguments, warm_up = parser.parse_known_args()
-    if warm_up and arguments.what != "make":
-        parser.error(f"unrecognized arguments: {' '.join(warm_up)}")
+    arguments, rest = parser.parse_known_args()
+    arguments.warm_up = rest
+    if rest and arguments.what != "make":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    commands = {
-        "make": lambda: commands_of_make(arguments, warm_up),
-        "arms": lambda: commands_of_arms(arguments),
-        "vllm": commands_of_vllm,
-    }
-    seconds = run(folder, commands[arguments.what]())
-    report = provenance() | {"command": shlex.join(["python", "bench/smol.py", *sys.argv[1:]]), "seconds": seconds}
-    if arguments.what == "make":
-        report["evaluation"] = json.loads((folder / "evaluated" / "evaluation.json").read_text())
-    elif arguments.what == "arms":
-        report |= report_arms(folder, arguments.arms.split(","))
-    else:
-        report["by_step"] = report_vllm(folder)
-    write_atomically(arguments.output, json.dumps(report, indent=1) + "\n")
+    commands, report = WHAT[arguments.what]
+    seconds = run(folder, commands(arguments))
+    given = provenance() | {"command": shlex.join(["python", "bench/smol.py", *sys.argv[1:]]), "seconds": seconds}
+    write_atomically(arguments.output, json.dumps(given | report(folder, arguments), indent=1) + "\n")
 
 
 if __name__ == "__main__":

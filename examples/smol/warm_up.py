@@ -31,7 +31,7 @@ from torch import Tensor
 from tars_fast.data.audio import decode
 from tars_fast.data.items import load_questions
 from tars_fast.data.splits import data_fingerprint
-from tars_fast.models.adapters import adapter_weights, save_adapter
+from tars_fast.models.adapters import ADAPTER_WEIGHTS, adapter_weights, save_adapter
 from tars_fast.models.families.base import stack_features
 from tars_fast.models.families.qwen2_audio import encode_frames
 from tars_fast.models.registry import find_preset
@@ -303,6 +303,7 @@ def warm_up(config: WarmUpConfig) -> int:
         train(model, stage, thinking_loss(model, lessons, config))
         model.module.half()
         save_adapter(model.module, adapter_weights(model.module), config.output_dir)
+        make_readable(config.output_dir / ADAPTER_WEIGHTS)
         write_atomically(config.output_dir / PROJECTOR, save(projector.state_dict()))
     print(f"projector and adapter written to {config.output_dir}")
     return 0

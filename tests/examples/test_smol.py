@@ -20,14 +20,18 @@ from safetensors.torch import load_file
 from tars_fast.config import TrainConfig
 from tars_fast.data.arithmetic import NUMBERS
 from tars_fast.data.items import TRAINING_DATA, load_questions
+from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
 from tars_fast.export import ExportConfig, export
 from tars_fast.learning.rewards.answers import extract_answer, has_format
+from tars_fast.learning.rewards.behaviour import HashedNgrams
 from tars_fast.models.preset import PRESET_FILE
 from tars_fast.models.registry import PRESETS, architecture_of, find_preset
 from tars_fast.models.speech_model import load_model
+from tars_fast.prepare import PrepareConfig, run
+from tars_fast.rollout.transformers_engine import TransformersEngine
 from tars_fast.support.requirements import installed
 from tars_fast.train import train
-from tars_fast.types import UserError
+from tars_fast.types import Modality, UserError
 
 SMOL = Path(__file__).parents[2] / "examples" / "smol"
 sys.path.append(str(SMOL))
@@ -285,6 +289,22 @@ def test_the_tower_is_whispers_encoder(assembled):
         torch.testing.assert_close(tower.layer_norm(states), expected, rtol=0, atol=1e-3)
         halves = states.unflatten(1, (-1, 2)).mean(2)
         torch.testing.assert_close(pooled, tower.layer_norm(halves), rtol=0, atol=1e-4)
+
+
+@needs_parts
+@pytest.mark.slow
+def test_the_warm_up_beside_the_page_reads_and_hears(assembled, tmp_path):
+    questions.write(questions.QuestionsConfig(tmp_path, num_training=7, num_held_out=21))
+    spoken = PrepareConfig(data=str(tmp_path / "held_out.jsonl"), output_dir=tmp_path / "spoken", voices=("en-us+f4",))
+    assert run(spoken) == 0
+    model = load_model(find_preset(str(assembled)), str(assembled), CPU, torch.float32)
+    settings = EvaluationSettings(assemble.PRESET.max_new_tokens, num_samples=0, temperature=1.0, seed=0)
+    evaluator = Evaluator(model, TransformersEngine(model, 64), HashedNgrams(), settings)
+    assemble.put_in(model.module, SMOL / "warm-up")
+    results = evaluator.evaluate(load_questions(tmp_path / "spoken"), "held_out", lambda _: None)
+    speech, text = (sum(result.evaluated[modality].is_correct for result in results) for modality in Modality)
+    assert text >= 17
+    assert 5 <= speech < text
 
 
 @needs_parts
