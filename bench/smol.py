@@ -122,9 +122,18 @@ def run(folder: Path, commands: Mapping[str, Command]) -> Mapping[str, float]:
     return seconds
 
 
-def spread_of_rewards(runs: Sequence[Path]) -> dict[str, float]:
-    """Standard deviation of each reward within the spoken groups of a step, in the mean over steps and runs."""
-    steps = [json.loads(line) for folder in runs for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def change_of(run: Path) -> dict[str, Any]:
+    """What training changed in a run's greedy answers, paired by item."""
+    change = json.loads((run / "evaluation.json").read_text())["change"]
+    return {key: change[key] for key in _with_interval("speech_accuracy", "text_accuracy")}
+
+
+def steps_of(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    return [json.loads(line) for folder in runs for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def spread_of_rewards(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Standard deviation of each reward within the spoken groups of a step, in the mean over steps."""
     names = sorted({name for step in steps for name in step if name.startswith("deviation/") and name.endswith("/speech")})
     return {name.split("/")[1]: statistics.mean(step[name] for step in steps if name in step) for name in names}
 
@@ -144,7 +153,7 @@ def inside(analysis: Mapping[str, Any]) -> dict[str, Any]:
     figures |= {key: debiased[key] for key in ("best_text_layer", *_with_interval("mean_band_width", "mean_shift"))}
     figures |= {key: paths[key] for key in _with_interval("path_cosine", "monotonicity_cosine")}
     if "change" in analysis:
-        names = _with_interval("own_pooled", "debiased", "path_cosine", "speech_accuracy", "text_accuracy")
+        names = _with_interval("own_pooled", "path_cosine")
         figures["minus_start"] = {key: analysis["change"][key] for key in names}
     return figures
 
@@ -161,11 +170,14 @@ def report_arms(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The ablation with each arm's rewards and states."""
     arms = arguments.arms.split(",")
     ablation = json.loads((folder / "arms" / "ablation.json").read_text())
-    runs = {arm: [path.parent for path in (folder / "arms" / arm).glob("seed-*/evaluation.json")] for arm in arms}
+    runs = {arm: [path.parent for path in sorted((folder / "arms" / arm).glob("seed-*/evaluation.json"))] for arm in arms}
+    steps = {arm: steps_of(own) for arm, own in runs.items()}
     analyses = {arm: json.loads((folder / "analysed" / arm / "analysis.json").read_text()) for arm in ("start", *arms)}
     return {
         "ablation": ablation,
-        "spread_of_rewards": {arm: spread_of_rewards(own) for arm, own in runs.items()},
+        "changes": {arm: [change_of(path) for path in own] for arm, own in runs.items()},
+        "spread_of_rewards": {arm: spread_of_rewards(own) for arm, own in steps.items()},
+        "seconds_of_a_step": {arm: statistics.median(step["seconds/step"] for step in own) for arm, own in steps.items()},
         "inside": {arm: inside(analysis) for arm, analysis in analyses.items()},
     }
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -632,6 +633,35 @@ def test_the_model_of_pretrained_parts():
     assert f"assembling {seconds['assemble']:.0f} s, speaking all questions {spoken:.0f} s" in words
     assert f"the warm-up {seconds['warm up'] / 60:.0f} min on two threads" in words
     assert report["command"].partition(" --output ")[2].partition(" ")[2] in words
+
+
+def test_objectives_on_pretrained_weights():
+    found = read("smol_arms_cpu.json")
+    arms, minus, inside = found["ablation"]["arms"], found["ablation"]["minus_grpo"], found["inside"]
+    rows = table_of("docs/ablations.md", "| arm on pretrained weights |")
+    assert [name.strip("`") for name, *_ in rows] == ["before training", *arms]
+    names = ("speech_accuracy", "text_accuracy")
+    for name, *shown in rows:
+        own = arms.get(name.strip("`"), found["ablation"]["start"])
+        assert shown[:2] == [cell(own, key) for key in names], name
+        if difference := minus.get(name.strip("`")):
+            assert shown[2:] == [cell(difference, key, "+") for key in names], name
+    rewards = ("accuracy", "format", "representation", "behaviour")
+    rows = table_of("docs/ablations.md", "| spread within groups, pretrained weights |")
+    for name, *shown in rows:
+        own = found["spread_of_rewards"][name.strip("`")]
+        assert shown == [f"{own[key]:.4f}" if key in own else "" for key in rewards], name
+    assert len(rows) == len(arms)
+    figures = {
+        "cosine of pooled completion states": ("own_pooled", 4),
+        "CKA of prompts, debiased": ("debiased_cka", 3),
+        "Alignment Path Score": ("path_cosine", 4),
+    }
+    rows = table_of("docs/ablations.md", "| mean over layers, pretrained weights |")
+    assert [name for name, *_ in rows] == list(figures)
+    for name, *shown in rows:
+        key, places = figures[name]
+        assert shown == [f"{np.mean(own[key]):.{places}f}" for own in (inside["start"], *(inside[arm] for arm in arms))], name
 
 
 def test_parity_with_vllm_of_the_model_of_pretrained_parts():
