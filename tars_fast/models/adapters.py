@@ -131,6 +131,8 @@ def merge_adapter(module: nn.Module, family: Family, folder: Path) -> PolicyModu
         if isinstance(config.target_modules, str):
             # The pattern was written for the decoder alone, whose names here begin with those of the modules around it.
             config.target_modules = rf"(.*\.)?({config.target_modules})"
+        # Of a base by another name peft would warn, and the module may come from anywhere.
+        config.base_model_name_or_path = None
         adapted = get_peft_model(module, config)
         _set_weights(adapted, {_PREFIX + name: value for name, value in weights.items()})
         if not any(value.any() for name, value in weights.items() if ".lora_B." in name):
