@@ -184,7 +184,7 @@ def report_arms(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def report_vllm(folder: Path, _: argparse.Namespace) -> dict[str, Any]:
     """By step, of the completions that vLLM sampled with the weights as they were before the step."""
-    steps = [json.loads(line) for line in (folder / "vllm" / "metrics.jsonl").read_text().splitlines()]
+    steps = steps_of([folder / "vllm"])
     names = ("logprob_diff_max", "logprob_diff_mean", "accuracy/speech", "accuracy/text", "grad_norm")
     return {"by_step": {name: [step[name] for step in steps] for name in names}}
 

@@ -619,6 +619,8 @@ def test_the_model_of_pretrained_parts():
         for items in sets:
             assert items["num_items"] == 350
             assert items["speech_accuracy_ci95"][1] < items["text_accuracy_ci95"][0], "a gap to be closed"
+    # What a warm-up is to reach. The one in the repository misses it by a question.
+    assert all(other["evaluation"][name]["text_accuracy"] >= 0.85 for name in ("held_out", "neural"))
     most = [100 * warm_up["evaluation"]["held_out"]["categories"]["comparison"]["text_accuracy"] for warm_up in (report, other)]
     assert "`warm-up/` answers {:.0f} % from text and the other {:.0f} %".format(*most) in words
     heard = [cell(items, "speech_accuracy").replace(" ", " % ", 1) for items in (joe, espeak)]
@@ -666,9 +668,26 @@ def test_objectives_on_pretrained_weights():
     }
     rows = table_of("docs/ablations.md", "| mean over layers, pretrained weights |")
     assert [name for name, *_ in rows] == list(figures)
+    models = [inside[name] for name in ("start", *arms)]
     for name, *shown in rows:
         key, places = figures[name]
-        assert shown == [f"{np.mean(own[key]):.{places}f}" for own in (inside["start"], *(inside[arm] for arm in arms))], name
+        assert shown == [f"{np.mean(own[key]):.{places}f}" for own in models], name
+    # What is said of single runs and layers.
+    changes = {arm: [[round(100 * run[key]) for run in own] for key in names] for arm, own in found["changes"].items()}
+    assert changes == {"grpo": [[1, 3], [-11, -8]], "tars": [[1, 9], [0, -8]], "opd": [[3, 6], [0, -2]]}
+    intervals = {arm: inside[arm]["minus_start"]["own_pooled_ci95"] for arm in arms}
+    closer = {arm: {layer for layer, (low, _) in enumerate(own, 1) if low > 0} for arm, own in intervals.items()}
+    assert closer == {"grpo": {30}, "tars": {30}, "opd": set(range(24, 31))}
+    last = [f"{model['own_pooled'][-1]:.3f}" for model in models]
+    page = words_of("docs/ablations.md")
+    assert "from a cosine of {} to {} (grpo), {} (tars) and {} (opd)".format(*last) in page
+    falls = sorted(models[0]["path_cosine"] - model["path_cosine"] for model in models[1:])
+    assert f"the alignment path falls by {falls[0]:.3f} to {falls[-1]:.3f}" in page
+    words = words_of("examples/smol/README.md")
+    for modality, key in zip(("speech", "text"), names, strict=True):
+        shown = [f"{100 * own[key]:.1f}" for own in (found["ablation"]["start"], *arms.values())]
+        assert "from {} {} % before, {}, {} and {} % after".format(modality, *shown) in words
+    assert "A step takes one core {:.0f}, {:.0f} and {:.0f} s".format(*found["seconds_of_a_step"].values()) in words
 
 
 def test_parity_with_vllm_of_the_model_of_pretrained_parts():
