@@ -224,7 +224,7 @@ def test_a_warm_up_that_was_interrupted_makes_the_same(lessons, tmp_path, monkey
     assert any(value.any() for name, value in whole.items() if ".lora_B." in name)
     base = load_model(preset, preset.source, CPU, torch.float32).module
     base.name_or_path = "made elsewhere"
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings(action="error", category=UserWarning):
         warm = assemble.put_in(base, tmp_path / "whole")
     assert torch.equal(
         warm.model.multi_modal_projector.linear.weight, load_file(tmp_path / "whole" / parts.PROJECTOR)["linear.weight"].float()
