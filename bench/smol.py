@@ -72,6 +72,7 @@ def commands_of_arms(arguments: argparse.Namespace) -> dict[str, Command]:
     trained = ["--model", WARM, "--data", TRAINING, "--eval-data", HELD_OUT, "--num-steps", str(arguments.num_steps)]
     trained += ["--arms", arguments.arms, "--seeds", str(arguments.seeds), "--jobs", str(arguments.jobs)]
     trained += [part for setting in settings for part in ("--setting", setting)]
+    trained += [part for defined in arguments.define for part in ("--define", defined)]
     looked_at = ["-m", "tars_fast.analyse", "--data", HELD_OUT, "--items", str(arguments.analysed)]
     looked_at += ["--dtype", arguments.dtype]
     models = {"start": ["--model", WARM]}
@@ -213,6 +214,7 @@ def main() -> None:
     )
     arms = parser.add_argument_group("arms")
     arms.add_argument("--arms", default="grpo,tars,opd")
+    arms.add_argument("--define", action="append", default=[], help="NAME:SETTING=VALUE,... an arm as tars_fast.ablate has it")
     arms.add_argument("--seeds", type=int, default=2)
     arms.add_argument("--num-steps", type=int, default=60)
     arms.add_argument("--jobs", type=int, default=2)
