@@ -290,7 +290,7 @@ def test_a_group_cut_off_throughout_has_no_backward_pass(model, questions, confi
 def test_each_recording_goes_through_the_tower_once_a_step(model, questions, config):
     """Defect 12."""
     heard = []
-    model.module.model.audio_tower.register_forward_hook(lambda _module, args, _output: heard.append(len(args[0])))
+    model.module.model.audio_tower.conv1.register_forward_hook(lambda _module, args, _output: heard.append(len(args[0])))
     rollout = rollout_of(model, questions[:4], config)
     update(model, rollout, config)
     assert sum(heard) == 4

@@ -26,7 +26,7 @@ from tars_fast import train
 from tars_fast.data.audio import SAMPLE_RATE
 from tars_fast.models.adapters import load_adapter_weights
 from tars_fast.models.checkpoint import save_model
-from tars_fast.models.families import audio_flamingo_3, phi4_multimodal, qwen2_5_omni, qwen2_audio, qwen3_omni, voxtral
+from tars_fast.models.families import audio_flamingo_3, phi4_multimodal, qwen, qwen2_5_omni, qwen2_audio, qwen3_omni, voxtral
 from tars_fast.models.preset import THINK_PROMPT
 from tars_fast.models.prompts import PromptFormat, load_prompt_format
 from tars_fast.models.registry import FAMILIES, PRESETS, architecture_of, family_of, find_preset
@@ -389,6 +389,25 @@ def test_a_batch_is_encoded_as_each_recording_alone(speech_model):
         together = embed(speech_model, waves)
         for one, clip in zip(waves, together, strict=True):
             torch.testing.assert_close(embed(speech_model, [one])[0], clip, rtol=1e-4, atol=1e-5)
+
+
+def test_qwen2_audio_encodes_what_a_recording_fills_of_its_window():
+    model = load(PRESETS["pocket"].source)
+    extractor = model.prompts.feature_extractor
+    # Every place in which a recording can end within four frames, and the window filled.
+    samples = [*range(16000, 16641, 160), extractor.n_samples]
+    waves = [wave(number / SAMPLE_RATE, number) for number in samples]
+    clips = [model.prompts.features(one) for one in waves]
+    assert [clip.values.shape[1] for clip in clips] == [101, 103, 103, 105, 105, 400]
+    windows = [qwen.whisper_features(extractor, one, extractor.n_samples) for one in waves]
+    tower = model.module.model.audio_tower
+    with torch.no_grad():
+        for clip, window in zip(clips, windows, strict=True):
+            (ours,) = model.encode_clips([clip])
+            is_speech = torch.arange(200) < tower._get_feat_extract_output_lengths(window.mask.sum())[0]
+            states = tower(window.values[None], attention_mask=is_speech[None, None, None].expand(1, 1, 200, 200))
+            theirs = model.module.model.multi_modal_projector(states.last_hidden_state)[0, : clip.num_tokens]
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_long_recordings_become_clips_of_one_prompt(name, folder, tmp_path):

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tars_fast.models.architecture import Architecture
 from tars_fast.models.families import qwen
-from tars_fast.models.families.base import Family, Features, batch_clips, stack_features
+from tars_fast.models.families.base import Family, Features, stack_features
 from tars_fast.models.modules import PolicyModule
 from tars_fast.models.preset import PAPER, Preset
 from tars_fast.models.weights import WeightMapping
@@ -21,9 +22,11 @@ from tars_fast.models.weights import WeightMapping
 def encode_frames(module: PolicyModule, features: Tensor, feature_mask: Tensor) -> tuple[Tensor, Tensor]:
     """The tower's states, which the projector takes.
 
+    transformers' forward of the tower takes whole windows only, and computes what fills them up, which nothing attends to.
+
     Args:
         module: a `Qwen2AudioForConditionalGeneration`.
-        features: [N, M, F] log-mel spectrogram, padded to the tower's window.
+        features: [N, M, F] log-mel spectrogram, F up to the tower's window.
         feature_mask: [N, F], 1 where there is speech.
 
     Returns:
@@ -34,14 +37,15 @@ def encode_frames(module: PolicyModule, features: Tensor, feature_mask: Tensor) 
     model: Any = module.model
     tower = model.audio_tower
     frame_lengths, token_lengths = tower._get_feat_extract_output_lengths(feature_mask.sum(-1))
-    num_positions = (features.shape[-1] - 2) // 2 + 1
-    position_mask = torch.arange(num_positions, device=features.device) < frame_lengths[:, None]
-    attention_mask = create_bidirectional_mask(
-        config=tower.config,
-        inputs_embeds=features.new_zeros(len(features), num_positions, 1),
-        attention_mask=position_mask.long(),
-    )
-    return tower(features, attention_mask=attention_mask).last_hidden_state, token_lengths
+    states = F.gelu(tower.conv1(features.to(tower.conv1.weight.dtype)))
+    states = F.gelu(tower.conv2(states)).mT
+    num_positions = states.shape[1]
+    states = states + tower.embed_positions.weight[:num_positions]
+    is_speech = torch.arange(num_positions, device=features.device) < frame_lengths[:, None]
+    attention_mask = create_bidirectional_mask(config=tower.config, inputs_embeds=states, attention_mask=is_speech.long())
+    for layer in tower.layers:
+        states = layer(states, attention_mask)
+    return tower.layer_norm(tower.avg_pooler(states.mT).mT), token_lengths
 
 
 def embed_audio(module: PolicyModule, features: Tensor, feature_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,15 +57,18 @@ def embed_audio(module: PolicyModule, features: Tensor, feature_mask: Tensor) ->
 
 def _encode_clips(module: PolicyModule, clips: Sequence[Features]) -> list[Tensor]:
     embedded = []
-    for batch in batch_clips(clips):
-        features, mask = stack_features(module, batch)
-        states, lengths = embed_audio(module, features, mask)
-        embedded += [state[:length].clone() for state, length in zip(states, lengths.tolist(), strict=True)]
+    for clip in clips:
+        # Not together: in its last bits a recording's embeddings would depend on those beside it, which a resumed run has not.
+        (states,), _ = embed_audio(module, *stack_features(module, [clip]))
+        embedded.append(states[: clip.num_tokens].clone())
     return embedded
 
 
 def _features(feature_extractor: Any, wave: np.ndarray) -> Features:
-    return qwen.whisper_features(feature_extractor, wave, feature_extractor.n_samples)
+    window = qwen.whisper_features(feature_extractor, wave, feature_extractor.n_samples)
+    # The tower's last position of the clip sees up to this frame, the next ones nothing of it.
+    num_frames = 2 * ((int(window.mask.sum()) - 1) // 2 + 1) + 1
+    return Features(window.values[:, :num_frames].clone(), window.mask[:num_frames].clone(), window.num_tokens)
 
 
 def _template() -> str:
