@@ -25,6 +25,7 @@ from tars_fast.evaluation.answering import EvaluationSettings, Evaluator
 from tars_fast.export import ExportConfig, export
 from tars_fast.learning.rewards.answers import extract_answer, has_format
 from tars_fast.learning.rewards.behaviour import HashedNgrams
+from tars_fast.models.families.qwen import whisper_features
 from tars_fast.models.preset import PRESET_FILE
 from tars_fast.models.registry import PRESETS, architecture_of, find_preset
 from tars_fast.models.speech_model import load_model
@@ -281,7 +282,8 @@ def test_the_tower_is_whispers_encoder(assembled):
     ctranslate2 = pytest.importorskip("ctranslate2")
     model = load_model(find_preset(str(assembled)), str(assembled), CPU, torch.float32)
     (wave,), _ = model.prompts.load_clips(load_questions(TRAINING_DATA)[0].audio)
-    features = model.prompts.features(wave).values[None].float()
+    extractor = model.prompts.feature_extractor
+    features = whisper_features(extractor, wave, extractor.n_samples).values[None].float()
     whisper = ctranslate2.models.Whisper(str(parts.AUDIO_TOWER.find().parent), compute_type="float32", intra_threads=1)
     expected = torch.from_numpy(np.array(whisper.encode(ctranslate2.StorageView.from_array(features.numpy()))))
     tower = model.module.model.audio_tower
