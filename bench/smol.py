@@ -133,6 +133,15 @@ def steps_of(runs: Sequence[Path]) -> list[dict[str, Any]]:
     return [json.loads(line) for folder in runs for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def sampled_in_training(runs: Sequence[Path], num_steps: int = 10) -> dict[str, float]:
+    """Accuracy of what was sampled from speech in the first and in the last steps, in the mean over runs."""
+    steps = [steps_of([folder]) for folder in runs]
+    parts = {"first": slice(num_steps), "last": slice(-num_steps, None)}
+    return {
+        name: statistics.mean(step["accuracy/speech"] for own in steps for step in own[part]) for name, part in parts.items()
+    }
+
+
 def spread_of_rewards(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Standard deviation of each reward within the spoken groups of a step, in the mean over steps."""
     names = sorted({name for step in steps for name in step if name.startswith("deviation/") and name.endswith("/speech")})
@@ -177,6 +186,7 @@ def report_arms(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "ablation": ablation,
         "changes": {arm: [change_of(path) for path in own] for arm, own in runs.items()},
+        "sampled_in_training": {arm: sampled_in_training(own) for arm, own in runs.items()},
         "spread_of_rewards": {arm: spread_of_rewards(own) for arm, own in steps.items()},
         "seconds_of_a_step": {arm: statistics.median(step["seconds/step"] for step in own) for arm, own in steps.items()},
         "inside": {arm: inside(analysis) for arm, analysis in analyses.items()},

@@ -670,16 +670,34 @@ def test_objectives_on_pretrained_weights():
         key, places = figures[name]
         assert shown == [f"{np.mean(own[key]):.{places}f}" for own in models], name
     # What is said of single runs and layers.
-    changes = {arm: [[round(100 * run[key]) for run in own] for key in names] for arm, own in found["changes"].items()}
-    assert changes == {"grpo": [[1, 3], [-11, -8]], "tars": [[1, 9], [0, -8]], "opd": [[3, 6], [0, -2]]}
-    intervals = {arm: inside[arm]["minus_start"]["own_pooled_ci95"] for arm in arms}
-    closer = {arm: {layer for layer, (low, _) in enumerate(own, 1) if low > 0} for arm, own in intervals.items()}
-    assert closer == {"grpo": {30}, "tars": {30}, "opd": set(range(24, 31))}
-    last = [f"{model['own_pooled'][-1]:.3f}" for model in models]
+    changes = [found["changes"][arm] for arm in arms]
+    assert all(len(own) == 1 for own in changes), "one seed each"
+    assert all(run[f"{key}_ci95"][0] < 0 < run[f"{key}_ci95"][1] for (run,) in changes for key in names)
     page = words_of("docs/ablations.md")
-    assert "from a cosine of {} to {} (grpo), {} (tars) and {} (opd)".format(*last) in page
-    falls = sorted(models[0]["path_cosine"] - model["path_cosine"] for model in models[1:])
-    assert f"the alignment path falls by {falls[0]:.3f} to {falls[-1]:.3f}" in page
+    sampled = [
+        f"{100 * own['first']:.0f} % and {100 * own['last']:.0f} % with `{arm}`"
+        for arm, own in found["sampled_in_training"].items()
+    ]
+    assert ", ".join(sampled) in page
+    assert all(own["last"] < own["first"] for own in found["sampled_in_training"].values())
+    changed = {
+        key: {
+            arm: [np.sign(low) if low * high > 0 else 0 for low, high in inside[arm]["minus_start"][f"{key}_ci95"]]
+            for arm in arms
+        }
+        for key in ("own_pooled", "path_cosine")
+    }
+    assert {arm: own.count(1) for arm, own in changed["own_pooled"].items()} == {"grpo": 1, "tars": 1, "opd-1e-3": 22}
+    assert all(own[-1] == 1 and -1 not in own for own in changed["own_pooled"].values())
+    assert [changed["path_cosine"][arm].count(-1) for arm in ("grpo", "tars")] == [30, 29]
+    assert changed["path_cosine"]["opd-1e-3"].count(1) == 24
+    last = [f"{model['own_pooled'][-1]:.3f}" for model in models]
+    assert "from a cosine of {} to {}, {} and {}".format(*last) in page
+    earlier = read("smol_arms_earlier_cpu.json")["ablation"]
+    assert f"which heard less ({100 * earlier['start']['speech_accuracy']:.1f} % of {earlier['num_items']} questions)" in page
+    gains, lost = ([100 * (own[key] - earlier["start"][key]) for own in earlier["arms"].values()] for key in names)
+    assert f"gave {min(gains):.0f} to {max(gains):.0f} points" in page
+    assert f"cost the policy gradients {-lost[1]:.1f} to {-lost[0]:.1f} points of text" in page
     words = words_of("examples/smol/README.md")
     for modality, key in zip(("speech", "text"), names, strict=True):
         shown = [f"{100 * own[key]:.1f}" for own in (found["ablation"]["start"], *arms.values())]
