@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import random
 import re
 import struct
 import sys
@@ -186,6 +187,29 @@ def lessons(tmp_path) -> dict[str, str]:
     path.write_text("".join(json.dumps(row) + "\n" for row in written))
     steps = {"hearing_steps": 12, "hearing_batch_size": 2, "thinking_steps": 4, "text_per_step": 1, "speech_per_step": 1}
     return {"model": "pocket", "questions": str(path), "speech": str(items), "save_every": 1, **steps}
+
+
+def test_hearing_that_is_sure_computes_with_normal_numbers(lessons, tmp_path, monkeypatch):
+    model = load_model(PRESETS["pocket"], PRESETS["pocket"].source, CPU, torch.float32)
+    questions = load_questions(Path(lessons["speech"]))
+    states = warm_up.encode(model, questions, tmp_path)
+    learned = [warm_up.Lesson(question, "", own) for question, own in zip(questions, states, strict=True)]
+    heard = []
+    projector = warm_up.projector_of(model).requires_grad_(True)
+
+    def keep(_module: object, _inputs: object, output: torch.Tensor) -> None:
+        output.register_hook(heard.append)
+
+    projector.register_forward_hook(keep)
+    weights = []
+    for least in (0.0, warm_up._LEAST_GRADIENT):
+        monkeypatch.setattr(warm_up, "_LEAST_GRADIENT", least)
+        projector.zero_grad()
+        warm_up.hearing_loss(model, learned, 4)(random.Random(0)).backward()
+        weights.append(projector.linear.weight.grad)
+    assert [bool(((own != 0) & (own.abs() < torch.finfo().tiny)).any()) for own in heard] == [True, False]
+    assert weights[0].any()
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-20)
 
 
 def test_a_warm_up_that_was_interrupted_makes_the_same(lessons, tmp_path, monkeypatch):
