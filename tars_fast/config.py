@@ -199,7 +199,8 @@ class TrainConfig:
     before training (DAPO's dynamic sampling); what is left after the last one stays. Other rewards are not looked at. 0: none
     are replaced."""
     group_size: int = 8
-    """Completions of a question, half from the spoken and half from the written prompt."""
+    """Completions of a question, half from the spoken and half from the written prompt; opd alone samples the spoken half, of
+    which one is enough (--group-size 2)."""
     learning_rate: float | None = None
     """Peak learning rate of AdamW. None: the preset's (pocket 8e-4, pocket-hard 4e-4, others 2e-5)."""
     warmup_fraction: float = 0.01
@@ -432,8 +433,11 @@ class TrainConfig:
                 raise UserError(f"{flag}: needs the --output-dir of the run to continue")
         if self.resume and self.resume_if_exists:
             raise UserError("--resume: --resume-if-exists continues too, or begins; leave one of them out")
-        if self.group_size < 4 or self.group_size % 2:
-            raise UserError(f"--group-size {self.group_size}: must be even and at least 4, two completions of each modality")
+        if self.group_size < (4 if self.compares_completions else 2) or self.group_size % 2:
+            raise UserError(
+                f"--group-size {self.group_size}: must be even and at least 4, two completions of each modality; 2 is for "
+                "objectives that compare none, as opd"
+            )
         check_layers(self.representation_layers)
         if not 0 < self.select_floor <= 1:
             raise UserError(
@@ -566,6 +570,11 @@ class TrainConfig:
     def samples_text(self) -> bool:
         """Whether half of the completions are sampled from written prompts."""
         return self.parts.has_policy_gradient or self.text_anchor == "rollouts"
+
+    @property
+    def compares_completions(self) -> bool:
+        """Whether a completion counts by how it differs from others of its question."""
+        return self.samples_text or self.select == "disagreement" or self.max_redraws > 0
 
     @property
     def anchors_by_kl(self) -> bool:

@@ -94,7 +94,16 @@ SETTINGS = [
     (["--model", "a" * 256], ["--model aaa", "a name of more than 255 bytes"]),
     (["--output-dir", "runs/" + "é" * 128], ["--output-dir runs/", "a name of more than 255 bytes"]),
     (["--group-size", "3"], ["--group-size 3", "must be even and at least 4"]),
-    (["--group-size", "2"], ["--group-size 2", "must be even and at least 4"]),
+    (["--objective", "tars+opd", "--group-size", "2"], ["--group-size 2", "must be even and at least 4"]),
+    (["--objective", "opd", "--group-size", "1"], ["--group-size 1", "must be even and at least 4"]),
+    (
+        ["--objective", "opd", "--group-size", "2", "--max-redraws", "1"],
+        ["--group-size 2", "2 is for objectives that compare none"],
+    ),
+    (
+        ["--objective", "opd", "--group-size", "2", "--select", "disagreement"],
+        ["--group-size 2", "must be even and at least 4"],
+    ),
     (["--clip-low", "1.5"], ["--clip-low 1.5", "must be at least 0 and below 1"]),
     (["--clip-low", "nan"], ["--clip-low nan", "must be at least 0 and below 1"]),
     (["--clip-high", "-0.1"], ["--clip-high -0.1", "must be 0 or greater"]),
