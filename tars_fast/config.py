@@ -697,6 +697,7 @@ class TrainConfig:
             gradient_checkpointing=preset.gradient_checkpointing,
             reference_bytes=self._reference_bytes(preset, dtype_bytes),
             distils=self.parts.distils,
+            trains_audio=not self.freeze_audio,
             embedder_bytes=0 if preset.behaviour_model == "hashed-ngrams" else _EMBEDDER_BYTES,
             on_gpu=on_gpu,
             given_kv_cache=None if self.kv_cache_gb is None else int(self.kv_cache_gb * GB),

@@ -49,6 +49,8 @@ class PlanConfig:
     """0 for full fine-tuning. None here and below: the preset's."""
     lora_targets: str | None = None
     """Linear layers that get LoRA: attention, all-linear, or names with commas between. None: see train."""
+    freeze_audio: bool = True
+    """Keep audio tower and projector as they are."""
     group_size: int = 8
     """Completions of a question."""
     max_new_tokens: int | None = None
@@ -76,7 +78,7 @@ class PlanConfig:
 
 _SHARED = ["lora_rank", "lora_targets", "group_size", "max_new_tokens", "rollout_batch_size", "tokens_per_micro_batch"]
 _SHARED += ("rollout_ahead", "gradient_checkpointing", "behaviour_model", "model", "dtype", "engine", "kv_cache_gb")
-_SHARED += ("objective", "teacher", "text_anchor", "tensor_parallel")
+_SHARED += ("objective", "teacher", "text_anchor", "tensor_parallel", "freeze_audio")
 
 
 def plan(config: PlanConfig) -> int:

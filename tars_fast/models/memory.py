@@ -80,6 +80,8 @@ class Workload:
     """Whether there are two streams of states, the policy's and a teacher's, whose whole distributions a loss compares."""
     trains: bool = True
     """False: evaluation only, without optimiser."""
+    trains_audio: bool = False
+    """Whether full fine-tuning updates audio tower and projector; what the tower keeps for its backward pass is not planned."""
     on_gpu: bool = True
     num_processes: int = 1
     """Of the run, each on a device of its own; those that share the weights count as one."""
@@ -102,7 +104,12 @@ class Workload:
         """Parameters that the optimiser updates."""
         if self.lora_rank:
             return self.architecture.num_lora_parameters(self.lora_rank, self.adapted_layers)
-        return self.architecture.num_text_parameters() // self.tensor_parallel
+        return self.architecture.num_text_parameters() // self.tensor_parallel + self.num_trained_audio
+
+    @property
+    def num_trained_audio(self) -> int:
+        """Of them those of audio tower and projector, of which no process has a part only."""
+        return self.architecture.num_other_parameters if self.trains_audio and not self.lora_rank else 0
 
     @property
     def adapters(self) -> int:
@@ -125,8 +132,12 @@ class Workload:
     @property
     def num_stepped(self) -> int:
         """Parameters that a process updates itself, at most."""
+        if not self.is_sharded:
+            return self.num_trained
         sizes = self.architecture.text_parameter_sizes()
-        return largest_share(sizes, self.num_processes) // self.tensor_parallel if self.is_sharded else self.num_trained
+        # Single ones of the tower are small.
+        audio = -(-self.num_trained_audio // self.num_processes)
+        return largest_share(sizes, self.num_processes) // self.tensor_parallel + audio
 
     @property
     def optimiser(self) -> int:
@@ -156,7 +167,8 @@ class Workload:
     def resident(self) -> dict[str, int]:
         """Bytes that every phase needs, by what they are for."""
         parts = {"weights": self.weights, "adapters": self.adapters, "optimiser": self.optimiser}
-        parts |= {"reference weights": self.reference_bytes * self.num_trained}
+        # The audio tower in training is never exchanged.
+        parts |= {"reference weights": self.reference_bytes * (self.num_trained - self.num_trained_audio)}
         context = _CONTEXT_BYTES if self.on_gpu else 0
         graphs = _GRAPH_BYTES if self.on_gpu and self.engine == "vllm" else 0
         nccl = _NCCL_BYTES if self.on_gpu and self.num_processes * self.tensor_parallel > 1 else 0
@@ -408,6 +420,8 @@ def remedies(plan: MemoryPlan) -> list[str]:
     workload = plan.workload
     half = workload.max_new_tokens // 2
     is_full = workload.trains and not workload.lora_rank
+    # Adapters are for the language model alone.
+    frozen = "--freeze-audio " if workload.trains_audio else ""
     alone = workload.tensor_parallel == 1
     more_processes = [number for number in (2, 4, 8) if is_full and alone and number > workload.num_processes]
     parts = [number for number in (2, 4) if alone and workload.num_processes == 1 and workload.engine == "vllm"]
@@ -418,7 +432,8 @@ def remedies(plan: MemoryPlan) -> list[str]:
         ("--gradient-checkpointing True", "gradient_checkpointing", True),
         (f"--rollout-batch-size {workload.group_size // 2}", "rollout_batch_size", workload.group_size // 2),
         ("--dtype bfloat16", "dtype_bytes", 2),
-        ("--lora-rank 8", "lora_rank", workload.lora_rank or 8),
+        ("--freeze-audio", "trains_audio", False),
+        (f"{frozen}--lora-rank 8", "lora_rank", workload.lora_rank or 8),
         *((f"torchrun --nproc-per-node {number}", "num_processes", number) for number in more_processes),
         ("--teacher moving --text-anchor none", "reference_bytes", 0),
         ("--behaviour-model hashed-ngrams", "embedder_bytes", 0),
@@ -468,12 +483,14 @@ def describe(plan: MemoryPlan) -> str:
     """The plan as a table, in GB of 1e9 bytes or for small models in MB, with the verdict and remedies."""
     workload = plan.workload
     trained = f"LoRA rank {workload.lora_rank}" if workload.lora_rank else "full fine-tuning"
+    hears = "audio tower and projector in training; what the tower keeps for its backward pass comes on top"
     unit, name_of_unit = (GB, "GB (1e9 bytes)") if max(plan.peaks.values()) >= 10 * GB else (GB // 1000, "MB (1e6 bytes)")
     lines = [
         f"{trained}, rollouts by {workload.engine}, {workload.dtype_bytes} bytes a weight; prompts of up to "
         f"{workload.longest_prompt} tokens, {workload.max_new_tokens} new ones; micro-batches of {plan.micro_batch:,} tokens "
         f"or one question of up to {workload.question_tokens:,}, gradient checkpointing "
         f"{'on' if workload.gradient_checkpointing else 'off'}",
+        *[hears] * workload.trains_audio,
         "",
         f"{name_of_unit:<24}" + "".join(f"{phase:>22}" for phase in plan.phases),
     ]

@@ -83,6 +83,35 @@ def test_lora_and_optimiser_are_counted_exactly(make_model):
     assert workload.weights + workload.adapters == sum(parameter.nbytes for parameter in model.module.parameters())
 
 
+def test_a_tower_in_training_is_counted(make_model, tmp_path, monkeypatch, capsys):
+    model = make_model(freeze_audio=False)
+    config = TrainConfig(freeze_audio=False)
+    preset = config.as_preset(PRESETS["pocket"])
+    workload = config.workload(preset, architecture_of(preset), "transformers", 4)
+    constants = [model.module.get_submodule(name) for name in model.family.frozen_parts]
+    trained = sum(parameter.numel() for parameter in model.trainable_parameters())
+    assert workload.num_trained == trained + sum(map(count, constants))
+    assert workload.optimiser == 8 * workload.num_trained
+    assert workload.gradients == 4 * workload.num_trained
+    frozen = dataclasses.replace(workload, trains_audio=False)
+    assert workload.resident["reference weights"] == frozen.resident["reference weights"] > 0
+    others = architecture_of(preset).num_other_parameters
+    of_eight, frozen_of_eight = (dataclasses.replace(one, num_processes=8) for one in (workload, frozen))
+    assert of_eight.num_stepped - frozen_of_eight.num_stepped == -(-others // 8)
+    # At 7B: ten bytes for each of 642 M, and what would make room.
+    full = ("--lora-rank", "0", "--objective", "tars", "--gpu-memory", "180")
+    peaks = []
+    for flags in ((), ("--no-freeze-audio",)):
+        status, output = run_plan(monkeypatch, capsys, *full, *flags)
+        assert status == 0
+        assert ("what the tower keeps for its backward pass comes on top" in output) == bool(flags)
+        (peak,) = re.findall(r"^peak.* ([\d.]+)$", output, re.MULTILINE)
+        peaks.append(float(peak))
+    assert peaks[1] - peaks[0] == pytest.approx(10 * 0.6422, abs=0.02)
+    plan = plan_memory(dataclasses.replace(PAPER, lora_rank=0, trains_audio=True), 80 * GB)
+    assert remedies(plan)[0].startswith("--freeze-audio --lora-rank 8: peak")
+
+
 def peak_bytes(run: Callable[[], None]) -> int:
     """Most bytes that `run` holds at once, of PyTorch's allocator on the CPU, beside what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
