@@ -1,11 +1,12 @@
-"""The speech LLM of examples/smol: `python bench/smol.py make --folder FOLDER --output FILE`, then `arms` and `vllm`.
+"""The speech LLM of examples/smol: `python bench/smol.py make --folder FOLDER --output FILE`, then `arms`, `repeat` and `vllm`.
 
 `make` runs the commands of examples/smol/README.md one after the other, from nothing to the warm model's evaluation on held-out
 questions in espeak-ng's voices and in a neural one, and times each. `arms` trains from the warm model: objectives with several
 seeds, compared by `tars_fast.ablate`; how far each reward spreads within the groups of a step, in the mean over steps; and by
 `tars_fast.analyse` the drift of hidden states, their CKA and the alignment path, of the warm model and of each arm's first
-seed. `vllm` takes three steps with vLLM's engine, at a rate that moves the policy, and reports how far its log-probabilities
-are from the trainer's, before and after each hand-over.
+seed. `repeat` distils on eight questions only, again in every step, and reports what that does to them. `vllm` takes three
+steps with vLLM's engine, at a rate that moves the policy, and reports how far its log-probabilities are from the trainer's,
+before and after each hand-over.
 
 What is there already is not made again, so the same command goes on where it was stopped; the seconds of a command that was
 stopped are those of all its starts.
@@ -36,6 +37,8 @@ PARTS = {
     "held_out": HELD_OUT_SPEAKERS,
 }
 TRAINING, HELD_OUT, NEURAL = (f"data/{part}/items.jsonl" for part in (*PARTS, "held_out_neural"))
+REPEATED = "data/training/repeated.jsonl"
+_NUM_REPEATED = 8
 WARM = "warm"
 Command = tuple[str, Sequence[str]]
 """What a command leaves when it is done, and its arguments, in the folder that it runs in."""
@@ -87,6 +90,17 @@ def commands_of_arms(arguments: argparse.Namespace) -> dict[str, Command]:
             for name, own in models.items()
         },
     }
+
+
+def commands_of_repeat(arguments: argparse.Namespace) -> dict[str, Command]:
+    """By name: the run, each of whose steps has all of its questions, some of every kind."""
+    items = (arguments.folder / TRAINING).read_text(encoding="utf-8").splitlines(keepends=True)
+    chosen = items[:: len(items) // _NUM_REPEATED][:_NUM_REPEATED]
+    write_atomically(arguments.folder / REPEATED, "".join(chosen))
+    trained = ["--model", WARM, "--data", REPEATED, "--eval-data", HELD_OUT, "--eval-items", "2", "--eval-samples", "0"]
+    trained += ["--objective", "opd", "--group-size", "2", "--questions-per-step", str(_NUM_REPEATED), "--num-steps", "20"]
+    trained += ["--learning-rate", "5e-4", "--dtype", arguments.dtype]
+    return {"repeat": ("repeated/evaluation.json", ["-m", "tars_fast.train", *trained, "--output-dir", "repeated"])}
 
 
 def commands_of_vllm(_: argparse.Namespace) -> dict[str, Command]:
@@ -193,6 +207,13 @@ def report_arms(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def report_repeat(folder: Path, _: argparse.Namespace) -> dict[str, Any]:
+    """By step, before its update, of one spoken completion of each question."""
+    steps = steps_of([folder / "repeated"])
+    names = ("divergence/speech", "divergence/text", "accuracy/speech")
+    return {"num_questions": _NUM_REPEATED, "by_step": {name: [step[name] for step in steps] for name in names}}
+
+
 def report_vllm(folder: Path, _: argparse.Namespace) -> dict[str, Any]:
     """By step, of the completions that vLLM sampled with the weights as they were before the step."""
     steps = steps_of([folder / "vllm"])
@@ -203,6 +224,7 @@ def report_vllm(folder: Path, _: argparse.Namespace) -> dict[str, Any]:
 WHAT = {
     "make": (commands_of_make, report_make),
     "arms": (commands_of_arms, report_arms),
+    "repeat": (commands_of_repeat, report_repeat),
     "vllm": (commands_of_vllm, report_vllm),
 }
 """What there is to run, and what is read of its results."""
@@ -220,7 +242,7 @@ def main() -> None:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of make and arms: what models compute in; on a processor without AMX bfloat16 takes twice as long",
+        help="of all but vllm: what models compute in; on a processor without AMX bfloat16 takes twice as long",
     )
     arms = parser.add_argument_group("arms")
     arms.add_argument("--arms", default="grpo,tars,opd")
