@@ -83,7 +83,7 @@ def test_lora_and_optimiser_are_counted_exactly(make_model):
     assert workload.weights + workload.adapters == sum(parameter.nbytes for parameter in model.module.parameters())
 
 
-def test_a_tower_in_training_is_counted(make_model, tmp_path, monkeypatch, capsys):
+def test_a_tower_in_training_is_counted(make_model, monkeypatch, capsys):
     model = make_model(freeze_audio=False)
     config = TrainConfig(freeze_audio=False)
     preset = config.as_preset(PRESETS["pocket"])
