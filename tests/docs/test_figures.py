@@ -671,8 +671,8 @@ def test_objectives_on_pretrained_weights():
         assert shown == [f"{np.mean(own[key]):.{places}f}" for own in models], name
     # What is said of single runs and layers.
     changes = [found["changes"][arm] for arm in arms]
-    assert all(len(own) == 1 for own in changes), "one seed each"
-    assert all(run[f"{key}_ci95"][0] < 0 < run[f"{key}_ci95"][1] for (run,) in changes for key in names)
+    assert all(len(own) == 2 for own in changes), "two seeds each"
+    assert all(run[f"{key}_ci95"][0] < 0 < run[f"{key}_ci95"][1] for own in changes for run in own for key in names)
     page = words_of("docs/ablations.md")
     sampled = [
         f"{100 * own['first']:.0f} % and {100 * own['last']:.0f} % with `{arm}`"
@@ -693,6 +693,12 @@ def test_objectives_on_pretrained_weights():
     assert changed["path_cosine"]["opd-1e-3"].count(1) == 24
     last = [f"{model['own_pooled'][-1]:.3f}" for model in models]
     assert "from a cosine of {} to {}, {} and {}".format(*last) in page
+    repeated = read("smol_repeat_cpu.json")
+    divergences, right = (repeated["by_step"][f"{name}/speech"] for name in ("divergence", "accuracy"))
+    num_questions = repeated["num_questions"]
+    learned = f"from {divergences[0]:.3f} to {divergences[-1]:.4f} nats a token in {len(right)} steps"
+    learned += f", and right answers rise from {right[0] * num_questions:.0f} of {num_questions} to {right[-1] * num_questions:.0f}"
+    assert learned in page
     earlier = read("smol_arms_earlier_cpu.json")["ablation"]
     assert f"which heard less ({100 * earlier['start']['speech_accuracy']:.1f} % of {earlier['num_items']} questions)" in page
     gains, lost = ([100 * (own[key] - earlier["start"][key]) for own in earlier["arms"].values()] for key in names)
