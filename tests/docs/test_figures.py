@@ -695,9 +695,9 @@ def test_objectives_on_pretrained_weights():
     assert "from a cosine of {} to {}, {} and {}".format(*last) in page
     repeated = read("smol_repeat_cpu.json")
     divergences, right = (repeated["by_step"][f"{name}/speech"] for name in ("divergence", "accuracy"))
-    num_questions = repeated["num_questions"]
+    number = repeated["num_questions"]
     learned = f"from {divergences[0]:.3f} to {divergences[-1]:.4f} nats a token in {len(right)} steps"
-    learned += f", and right answers rise from {right[0] * num_questions:.0f} of {num_questions} to {right[-1] * num_questions:.0f}"
+    learned += f", and right answers rise from {number * right[0]:.0f} of {number} to {number * right[-1]:.0f}"
     assert learned in page
     earlier = read("smol_arms_earlier_cpu.json")["ablation"]
     assert f"which heard less ({100 * earlier['start']['speech_accuracy']:.1f} % of {earlier['num_items']} questions)" in page
