@@ -135,7 +135,7 @@ class Workload:
         if not self.is_sharded:
             return self.num_trained
         sizes = self.architecture.text_parameter_sizes()
-        # Single ones of the tower are small.
+        # No parameter of the tower is so large that they could not be shared evenly.
         audio = -(-self.num_trained_audio // self.num_processes)
         return largest_share(sizes, self.num_processes) // self.tensor_parallel + audio
 

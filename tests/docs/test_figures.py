@@ -693,6 +693,7 @@ def test_objectives_on_pretrained_weights():
     assert changed["path_cosine"]["opd-1e-3"].count(1) == 24
     last = [f"{model['own_pooled'][-1]:.3f}" for model in models]
     assert "from a cosine of {} to {}, {} and {}".format(*last) in page
+    assert f"{found['seconds']['arms'] / 3600:.1f} hours of one or two cores" in page
     repeated = read("smol_repeat_cpu.json")
     divergences, right = (repeated["by_step"][f"{name}/speech"] for name in ("divergence", "accuracy"))
     number = repeated["num_questions"]
